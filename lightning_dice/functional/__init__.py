@@ -1,0 +1,20 @@
+"""Formulas on sums: scores, the policy for absent classes, pooling and means."""
+
+from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
+from lightning_dice.functional.hard import hard_prediction, hard_sums
+from lightning_dice.functional.outputs import pad_to_multiple, read_logits
+from lightning_dice.functional.pooling import Pool, pool_sums, weighted_mean
+from lightning_dice.functional.scores import dice_score
+
+__all__ = [
+    "AbsentPolicy",
+    "AbsentRule",
+    "Pool",
+    "dice_score",
+    "hard_prediction",
+    "hard_sums",
+    "pad_to_multiple",
+    "pool_sums",
+    "read_logits",
+    "weighted_mean",
+]

@@ -1,0 +1,158 @@
+"""What the sums accept, and the one place where an implementation is chosen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dice.kernels import reference
+from lightning_dice.kernels.sums import OverlapSums
+
+Activation = Literal["sigmoid", "softmax"] | None
+
+_FLAT_TARGET = "for a mask of shape (batch, *space) use target.unsqueeze(1)"
+_PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
+
+
+def overlap_sums(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation = "sigmoid",
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+    squared: bool = False,
+    nll: bool = False,
+    absent_nll: bool = False,
+) -> OverlapSums:
+    """Sum what overlap losses need of each class in each image.
+
+    Args:
+        logits: `(batch, classes, *space)`, floating point, any number of space axes.
+        target: `"softmax"`: class ids `(batch, *space)` or soft labels `(batch, classes, *space)`;
+            `"sigmoid"`: one plane for each class, `(batch, classes, *space)`; `None`: either.
+        activation: what turns logits into probabilities; `None` where they are probabilities already.
+        ignore_index: pixels whose target holds this value count as nothing, whatever their logits hold. With
+            planes, a plane's pixel is ignored alone; with soft labels, a pixel is ignored if any class holds it.
+        weight: weight of each pixel, `(batch, *space)`, or of each pixel and class, `(batch, classes, *space)`.
+        squared: sum the squares of probabilities and target in `predicted` and `actual`.
+        nll: also sum the cross-entropy.
+        absent_nll: also sum the cross-entropy of the class being absent.
+
+    Returns:
+        The sums, in float64 (float32 on devices without it), differentiable in `logits`.
+
+    Raises:
+        ValueError: a shape that would broadcast, a wrong dtype or, on the CPU, a value outside its range.
+
+    >>> logits = torch.tensor([[[9.0, 9.0, -9.0]]])
+    >>> sums = overlap_sums(logits, torch.tensor([[[1, 0, 0]]]))
+    >>> [round(float(field), 2) for field in (sums.overlap, sums.predicted, sums.actual, sums.count)]
+    [1.0, 2.0, 1.0, 3.0]
+    """
+    check_shapes(logits, target, activation=activation, weight=weight)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_values(logits, target, activation=activation, ignore_index=ignore_index)
+    # Autocast would run part of this in half precision, and refuses a cross-entropy of probabilities.
+    with torch.autocast(logits.device.type, enabled=False):
+        return reference.overlap_sums(
+            logits,
+            target,
+            activation=activation,
+            ignore_index=ignore_index,
+            weight=weight,
+            squared=squared,
+            nll=nll,
+            absent_nll=absent_nll,
+        )
+
+
+def check_shapes(logits: Tensor, target: Tensor, *, activation: Activation, weight: Tensor | None = None) -> None:
+    """Refuse whatever would broadcast into a plausible, wrong number. Reads no value, so it never stalls a GPU.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+    """
+    if activation not in ("sigmoid", "softmax", None):
+        raise ValueError(f'activation must be "sigmoid", "softmax" or None, got {activation!r}')
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if logits.ndim < 2:
+        raise ValueError(f"logits must have the shape (batch, classes, *space), got {tuple(logits.shape)}")
+    shape, classes = tuple(logits.shape), logits.shape[1]
+    ids_shape = shape[:1] + shape[2:]
+    if activation == "softmax" and classes < 2:
+        raise ValueError(
+            f"softmax needs at least 2 classes, logits have {classes}: a softmax over one channel is always 1; "
+            'use activation="sigmoid" for a binary task'
+        )
+    came = tuple(target.shape)
+    as_planes = came == shape
+    as_ids = came == ids_shape and classes > 1
+    if activation == "sigmoid" and not as_planes:
+        hint = f"; {_FLAT_TARGET}" if came == ids_shape and classes == 1 else ""
+        raise ValueError(f"target must have the shape of logits, {shape}, got {came}{hint}")
+    if not (as_planes or as_ids):
+        hint = f"; {_PLANE_TARGET}" if came == (shape[0], 1, *shape[2:]) else ""
+        raise ValueError(
+            f"target must be class ids with the batch and space axes of logits, {ids_shape}, "
+            f"or soft labels of the shape of logits, {shape}, got {came}{hint}"
+        )
+    if as_ids and not as_planes and (target.is_floating_point() or target.dtype == torch.bool):
+        raise ValueError(
+            f"target holds class ids and must be of an integer dtype, got {target.dtype}; use target.long()"
+        )
+    if weight is not None and tuple(weight.shape) not in (ids_shape, shape):
+        raise ValueError(f"weight must have the shape {ids_shape} or {shape}, got {tuple(weight.shape)}")
+    if weight is not None and not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}")
+
+
+def check_values(logits: Tensor, target: Tensor, *, activation: Activation, ignore_index: int | None = None) -> None:
+    """Refuse values that have no meaning: ids out of range, planes outside [0, 1], probabilities outside [0, 1].
+
+    Reads the values, so it makes a GPU wait: on the CPU it runs at every call, elsewhere on the first batch only.
+
+    Raises:
+        ValueError: names the values that came and the remedy.
+
+    >>> check_values(torch.zeros(1, 1, 2), torch.tensor([[[0, 7]]]), activation="sigmoid")
+    Traceback (most recent call last):
+    ...
+    ValueError: target must lie in [0, 1], got values from 0 to 7
+    """
+    if target.numel() == 0:
+        return
+    classes = logits.shape[1]
+    planes = target.shape == logits.shape
+    low, high = _range(target, ignore_index)
+    if planes and not (low >= 0 and high <= 1):
+        hint = "; a mask of 0 and 255 becomes 0 and 1 by target == 255" if (low, high) == (0, 255) else ""
+        raise ValueError(f"target must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
+    if not planes and not (low >= 0 and high < classes):
+        ignored = "" if ignore_index is None else f" (ignored: {ignore_index})"
+        raise ValueError(
+            f"target must hold class ids from 0 to {classes - 1}{ignored}, got values from {low:g} to {high:g}; "
+            "set ignore_index for a label to be left out, or give logits a channel for every class"
+        )
+    if activation is None:
+        low, high = (float(v) for v in torch.aminmax(logits.detach()))
+        if low < 0 or high > 1:  # NaN passes: it may lie under an ignored pixel.
+            raise ValueError(
+                f"activation=None takes probabilities in [0, 1], got values from {low:g} to {high:g}; "
+                'for logits use activation="sigmoid" or "softmax"'
+            )
+
+
+def _range(target: Tensor, ignore_index: int | None) -> tuple[float, float]:
+    """The least and the greatest value that is not ignored; (0, 0) where all is ignored."""
+    if target.dtype == torch.bool:
+        return 0.0, 1.0
+    low, high = (float(v) for v in torch.aminmax(target))
+    # The second, masked pass is only needed where an ignored value (or NaN) stands at an end of the range.
+    if ignore_index is not None and (low == ignore_index or high == ignore_index or low != low):
+        kept = target[(target != ignore_index)]
+        return (float(kept.min()), float(kept.max())) if kept.numel() else (0.0, 0.0)
+    return low, high

@@ -1,0 +1,144 @@
+"""Metrics: torchmetrics shells over the same sums and formulas as the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_dice.functional import AbsentPolicy, AbsentRule, dice_score, hard_sums
+from lightning_dice.kernels import Activation, OverlapSums
+from lightning_dice.settings import class_indices, kept_classes, one_of, smooth_pair
+
+MetricPool = Literal["image", "dataset"]
+Average = Literal["macro", "none"]
+
+# A score is kept as an integer number of 2^-40: integers add up the same in any order and on any number of
+# processes, and every device has them. 2^22 cases fit.
+_UNIT = 2**40
+
+
+class DiceScore(Metric):
+    r"""Dice score of hard predictions, :math:`2|P \cap T| / (|P| + |T|)`, for binary, multilabel and multiclass tasks.
+
+    A class's score is its mean over the cases that have it; the macro average is the mean over the classes that have
+    a score. A class absent from a case's prediction and target has no score there; predicted but absent from the
+    target, it scores 0. The state is a few numbers for each class, however many cases there are.
+
+    Args:
+        num_classes: channels of the logits: 1 for a binary task.
+        activation: `"sigmoid"`: one 0/1 plane for each class, which may overlap; `"softmax"`: class ids;
+            `None`: as `"sigmoid"`, for probabilities.
+        threshold: a probability in (0, 1), above which a pixel is foreground; has no part in `"softmax"`.
+        smooth: in pixels, as in `DiceLoss`, but 0 by default.
+        pool: `"image"`: each case has its own score, and cases are averaged; `"dataset"`: all cases share one ratio.
+        exclude_classes: indices of classes that do not count, such as `[0]` for the background.
+        ignore_index: pixels whose target holds this value do not count.
+        absent: what a class counts that the target does not have, see `lightning_dice.functional.AbsentPolicy`.
+        average: `"macro"`: one number; `"none"`: `(classes,)`, NaN for a class that is excluded or was never seen.
+        kwargs: as for any `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: a setting outside its range; in an update, a shape that does not fit or, on the CPU, a value that
+            has no meaning.
+
+    >>> score = DiceScore(num_classes=3, activation="softmax", exclude_classes=[0], average="none")
+    >>> logits = torch.eye(3)[torch.tensor([[0, 1, 1, 0]])].movedim(-1, 1)
+    >>> score.update(logits, torch.tensor([[0, 1, 0, 0]]))
+    >>> score.compute()
+    tensor([   nan, 0.6667,    nan])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    total: Tensor
+    cases: Tensor
+    overlap: Tensor
+    predicted: Tensor
+    actual: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        num_classes: int = 1,
+        *,
+        activation: Activation = "sigmoid",
+        threshold: float = 0.5,
+        smooth: float | Sequence[float] = 0.0,
+        pool: MetricPool = "image",
+        exclude_classes: Iterable[int] = (),
+        ignore_index: int | None = None,
+        absent: AbsentRule | AbsentPolicy = "smooth",
+        average: Average = "macro",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
+        self.num_classes = num_classes
+        self.activation: Activation = one_of("activation", activation, ("sigmoid", "softmax", None))
+        self.threshold = threshold
+        self.smooth = smooth_pair(smooth)
+        self.pool: MetricPool = one_of("pool", pool, MetricPool)
+        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
+        self.ignore_index = ignore_index
+        self.absent = absent if isinstance(absent, AbsentPolicy) else AbsentPolicy(absent)
+        self.average: Average = one_of("average", average, Average)
+        kept_classes(num_classes, self.exclude_classes)
+        states = ("total", "cases") if pool == "image" else ("overlap", "predicted", "actual", "count")
+        for state in states:
+            self.add_state(state, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            preds: logits `(batch, classes, *space)`, floating point.
+            target: `"softmax"`: class ids `(batch, *space)`; else planes `(batch, classes, *space)`.
+        """
+        if preds.ndim < 2 or preds.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits must have the shape (batch, {self.num_classes}, *space) for num_classes={self.num_classes}, "
+                f"got {tuple(preds.shape)}"
+            )
+        sums = hard_sums(
+            preds,
+            target,
+            activation=self.activation,
+            threshold=self.threshold,
+            ignore_index=self.ignore_index,
+        )
+        if self.pool == "dataset":
+            self.overlap += sums.overlap.sum(0)
+            self.predicted += sums.predicted.sum(0)
+            self.actual += sums.actual.sum(0)
+            self.count += sums.count.sum(0)
+        else:
+            score = dice_score(sums, self.smooth)
+            kept = self.absent.kept(score, sums)
+            self.total += (score.where(kept, 0.0) * _UNIT).round().long().sum(0)
+            self.cases += kept.sum(0)
+
+    def compute(self) -> Tensor:
+        """The score, float32: a scalar, or `(classes,)` with `average="none"`."""
+        if self.pool == "dataset":
+            sums = OverlapSums(*(s.unsqueeze(0) for s in (self.overlap, self.predicted, self.actual, self.count)))
+            pooled = dice_score(sums, self.smooth)
+            score = pooled.where(self.absent.kept(pooled, sums), torch.nan).squeeze(0)
+        else:
+            wide = torch.float32 if self.total.device.type == "mps" else torch.float64
+            # 0/0 for a class that was never seen is the NaN it should be.
+            score = self.total.to(wide) / _UNIT / self.cases
+        score = score.float()
+        excluded = torch.tensor(self.exclude_classes, dtype=torch.long, device=score.device)
+        score = score.index_fill(0, excluded, torch.nan)
+        return score if self.average == "none" else score.nanmean()

@@ -1,0 +1,220 @@
+"""The LightningModule that joins a network, a loss and metrics, and knows no concrete one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
+
+from lightning_dice.functional import hard_prediction, pad_to_multiple, read_logits
+from lightning_dice.functional.outputs import crop_to, resize_to
+from lightning_dice.losses import DiceLoss
+from lightning_dice.metrics import DiceScore
+
+Stage = Literal["train", "val", "test"]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class SegmentationModule(L.LightningModule):
+    """Trains any segmentation network on any loss of logits and target.
+
+    Made to be subclassed: override `configure_optimizers`, `training_step`, `predict_step` or nothing.
+
+    It logs `train/loss`, `val/loss` and `test/loss`, each a mean over the epoch's images, and for each metric its
+    value over the epoch: `val/dice`, say, for a metric named `dice`. A metric that returns one value for each of
+    several classes is logged as the mean over those that have one, and each as `val/dice/<class name>`.
+
+    Args:
+        net: takes images `(batch, channels, *space)` and returns logits `(batch, classes, *space)`: as a tensor, a
+            mapping with `out` or `logits`, an object with `.logits`, or a list, finest first (deep supervision: in
+            training the losses of the levels are added with weights 1, 1/2, 1/4 ..., normalized). Logits smaller than
+            the image are resized.
+        loss: a module called with `(logits, mask)`; `DiceLoss()` by default.
+        metrics: a metric, which is then named `dice`, or named metrics, updated with `(logits, mask)`;
+            `DiceScore(average="none")` by default, which is for one channel.
+        optimizer: called with the parameters; AdamW with a rate of 1e-3 by default.
+        scheduler: called with the optimizer; none by default.
+        class_names: a name for each channel of the logits, for logging; `class 0`, `class 1` ... by default.
+        activation: `"sigmoid"` or `"softmax"`, by which `predict_step` makes masks; the loss's by default.
+        threshold: a probability, above which `predict_step` calls a pixel foreground; not for softmax.
+        divisor: images are padded to multiples of it, in pixels, before the network, and logits are cropped afterwards:
+            the stride of the network's coarsest features.
+        interval: when the scheduler steps: `"epoch"` or `"step"`.
+        monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
+
+    Batches: a `lightning_dice.data.Batch`, a pair or triple `(image, mask[, case])`, or a mapping with these keys.
+
+    >>> module = SegmentationModule(nn.Conv2d(3, 1, 1))
+    >>> module(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: nn.Module | None = None,
+        metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        activation: Literal["sigmoid", "softmax"] | None = None,
+        threshold: float = 0.5,
+        divisor: int = 1,
+        interval: Literal["epoch", "step"] = "epoch",
+        monitor: str = "val/dice",
+    ) -> None:
+        super().__init__()
+        if divisor < 1:
+            raise ValueError(f"divisor must be an integer >= 1, got {divisor!r}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
+        self.net = net
+        self.loss = loss if loss is not None else DiceLoss()
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.activation = activation
+        self.threshold = threshold
+        self.divisor = divisor
+        self.interval = interval
+        self.monitor = monitor
+        if metrics is None:
+            metrics = DiceScore(average="none")
+        if isinstance(metrics, Metric):
+            metrics = {"dice": metrics}
+        collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection(dict(metrics))
+        self.train_metrics = collection.clone(prefix="train/")
+        self.val_metrics = collection.clone(prefix="val/")
+        self.test_metrics = collection.clone(prefix="test/")
+
+    def levels(self, image: Tensor) -> list[Tensor]:
+        """Logits of every output of the network, finest first, each at the image's size."""
+        space = tuple(image.shape[2:])
+        padded = pad_to_multiple(image, self.divisor)
+        padded_space = tuple(padded.shape[2:])
+        return [crop_to(resize_to(logits, padded_space), space) for logits in read_logits(self.net(padded))]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits `(batch, classes, *space)` of images `(batch, channels, *space)`."""
+        return self.levels(image)[0]
+
+    def shared_step(self, batch: Any, stage: Stage) -> dict[str, Tensor]:
+        """Loss and logits of a batch; counts and logs both. What the training, validation and test steps call."""
+        image, mask, _ = read_batch(batch)
+        levels = self.levels(image)
+        if stage != "train":
+            levels = levels[:1]
+        weights = [0.5**level for level in range(len(levels))]
+        terms = [weight * self.loss(logits, mask) for weight, logits in zip(weights, levels, strict=True)]
+        loss = torch.stack(terms).sum() / sum(weights)
+        logits = levels[0].detach()
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=stage != "train")
+        if stage == "train":
+            values = self.train_metrics(logits, mask)
+            running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}
+            self.log_dict({"loss": loss.detach(), **running}, prog_bar=True, logger=False)
+        else:
+            self._metrics(stage).update(logits, mask)
+        return {"loss": loss, "logits": logits}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of a batch."""
+        return self.shared_step(batch, "train")["loss"]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """`{"loss", "logits"}` of a batch, for callbacks."""
+        return self.shared_step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """`{"loss", "logits"}` of a batch, for callbacks."""
+        return self.shared_step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Any:
+        """Masks of a batch of images: class ids `(batch, *space)` (softmax) or bool planes `(batch, classes, *space)`.
+
+        Args:
+            batch: as in training, or just the images.
+            batch_idx: not used.
+        """
+        image = batch if isinstance(batch, Tensor) else read_batch(batch)[0]
+        return hard_prediction(self(image), activation=self._activation(), threshold=self.threshold)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's metrics."""
+        self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics over the test set."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, where there is one, the scheduler."""
+        make = self.optimizer if self.optimizer is not None else lambda params: torch.optim.AdamW(params, lr=1e-3)
+        optimizer = make(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if self.scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": self.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _activation(self) -> Literal["sigmoid", "softmax"]:
+        activation = self.activation or getattr(self.loss, "activation", None)
+        if activation not in ("sigmoid", "softmax"):
+            raise ValueError(
+                'activation must be "sigmoid" or "softmax" to make masks of logits, and the loss does not tell which: '
+                f'SegmentationModule(..., activation="softmax"); got {activation!r}'
+            )
+        return activation
+
+    def _metrics(self, stage: Stage) -> MetricCollection:
+        return {"train": self.train_metrics, "val": self.val_metrics, "test": self.test_metrics}[stage]
+
+    def _log_metrics(self, stage: Stage) -> None:
+        metrics = self._metrics(stage)
+        for name, value in metrics.compute().items():
+            # A metric's value is the same on every rank; said again so that Lightning need not warn.
+            self.log(name, _mean(value), prog_bar=stage == "val", sync_dist=True)
+            if value.ndim == 1:
+                for class_name, score in zip(self._names(value.numel()), value, strict=True):
+                    if not score.isnan():
+                        self.log(f"{name}/{class_name}", score, sync_dist=True)
+        metrics.reset()
+
+    def _names(self, classes: int) -> list[str]:
+        names = self.class_names or [f"class {index}" for index in range(classes)]
+        if len(names) != classes:
+            raise ValueError(f"class_names must name each of the {classes} classes, got {names}")
+        return names
+
+
+def _mean(value: Tensor) -> Tensor:
+    return value.float().nanmean()
+
+
+def read_batch(batch: Any) -> tuple[Tensor, Tensor, Any]:
+    """Image, mask and case of a batch in any of the usual forms; the case is `None` where there is none.
+
+    Raises:
+        ValueError: a form that is not known.
+
+    >>> image, mask, case = read_batch({"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 4, 4)})
+    >>> case is None
+    True
+    """
+    if isinstance(batch, Mapping) and "image" in batch and "mask" in batch:
+        return batch["image"], batch["mask"], batch.get("case")
+    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+    came = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise ValueError(f"a batch must be (image, mask[, case]) or a mapping with image and mask, got {came}")

@@ -1,0 +1,60 @@
+"""Checks of settings that losses and metrics share, made once, in their constructors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+
+def one_of(name: str, value: Any, choices: Any) -> Any:
+    """`value`, if it is one of a tuple of choices or of a `Literal`'s."""
+    allowed = choices if isinstance(choices, tuple) else get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def smooth_pair(smooth: float | Sequence[float]) -> tuple[float, float]:
+    """`smooth` as (numerator, denominator), in pixels."""
+    pair = tuple(smooth) if isinstance(smooth, Sequence) and not isinstance(smooth, str) else (smooth, smooth)
+    if len(pair) != 2 or not all(isinstance(s, (int, float)) and math.isfinite(s) and s >= 0 for s in pair):
+        raise ValueError(f"smooth must be a number of pixels >= 0, or a pair of them, got {smooth!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
+    """Distinct class indices >= 0, as a tuple."""
+    if isinstance(indices, (int, str)):
+        raise ValueError(f"{name} must be a list of class indices such as [0], got {indices!r}")
+    given = tuple(indices)
+    if not all(isinstance(i, int) and i >= 0 for i in given) or len(set(given)) != len(given):
+        raise ValueError(f"{name} must hold distinct class indices >= 0, got {list(given)}")
+    return given
+
+
+def class_weights_tensor(weights: Iterable[float] | Tensor | None) -> Tensor | None:
+    """One finite weight >= 0 for each class, not all 0, as float32 `(classes,)`."""
+    if weights is None:
+        return None
+    tensor = torch.as_tensor(list(weights) if not isinstance(weights, Tensor) else weights, dtype=torch.float32)
+    if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()) or not tensor.any():
+        raise ValueError(f"class_weights must be one finite number >= 0 for each class, not all 0, got {weights!r}")
+    return tensor.clone()
+
+
+def kept_classes(classes: int, excluded: tuple[int, ...]) -> list[int]:
+    """The indices of the classes that are not left out.
+
+    Raises:
+        ValueError: a class that is not there is left out, or none would be left.
+    """
+    if any(index >= classes for index in excluded):
+        raise ValueError(f"exclude_classes must name classes from 0 to {classes - 1}, got {list(excluded)}")
+    kept = [index for index in range(classes) if index not in excluded]
+    if not kept:
+        raise ValueError(f"exclude_classes leaves no class: all {classes} are left out")
+    return kept

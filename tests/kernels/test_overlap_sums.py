@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from definitions import plain_sums, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dice.kernels import OverlapSums, check_values, overlap_sums
+
+NAMES = [field.name for field in fields(OverlapSums)]
+
+
+def assert_equal_to_definition(logits, target, **options):
+    sums = overlap_sums(logits, target, nll=True, absent_nll=True, **options)
+    expected = plain_sums(logits, target, **options)
+    for name in NAMES:
+        values = torch.tensor([[entry.total(name) for entry in row] for row in expected], dtype=torch.float64)
+        torch.testing.assert_close(getattr(sums, name), values, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("space", [(7,), (5, 4), (3, 2, 4), (1, 1)], ids=["1d", "2d", "3d", "one-pixel"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])
+@pytest.mark.parametrize("squared", [False, True], ids=["linear", "squared"])
+def test_equals_the_definition(space, activation, soft, ignored, squared):
+    logits, target = random_case(1, activation=activation, space=space, soft=soft, ignored=ignored)
+    assert_equal_to_definition(
+        logits, target, activation=activation, ignore_index=255 if ignored else None, squared=squared
+    )
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("by_class", [False, True], ids=["pixel", "pixel-and-class"])
+def test_pixel_weights(activation, by_class):
+    logits, target = random_case(2, activation=activation, ignored=True)
+    weight = torch.rand(logits.shape if by_class else logits[:, 0].shape, dtype=torch.float64)
+    assert_equal_to_definition(logits, target, activation=activation, ignore_index=255, weight=weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 6),
+    space=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    activation=st.sampled_from(["sigmoid", "softmax", None]),
+    soft=st.booleans(),
+    ignored=st.booleans(),
+)
+def test_equals_the_definition_on_any_shape(seed, batch, classes, space, activation, soft, ignored):
+    logits, target = random_case(
+        seed, activation=activation, batch=batch, classes=classes, space=space, soft=soft, ignored=ignored
+    )
+    assert_equal_to_definition(logits, target, activation=activation, ignore_index=255)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_gradients_once_and_twice(activation, soft):
+    logits, target = random_case(3, activation=activation, soft=soft, space=(3, 2), ignored=True)
+
+    def totals(z):
+        sums = overlap_sums(z, target, activation=activation, ignore_index=255, squared=True, nll=True, absent_nll=True)
+        return torch.stack(sums.fields)
+
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(totals, logits)
+    assert torch.autograd.gradgradcheck(totals, logits)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+def test_ignored_pixels_may_hold_anything(activation):
+    logits, target = random_case(4, activation=activation, ignored=True)
+    ignored = target == 255
+    ignored = ignored.unsqueeze(1).expand_as(logits) if activation == "softmax" else ignored
+    poisoned = logits.masked_fill(ignored, math.nan).requires_grad_()
+    options = {"activation": activation, "ignore_index": 255, "nll": True, "absent_nll": True}
+    clean, dirty = overlap_sums(logits, target, **options), overlap_sums(poisoned, target, **options)
+    torch.testing.assert_close(torch.stack(dirty.fields), torch.stack(clean.fields), rtol=0, atol=0)
+    torch.stack(dirty.fields).sum().backward()
+    assert poisoned.grad.isfinite().all()
+    assert (poisoned.grad[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_saturated_logits_stay_finite(activation, dtype):
+    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]]).to(dtype).requires_grad_()
+    target = torch.tensor([[1, 0]]) if activation == "softmax" else torch.tensor([[[0, 1], [1, 0]]])
+    sums = overlap_sums(logits, target, activation=activation, nll=True, absent_nll=True)
+    torch.stack(sums.fields).sum().backward()
+    assert torch.stack(sums.fields).isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert float(sums.nll.sum().detach()) > 1e4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ten_million_pixels_and_a_hundred_of_foreground(dtype):
+    logits = torch.full((1, 1, 10_000_000), -7.0, dtype=dtype)
+    logits[..., :100] = 3.0
+    target = torch.zeros_like(logits, dtype=torch.uint8)
+    target[..., :100] = 1
+    sums = overlap_sums(logits, target)
+    p_back, p_front = (1 / (1 + math.exp(-z)) for z in (-7.0, 3.0))
+    assert sums.count.item() == 10_000_000
+    # All pixels share one p, so its own rounding to float32 (6e-8 and the error of exp) does not average out.
+    assert sums.predicted.item() == pytest.approx((10_000_000 - 100) * p_back + 100 * p_front, rel=3e-7)
+    assert sums.overlap.item() == pytest.approx(100 * p_front, rel=3e-7)
+
+
+def test_counts_of_ids_do_not_stop_at_2_to_the_24():
+    size = 2**24 + 3
+    sums = overlap_sums(torch.zeros(1, 2, size), torch.zeros(1, size, dtype=torch.uint8), activation="softmax")
+    assert sums.actual[0, 0].item() == size
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_any_integer_dtype(dtype):
+    logits, target = random_case(5, activation="softmax")
+    expected = overlap_sums(logits, target, activation="softmax")
+    sums = overlap_sums(logits, target.to(dtype), activation="softmax")
+    torch.testing.assert_close(sums.overlap, expected.overlap)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.float32])
+def test_planes_of_any_dtype(dtype):
+    logits, target = random_case(6, activation="sigmoid")
+    expected = overlap_sums(logits, target)
+    torch.testing.assert_close(overlap_sums(logits, target.to(dtype)).actual, expected.actual)
+
+
+def test_memory_formats_and_strides():
+    logits, target = random_case(7, activation="softmax", space=(6, 8))
+    expected = overlap_sums(logits, target, activation="softmax")
+    for other in (logits.contiguous(memory_format=torch.channels_last), logits.mT.contiguous().mT):
+        assert not other.is_contiguous()
+        torch.testing.assert_close(overlap_sums(other, target, activation="softmax").overlap, expected.overlap)
+
+
+def test_autocast_changes_nothing():
+    logits, target = random_case(8, activation=None, dtype=torch.float32)
+    expected = overlap_sums(logits, target, activation=None, nll=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = overlap_sums(logits, target, activation=None, nll=True)
+    torch.testing.assert_close(sums.nll, expected.nll, rtol=0, atol=0)
+
+
+def test_an_empty_batch():
+    sums = overlap_sums(torch.zeros(0, 2, 4), torch.zeros(0, 4, dtype=torch.long), activation="softmax", nll=True)
+    assert all(field.shape == (0, 2) for field in sums.fields)
+
+
+Z2 = torch.zeros(2, 1, 4, 6)
+Z3 = torch.zeros(2, 3, 4, 6)
+IDS = torch.zeros(2, 4, 6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "message"),
+    [
+        (Z2, IDS, {}, r"shape of logits, \(2, 1, 4, 6\), got \(2, 4, 6\); .*unsqueeze"),
+        (Z2, torch.zeros(1, 1, 4, 6), {}, r"shape of logits, \(2, 1, 4, 6\), got \(1, 1, 4, 6\)"),
+        (Z2, torch.zeros(2, 1, 6, 4), {}, r"got \(2, 1, 6, 4\)"),
+        (Z3, torch.zeros(2, 1, 4, 6), {}, r"got \(2, 1, 4, 6\)"),
+        (Z3, IDS, {}, r"shape of logits, \(2, 3, 4, 6\), got \(2, 4, 6\)"),
+        (Z3, IDS[:, None], {"activation": "softmax"}, r"class ids .*\(2, 4, 6\).*got \(2, 1, 4, 6\); .*squeeze"),
+        (Z3, IDS[:1], {"activation": "softmax"}, r"got \(1, 4, 6\)"),
+        (Z3, IDS.mT, {"activation": "softmax"}, r"got \(2, 6, 4\)"),
+        (Z3, IDS.float(), {"activation": "softmax"}, "integer dtype, got torch.float32"),
+        (Z2, IDS, {"activation": "softmax"}, "at least 2 classes, logits have 1.*sigmoid"),
+        (Z3.long(), IDS, {"activation": "softmax"}, "floating point, got torch.int64"),
+        (Z3, IDS, {"activation": "tanh"}, "activation must be"),
+        (torch.zeros(3), torch.zeros(3), {}, r"\(batch, classes, \*space\), got \(3,\)"),
+        (Z3, IDS, {"activation": "softmax", "weight": torch.ones(2, 1, 4, 6)}, "weight must have the shape"),
+        (Z3, IDS, {"activation": "softmax", "weight": torch.ones(2, 4, 6, dtype=torch.long)}, "weight must be float"),
+    ],
+)
+def test_refuses_what_would_broadcast(logits, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        overlap_sums(logits, target, **options)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "message"),
+    [
+        (Z2, Z2.to(torch.uint8) + 255, {}, r"lie in \[0, 1\], got values from 255 to 255"),
+        (Z2, torch.tensor([0, 255] * 24).view(2, 1, 4, 6), {}, r"0 to 255; .*target == 255"),
+        (Z2, Z2 - 0.5, {}, r"lie in \[0, 1\], got values from -0.5"),
+        (Z2, Z2 + torch.nan, {}, r"lie in \[0, 1\], got values from nan"),
+        (Z3, IDS + 3, {"activation": "softmax"}, "class ids from 0 to 2, got values from 3 to 3"),
+        (Z3, IDS - 1, {"activation": "softmax"}, "class ids from 0 to 2, got values from -1 to -1"),
+        (Z3, IDS + 7, {"activation": "softmax", "ignore_index": 255}, r"from 0 to 2 \(ignored: 255\), got"),
+        (Z3 + 2, IDS, {"activation": None}, r"probabilities in \[0, 1\], got values from 2 to 2; for logits"),
+    ],
+)
+def test_refuses_values_without_a_meaning(logits, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        overlap_sums(logits, target, **options)
+
+
+def test_ignored_values_are_not_checked():
+    options = {"activation": "softmax", "ignore_index": 255}
+    check_values(Z3, torch.where(torch.rand(IDS.shape) < 0.5, 255, 1), **options)
+    check_values(Z3, torch.full_like(IDS, 255), **options)
+    check_values(Z3, IDS - 1, activation="softmax", ignore_index=-1)
