@@ -1,0 +1,382 @@
+"""From a source of cases to batches: augmentation, sampling, workers."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast, get_args
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torchvision import tv_tensors
+
+from lightning_dice.data.batch import Batch, Sample
+from lightning_dice.data.source import Cases, DataError, Source, Split
+
+Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
+Normalize = Callable[[Tensor], Tensor]
+
+# Which splits a stage of the Trainer reads.
+STAGES: dict[str | None, tuple[Split, ...]] = {
+    None: get_args(Split),
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+
+
+class SegmentationData(lightning.LightningDataModule):
+    """Batches for training and evaluation from any `Source`, with a Trainer or without one.
+
+    **Training.** Each case goes through `augment`, then `normalize`; batches are shuffled anew in each epoch and all
+    of one length, the last few cases of an epoch being left out. The order and every random choice of `augment`
+    follow from the global seed (`lightning.seed_everything`, `torch.manual_seed`), the epoch and the case: they are the
+    same with any number of workers, and n processes with a batch of b see together what one with n·b sees.
+
+    **Evaluation.** Whole images, each at its own size: a batch holds consecutive cases of one size, so nothing is
+    padded and no score depends on its neighbours. Several processes share the cases among them, each of
+    which is seen exactly once; the last batches may be shorter.
+
+    **Padding.** Inside `augment` a mask holds 1 + label, and 0 where the label is `ignore_index`. Geometric transforms
+    fill with 0 what lies outside the image, in crops, rotations and shifts alike, and these pixels come out as
+    ignored instead of as background. With `ignore_index=None` nothing is shifted, and they become label 0.
+
+    The samplers share the work out by themselves, so the Trainer's `use_distributed_sampler` may have either value.
+
+    Args:
+        source: where the cases come from.
+        batch_size: cases in a training batch, in each process.
+        num_workers: processes that load data, for each loader; `None`: one less than the cores available to each
+            training process, at most 8.
+        augment: takes an image (`tv_tensors.Image`, `(channels, *space)`) and a mask (`tv_tensors.Mask`, int32, with or
+            without planes) and returns both, as `torchvision.transforms.v2.Compose` does; applied in training alone.
+        normalize: takes the image as a plain tensor and returns it; applied everywhere.
+        ignore_index: the label of pixels to be ignored.
+        eval_batch_size: cases in a batch for validation, test and prediction; `None`: `batch_size`.
+        pin_memory: copy batches to page-locked memory; `None`: if the Trainer uses a CUDA GPU.
+
+    Attributes:
+        report: what `source.check()` found, once `prepare_data` has run; before, `None`.
+
+    Raises:
+        ValueError: for a setting out of its range.
+        DataError: by `prepare_data` and `setup` for a split with too few cases; by a training loader for images that
+            cannot be stacked.
+
+    >>> from lightning_dice.data.synthetic import SyntheticSource
+    >>> data = SegmentationData(SyntheticSource(size=(32, 32), cases=(8, 3, 0)), batch_size=2, num_workers=0)
+    >>> data.prepare_data()
+    >>> data.setup()
+    >>> [len(batch.case) for batch in data.train_dataloader()]
+    [2, 2, 2, 2]
+    >>> [batch.case for batch in data.val_dataloader()]
+    [['val-0000', 'val-0001'], ['val-0002']]
+    >>> data.test_dataloader()
+    []
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int = 8,
+        num_workers: int | None = None,
+        augment: Augment | None = None,
+        normalize: Normalize | None = None,
+        ignore_index: int | None = None,
+        eval_batch_size: int | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            optional = "" if name == "batch_size" else "None or "
+            if not (value is None and optional) and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be {optional}an integer of at least {least}, got {value!r}")
+        for name, function in (("augment", augment), ("normalize", normalize)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be None or callable, got {function!r}")
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.augment = augment
+        self.normalize = normalize
+        self.ignore_index = ignore_index
+        self.pin_memory = pin_memory
+        self.report: str | None = None
+        self._cases: dict[Split, Cases | None] = {}
+        self._train_sampler: _TrainSampler | None = None
+
+    def prepare_data(self) -> None:
+        """Check the source and show what was found; once, however often it is called.
+
+        Raises:
+            DataError: what the source found wrong.
+            DataError: if the training split is smaller than one batch.
+        """
+        if self.report is not None:
+            return
+        report = self.source.check()
+        if (train := self.source.split("train")) is not None:
+            self._check_train(train)
+        self.report = report
+        rank_zero_info(report)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the splits that a stage reads: `"fit"`, `"validate"`, `"test"`, `"predict"`, or all of them.
+
+        Raises:
+            DataError: if a split has too few cases for the batch size or the number of processes.
+        """
+        for name in STAGES[stage]:
+            cases = self.source.split(name)
+            if cases is None:
+                if stage is not None and name == STAGES[stage][0]:
+                    raise DataError(f"the data has no {name} split, which {stage} needs")
+            elif name == "train":
+                self._check_train(cases)
+            elif len(cases) < (world := self._world()[0]):
+                raise DataError(
+                    f"every process needs a case, but the {name} split has {len(cases)} for {world} processes: "
+                    f"add cases, or set trainer.devices={len(cases)}"
+                )
+            self._cases[name] = cases
+        self._train_sampler = None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Augmented, shuffled batches of `batch_size`."""
+        cases = self._split("train")
+        if cases is None:
+            raise DataError("the data has no train split")
+        if self._train_sampler is None:
+            # A loader made anew for each epoch goes on where the last one stopped.
+            self._train_sampler = _TrainSampler(cases, *self._world(), seed=self._seed())
+        return self._loader(
+            _TrainItems(cases, self._prepare(self.augment)),
+            sampler=self._train_sampler,
+            batch_size=self.batch_size,
+            drop_last=True,  # batch normalization fails on a single image, and weighs few ones too much
+            collate_fn=_stack,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Whole images of the validation split; an empty list if there is none."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Whole images of the test split; an empty list if there is none."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Whole images of the test split; an empty list if there is none."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, name: Split) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        cases = self._split(name)
+        if cases is None:
+            return []
+        # The sampler yields whole batches and the data set stacks them. Lightning would replace a `batch_sampler`
+        # with one that pads the last batches with duplicates.
+        return self._loader(
+            _EvalBatches(cases, self._prepare(None)),
+            sampler=_EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
+            batch_size=None,
+            collate_fn=_unchanged,
+        )
+
+    def _split(self, name: Split) -> Cases | None:
+        if name not in self._cases:
+            raise RuntimeError(f"the {name} split is not open: call setup() first")
+        return self._cases[name]
+
+    def _prepare(self, augment: Augment | None) -> Callable[[Sample], Sample]:
+        return partial(_prepared, augment=augment, normalize=self.normalize, ignore_index=self.ignore_index)
+
+    def _loader(self, dataset: Dataset[Any], **settings: Any) -> DataLoader[Batch]:
+        workers = self._workers()
+        pin_memory = self.pin_memory
+        if pin_memory is None:
+            pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory, **settings
+        )
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = self.trainer.num_devices if self.trainer is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return max(0, min(8, cores // processes - 1))
+
+    def _world(self) -> tuple[int, int]:
+        """How many processes share the data, and which of them this is."""
+        if self.trainer is not None:
+            # The strategy knows which processes see different data; with a model split over GPUs not all of them do.
+            shares = self.trainer.distributed_sampler_kwargs or {}
+            return shares.get("num_replicas", 1), shares.get("rank", 0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    def _seed(self) -> int:
+        """The seed last given to torch, of the first process: without one, each process has another."""
+        seed = [torch.initial_seed()]
+        if self.trainer is not None:
+            return self.trainer.strategy.broadcast(seed[0])
+        if self._world()[0] > 1:
+            torch.distributed.broadcast_object_list(seed)
+        return seed[0]
+
+    def _check_train(self, cases: Cases) -> None:
+        world = self._world()[0]
+        if (share := len(cases) // world) >= self.batch_size:
+            return
+        remedy = f"data.batch_size={share}" if share else f"trainer.devices={len(cases)} and data.batch_size=1"
+        processes = f" for each of {world} processes" if world > 1 else ""
+        number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
+        raise DataError(
+            f"the train split must hold at least one batch of {self.batch_size}{processes}, got {number}: "
+            f"add cases, or set {remedy}"
+        )
+
+
+class _TrainSampler(DistributedSampler[tuple[int, int]]):
+    """Pairs of an index and a seed for its augmentation; process r of n takes every n-th, from the r-th on.
+
+    It is a `DistributedSampler`, which Lightning leaves in its place, even for one process.
+    """
+
+    def __init__(self, cases: Cases, world: int, rank: int, *, seed: int) -> None:
+        super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, drop_last=True)
+        self.cases = len(cases)
+        self.entropy = seed
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Hashed, as the sum of seed and epoch would give run 1 the order of run 0, one epoch on.
+        words = np.random.SeedSequence([self.entropy, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(words[0]))
+        order = torch.randperm(self.cases, generator=generator).tolist()
+        seeds = torch.randint(2**32, (self.cases,), generator=generator).tolist()
+        # A Trainer sets the epoch itself; a bare loop has nobody who would.
+        self.epoch += 1
+        mine = range(self.rank, self.total_size, self.num_replicas)
+        return iter([(order[i], seeds[i]) for i in mine])
+
+
+class _EvalSampler(DistributedSampler[list[int]]):
+    """Batches of consecutive cases of one size; each process takes its own stretch of the cases, none twice."""
+
+    def __init__(self, cases: Cases, world: int, rank: int, *, batch_size: int) -> None:
+        super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, shuffle=False)
+        self.batches: list[list[int]] = []
+        sizes = cases.sizes
+        for i in range(rank * len(cases) // world, (rank + 1) * len(cases) // world):
+            last = self.batches[-1] if self.batches else None
+            if last and len(last) < batch_size and sizes[i] == sizes[last[0]]:
+                last.append(i)
+            else:
+                self.batches.append([i])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _prepared(sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None) -> Sample:
+    image, mask, case = sample
+    if augment is not None:
+        image, mask = _augmented(augment, image, mask, ignore_index)
+    if normalize is not None:
+        image = normalize(image)
+    return Sample(image, mask, case)
+
+
+def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    # int32 holds 1 + any label, and torchvision's detour over float32 is exact up to 2**24.
+    shifted = mask.to(torch.int32)
+    if ignore_index is not None:
+        shifted = (shifted + 1).masked_fill(shifted == ignore_index, 0)
+    image, shifted = augment(tv_tensors.Image(image), tv_tensors.Mask(shifted))
+    image, shifted = image.as_subclass(Tensor), shifted.as_subclass(Tensor)
+    if ignore_index is None:
+        return image, shifted.to(mask.dtype)
+    limits = torch.iinfo(mask.dtype)
+    dtype = mask.dtype if limits.min <= ignore_index <= limits.max else torch.int64
+    return image, (shifted - 1).masked_fill(shifted == 0, ignore_index).to(dtype)
+
+
+class _TrainItems(Dataset[Sample]):
+    def __init__(self, cases: Cases, prepare: Callable[[Sample], Sample]) -> None:
+        self.cases = cases
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        if isinstance(key, int):  # from a sampler of Lightning's, which puts one in to overfit a few batches
+            return self.prepare(self.cases[key])
+        index, seed = key
+        sample = self.cases[index]
+        with _seeded(seed):
+            return self.prepare(sample)
+
+
+class _EvalBatches(Dataset[Batch]):
+    def __init__(self, cases: Cases, prepare: Callable[[Sample], Sample]) -> None:
+        self.cases = cases
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: int | list[int]) -> Batch:
+        return _stack([self.prepare(self.cases[i]) for i in ([key] if isinstance(key, int) else key)])
+
+
+def _stack(samples: Sequence[Sample]) -> Batch:
+    shapes = {tuple(s.image.shape) for s in samples}
+    if len(shapes) > 1:
+        found = ", ".join(f"{s.case}: {'x'.join(map(str, s.image.shape[1:]))}" for s in samples)
+        raise DataError(
+            f"the images of a training batch must share one size, got {found}: crop them to one (data.size=[256,256]), "
+            f"or set data.batch_size=1"
+        )
+    return Batch(
+        default_collate([s.image for s in samples]),
+        default_collate([s.mask for s in samples]),
+        [s.case for s in samples],
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed what augmentations draw from, and put it back: without workers it is the training's own."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
