@@ -1,0 +1,51 @@
+"""Trainer hooks: pictures, tables and guards."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_dice.callbacks.cases import CaseTable
+    from lightning_dice.callbacks.checks import InputCheck
+    from lightning_dice.callbacks.history import History
+    from lightning_dice.callbacks.interrupt import SaveOnInterrupt, honest_exit
+    from lightning_dice.callbacks.loggers import log_picture
+    from lightning_dice.callbacks.overlays import Overlays
+    from lightning_dice.callbacks.progress import ProgressBar
+    from lightning_dice.callbacks.summary import summary_table
+
+# Imported on first use: Lightning alone takes seconds.
+_MODULES = {
+    "CaseTable": "cases",
+    "History": "history",
+    "InputCheck": "checks",
+    "Overlays": "overlays",
+    "ProgressBar": "progress",
+    "SaveOnInterrupt": "interrupt",
+    "honest_exit": "interrupt",
+    "log_picture": "loggers",
+    "summary_table": "summary",
+}
+
+__all__ = [
+    "CaseTable",
+    "History",
+    "InputCheck",
+    "Overlays",
+    "ProgressBar",
+    "SaveOnInterrupt",
+    "honest_exit",
+    "log_picture",
+    "summary_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,228 @@
+"""The cases to look at: the worst ones first."""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import insort
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_dice.callbacks.colors import class_colors
+from lightning_dice.callbacks.loggers import log_picture
+from lightning_dice.callbacks.records import Record, make_record
+from lightning_dice.callbacks.scores import Activation, evaluated_split, gather, score_cases, step_logits
+from lightning_dice.data.batch import Batch
+
+# The typical cases are found without keeping all of them: among some drawn at random, for data in an order of their
+# scores, and some that were next to the median of the cases so far, for all other data.
+POOL = 12
+
+
+class Overlays(Callback):
+    """Draw `overlays.png`: image, truth, prediction and errors of the worst cases, some typical and the best ones.
+
+    In the errors, true positives, false positives and false negatives have colours that stay apart for colour-blind
+    eyes; so has a wrong class. What is kept of a case is reduced to `size` pixels a side, and only of some cases: the
+    memory does not grow with the data. A case without any score (nothing there, nothing predicted) is never drawn
+    unless there is no other.
+
+    Args:
+        folder: where the picture goes.
+        classes: names of the logits' channels.
+        activation: what turns logits into probabilities.
+        threshold: a probability; with `"softmax"` it has no part.
+        ignore_index: the label of pixels that do not count.
+        exclude_classes: indices of classes that are neither scored nor painted, such as the background.
+        colors: of the classes, `"#RRGGBB"` or (red, green, blue), one for each; None for a palette.
+        mean: of each channel, that was taken off the images; for their true colours.
+        std: of each channel, by which the images were divided.
+        count: of the worst cases.
+        typical: number of cases next to the median.
+        best: number of the best cases.
+        size: pixels on the longer side of what is kept of a case.
+        during_fit: draw the validations within a fit too; each replaces the one before.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        classes: Sequence[str],
+        activation: Activation,
+        threshold: float = 0.5,
+        ignore_index: int | None = None,
+        exclude_classes: Collection[int] = (),
+        colors: Sequence[str | Sequence[int]] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        count: int = 12,
+        typical: int = 2,
+        best: int = 2,
+        size: int = 512,
+        during_fit: bool = False,
+    ) -> None:
+        if count < 1 or typical < 0 or best < 0 or size < 32:
+            raise ValueError(
+                f"count must be at least 1, typical and best at least 0 and size at least 32 pixels, "
+                f"got {count}, {typical}, {best} and {size}"
+            )
+        self.folder, self.classes, self.activation = Path(folder), list(classes), activation
+        self.threshold, self.ignore_index, self.during_fit = threshold, ignore_index, during_fit
+        self.exclude_classes = sorted(exclude_classes)
+        self.colors = class_colors(len(self.classes), colors, self.exclude_classes)
+        self.mean, self.std = mean, std
+        self.count, self.typical, self.best, self.size = count, typical, best, size
+        self._reset()
+
+    @property
+    def picture(self) -> Path:
+        """Where the picture is drawn."""
+        return self.folder / "overlays.png"
+
+    def _reset(self) -> None:
+        self._kept: dict[str, Record] = {}
+        self._scores: dict[str, float] = {}
+        self._ends: dict[str, float] = {}
+        self._pool: list[str] = []
+        self._ranked: list[tuple[float, str]] = []
+        self._random = random.Random(0)
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        """Start with no case."""
+        self._reset()
+
+    def on_test_epoch_start(self, *_: Any) -> None:
+        """Start with no case."""
+        self._reset()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch's cases that may be drawn."""
+        logits = step_logits(outputs)
+        if logits is None or evaluated_split(trainer, during_fit=self.during_fit) is None:
+            return
+        scores = score_cases(
+            logits,
+            batch.mask,
+            activation=self.activation,
+            threshold=self.threshold,
+            ignore_index=self.ignore_index,
+            exclude_classes=self.exclude_classes,
+        )
+        for index, case in enumerate(batch.case):
+            if case not in self._scores:
+                self._offer(case, scores[index].mean, batch.image[index], batch.mask[index], logits[index])
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _offer(self, case: str, score: float, image: Tensor, mask: Tensor, logits: Tensor) -> None:
+        self._scores[case] = score
+        ends = self._ends | {case: score}
+        self._ends = {name: ends[name] for name in self._extremes(ends)}
+        if not math.isnan(score):
+            insort(self._ranked, (score, case))
+            # Algorithm R: at any time the pool is a fair sample of the cases so far.
+            place = self._random.randrange(len(self._scores))
+            if len(self._pool) < POOL:
+                self._pool.append(case)
+            elif place < POOL:
+                self._pool[place] = case
+        middle = max(0, (len(self._ranked) - POOL) // 2)
+        wanted = {*self._pool, *self._ends, *(name for _, name in self._ranked[middle : middle + POOL])}
+        if case in wanted:
+            record = make_record(
+                case,
+                score,
+                image,
+                mask,
+                logits,
+                activation=self.activation,
+                threshold=self.threshold,
+                ignore_index=self.ignore_index,
+                exclude_classes=self.exclude_classes,
+                mean=self.mean,
+                std=self.std,
+                size=self.size,
+            )
+            if record is not None:
+                self._kept[case] = record
+        for name in self._kept.keys() - wanted:
+            del self._kept[name]
+
+    def _extremes(self, scores: dict[str, float]) -> list[str]:
+        ranked = _ranked(scores)
+        return ranked[: self.count] + (ranked[-self.best :] if self.best else [])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        split = evaluated_split(trainer, during_fit=self.during_fit)
+        if split is None:
+            return
+        scores: dict[str, float] = {}
+        kept: dict[str, Record] = {}
+        for part, records in gather(trainer, (self._scores, self._kept)):
+            scores.update(part)
+            kept.update(records)
+        self._reset()
+        shown = self._choose(scores, kept)
+        if not shown:
+            return
+        from lightning_dice.callbacks.panels import draw_overlays
+
+        draw_overlays(
+            self.picture,
+            shown,
+            self.classes,
+            self.colors,
+            dense=self.activation == "softmax" and not self.exclude_classes,
+            title=f"{len(shown)} of {len(scores)} {split} cases, from the worst mean Dice to the best",
+            labels=self._labels(scores, [record.case for record in shown]),
+        )
+        log_picture(trainer, f"{split}/overlays", self.picture)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _labels(self, scores: dict[str, float], shown: list[str]) -> dict[str, str]:
+        ranked = _ranked(scores)
+        worst, best = ranked[: self.count], ranked[self.count :][-self.best :] if self.best else []
+        return {
+            case: ""
+            if len(shown) == len(scores)
+            else "worst: "
+            if case in worst
+            else "best: "
+            if case in best
+            else "typical: "
+            for case in shown
+        }
+
+    def _choose(self, scores: dict[str, float], kept: dict[str, Record]) -> list[Record]:
+        """The records to be drawn, worst first."""
+        chosen = {name: kept[name] for name in self._extremes(scores) if name in kept}
+        known = [score for score in scores.values() if not math.isnan(score)]
+        others = [name for name in kept if name not in chosen and not math.isnan(scores[name])]
+        if known and others:
+            median = sorted(known)[len(known) // 2]
+            for name in sorted(others, key=lambda name: (abs(scores[name] - median), name))[: self.typical]:
+                chosen[name] = kept[name]
+        return [chosen[name] for name in _ranked({name: scores[name] for name in chosen})]
+
+
+def _ranked(scores: dict[str, float]) -> list[str]:
+    """Cases from the worst to the best; those without a score only if there are no others."""
+
+    def order(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (scores[name], name))
+
+    return order(name for name, score in scores.items() if not math.isnan(score)) or sorted(scores)

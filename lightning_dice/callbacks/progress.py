@@ -1,0 +1,119 @@
+"""Progress: a bar in a terminal, a line for each epoch in a log file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, RichProgressBarTheme
+from rich import get_console
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+
+class _Times(ProgressColumn):
+    """Time passed and time left, or only the latter, in as little room as they take."""
+
+    max_refresh = 0.5
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.both = both
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time if task.finished else task.elapsed
+        left = task.time_remaining
+        return Text(f"{_clock(elapsed)}<{_clock(left)}" if self.both else f"-{_clock(left)}", style="dim")
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar, in one line of a terminal of 80 columns; elsewhere a line of text for each epoch.
+
+    Metrics are read a few times a second, not at each step: reading one waits for the GPU.
+
+    Args:
+        refresh_rate: updates per second.
+        interval: seconds between lines within an epoch, where the output is no terminal.
+    """
+
+    def __init__(self, refresh_rate: int = 10, interval: float = 300.0) -> None:
+        theme = RichProgressBarTheme(
+            progress_bar="#56B4E9", progress_bar_finished="#56B4E9", progress_bar_pulse="#56B4E9", metrics=""
+        )
+        super().__init__(refresh_rate=refresh_rate, theme=theme)
+        self.interval = interval
+        self._live = True
+        self._shown = self._started = self._printed = 0.0
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the bar is drawn."""
+        return self._live and super().is_enabled
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where the output goes."""
+        super().setup(trainer, pl_module, stage)
+        console = get_console()
+        self._live = console.is_terminal or console.is_jupyter
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Narrow columns, so that the metrics have room."""
+        roomy = get_console().width >= 110
+        bar = CustomBarColumn(
+            bar_width=30 if roomy else 8,
+            complete_style=self.theme.progress_bar,
+            finished_style=self.theme.progress_bar_finished,
+            pulse_style=self.theme.progress_bar_pulse,
+        )
+        count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        return [TextColumn("{task.description}"), bar, count, _Times(both=roomy)]
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the module logs for the bar, without the run's number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._started = self._printed = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar, if it is time."""
+        now = time.monotonic()
+        if self.is_enabled:
+            if now - self._shown >= 1 / self.refresh_rate or batch_idx + 1 >= self.total_train_batches:
+                self._shown = now
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif now - self._printed >= self.interval:
+            self._printed = now
+            self._line(trainer, pl_module, f"step {batch_idx + 1}/{self.total_train_batches}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the epoch's line."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._line(trainer, pl_module, f"step {trainer.global_step}")
+
+    def _line(self, trainer: Trainer, pl_module: LightningModule, where: str) -> None:
+        if self._live or not super().is_enabled:
+            return
+        metrics = self.get_metrics(trainer, pl_module)
+        values = [
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+        ]
+        last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        seconds = _clock(time.monotonic() - self._started)
+        print("  ".join([f"epoch {trainer.current_epoch}{last}", where, *values, seconds]), flush=True)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

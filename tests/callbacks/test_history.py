@@ -1,0 +1,91 @@
+import csv
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_dice.callbacks import History
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder, **kwargs):
+    return ModelCheckpoint(folder / "checkpoints", save_last=True, enable_version_counter=False, **kwargs)
+
+
+def test_one_row_for_each_epoch(tmp_path, trainer, net, loader):
+    trainer(History(tmp_path), max_epochs=3).fit(net(), loader(), loader())
+    table = rows(tmp_path)
+    assert [row["epoch"] for row in table] == ["0", "1", "2"]
+    assert [row["step"] for row in table] == ["2", "4", "6"]
+    assert [float(row["lr"]) for row in table] == [0.1, 0.05, 0.025]
+    assert list(table[0])[:6] == ["epoch", "step", "lr", "seconds", "train/loss", "val/loss"]
+    assert float(table[0]["train/loss"]) > float(table[2]["train/loss"])
+    assert all(float(row["val/dice"]) == pytest.approx(1 - float(row["val/loss"]), abs=1e-5) for row in table)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_the_module_logs_at_the_epochs_end_stands_in_that_epochs_row(tmp_path, trainer, net, loader):
+    trainer(History(tmp_path), max_epochs=3).fit(net(late_train_dice=True), loader(), loader())
+    assert [float(row["train/dice"]) for row in rows(tmp_path)] == [0.25, 0.5, 0.75]
+
+
+def test_no_validation_no_val_metrics(tmp_path, trainer, net, loader):
+    trainer(History(tmp_path), max_epochs=4, check_val_every_n_epoch=2).fit(net(), loader(), loader())
+    assert [row["val/dice"] != "" for row in rows(tmp_path)] == [False, True, False, True]
+
+
+def test_resuming_goes_on_with_the_table(tmp_path, trainer, net, loader):
+    trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=2).fit(net(), loader(), loader())
+    before = rows(tmp_path)
+    last = tmp_path / "checkpoints/last.ckpt"
+    trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=4).fit(net(), loader(), loader(), ckpt_path=last)
+    after = rows(tmp_path)
+    assert [row["epoch"] for row in after] == ["0", "1", "2", "3"]
+    assert after[:2] == before
+
+
+def test_epochs_trained_again_lose_their_row(tmp_path, trainer, net, loader):
+    keep_all = checkpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(History(tmp_path), keep_all, max_epochs=3).fit(net(), loader(), loader())
+    table = tmp_path / "metrics.csv"
+    table.write_text(table.read_text().replace("\n1,4,", "\n1,999,"))
+    first = tmp_path / "checkpoints/epoch=0.ckpt"
+    trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=2).fit(net(), loader(), loader(), ckpt_path=first)
+    assert [(row["epoch"], row["step"]) for row in rows(tmp_path)] == [("0", "2"), ("1", "4")]
+
+
+def test_an_epoch_that_a_checkpoint_only_ends_again_keeps_its_metrics(tmp_path, trainer, net, loader):
+    at_validation = checkpoint(tmp_path, save_on_train_epoch_end=False)
+    trainer(History(tmp_path), at_validation, max_epochs=2).fit(net(), loader(), loader())
+    before = rows(tmp_path)
+    last = tmp_path / "checkpoints/last.ckpt"
+    again = checkpoint(tmp_path, save_on_train_epoch_end=False)
+    trainer(History(tmp_path), again, max_epochs=3).fit(net(), loader(), loader(), ckpt_path=last)
+    after = rows(tmp_path)
+    assert [row["epoch"] for row in after] == ["0", "1", "2"]
+    assert after[:2] == before
+
+
+def test_curves_are_drawn_when_training_breaks_off(tmp_path, trainer, net, loader):
+    model = net()
+    step = model.training_step
+
+    def training_step(batch, batch_idx):
+        if model.current_epoch == 2:
+            raise RuntimeError("out of luck")
+        return step(batch, batch_idx)
+
+    model.training_step = training_step
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(History(tmp_path), max_epochs=3).fit(model, loader(), loader())
+    assert len(rows(tmp_path)) == 2
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_mode_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'best'"):
+        History(tmp_path, mode="best")

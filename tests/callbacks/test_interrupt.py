@@ -1,0 +1,193 @@
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_dice.callbacks import SaveOnInterrupt, honest_exit
+
+SCRIPT = """
+import sys, time, warnings
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import Cases, Net, collate
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from lightning_dice.callbacks import History, SaveOnInterrupt, honest_exit
+
+class Slow(Net):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5:
+            Path({folder!r}, "ready").touch()
+        time.sleep(0.02 if self.global_step < 5 else 0.2)
+        return super().training_step(batch, batch_idx)
+
+if __name__ == "__main__":
+    loader = DataLoader(Cases(8), 2, collate_fn=collate)
+    checkpoint = ModelCheckpoint({folder!r} + "/checkpoints", save_last=True)
+    callbacks = [History({folder!r}), SaveOnInterrupt({folder!r}), checkpoint]
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=50, logger=False, enable_progress_bar=False, callbacks=callbacks)
+    with honest_exit():
+        trainer.fit(Slow(), loader, loader)
+    print("went on after fit")
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, request, trainer, net, loader, number, status):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path), tests=str(request.path.parent))))
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if (tmp_path / "ready").exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    assert "went on" not in out
+    assert f"Go on with: python -m lightning_dice.fit resume={tmp_path}" in err
+    last = tmp_path / "checkpoints/last.ckpt"
+    state = torch.load(last, weights_only=True)
+    # In the middle of the second epoch of four steps: its first batch or two are done.
+    assert state["epoch"] == 1
+    assert 5 <= state["global_step"] <= 7
+    assert (tmp_path / "curves.png").exists()
+    assert sorted(path.name for path in last.parent.iterdir())[-1] == "last.ckpt"
+
+    model = net()
+    checkpoint = ModelCheckpoint(last.parent, save_last=True)
+    session = trainer(SaveOnInterrupt(tmp_path), checkpoint, max_epochs=3)
+    session.fit(model, loader(8), loader(8), ckpt_path=last)
+    assert session.global_step == 12
+    # The new last checkpoint takes the place of the one that was resumed.
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+    assert not (last.parent / "last-v1.ckpt").exists()
+
+
+def fail(model, step, error):
+    """Make the training step of a model raise at a step."""
+    inner = model.training_step
+
+    def training_step(batch, batch_idx):
+        if model.global_step == step:
+            raise error
+        return inner(batch, batch_idx)
+
+    model.training_step = training_step
+
+
+def fit(trainer, model, loader, folder, **kwargs):
+    session = trainer(SaveOnInterrupt(folder), max_epochs=3)
+    session.fit(model, loader(8), loader(8), **kwargs)
+    return session
+
+
+def test_what_is_replayed_after_an_interruption_in_the_middle_of_an_epoch(tmp_path, trainer, net, loader, capsys):
+    model = net()
+    fail(model, 6, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(trainer, model, loader, tmp_path)
+    assert "Stopped by RuntimeError in epoch 1, step 6: saved" in capsys.readouterr().err
+    resumed = net()
+    session = fit(trainer, resumed, loader, tmp_path, ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    assert session.global_step == 12
+    # Lightning counts on from the third batch, but the loader starts again with the epoch's first cases.
+    assert resumed.seen[:2] == [(1, 2, "case00", "case01"), (1, 3, "case02", "case03")]
+    assert resumed.seen[2][:2] == (2, 0)
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch_keeps_one_last_checkpoint(
+    tmp_path, trainer, net, loader, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def callbacks():
+        return SaveOnInterrupt("run"), ModelCheckpoint("run/checkpoints", save_last=True)
+
+    model = net()
+    fail(model, 2, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(*callbacks(), max_epochs=2).fit(model, loader(8), loader(8))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    trainer(*callbacks(), max_epochs=2).fit(net(), loader(8), loader(8), ckpt_path=last)
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+    assert not list(last.parent.glob("last-v*"))
+
+
+def test_nothing_is_written_before_the_first_step(tmp_path, trainer, net, loader):
+    model = net()
+    fail(model, 0, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError):
+        fit(trainer, model, loader, tmp_path)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path, trainer, net, loader, capsys):
+    model = net()
+    (tmp_path / "checkpoints").mkdir()
+    last = tmp_path / "checkpoints/last.ckpt"
+    last.write_text("the good one")
+    fail(model, 2, RuntimeError("diverged"))
+    model.on_train_batch_end = lambda *_: model.net.weight.data.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="diverged"):
+        fit(trainer, model, loader, tmp_path)
+    assert last.read_text() == "the good one"
+    assert "the weights are not finite" in capsys.readouterr().err
+
+
+def test_a_failure_to_save_does_not_hide_what_ended_the_training(tmp_path, trainer, net, loader, capsys):
+    model = net()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    fail(model, 2, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(trainer, model, loader, tmp_path)
+    assert "could not write" in capsys.readouterr().err
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path, trainer, net, loader, monkeypatch, capsys):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    def full_disk(self, state, path, storage_options=None):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(SingleDeviceStrategy, "save_checkpoint", full_disk)
+    model = net()
+    fail(model, 2, RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(trainer, model, loader, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SIGTERMException(), 143), (KeyboardInterrupt(), 130), (SystemExit(3), 3)]
+)
+def test_exit_status(error, status):
+    with pytest.raises(SystemExit) as caught, honest_exit():
+        raise error
+    assert caught.value.code == status
+
+
+def test_lightnings_exit_after_ctrl_c_is_told_from_others():
+    def fit():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(SystemExit) as caught, honest_exit():
+        fit()
+    assert caught.value.code == 130

@@ -1,0 +1,179 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_dice.callbacks import Overlays
+from lightning_dice.callbacks.colors import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, class_colors, parse_color
+from lightning_dice.callbacks.panels import draw_overlays
+from lightning_dice.callbacks.records import CONFUSED, HIT, IGNORED, MISSED, NOTHING, SPURIOUS, VOID, make_record
+
+
+def planes(*rows):
+    """Planes of one row of pixels each."""
+    return torch.tensor(rows).unsqueeze(1)
+
+
+def record(image, mask, logits, **kwargs):
+    return make_record("case", 0.5, image, mask, logits, **{"activation": "sigmoid"} | kwargs)
+
+
+def test_errors_of_planes():
+    truth = planes([1, 1, 0, 0, 1, 255], [0, 0, 0, 0, 0, 255])
+    predicted = planes([1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0])
+    # A margin that is ignored is cut off, so the ignored pixel is put between others.
+    order = [0, 1, 5, 2, 3, 4]
+    result = record(torch.zeros(1, 1, 6), truth[..., order], predicted[..., order] * 2.0 - 1, ignore_index=255)
+    assert result.errors.tolist() == [[HIT, MISSED, VOID, SPURIOUS, NOTHING, CONFUSED]]
+    assert result.truth.tolist() == [[1, 1, IGNORED, 0, 0, 1]]
+    assert result.prediction.tolist() == [[1, 0, 1, 1, 0, 2]]
+
+
+def test_errors_of_ids():
+    truth = torch.tensor([[0, 1, 1, 0, 255, 2, 2]])
+    predicted = torch.tensor([[0, 1, 0, 1, 0, 1, 2]])
+    logits = torch.nn.functional.one_hot(predicted, 3).permute(2, 0, 1).float()
+    facts = {"activation": "softmax", "ignore_index": 255, "exclude_classes": [0]}
+    result = record(torch.zeros(1, 1, 7), truth, logits, **facts)
+    assert result.errors.tolist() == [[NOTHING, HIT, MISSED, SPURIOUS, VOID, CONFUSED, HIT]]
+    assert result.truth.tolist() == [[0, 2, 2, 0, IGNORED, 3, 3]]
+
+
+def test_where_planes_overlap_the_smaller_class_is_on_top():
+    truth = planes([1, 1, 1, 1], [0, 1, 0, 0])
+    assert record(torch.zeros(1, 1, 4), truth, truth * 2.0 - 1).truth.tolist() == [[1, 2, 1, 1]]
+
+
+def test_ignored_margins_are_cut_off():
+    mask = torch.full((1, 8, 8), 255)
+    mask[:, :5, :6] = 0
+    result = record(torch.randn(3, 8, 8), mask, -torch.ones(1, 8, 8), ignore_index=255)
+    assert result.image.shape == (5, 6, 3)
+    assert (result.errors == NOTHING).all()
+
+
+@pytest.mark.parametrize("side", [512, 513, 2048, 3000])
+def test_a_lone_error_is_seen_at_any_size(side):
+    mask = torch.zeros(1, side, 400, dtype=torch.uint8)
+    mask[0, side - 30, 100] = 1
+    result = record(torch.zeros(1, side, 400), mask, -torch.ones(1, side, 400))
+    assert (result.errors == MISSED).sum() == 1
+    assert max(result.errors.shape) <= 512
+    assert ("where the most errors are" in result.note) == (side == 3000)
+    assert result.note.endswith({512: "", 513: "at 1/2", 2048: "at 1/4", 3000: "at 1/4"}[side])
+
+
+def test_a_mostly_hit_object_is_not_painted_over_by_its_border():
+    mask = torch.zeros(1, 800, 800, dtype=torch.uint8)
+    mask[0, 100:112, 100:112] = 1
+    logits = mask * 2.0 - 1
+    logits[0, 100:112, 111] = -1
+    errors = record(torch.zeros(1, 800, 800), mask, logits, size=400).errors
+    assert (errors == HIT).sum() == 30
+    assert (errors == MISSED).sum() == 6
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_images_of_any_number_of_channels(channels):
+    image = torch.randn(channels, 20, 30) * 5 + 100
+    image[:, 3, 3] = math.nan
+    result = record(image, torch.zeros(1, 20, 30, dtype=torch.uint8), -torch.ones(1, 20, 30))
+    assert result.image.shape == (20, 30, 3)
+    assert result.image.dtype == np.uint8
+    assert (result.image.min(), result.image.max()) == (0, 255)
+    assert (result.image[..., 0] == result.image[..., 1]).all() == (channels < 3)
+
+
+def test_a_volume_is_shown_by_its_fullest_slice():
+    mask = torch.zeros(9, 8, 8, dtype=torch.uint8)
+    mask[5, 2:6, 2:6] = 1
+    mask[2, 0, 0] = 1
+    facts = {"activation": "softmax", "exclude_classes": [0]}
+    logits = torch.stack([torch.ones(9, 8, 8), torch.zeros(9, 8, 8)])
+    result = record(torch.zeros(1, 9, 8, 8), mask, logits, **facts)
+    assert (result.note, (result.errors == MISSED).sum()) == ("slice 6 of 9", 16)
+    assert record(torch.zeros(1, 9, 8, 8), mask * 0, logits, **facts).note == "slice 5 of 9"
+    as_planes = record(torch.zeros(1, 9, 8, 8), mask[None], -torch.ones(1, 9, 8, 8))
+    assert as_planes.note == "slice 6 of 9"
+
+
+def test_signals_have_no_picture():
+    assert record(torch.zeros(1, 50), torch.zeros(1, 50), torch.zeros(1, 50)) is None
+
+
+def offer(overlays, scores):
+    mask, logits = torch.zeros(1, 40, 40, dtype=torch.uint8), -torch.ones(1, 40, 40)
+    for case, score in scores.items():
+        overlays._offer(case, score, torch.zeros(1, 40, 40), mask, logits)
+
+
+def test_worst_typical_and_best_are_kept_and_no_more(tmp_path):
+    overlays = Overlays(tmp_path, ["object"], "sigmoid", count=4, typical=2, best=2)
+    scores = {f"case{i:03}": (i * 37 % 500) / 500 for i in range(500)}
+    offer(overlays, scores | {"nothing": math.nan})
+    assert len(overlays._kept) <= 4 + 2 + 2 * 12
+    shown = [r.score for r in overlays._choose(overlays._scores, overlays._kept)]
+    assert shown[:4] == [0, 0.002, 0.004, 0.006]
+    assert shown[-2:] == [0.996, 0.998]
+    assert len(shown) == 8
+    assert shown[4:6] == pytest.approx([0.5, 0.5], abs=0.01)
+    assert shown == sorted(shown)
+
+
+def test_typical_cases_of_data_in_the_order_of_their_scores(tmp_path):
+    overlays = Overlays(tmp_path, ["object"], "sigmoid", count=1)
+    offer(overlays, {f"case{i:03}": i / 300 for i in range(300)})
+    shown = [r.score for r in overlays._choose(overlays._scores, overlays._kept)]
+    assert shown[1:3] == pytest.approx([0.5, 0.5], abs=0.2)
+
+
+def test_cases_without_a_score_are_drawn_only_if_there_are_no_others(tmp_path):
+    overlays = Overlays(tmp_path, ["object"], "sigmoid", count=2)
+    offer(overlays, {"a": math.nan, "b": math.nan, "c": math.nan})
+    assert [r.case for r in overlays._choose(overlays._scores, overlays._kept)][:2] == ["a", "b"]
+    offer(overlays, {"d": 0.9})
+    assert [r.case for r in overlays._choose(overlays._scores, overlays._kept)] == ["d"]
+
+
+def picture_of(folder):
+    with Image.open(folder / "overlays.png") as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_picture_holds_the_colours_of_the_errors(tmp_path, trainer, net, loader):
+    # A network that predicts from the noise makes every kind of error.
+    facts = {"folder": tmp_path, "classes": ["object_$1$"], "activation": "sigmoid"}
+    trainer(Overlays(**facts)).test(net(), loader(3, size=40), verbose=False)
+    pixels = picture_of(tmp_path).reshape(-1, 3)
+    for color in (TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE):
+        near = np.abs(pixels.astype(int) - parse_color(color)).max(1) < 40
+        assert near.sum() > 500, color
+
+
+def test_rows_of_different_sizes_and_many_classes(tmp_path):
+    classes = [f"class with a long name {i}" for i in range(40)]
+    cases = []
+    for high, wide in ((30, 50), (500, 100), (7, 400)):
+        mask = torch.randint(0, 40, (high, wide))
+        logits = torch.randn(40, high, wide)
+        cases.append(record(torch.randn(3, high, wide), mask, logits, activation="softmax"))
+    path = tmp_path / "overlays.png"
+    draw_overlays(path, cases, classes, class_colors(40), dense=True, title="3 cases", labels={})
+    with Image.open(path) as picture:
+        assert picture.width < 4 * 512 + 100
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"colors": ["#FF0000"]}, "colors must have one entry for each of the 2 classes, got 1"),
+        ({"colors": ["red", "blue"]}, "colors must be '#RRGGBB' or .* got 'red'"),
+        ({"colors": [[1, 2, 300], [0, 0, 0]]}, "got \\[1, 2, 300\\]"),
+        ({"count": 0}, "count must be at least 1"),
+    ],
+)
+def test_settings_are_checked(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Overlays(tmp_path, ["a", "b"], "sigmoid", **kwargs)
