@@ -1,0 +1,139 @@
+"""Hydra, for the commands: where the catalogue lies, how objects come of it, how mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel the catalogue lies in the package; in a checkout, beside it.
+CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+# Names the run's folder to the processes that Lightning starts for the other devices of this machine. They read the
+# frozen config there, instead of composing one from a command line that may hold a sweep.
+RUN_VARIABLE = "LIGHTNING_DICE_RUN"
+
+
+class UserError(ValueError):
+    """A mistake in what a command was given; shown as one message, without a traceback."""
+
+
+def register_resolvers() -> None:
+    """Make `${length:<list>}` known: the number of classes follows from their names."""
+    OmegaConf.register_new_resolver("length", len, replace=True)
+
+
+def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tell a command's own arguments from overrides of the config of the run that it works on.
+
+    Args:
+        arguments: of the command line.
+        own: the names of the command's settings.
+
+    >>> split_arguments(["run=a", "data.root=b", "--help"], ["run"])
+    (['run=a', '--help'], ['data.root=b'])
+    """
+    names = {*own, "hydra"}
+    mine: list[str] = []
+    others: list[str] = []
+    for argument in arguments:
+        key = argument.partition("=")[0].partition(".")[0]
+        (mine if argument.startswith("-") or key in names else others).append(argument)
+    return mine, others
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Turn a `UserError` into its message on standard error and exit status 2."""
+    try:
+        yield
+    except (UserError, MissingMandatoryValue) as error:
+        hint = f": give {error.full_key}=..." if isinstance(error, MissingMandatoryValue) else ""
+        print(f"\nerror: {str(error).splitlines()[0]}{hint}", *str(error).splitlines()[1:], sep="\n", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def hidden_from_lightning() -> Iterator[None]:
+    """Hide Hydra from Lightning, and leave no trace of this run to the next one of a sweep.
+
+    Lightning starts the processes of further devices with Hydra's command line, if it sees Hydra at work.
+    """
+    instance: Any = HydraConfig.instance()
+    hidden, before = instance.cfg, dict(os.environ)
+    instance.cfg = None
+    try:
+        yield
+    finally:
+        instance.cfg = hidden
+        # A launcher that finds the last run's LOCAL_RANK takes itself for a child and waits for a parent.
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Change values of a composed config, in Hydra's syntax: `trainer.max_epochs=20`.
+
+    Raises:
+        UserError: a key that is not there, or another file of a group: that is composed once, when a run starts.
+    """
+    OmegaConf.set_struct(config, True)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+            key, value = override.key_or_group, override.value()
+            group = isinstance(OmegaConf.select(config, key), DictConfig) and isinstance(value, str)
+            if override.is_add() or override.is_delete() or override.is_sweep_override() or group:
+                raise UserError(f"{text}: only values of this run's config can be changed, as in trainer.max_epochs=20")
+            parent, _, leaf = key.rpartition(".")
+            place = OmegaConf.select(config, parent) if parent else config
+            if not isinstance(place, DictConfig) or leaf not in list(place.keys()):
+                raise UserError(
+                    f"{text}: {parent or 'the config'} has no {leaf}, only {', '.join(map(str, place or []))}"
+                )
+            # Replaced, not merged: a map of values would keep the old ones.
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
+
+
+def instantiate(config: Any, what: str, **arguments: Any) -> Any:
+    """The object that a config describes.
+
+    Args:
+        config: a node with `_target_`, or a plain mapping of the same content.
+        what: the config's name, for the message.
+        arguments: passed on, over the config's own.
+
+    Raises:
+        UserError: the target is not there, or refuses its settings.
+    """
+    try:
+        return hydra.utils.instantiate(config, **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        # The target's own complaint says more than Hydra's frame around it; deepest first.
+        while cause is not None and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        headline = str(error).splitlines()[0].removesuffix(":")
+        if isinstance(cause, ImportError):
+            missing = getattr(cause, "name", None) or str(cause)
+            extra = {"monai": "monai", "wandb": "loggers", "mlflow": "loggers"}.get(str(missing).split(".")[0])
+            hint = f"; pip install 'lightning-dice[{extra}]'" if extra else ""
+            raise UserError(f"{what}: {headline}{hint}") from error
+        detail = f": {cause}" if cause is not None else ""
+        raise UserError(f"{what}: {headline}{detail}") from error

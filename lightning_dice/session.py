@@ -1,0 +1,190 @@
+"""From a run's config to its objects, and through the Trainer: what fit and evaluate share."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_dice import runs
+from lightning_dice.callbacks import honest_exit, summary_table
+from lightning_dice.configs import UserError, instantiate
+from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.module import SegmentationModule
+
+# Shown by Lightning in every run, and not what its reader can or should act on.
+_NOISE = (
+    ".*does not have many workers.*",  # The datamodule sets them from the cores at hand.
+    ".*is smaller than the logging interval.*",  # The epoch's means are logged anyway.
+    ".*ended before the epoch ended.*",  # Told in our own words when going on.
+    ".*Checkpoint directory .* exists and is not empty.*",  # When resuming, it should be.
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
+    ".*You are using a CUDA device.*Tensor Cores.*",
+)
+
+
+class Session:
+    """The objects of one run, each made when it is first asked for.
+
+    Args:
+        config: resolved, as saved in a run's folder.
+        folder: where the files go.
+
+    Raises:
+        UserError: by its attributes: a setting that an object refuses, or something wrong with the data.
+    """
+
+    def __init__(self, config: DictConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.scores: dict[str, dict[str, float]] = {}
+        quiet()
+        L.seed_everything(config.seed, workers=True, verbose=False)
+
+    @cached_property
+    def data(self) -> SegmentationData:
+        """The datamodule, its data checked."""
+        with data_mistakes_told():
+            data: SegmentationData = instantiate(self.config.data.datamodule, "data")
+            rank_zero_only(data.prepare_data)()  # Lightning asks again, for nothing, in every process.
+        return data
+
+    @cached_property
+    def module(self) -> SegmentationModule:
+        """Network, loss, metrics, optimizer and scheduler."""
+        return runs.build_module(self.config)
+
+    @cached_property
+    def trainer(self) -> L.Trainer:
+        """The Trainer with its callbacks and loggers."""
+        callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
+        callbacks.append(_ConfigInCheckpoint(_plain(self.config)))
+        loggers = instantiate_each(self.config.logger, "logger")
+        trainer: L.Trainer = instantiate(
+            self.config.trainer, "trainer", callbacks=callbacks, logger=loggers or False, enable_model_summary=False
+        )
+        return trainer
+
+    def fit(self, *, resume: bool = False) -> None:
+        """Train, from the beginning or from the folder's last checkpoint."""
+        data, module, trainer = self.data, self.module, self.trainer
+        checkpoint = runs.find_checkpoint(self.folder, "last") if resume else None
+        if checkpoint is not None:
+            done = runs.check_weights(module, checkpoint)["epoch"]
+            say(f"going on after epoch {done} of {trainer.max_epochs}, from {checkpoint}")
+        say(str(data.report))
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        say(f"net     {type(module.net).__name__}, {parameters / 1e6:.2f} million parameters")
+        say(f"loss    {module.loss}")
+        say(f"folder  {self.folder}")
+        with honest_exit(), data_mistakes_told():
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+    def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
+        """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
+        runs.check_weights(self.module, checkpoint)
+        run = self.trainer.test if split == "test" else self.trainer.validate
+        with honest_exit(), data_mistakes_told():
+            logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        self.scores[split] = dict(logged[0]) if logged else {}
+        return self.scores[split]
+
+    def score_best(self) -> None:
+        """Score the best checkpoint on the test split, or on the validation split if there is none."""
+        best = self.checkpoint.best_model_path if self.checkpoint is not None else ""
+        if best:
+            self.evaluate(self.last_split, best)
+
+    @property
+    def last_split(self) -> Split:
+        """`"test"`, or `"val"` where there is no test split."""
+        return "val" if self.data.source.split("test") is None else "test"
+
+    @property
+    def checkpoint(self) -> ModelCheckpoint | None:
+        """The callback that keeps the best checkpoint."""
+        callback = self.trainer.checkpoint_callback
+        return callback if isinstance(callback, ModelCheckpoint) else None
+
+    @property
+    def best_score(self) -> float | None:
+        """The best value of what the checkpoint callback watches."""
+        score = None if self.checkpoint is None else self.checkpoint.best_model_score
+        return None if score is None or math.isnan(score) else float(score)
+
+    def show(self) -> None:
+        """Print the scores and where everything is."""
+        if not self.trainer.is_global_zero:
+            return
+        from rich import print as rich_print
+
+        best = self.checkpoint
+        if best is not None and best.best_model_score is not None and "val" not in self.scores:
+            self.scores = {"val": {str(best.monitor): float(best.best_model_score)}, **self.scores}
+        files: dict[str, str | Path] = {
+            "config": self.folder / runs.CONFIG,
+            "best checkpoint": self.folder / runs.CHECKPOINTS / "best.ckpt",
+            "last checkpoint": self.folder / runs.CHECKPOINTS / "last.ckpt",
+            "metrics by epoch": self.folder / "metrics.csv",
+            "scores by case": self.folder / "cases.csv",
+            "learning curves": self.folder / "curves.png",
+            "Dice by class": self.folder / "dice_per_class.png",
+            "worst and best cases": self.folder / "overlays.png",
+        }
+        rich_print(summary_table(self.folder, self.scores.get("val"), self.scores.get("test"), files))
+
+
+class _ConfigInCheckpoint(Callback):
+    """Keep the config beside the weights, as plain values, and tell the loggers."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
+
+
+def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
+    """The objects of a group of named configs; one that is `null` is left out."""
+    return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
+
+
+@contextmanager
+def data_mistakes_told() -> Iterator[None]:
+    """Turn what is wrong with the data into a message without a traceback."""
+    try:
+        yield
+    except DataError as error:
+        raise UserError(str(error)) from error
+
+
+def quiet() -> None:
+    """Silence what Lightning says in every run; warnings that tell something pass."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    print(text, flush=True)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}

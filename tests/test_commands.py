@@ -1,0 +1,278 @@
+"""The commands, run as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# One convolution trains the whole pipeline in no time.
+SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+
+
+def command(name: str, *arguments: str, cwd: Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", f"lightning_dice.{name}", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if status is not None:
+        assert result.returncode == status, f"{result.stdout}\n{result.stderr}"
+    return result
+
+
+def refused(name: str, *arguments: str, cwd: Path, status: int = 2) -> str:
+    """The message of a command that must fail, without a traceback."""
+    result = command(name, *arguments, cwd=cwd, status=status)
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("somewhere else")
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """A finished run of two epochs."""
+    command("fit", *SMALL, "trainer.max_epochs=2", "folder=run", cwd=home)
+    return home / "run"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+class TestFit:
+    def test_leaves_everything_in_the_folder(self, run):
+        for name in (
+            *("config.yaml", "metrics.csv", "cases.csv", "curves.png", "dice_per_class.png", "overlays.png"),
+            *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/csv/version_0/metrics.csv"),
+        ):
+            assert (run / name).stat().st_size > 0, name
+        assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["0", "1"]
+        assert {row["split"] for row in rows(run / "cases.csv")} == {"test"}
+        assert len(rows(run / "cases.csv")) == 4
+
+    def test_checkpoints_are_plain_values(self, run):
+        checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+        assert checkpoint["config"]["loss"]["smooth"] == 1.0
+
+    def test_shows_the_data_the_scores_and_the_paths(self, home):
+        output = command("fit", *SMALL, "trainer.max_epochs=1", "runs=shown", cwd=home).stdout
+        (folder,) = (home / "shown").iterdir()
+        for text in ("train: 16 cases", "DiceLoss(", "val", "test", "dice", "best.ckpt", folder.name):
+            assert text in output
+        assert folder.name.endswith("_synthetic_custom")
+
+    def test_never_overwrites(self, home, run):
+        before = (run / "metrics.csv").read_bytes()
+        message = refused("fit", *SMALL, "folder=run", cwd=home)
+        assert "exists; a run never overwrites another" in message
+        assert (run / "metrics.csv").read_bytes() == before
+
+    def test_mistakes_leave_no_folder(self, home):
+        message = refused("fit", *SMALL, "loss.smooth=-1", "runs=mistakes", cwd=home)
+        assert "smooth must be a number of pixels >= 0" in message
+        assert not list((home / "mistakes").iterdir())
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("loss.smoth=1", "Could not override 'loss.smoth'"),
+            ("model=unett", "Could not find 'model/unett'"),
+        ],
+    )
+    def test_typos_are_told_with_what_exists(self, home, override, message):
+        assert message in refused("fit", *SMALL, override, cwd=home, status=1)
+
+    def test_a_batch_larger_than_the_data(self, home):
+        message = refused("fit", *SMALL, "data.batch_size=17", cwd=home)
+        assert "batch_size" in message
+
+    def test_a_folder_that_cannot_be_made(self, home):
+        (home / "file").write_text("")
+        assert "cannot make the run's folder" in refused("fit", *SMALL, "runs=file/runs", cwd=home)
+
+    def test_a_missing_gpu(self, home):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        assert "No supported gpu backend found" in refused("fit", *SMALL, "device=gpu", cwd=home)
+
+    def test_a_sweep_has_a_folder_for_each_trial(self, home):
+        command("fit", "-m", *SMALL, "trainer.max_epochs=1", "loss.smooth=0.1,1", "runs=swept", cwd=home)
+        (sweep,) = (home / "swept").iterdir()
+        for number, smooth in (("0", "smooth: 0.1"), ("1", "smooth: 1")):
+            assert smooth in (sweep / number / "config.yaml").read_text()
+            assert (sweep / number / "cases.csv").is_file()
+
+    def test_two_processes_write_one_folder(self, home):
+        distributed = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "runs=distributed"]
+        command("fit", *SMALL, *distributed, "trainer.max_epochs=1", cwd=home)
+        (folder,) = (home / "distributed").iterdir()
+        assert len(rows(folder / "cases.csv")) == 4
+        assert len(rows(folder / "metrics.csv")) == 1
+        # Four validation cases on two processes: the same score as on one.
+        command("evaluate", f"run={folder}", "split=test", "output=distributed-again", "device=cpu", cwd=home)
+        assert rows(home / "distributed-again" / "cases.csv") == rows(folder / "cases.csv")
+
+
+class TestResume:
+    def test_goes_on_to_more_epochs(self, home, run):
+        folder = home / "longer"
+        shutil.copytree(run, folder)
+        command("fit", f"resume={folder}", "trainer.max_epochs=4", cwd=home)
+        assert [row["epoch"] for row in rows(folder / "metrics.csv")] == ["0", "1", "2", "3"]
+        assert rows(folder / "metrics.csv")[:2] == rows(run / "metrics.csv")
+
+    def test_equals_the_uninterrupted_run(self, home):
+        whole = [*SMALL, "trainer.max_epochs=4", "scheduler=constant"]
+        command("fit", *whole, "folder=whole", cwd=home)
+        command("fit", *whole, "trainer.max_epochs=2", "folder=parts", cwd=home)
+        command("fit", "resume=parts", "trainer.max_epochs=4", cwd=home)
+        one, two = (torch.load(home / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "parts"))
+        for key, value in one["state_dict"].items():
+            assert torch.equal(value, two["state_dict"][key]), key
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
+    def test_signals_leave_a_checkpoint(self, home, number, status):
+        folder = home / f"signal-{status}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_dice.fit", *SMALL, "trainer.max_epochs=100000", f"folder={folder}"],
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(600):
+            if (folder / "metrics.csv").is_file():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == status, output
+        assert "resume=" in output
+        done = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"]
+        command("fit", f"resume={folder}", f"trainer.max_epochs={done + 2}", cwd=home)
+        assert rows(folder / "metrics.csv")[-1]["epoch"] == str(done + 1)
+
+    def test_not_a_run(self, home):
+        (home / "empty").mkdir()
+        assert "is not the folder of a run" in refused("fit", "resume=empty", cwd=home)
+
+    def test_another_architecture(self, home, run):
+        folder = home / "another"
+        shutil.copytree(run, folder)
+        message = refused("fit", f"resume={folder}", "model.kernel_size=5", cwd=home)
+        assert "kernel_size: 3" in (folder / "config.yaml").read_text()
+        assert "of another architecture or number of classes" in message
+        assert "net.weight: (1, 1, 3, 3) in the checkpoint, (1, 1, 5, 5) in the module" in message
+
+
+class TestEvaluate:
+    def test_gives_the_scores_of_the_run(self, home, run):
+        output = command("evaluate", f"run={run}", cwd=home).stdout
+        assert rows(run / "evaluate_test" / "cases.csv") == rows(run / "cases.csv")
+        assert "dice" in output
+
+    def test_again_in_another_folder(self, home, run):
+        command("evaluate", f"run={run}", "split=val", "checkpoint=last", cwd=home)
+        command("evaluate", f"run={run}", "split=val", "module.threshold=0.9", cwd=home)
+        assert (run / "evaluate_val" / "cases.csv").read_bytes() != (run / "evaluate_val-2" / "cases.csv").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("split=train", "split must be val or test"),
+            ("checkpoint=beste", "checkpoint must be best, last or the path of a file"),
+            ("data.root=x", "data has no root, only channels"),
+            ("splitt=val", "the config has no splitt, only module"),
+            ("model.out_channels=2", "of another architecture or number of classes"),
+        ],
+    )
+    def test_refuses(self, home, run, override, message):
+        assert message in refused("evaluate", f"run={run}", override, cwd=home)
+
+    def test_a_truncated_checkpoint(self, home, run):
+        data = (run / "checkpoints" / "best.ckpt").read_bytes()
+        (home / "half.ckpt").write_bytes(data[: len(data) // 2])
+        assert "cannot be read as a checkpoint" in refused("evaluate", f"run={run}", "checkpoint=half.ckpt", cwd=home)
+
+
+@pytest.fixture(scope="module")
+def pictures(home):
+    folder = home / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (33, 50)), ("b.tif", (32, 32)), ("c d.bmp", (20, 64))):
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+class TestPredict:
+    def test_masks_of_the_name_and_size_of_the_images(self, home, run, pictures):
+        command("predict", f"run={run}", f"input={pictures}", "output=masks", "overlays=true", cwd=home)
+        for name, size in (("a", (50, 33)), ("b", (32, 32)), ("c d", (64, 20))):
+            with Image.open(home / "masks" / f"{name}.png") as mask:
+                assert mask.size == size
+                assert mask.mode == "L"
+                assert set(np.unique(mask)) <= {0, 1}
+            assert (home / "masks" / "overlays" / f"{name}.png").is_file()
+
+    def test_a_single_file(self, home, run, pictures):
+        command("predict", f"run={run}", f"input={pictures / 'a.png'}", "output=one", "module.threshold=0.01", cwd=home)
+        assert np.asarray(Image.open(home / "one" / "a.png")).all()
+
+    def test_does_not_overwrite(self, home, run, pictures):
+        arguments = [f"run={run}", f"input={pictures}", "output=twice"]
+        command("predict", *arguments, cwd=home)
+        assert "3 masks exist" in refused("predict", *arguments, cwd=home)
+        command("predict", *arguments, "overwrite=true", cwd=home)
+
+    def test_a_bad_image_is_told_and_skipped(self, home, run, pictures):
+        mixed = home / "mixed"
+        shutil.copytree(pictures, mixed)
+        (mixed / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+        result = command("predict", f"run={run}", f"input={mixed}", "output=some", cwd=home, status=1)
+        assert "broken.png" in result.stderr
+        assert "3 of 4 images" in result.stdout
+        assert sorted(path.name for path in (home / "some").iterdir()) == ["a.png", "b.png", "c d.png"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["input=nowhere", "output=x"], "neither a file nor a folder"),
+            (["input=.", "output=x"], "holds no PNG, JPEG, BMP or TIFF file"),
+            (["input=pictures", "output=pictures"], "is the folder of the images"),
+            (["input=pictures"], "output=..."),
+        ],
+    )
+    def test_refuses(self, home, run, pictures, arguments, message):
+        assert message in refused("predict", f"run={run}", *arguments, cwd=home)
+
+
+def test_help_and_config_need_nothing_heavy():
+    """What makes `--help` fast: that the command's module does not import what it does not need."""
+    code = "import sys, lightning_dice.fit; print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
+def test_help(name, home):
+    assert f"lightning_dice.{name}" in command(name, "--help", cwd=home).stdout

@@ -1,0 +1,144 @@
+"""Every YAML of the catalogue composes, and what it describes can be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from lightning_dice import SegmentationModule
+from lightning_dice.configs import CONF_DIR, UserError, apply_overrides, instantiate, register_resolvers
+from lightning_dice.data import SegmentationData
+from lightning_dice.session import instantiate_each
+
+FILES = sorted(CONF_DIR.rglob("*.yaml"))
+GROUPS = [path for path in FILES if path.parent != CONF_DIR]
+COMMANDS = sorted(path.stem for path in FILES if path.parent == CONF_DIR)
+
+
+def composed(*overrides: str, name: str = "fit"):
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.relative_to(CONF_DIR)}={path.stem}"
+
+
+def choosing(path: Path, folder: Path) -> list[str]:
+    """Overrides that choose this file, and give what it leaves open."""
+    overrides = [named(path), f"folder={folder}"]
+    text = path.read_text()
+    if "root: ???" in text or "/data: folder" in text:
+        overrides.append(f"data.root={folder}")
+    # The rest of the catalogue asks for the default data's one channel; this network takes three.
+    return [*overrides, "data.channels=3"] if path.stem.startswith("torchvision") else overrides
+
+
+def test_the_catalogue_is_all_yaml():
+    assert len(FILES) > 40
+    assert not [path for path in CONF_DIR.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+    assert COMMANDS == ["evaluate", "fit", "predict"]
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=named)
+def test_composes_and_instantiates(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")  # Nothing is sent before the first value is logged.
+    config = composed(*choosing(path, tmp_path), "device=cpu" if path.parent.name != "device" else "seed=0")
+    OmegaConf.resolve(config)
+    module = instantiate(config.module, "module")
+    assert isinstance(module, SegmentationModule)
+    assert isinstance(instantiate(config.data.datamodule, "data"), SegmentationData)
+    callbacks = instantiate_each(config.callbacks, "callbacks")
+    assert all(isinstance(callback, L.Callback) for callback in callbacks)
+    assert all(isinstance(logger, L.pytorch.loggers.Logger) for logger in instantiate_each(config.logger, "logger"))
+    optimizer = module.configure_optimizers()
+    assert optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+    if path.parent.name == "device" and "gpu" in path.stem and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="No supported gpu backend found"):
+            instantiate(config.trainer, "trainer")
+    else:
+        assert isinstance(instantiate(config.trainer, "trainer", callbacks=callbacks), L.Trainer)
+
+
+@pytest.mark.parametrize("path", [p for p in GROUPS if p.parent.name == "model"], ids=named)
+def test_every_network_gives_logits_of_its_images(path, tmp_path):
+    config = composed(*choosing(path, tmp_path))
+    module = instantiate(config.module, "module").eval()
+    image = torch.randn(1, config.data.channels, 70, 45)
+    with torch.no_grad():
+        assert module(image).shape == (1, 1, 70, 45)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_commands_compose(command):
+    config = composed("run=somewhere", name=command)
+    assert config.run == "somewhere"
+
+
+def test_facts_of_the_data_reach_everything():
+    config = composed(
+        "data.classes=[background,a,b]", "data.activation=softmax", "data.exclude_classes=[0]", "data.ignore_index=7"
+    )
+    assert (config.model.classes, config.loss.activation, config.loss.ignore_index) == (3, "softmax", 7)
+    dice = config.metrics.metrics.dice
+    assert (dice.num_classes, dice.activation, dice.exclude_classes, dice.ignore_index) == (3, "softmax", [0], 7)
+    assert config.callbacks.case_table.classes == ["background", "a", "b"]
+
+
+def test_any_trainer_flag_and_device_is_an_override():
+    config = composed("device=multi_gpu", "trainer.devices=4", "trainer.strategy=ddp", "+trainer.num_nodes=2")
+    assert (config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes) == ("gpu", 4, 2)
+
+
+def test_a_typo_is_refused_with_what_exists():
+    with pytest.raises(ConfigCompositionException, match=r"Could not override 'loss.smoth'"):
+        composed("loss.smoth=1")
+    with pytest.raises(MissingConfigException, match=r"(?s)unett.*unetplusplus"):
+        composed("model=unett")
+
+
+class TestInstantiate:
+    def test_a_refused_setting_is_told(self):
+        with pytest.raises(UserError, match=r"loss: .*DiceLoss.*smooth must be a number of pixels >= 0.*-1"):
+            instantiate(composed("loss.smooth=-1").loss, "loss")
+
+    def test_a_missing_package_names_its_extra(self):
+        config = {"_target_": "monai.no_such_room.Net"}
+        with pytest.raises(UserError, match=r"model: .*monai"):
+            instantiate(config, "model")
+
+
+class TestApplyOverrides:
+    @staticmethod
+    def config():
+        return OmegaConf.create({"trainer": {"max_epochs": 3}, "model": {"_target_": "x"}, "values": {}})
+
+    def test_values_change(self):
+        config = self.config()
+        apply_overrides(config, ["trainer.max_epochs=20", "values={255:1}"])
+        assert config.trainer.max_epochs == 20
+        assert dict(config["values"]) == {255: 1}
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("trainer.max_epoch=20", "trainer has no max_epoch, only max_epochs"),
+            ("trainr.max_epochs=20", "trainr"),
+            ("seed=1", "the config has no seed, only trainer, model, values"),
+            ("model=fpn", "only values of this run's config can be changed"),
+            ("+trainer.devices=2", "only values"),
+            ("~model", "only values"),
+            ("trainer.max_epochs=1,2", "only values"),
+            ("trainer.max_epochs=[", "trainer.max_epochs="),
+        ],
+    )
+    def test_the_rest_is_refused(self, override, message):
+        with pytest.raises(UserError, match=message):
+            apply_overrides(self.config(), [override])

@@ -1,0 +1,82 @@
+"""Imports point one way; see the list of layers below."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_dice
+
+PACKAGE = Path(lightning_dice.__file__).parent
+
+# Room -> the rooms it may import from, itself apart.
+BELOW = {
+    "kernels": set(),
+    "functional": {"kernels"},
+    "settings": set(),
+    "losses": {"functional", "kernels", "settings"},
+    "metrics": {"functional", "kernels", "settings"},
+    "module": {"losses", "metrics", "functional"},
+    "data": set(),
+    "callbacks": {"functional", "kernels", "data"},
+    "configs": set(),
+    "runs": {"configs", "callbacks", "module"},
+    "session": {"configs", "runs", "callbacks", "data", "module"},
+    "fit": {"configs", "runs", "session"},
+    "evaluate": {"configs", "runs", "session", "data"},
+    "predict": {"configs", "runs", "session", "callbacks", "data", "module"},
+    "__init__": {"losses", "metrics", "module"},
+}
+COMMANDS = {"fit", "evaluate", "predict"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms that a file imports from, within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("lightning_dice.")}
+    return found - {room(path)}
+
+
+def test_every_room_is_listed():
+    assert {room(path) for path in FILES} <= set(BELOW)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    beyond = imported_rooms(path) - BELOW[room(path)]
+    assert not beyond, f"{path.relative_to(PACKAGE)} must not import {beyond}"
+
+
+def test_nothing_imports_a_command():
+    assert not [path for path in FILES if imported_rooms(path) & COMMANDS]
+
+
+def test_the_layers_have_no_circle():
+    order: list[str] = []
+    while len(order) < len(BELOW):
+        ready = [name for name, below in BELOW.items() if name not in order and below <= set(order)]
+        assert ready, f"a circle among {set(BELOW) - set(order)}"
+        order += ready
+
+
+def test_only_commands_and_configs_know_hydra():
+    def knows_hydra(path: Path) -> bool:
+        imports = (
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        )
+        return any("hydra" in ast.unparse(node) for node in imports)
+
+    assert {room(path) for path in FILES if knows_hydra(path)} <= COMMANDS | {"configs"}

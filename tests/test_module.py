@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+
+from lightning_dice import DiceLoss, DiceScore, SegmentationModule
+from lightning_dice.data import Batch
+
+# Some tests train without validation.
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
+
+
+def loader(count=8, *, classes=1, size=(16, 16), form=tuple, batch_size=4):
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(count):
+        image = torch.randn(1, *size, generator=generator)
+        mask = (image > 1).long() if classes == 1 else (image[0] > 1).long() + (image[0] > 2).long()
+        samples.append((image, mask, f"case-{index}"))
+
+    def collate(items):
+        images, masks, cases = zip(*items, strict=True)
+        fields = {"image": torch.stack(images), "mask": torch.stack(masks), "case": list(cases)}
+        return fields if form is dict else form(fields.values()) if form in (tuple, list) else form(**fields)
+
+    return DataLoader(samples, batch_size=batch_size, collate_fn=collate)
+
+
+def trainer(**settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return L.Trainer(**{**quiet, "enable_model_summary": False, "num_sanity_val_steps": 0, **settings})
+
+
+@pytest.mark.parametrize("form", [tuple, list, dict, Batch], ids=lambda f: f.__name__)
+def test_training_improves_the_score(form):
+    torch.manual_seed(0)
+    module = SegmentationModule(nn.Conv2d(1, 1, 1), optimizer=partial(torch.optim.Adam, lr=0.3))
+    batches = loader(form=form)
+    before = trainer().validate(module, batches, verbose=False)[0]
+    trainer(max_epochs=20).fit(module, batches)
+    after = trainer().validate(module, batches, verbose=False)[0]
+    assert after["val/loss"] < before["val/loss"] / 2
+    assert after["val/dice"] > 0.9 > before["val/dice"]
+
+
+def multiclass(**settings):
+    return SegmentationModule(
+        nn.Conv2d(1, 3, 1),
+        DiceLoss(activation="softmax"),
+        DiceScore(3, activation="softmax", exclude_classes=[0], average="none"),
+        class_names=["background", "bright", "brightest"],
+        **settings,
+    )
+
+
+def test_logs_losses_and_the_score_of_every_class():
+    module = multiclass()
+    run = trainer(max_epochs=1)
+    run.fit(module, loader(classes=3), loader(classes=3))
+    names = {"train/loss", "train/dice", "train/dice/bright", "train/dice/brightest"}
+    names |= {"val/loss", "val/dice", "val/dice/bright", "val/dice/brightest"}
+    assert names <= set(run.callback_metrics)
+    assert "val/dice/background" not in run.callback_metrics
+    assert "loss" in run.progress_bar_metrics
+    assert "val/dice" in run.progress_bar_metrics
+    values = run.callback_metrics
+    mean = (values["val/dice/bright"] + values["val/dice/brightest"]) / 2
+    torch.testing.assert_close(values["val/dice"], mean)
+
+
+def test_the_logged_score_is_over_the_epoch_not_the_mean_of_batches():
+    module = multiclass()
+    batches = loader(7, classes=3, batch_size=3)
+    logged = trainer().test(module, batches, verbose=False)[0]
+    score = DiceScore(3, activation="softmax", exclude_classes=[0])
+    losses, count = 0.0, 0
+    for image, mask, _ in batches:
+        logits = module(image)
+        score.update(logits, mask)
+        losses, count = losses + float(module.loss(logits, mask).detach()) * len(image), count + len(image)
+    assert logged["test/dice"] == pytest.approx(float(score.compute()))
+    assert logged["test/loss"] == pytest.approx(losses / count)
+
+
+def test_other_metrics_and_losses():
+    module = SegmentationModule(
+        nn.Conv2d(1, 3, 1),
+        nn.CrossEntropyLoss(),
+        MetricCollection({"dice": DiceScore(3, activation="softmax"), "loss_free": DiceScore(3, activation="softmax")}),
+        activation="softmax",
+    )
+    logged = trainer().test(module, loader(classes=3), verbose=False)[0]
+    assert set(logged) == {"test/loss", "test/dice", "test/loss_free"}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (5, 33)])
+def test_padding_meets_the_stride_and_is_not_seen(size):
+    seen = []
+
+    class Strided(nn.Module):
+        def forward(self, image):
+            seen.append(tuple(image.shape[2:]))
+            return image
+
+    module = SegmentationModule(Strided(), divisor=16)
+    image = torch.randn(2, 1, *size)
+    torch.testing.assert_close(module(image), image, rtol=0, atol=0)
+    assert all(length % 16 == 0 for length in seen[0])
+
+
+class Net(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.form = nn.Conv2d(1, 1, 3, stride=2, padding=1), form
+
+    def forward(self, image):
+        half = self.conv(image)
+        return {
+            "tensor": half,
+            "out": {"out": half, "aux": half},
+            "logits": SimpleNamespace(logits=half),
+            "list": [half, half[..., ::2, ::2], half[..., ::4, ::4]],
+        }[self.form]
+
+
+@pytest.mark.parametrize("form", ["tensor", "out", "logits", "list"])
+def test_outputs_of_any_form_and_size(form):
+    module = SegmentationModule(Net(form))
+    image, mask, _ = next(iter(loader()))
+    assert module(image).shape == mask.shape
+    module.trainer = trainer(fast_dev_run=True)
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    module.training_step((image, mask), 0).backward()
+    assert module.net.conv.weight.grad.abs().sum() > 0
+
+
+def test_deep_supervision_adds_the_levels_in_training_alone():
+    module = SegmentationModule(Net("list"))
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    image, mask, _ = next(iter(loader()))
+    losses = [module.loss(level, mask).item() for level in module.levels(image)]
+    expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
+    assert module.training_step((image, mask), 0).item() == pytest.approx(expected, rel=1e-6)
+    assert module.validation_step((image, mask), 0)["loss"].item() == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "shape"), [("softmax", (2, 8, 8)), ("sigmoid", (2, 3, 8, 8))])
+def test_predicts_masks(activation, shape):
+    module = SegmentationModule(nn.Conv2d(1, 3, 1), DiceLoss(activation=activation))
+    image = torch.randn(2, 1, 8, 8)
+    assert module.predict_step(image).shape == shape
+    assert torch.equal(module.predict_step((image, None)), module.predict_step(image))
+
+
+def test_predicting_needs_an_activation():
+    module = SegmentationModule(nn.Conv2d(1, 1, 1), nn.BCEWithLogitsLoss())
+    with pytest.raises(ValueError, match=r'SegmentationModule.*activation="softmax"'):
+        module.predict_step(torch.zeros(1, 1, 4, 4))
+
+
+def test_scheduler_steps_and_watches():
+    module = SegmentationModule(
+        nn.Conv2d(1, 1, 1),
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", factor=0.5, patience=0),
+    )
+    run = trainer(max_epochs=4)
+    run.fit(module, loader(), loader())
+    assert isinstance(run.lr_scheduler_configs[0].scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    steps = SegmentationModule(
+        nn.Conv2d(1, 1, 1),
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+        interval="step",
+    )
+    run = trainer(max_epochs=1)
+    run.fit(steps, loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def test_frozen_parameters_are_not_optimized():
+    module = SegmentationModule(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)))
+    module.net[0].requires_grad_(False)
+    assert len(module.configure_optimizers().param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"divisor": 0}, "divisor must be"), ({"threshold": 1.5}, "threshold must be a probability")],
+)
+def test_refuses_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationModule(nn.Identity(), **settings)
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(1), {"image": 1}, (1,), (1, 2, 3, 4)])
+def test_refuses_batches(batch):
+    with pytest.raises(ValueError, match="a batch must be"):
+        SegmentationModule(nn.Identity()).shared_step(batch, "val")
+
+
+def test_wrong_class_names():
+    module = multiclass()
+    module.class_names = ["a", "b"]
+    with pytest.raises(ValueError, match=r"name each of the 3 classes, got \['a', 'b'\]"):
+        trainer().validate(module, loader(classes=3), verbose=False)
