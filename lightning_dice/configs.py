@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,38 @@ def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[
         key = argument.partition("=")[0].partition(".")[0]
         (mine if argument.startswith("-") or key in names else others).append(argument)
     return mine, others
+
+
+def help_text(name: str) -> str:
+    """What `--help` shows: the choices there are, and the command's settings with their comments.
+
+    Hydra's own help composes the config and lists its own groups too, which takes a second and a screen.
+    """
+    lines = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    about = [line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    start = lines.index("defaults:")
+    defaults = list(itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :]))
+    settings = itertools.takewhile(lambda line: line != "hydra:", lines[start + 1 + len(defaults) :])
+    chosen = dict(line.removeprefix("  - ").split(": ") for line in defaults if ": " in line and "override" not in line)
+    choices = [f"  {group:<11}{', '.join(_files(group, default))}" for group, default in chosen.items()]
+    return "\n".join(
+        [
+            *about,
+            "\nChoices, as in model=unet (default in brackets):",
+            *choices,
+            "\nSettings, as in seed=1; those of a choice too, as in loss.smooth=1e-5:",
+            *(f"  {line}" for line in "\n".join(settings).strip().splitlines()),
+            "\nFlags:",
+            "  --cfg job                     show the whole config and do nothing; --package loss shows a part of it",
+            *(["  --multirun loss.smooth=0.1,1  a run for each value"] if name == "fit" else []),
+            "  --hydra-help                  more flags",
+        ]
+    )
+
+
+def _files(group: str, default: str) -> list[str]:
+    names = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    return [f"[{name}]" if name == default else name for name in names]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from lightning_dice.configs import (
     CONF_DIR,
     UserError,
+    help_text,
     hidden_from_lightning,
     mistakes_told,
     register_resolvers,
@@ -26,6 +27,9 @@ SETTINGS = ("run", "checkpoint", "split", "output", "device", "trainer")
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.evaluate` and `dice-evaluate`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text("evaluate"))
+        return
     register_resolvers()
     sys.argv[1:], overrides = split_arguments(sys.argv[1:], SETTINGS)
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lightning_dice.configs import (
     CONF_DIR,
     RUN_VARIABLE,
+    help_text,
     hidden_from_lightning,
     mistakes_told,
     register_resolvers,
@@ -25,6 +26,9 @@ from lightning_dice.configs import (
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.fit` and `dice-fit`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text("fit"))
+        return
     register_resolvers()
     folder = os.environ.get(RUN_VARIABLE)
     own, overrides = split_arguments(sys.argv[1:], ["resume"])

@@ -46,6 +46,8 @@ class SegmentationModule(L.LightningModule):
         threshold: a probability, above which `predict_step` calls a pixel foreground; not for softmax.
         divisor: images are padded to multiples of it, in pixels, before the network, and logits are cropped afterwards:
             the stride of the network's coarsest features.
+        channels_last: keep 2D images and the network's 2D weights with channels as the fastest axis, which convolutions
+            run faster on; the numbers differ by rounding alone.
         interval: when the scheduler steps: `"epoch"` or `"step"`.
         monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
 
@@ -68,6 +70,7 @@ class SegmentationModule(L.LightningModule):
         activation: Literal["sigmoid", "softmax"] | None = None,
         threshold: float = 0.5,
         divisor: int = 1,
+        channels_last: bool = False,
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/dice",
     ) -> None:
@@ -84,6 +87,11 @@ class SegmentationModule(L.LightningModule):
         self.activation = activation
         self.threshold = threshold
         self.divisor = divisor
+        self.channels_last = channels_last
+        if channels_last:
+            for parameter in net.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.interval = interval
         self.monitor = monitor
         if metrics is None:
@@ -99,6 +107,8 @@ class SegmentationModule(L.LightningModule):
         """Logits of every output of the network, finest first, each at the image's size."""
         space = tuple(image.shape[2:])
         padded = pad_to_multiple(image, self.divisor)
+        if self.channels_last and padded.ndim == 4:
+            padded = padded.contiguous(memory_format=torch.channels_last)
         padded_space = tuple(padded.shape[2:])
         return [crop_to(resize_to(logits, padded_space), space) for logits in read_logits(self.net(padded))]
 

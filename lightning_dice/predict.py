@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from lightning_dice.configs import (
     CONF_DIR,
     UserError,
+    help_text,
     hidden_from_lightning,
     instantiate,
     mistakes_told,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.predict` and `dice-predict`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text("predict"))
+        return
     register_resolvers()
     sys.argv[1:], overrides = split_arguments(sys.argv[1:], SETTINGS)
 

@@ -68,6 +68,9 @@ def save_config(folder: Path, config: DictConfig) -> None:
     Raises:
         UserError: a value that is still missing, or an interpolation that leads nowhere.
     """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
     try:
         resolved = OmegaConf.to_yaml(config, resolve=True)
     except Exception as error:

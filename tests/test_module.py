@@ -100,6 +100,18 @@ def test_other_metrics_and_losses():
     assert set(logged) == {"test/loss", "test/dice", "test/loss_free"}
 
 
+def test_channels_last_changes_the_layout_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    image = torch.randn(2, 2, 9, 7)
+    expected = SegmentationModule(net)(image)
+    module = SegmentationModule(net, channels_last=True)
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(module(image), expected)
+    volume = SegmentationModule(nn.Conv3d(1, 1, 1), channels_last=True)
+    assert volume(torch.zeros(1, 1, 3, 4, 5)).shape == (1, 1, 3, 4, 5)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (17, 30), (5, 33)])
 def test_padding_meets_the_stride_and_is_not_seen(size):
     seen = []
