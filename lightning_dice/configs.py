@@ -119,7 +119,7 @@ def hidden_from_lightning() -> Iterator[None]:
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
-    """Change values of a composed config, in Hydra's syntax: `trainer.max_epochs=20`.
+    """Change values of a composed config, in Hydra's syntax: `trainer.max_epochs=20`, `+trainer.fast_dev_run=true`.
 
     Raises:
         UserError: a key that is not there, or another file of a group: that is composed once, when a run starts.
@@ -130,11 +130,11 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
             override = OverridesParser.create().parse_override(text)
             key, value = override.key_or_group, override.value()
             group = isinstance(OmegaConf.select(config, key), DictConfig) and isinstance(value, str)
-            if override.is_add() or override.is_delete() or override.is_sweep_override() or group:
+            if override.is_delete() or override.is_sweep_override() or group:
                 raise UserError(f"{text}: only values of this run's config can be changed, as in trainer.max_epochs=20")
             parent, _, leaf = key.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
-            if not isinstance(place, DictConfig) or leaf not in list(place.keys()):
+            if not isinstance(place, DictConfig) or not (override.is_add() or leaf in list(place.keys())):
                 raise UserError(
                     f"{text}: {parent or 'the config'} has no {leaf}, only {', '.join(map(str, place or []))}"
                 )

@@ -84,7 +84,7 @@ def predict(config: DictConfig, overrides: list[str]) -> list[str]:
     module.load_state_dict(checkpoint["state_dict"])
     device = choose_device(config.trainer.accelerator)
     module.eval().to(device)
-    normalize: Any = instantiate(run.data.datamodule.normalize, "data.normalize")
+    normalize: Any = instantiate(run.normalize, "normalize")
 
     failed: list[str] = []
     for path in track(images, description=f"predicting on {device}"):

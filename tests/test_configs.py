@@ -38,7 +38,7 @@ def choosing(path: Path, folder: Path) -> list[str]:
     if "root: ???" in text or "/data: folder" in text:
         overrides.append(f"data.root={folder}")
     # The rest of the catalogue asks for the default data's one channel; this network takes three.
-    return [*overrides, "data.channels=3"] if path.stem.startswith("torchvision") else overrides
+    return [*overrides, "data.channels=3"] if path.stem.startswith(("torchvision", "imagenet")) else overrides
 
 
 def test_the_catalogue_is_all_yaml():
@@ -122,7 +122,8 @@ class TestApplyOverrides:
 
     def test_values_change(self):
         config = self.config()
-        apply_overrides(config, ["trainer.max_epochs=20", "values={255:1}"])
+        apply_overrides(config, ["trainer.max_epochs=20", "values={255:1}", "+trainer.devices=2"])
+        assert config.trainer.devices == 2
         assert config.trainer.max_epochs == 20
         assert dict(config["values"]) == {255: 1}
 
@@ -133,7 +134,7 @@ class TestApplyOverrides:
             ("trainr.max_epochs=20", "trainr"),
             ("seed=1", "the config has no seed, only trainer, model, values"),
             ("model=fpn", "only values of this run's config can be changed"),
-            ("+trainer.devices=2", "only values"),
+            ("+trainr.devices=2", "trainr has no devices"),
             ("~model", "only values"),
             ("trainer.max_epochs=1,2", "only values"),
             ("trainer.max_epochs=[", "trainer.max_epochs="),

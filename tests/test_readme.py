@@ -1,0 +1,65 @@
+"""The README's code runs, and its commands compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from lightning_dice import configs, evaluate, predict
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    line[line.index("python -m lightning_dice.") :]
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if "python -m lightning_dice." in line
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffle")
+def test_python_blocks_run_in_order():
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["loss"].item() > 0
+    assert "val/dice/border" in names["trainer"].callback_metrics
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_compose(line):
+    _, _, module, *arguments = shlex.split(line)
+    name = module.removeprefix("lightning_dice.")
+    # What resumes a run is not composed: its overrides are checked against that run's config.
+    arguments = [argument for argument in arguments if not argument.startswith("resume=")]
+    settings = {"evaluate": evaluate.SETTINGS, "predict": predict.SETTINGS}
+    if name in settings:
+        arguments, overrides = configs.split_arguments(arguments, settings[name])
+        assert all("." in override for override in overrides)
+    configs.register_resolvers()
+    sweep = "-m" in arguments
+    arguments = [argument for argument in arguments if argument != "-m"]
+    with initialize_config_dir(str(configs.CONF_DIR), version_base="1.3"):
+        # A sweep's values are taken one by one.
+        assert compose(name, overrides=[a.partition(",")[0] if sweep else a for a in arguments])
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(links) > 3
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_two_commands_of_the_start():
+    assert "pip install -e . && python -m lightning_dice.fit model=unet\n" in blocks("bash")
+    assert "pip install -e '.[dev]' && pytest\n" in blocks("bash")
