@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from lightning_dice.configs import (
     CONF_DIR,
     RUN_VARIABLE,
+    UserError,
     help_text,
     hidden_from_lightning,
     mistakes_told,
@@ -56,6 +57,13 @@ def from_command_line(config: DictConfig) -> float | None:
     with hidden_from_lightning(), mistakes_told():
         from lightning_dice import runs
 
+        rank, processes = launched_from_outside()
+        if processes > 1 and config.folder is None:
+            raise UserError("torchrun and srun start processes that must agree on a folder: give folder=<a new one>")
+        if rank > 0:
+            # The first process makes the folder; what all others train is the config that lies there.
+            folder = Path(config.folder).expanduser().absolute()
+            return train(runs.await_config(folder), folder)
         choices = hydra_config.runtime.choices
         config.name = config.name or f"{choices.get('experiment') or choices['data']}_{choices['model']}"
         if config.folder is not None:
@@ -72,6 +80,14 @@ def from_command_line(config: DictConfig) -> float | None:
             # A mistake found before training leaves nothing but its config.
             if {path.name for path in folder.iterdir()} <= {runs.CONFIG, runs.TEMPLATE}:
                 shutil.rmtree(folder)
+
+
+def launched_from_outside() -> tuple[int, int]:
+    """This process's rank and the number of processes, where torchrun or srun has started them; else (0, 1)."""
+    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and processes in os.environ:
+            return int(os.environ[rank]), int(os.environ[processes])
+    return 0, 1
 
 
 def resume(folder: str, overrides: list[str]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,20 @@ def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is not a config")
     return config
+
+
+def await_config(folder: Path, seconds: float = 120) -> DictConfig:
+    """The config that another process is about to write.
+
+    Raises:
+        UserError: it has not come after so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not (folder / CONFIG).is_file():
+        if time.monotonic() > end:
+            raise UserError(f"{folder / CONFIG} was not written by the first process within {seconds:.0f} s")
+        time.sleep(0.1)
+    return load_config(folder)
 
 
 def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | None = None) -> DictConfig:
