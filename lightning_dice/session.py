@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice import runs
 from lightning_dice.callbacks import honest_exit, summary_table
+from lightning_dice.callbacks.files import read_csv
 from lightning_dice.configs import UserError, instantiate
 from lightning_dice.data import DataError, SegmentationData, Split
 from lightning_dice.module import SegmentationModule
@@ -83,7 +84,7 @@ class Session:
             say(f"going on after epoch {done} of {trainer.max_epochs}, from {checkpoint}")
         say(str(data.report))
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        say(f"net     {type(module.net).__name__}, {parameters / 1e6:.2f} million parameters")
+        say(f"net     {type(module.net).__name__}, {parameters:,} parameters")
         say(f"loss    {module.loss}")
         say(f"folder  {self.folder}")
         with honest_exit(), data_mistakes_told():
@@ -127,9 +128,8 @@ class Session:
             return
         from rich import print as rich_print
 
-        best = self.checkpoint
-        if best is not None and best.best_model_score is not None and "val" not in self.scores:
-            self.scores = {"val": {str(best.monitor): float(best.best_model_score)}, **self.scores}
+        best_epoch, val = self.best_row()
+        val = self.scores.get("val", val)
         files: dict[str, str | Path] = {
             "config": self.folder / runs.CONFIG,
             "best checkpoint": self.folder / runs.CHECKPOINTS / "best.ckpt",
@@ -140,7 +140,21 @@ class Session:
             "Dice by class": self.folder / "dice_per_class.png",
             "worst and best cases": self.folder / "overlays.png",
         }
-        rich_print(summary_table(self.folder, self.scores.get("val"), self.scores.get("test"), files))
+        rich_print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
+
+    def best_row(self) -> tuple[int | None, dict[str, float]]:
+        """The epoch of the best checkpoint, and its validation metrics, from the table of epochs."""
+        callback, table = self.checkpoint, self.folder / "metrics.csv"
+        if callback is None or callback.monitor is None:
+            return None, {}
+        rows = [row for row in read_csv(table) if row.get(callback.monitor)]
+        if not rows:
+            return None, {}
+        choose = max if callback.mode == "max" else min
+        best = choose(rows, key=lambda row: float(row[str(callback.monitor)]))
+        return int(best["epoch"]), {
+            key: float(value) for key, value in best.items() if key.startswith("val/") and value
+        }
 
 
 class _ConfigInCheckpoint(Callback):
