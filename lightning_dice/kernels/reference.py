@@ -3,8 +3,8 @@ r"""The sums in plain PyTorch: what every faster implementation must agree with.
 Runs on any device and differentiates twice. An index target is never made one-hot: what a class's own pixels
 contribute is gathered, then added to that class.
 
-Accuracy: each block of pixels is summed in the dtype of the probabilities (float32 or better), and the blocks in
-float64. A plain float32 sum stops counting at 2^24 pixels and loses digits long before.
+Accuracy: probabilities are float32 or better, and are added up in float64, block by block, so that no float64 copy of
+all of them is made. A float32 sum stops counting at 2^24 pixels and loses digits long before.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _wide(values: Tensor) -> torch.dtype:
 
 def _total(values: Tensor) -> Tensor:
     """Sum the pixels of `(images, classes, pixels)`."""
-    blocks = [block.sum(-1).to(_wide(values)) for block in torch.split(values, _BLOCK, dim=-1)]
+    blocks = [block.sum(-1, dtype=_wide(values)) for block in torch.split(values, _BLOCK, dim=-1)]
     return torch.stack(blocks).sum(0)
 
 

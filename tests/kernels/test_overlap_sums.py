@@ -113,6 +113,12 @@ def test_ten_million_pixels_and_a_hundred_of_foreground(dtype):
     assert sums.overlap.item() == pytest.approx(100 * p_front, rel=3e-7)
 
 
+def test_the_sum_of_ten_million_loses_nothing():
+    logits = torch.full((1, 1, 10_000_000), -7.0)
+    sums = overlap_sums(logits, torch.zeros_like(logits, dtype=torch.uint8))
+    assert sums.predicted.item() == pytest.approx(logits.sigmoid().double().sum().item(), rel=1e-12)
+
+
 def test_counts_of_ids_do_not_stop_at_2_to_the_24():
     size = 2**24 + 3
     sums = overlap_sums(torch.zeros(1, 2, size), torch.zeros(1, size, dtype=torch.uint8), activation="softmax")
@@ -142,12 +148,19 @@ def test_memory_formats_and_strides():
         torch.testing.assert_close(overlap_sums(other, target, activation="softmax").overlap, expected.overlap)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast on the CPU leaves these operations alone")
 def test_autocast_changes_nothing():
-    logits, target = random_case(8, activation=None, dtype=torch.float32)
+    logits, target = (tensor.cuda() for tensor in random_case(8, activation=None, dtype=torch.float32))
     expected = overlap_sums(logits, target, activation=None, nll=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cuda", dtype=torch.bfloat16):
         sums = overlap_sums(logits, target, activation=None, nll=True)
     torch.testing.assert_close(sums.nll, expected.nll, rtol=0, atol=0)
+
+
+def test_large_logits_in_float64():
+    z = 25.0
+    sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), absent_nll=True)
+    assert sums.absent_nll.item() == pytest.approx(z + math.log1p(math.exp(-z)), rel=1e-15, abs=0)
 
 
 def test_an_empty_batch():
