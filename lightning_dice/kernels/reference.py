@@ -9,6 +9,8 @@ all of them is made. A float32 sum stops counting at 2^24 pixels and loses digit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,6 @@ def overlap_sums(
     absent_nll: bool,
 ) -> OverlapSums:
     """The sums of `lightning_dice.kernels.overlap_sums`, for input that has passed its checks."""
-    power = 2 if squared else 1
     z = logits.flatten(2) if logits.ndim > 2 else logits.unsqueeze(-1)
     z = z if z.dtype == torch.float64 else z.float()
     planes = target.shape == logits.shape
@@ -53,10 +54,10 @@ def overlap_sums(
     p = z.softmax(1) if activation == "softmax" else z.sigmoid() if activation == "sigmoid" else z
     count = z.new_full((z.shape[0], 1), z.shape[2], dtype=_wide(z)) if w is None else _total(w)
     complement = _total(_weighted(_minus_log_complement(z, p, activation), w)) if absent_nll else None
-    predicted = _total(_weighted(p**power, w))
+    predicted = _total(_weighted(p * p if squared else p, w))
     if planes:
         t = t.to(z.dtype)
-        overlap, actual = _total(_weighted(p * t, w)), _total(_weighted(t**power, w))
+        overlap, actual = _total(_weighted(p * t, w)), _total(_weighted(t * t if squared else t, w))
         true_nll = _total(_weighted(_minus_log_planes(z, p, t, activation), w)) if nll else None
     else:
         ids = t.long().unsqueeze(1)
@@ -105,10 +106,24 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
+class _Total(torch.autograd.Function):
+    """Sum over pixels in float64. Written out because autograd would join the gradients of the blocks by a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = values.shape, values.dtype
+        blocks = [block.sum(-1, dtype=_wide(values)) for block in torch.split(values, _BLOCK, dim=-1)]
+        return torch.stack(blocks).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0].to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
+
+
 def _total(values: Tensor) -> Tensor:
     """Sum the pixels of `(images, classes, pixels)`."""
-    blocks = [block.sum(-1, dtype=_wide(values)) for block in torch.split(values, _BLOCK, dim=-1)]
-    return torch.stack(blocks).sum(0)
+    total: Tensor = _Total.apply(values)
+    return total
 
 
 def _total_by_class(values: Tensor, ids: Tensor, like: Tensor) -> Tensor:
