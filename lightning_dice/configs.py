@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -99,18 +98,12 @@ def mistakes_told() -> Iterator[None]:
 
 
 @contextmanager
-def hidden_from_lightning() -> Iterator[None]:
-    """Hide Hydra from Lightning, and leave no trace of this run to the next one of a sweep.
-
-    Lightning starts the processes of further devices with Hydra's command line, if it sees Hydra at work.
-    """
-    instance: Any = HydraConfig.instance()
-    hidden, before = instance.cfg, dict(os.environ)
-    instance.cfg = None
+def traces_removed() -> Iterator[None]:
+    """Leave nothing of this run in the environment to the next one of a sweep."""
+    before = dict(os.environ)
     try:
         yield
     finally:
-        instance.cfg = hidden
         # A launcher that finds the last run's LOCAL_RANK takes itself for a child and waits for a parent.
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE):
             os.environ.pop(name, None)

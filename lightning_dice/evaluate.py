@@ -13,7 +13,6 @@ from lightning_dice.configs import (
     CONF_DIR,
     UserError,
     help_text,
-    hidden_from_lightning,
     mistakes_told,
     register_resolvers,
     split_arguments,
@@ -35,7 +34,7 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
     def from_command_line(config: DictConfig) -> None:
-        with hidden_from_lightning(), mistakes_told():
+        with mistakes_told():
             evaluate(config, overrides)
 
     from_command_line()

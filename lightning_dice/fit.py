@@ -16,10 +16,10 @@ from lightning_dice.configs import (
     RUN_VARIABLE,
     UserError,
     help_text,
-    hidden_from_lightning,
     mistakes_told,
     register_resolvers,
     split_arguments,
+    traces_removed,
 )
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
@@ -54,7 +54,7 @@ def from_command_line(config: DictConfig) -> float | None:
         The best value of what the checkpoint callback watches, for sweepers that optimize it.
     """
     hydra_config = HydraConfig.get()
-    with hidden_from_lightning(), mistakes_told():
+    with traces_removed(), mistakes_told():
         from lightning_dice import runs
 
         rank, processes = launched_from_outside()

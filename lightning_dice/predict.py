@@ -13,7 +13,6 @@ from lightning_dice.configs import (
     CONF_DIR,
     UserError,
     help_text,
-    hidden_from_lightning,
     instantiate,
     mistakes_told,
     register_resolvers,
@@ -38,7 +37,7 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="predict")
     def from_command_line(config: DictConfig) -> None:
-        with hidden_from_lightning(), mistakes_told():
+        with mistakes_told():
             failed = predict(config, overrides)
         if failed:
             print(f"\n{len(failed)} of the images could not be predicted:", *failed, sep="\n  ", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -113,7 +114,11 @@ def test_many_channels(tmp_path, planar):
     assert torch.equal(image, torch.from_numpy(source).permute(2, 0, 1) / 255)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp"])
+# tifffile for Python 3.10 leaves fax compression, which scanners use for one bit, to others.
+FAX = pytest.param("a.tif", marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="tifffile reads no fax here"))
+
+
+@pytest.mark.parametrize("name", ["a.png", FAX, "a.bmp"])
 def test_one_bit(tmp_path, name):
     bits = Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1")
     bits.save(tmp_path / name, **({"compression": "group4"} if name == "a.tif" else {}))
