@@ -69,13 +69,13 @@ def save_config(folder: Path, config: DictConfig) -> None:
     Raises:
         UserError: a value that is still missing, or an interpolation that leads nowhere.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
         resolved = OmegaConf.to_yaml(config, resolve=True)
     except Exception as error:
         raise UserError(f"config: {error}") from error
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
     for name, text in ((TEMPLATE, OmegaConf.to_yaml(config)), (CONFIG, resolved)):
         write_atomically(folder / name, partial(_write_text, text))
 
