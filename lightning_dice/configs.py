@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.paren
 # Names the run's folder to the processes that Lightning starts for the other devices of this machine. They read the
 # frozen config there, instead of composing one from a command line that may hold a sweep.
 RUN_VARIABLE = "LIGHTNING_DICE_RUN"
+
+_PATHS = {"data.root", "runs", "folder", "run", "input", "output", "checkpoint", "resume"}
 
 
 class UserError(ValueError):
@@ -52,6 +55,37 @@ def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[
         key = argument.partition("=")[0].partition(".")[0]
         (mine if argument.startswith("-") or key in names else others).append(argument)
     return mine, others
+
+
+def quoted(arguments: Iterable[str]) -> list[str]:
+    """Arguments whose value is a path, quoted for Hydra, whose grammar refuses spaces, brackets and many letters.
+
+    >>> quoted(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
+    ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
+    """
+    result = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in _PATHS and value and value[0] not in "\"'" and value != "null":
+            value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        result.append(f"{key}{equals}{value}")
+    return result
+
+
+def explain_typos(name: str, arguments: Iterable[str]) -> None:
+    """After Hydra has refused an override of a setting that is not there: print which there are."""
+    with suppress(Exception), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        groups = [o.input_line for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
+        config = hydra.compose(name, overrides=groups)
+        for override in overrides:
+            parent, _, leaf = override.key_or_group.rpartition(".")
+            place = OmegaConf.select(config, parent) if parent else config
+            if isinstance(place, DictConfig) and leaf not in place and not (CONF_DIR / leaf).is_dir():
+                names = [str(key) for key in place]
+                close = difflib.get_close_matches(leaf, names, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                print(f"{parent or 'the config'} has {', '.join(names)}{hint}", file=sys.stderr)
 
 
 def help_text(name: str) -> str:
@@ -92,8 +126,10 @@ def mistakes_told() -> Iterator[None]:
     try:
         yield
     except (UserError, MissingMandatoryValue) as error:
-        hint = f": give {error.full_key}=..." if isinstance(error, MissingMandatoryValue) else ""
-        print(f"\nerror: {str(error).splitlines()[0]}{hint}", *str(error).splitlines()[1:], sep="\n", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, MissingMandatoryValue):
+            message = f"{error.full_key} has no value: give {error.full_key}=..."
+        print(f"\nerror: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

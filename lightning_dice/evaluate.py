@@ -14,6 +14,7 @@ from lightning_dice.configs import (
     UserError,
     help_text,
     mistakes_told,
+    quoted,
     register_resolvers,
     split_arguments,
 )
@@ -30,7 +31,7 @@ def main() -> None:
         print(help_text("evaluate"))
         return
     register_resolvers()
-    sys.argv[1:], overrides = split_arguments(sys.argv[1:], SETTINGS)
+    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
     def from_command_line(config: DictConfig) -> None:

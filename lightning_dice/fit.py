@@ -15,8 +15,10 @@ from lightning_dice.configs import (
     CONF_DIR,
     RUN_VARIABLE,
     UserError,
+    explain_typos,
     help_text,
     mistakes_told,
+    quoted,
     register_resolvers,
     split_arguments,
     traces_removed,
@@ -41,9 +43,15 @@ def main() -> None:
             train(load_config(folder), Path(folder), resume=bool(resumed))
         elif resumed:
             # Not through Hydra, which would check the overrides against the default config instead of the run's.
-            resume(resumed[-1], overrides)
+            resume(resumed[-1], quoted(overrides))
         else:
-            from_command_line()
+            sys.argv[1:] = quoted(sys.argv[1:])
+            try:
+                from_command_line()
+            except SystemExit as error:
+                if error.code == 1:  # Hydra's; ours is 2.
+                    explain_typos("fit", sys.argv[1:])
+                raise
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="fit")
@@ -73,6 +81,7 @@ def from_command_line(config: DictConfig) -> float | None:
         else:
             folder = runs.new_folder(config.runs, config.name)
         config.folder = str(folder)
+        runs.make_absolute(config)
         try:
             runs.save_config(folder, config)
             return train(runs.load_config(folder), folder)

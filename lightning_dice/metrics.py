@@ -107,7 +107,8 @@ class DiceScore(Metric):
         """
         if preds.ndim < 2 or preds.shape[1] != self.num_classes:
             raise ValueError(
-                f"logits must have the shape (batch, {self.num_classes}, *space) for num_classes={self.num_classes}, "
+                f"DiceScore: logits must have the shape (batch, {self.num_classes}, *space), for num_classes="
+                f"{self.num_classes}, "
                 f"got {tuple(preds.shape)}"
             )
         sums = hard_sums(

@@ -126,7 +126,7 @@ class SegmentationModule(L.LightningModule):
         terms = [weight * self.loss(logits, mask) for weight, logits in zip(weights, levels, strict=True)]
         loss = torch.stack(terms).sum() / sum(weights)
         logits = levels[0].detach()
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=stage != "train")
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=True)
         if stage == "train":
             values = self.train_metrics(logits, mask)
             running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}
@@ -192,6 +192,8 @@ class SegmentationModule(L.LightningModule):
 
     def _log_metrics(self, stage: Stage) -> None:
         metrics = self._metrics(stage)
+        if not any(metric.update_called for metric in metrics.values()):
+            return  # A subclass's step may count nothing.
         for name, value in metrics.compute().items():
             # A metric's value is the same on every rank; said again so that Lightning need not warn.
             self.log(name, _mean(value), prog_bar=stage == "val", sync_dist=True)

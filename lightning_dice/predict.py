@@ -15,6 +15,7 @@ from lightning_dice.configs import (
     help_text,
     instantiate,
     mistakes_told,
+    quoted,
     register_resolvers,
     split_arguments,
 )
@@ -33,7 +34,7 @@ def main() -> None:
         print(help_text("predict"))
         return
     register_resolvers()
-    sys.argv[1:], overrides = split_arguments(sys.argv[1:], SETTINGS)
+    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="predict")
     def from_command_line(config: DictConfig) -> None:

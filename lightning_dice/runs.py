@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -57,10 +58,17 @@ def exact_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"{path} exists; a run never overwrites another: choose a new one, or resume={path}") from None
+        hint = f", or resume={path}" if (path / CONFIG).is_file() else ""
+        raise UserError(f"{path} exists, and nothing is overwritten: choose a new folder{hint}") from None
     except OSError as error:
         raise UserError(f"cannot make the run's folder {path}: {error.strerror}") from error
     return path
+
+
+def make_absolute(config: DictConfig) -> None:
+    """Let the data be found from any folder: `data.root` as an absolute path, where there is one."""
+    if "data" in config and not OmegaConf.is_missing(config.data, "root") and config.data.get("root"):
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
 
 
 def save_config(folder: Path, config: DictConfig) -> None:
@@ -73,6 +81,9 @@ def save_config(folder: Path, config: DictConfig) -> None:
         missing = sorted(OmegaConf.missing_keys(config))
         resolved = OmegaConf.to_yaml(config, resolve=True)
     except Exception as error:
+        unset = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if unset:
+            raise UserError(f"{unset[1]} has no value: give {unset[1]}=...") from error
         raise UserError(f"config: {error}") from error
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
@@ -126,6 +137,7 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
     """
     config = load_config(folder, TEMPLATE)
     apply_overrides(config, overrides)
+    make_absolute(config)
     config.folder = str(output if output is not None else Path(folder).expanduser().absolute())
     return config
 

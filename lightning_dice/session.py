@@ -15,6 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dice import runs
 from lightning_dice.callbacks import honest_exit, summary_table
@@ -30,6 +31,8 @@ _NOISE = (
     ".*ended before the epoch ended.*",  # Told in our own words when going on.
     ".*Checkpoint directory .* exists and is not empty.*",  # When resuming, it should be.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
+    ".*Grad strides do not match bucket view strides.*",  # A copy more for some 1x1 weights of channels_last.
+    ".*The dirpath has changed from.*",  # It does when a run is scored into a folder of its own.
     ".*You are using a CUDA device.*Tensor Cores.*",
 )
 
@@ -54,7 +57,7 @@ class Session:
     @cached_property
     def data(self) -> SegmentationData:
         """The datamodule, its data checked."""
-        with data_mistakes_told():
+        with own_mistakes_told():
             data: SegmentationData = instantiate(self.config.data.datamodule, "data")
             rank_zero_only(data.prepare_data)()  # Lightning asks again, for nothing, in every process.
         return data
@@ -87,14 +90,14 @@ class Session:
         say(f"net     {type(module.net).__name__}, {parameters:,} parameters")
         say(f"loss    {module.loss}")
         say(f"folder  {self.folder}")
-        with honest_exit(), data_mistakes_told():
+        with honest_exit(), own_mistakes_told():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
     def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
         """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
         runs.check_weights(self.module, checkpoint)
         run = self.trainer.test if split == "test" else self.trainer.validate
-        with honest_exit(), data_mistakes_told():
+        with honest_exit(), own_mistakes_told():
             logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
         self.scores[split] = dict(logged[0]) if logged else {}
         return self.scores[split]
@@ -167,8 +170,33 @@ class _ConfigInCheckpoint(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("config") or {}
+        changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
+        if trainer.state.fn == "fit" and changed:
+            follow_settings(checkpoint, pl_module)
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+
+
+def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+    """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
+
+    Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
+    schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
+    """
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    scheduler = configured["lr_scheduler"]["scheduler"] if isinstance(configured, dict) else None
+    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That the optimizer has not stepped.
+            for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
+                scheduler.step()
+        checkpoint["lr_schedulers"][0] = scheduler.state_dict()
+    for saved, new in zip(checkpoint["optimizer_states"][0]["param_groups"], optimizer.param_groups, strict=True):
+        saved.update({name: value for name, value in new.items() if name != "params"})
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
@@ -177,12 +205,18 @@ def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
 
 
 @contextmanager
-def data_mistakes_told() -> Iterator[None]:
-    """Turn what is wrong with the data into a message without a traceback."""
+def own_mistakes_told() -> Iterator[None]:
+    """Turn what this package refuses, data or settings that do not fit them, into a message without a traceback."""
     try:
         yield
-    except DataError as error:
-        raise UserError(str(error)) from error
+    except ValueError as error:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        raised_here = place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("lightning_dice.")
+        if isinstance(error, DataError) or raised_here:
+            raise UserError(str(error)) from error
+        raise
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 import signal
 import subprocess
@@ -79,10 +80,19 @@ class TestFit:
             assert text in output
         assert folder.name.endswith("_synthetic_custom")
 
+    def test_paths_need_no_quotes_for_hydra(self, home):
+        folder = home / "rüns (of) mine, [1]"
+        command("fit", *SMALL, "trainer.max_epochs=1", f"folder={folder}", "test=false", cwd=home)
+        command("evaluate", f"run={folder}", f"output={folder / 'again {2}'}", cwd=home)
+        assert (folder / "again {2}" / "cases.csv").is_file()
+
+    def test_a_setting_without_a_value(self, home):
+        assert "data.root has no value: give data.root=" in refused("fit", "data=folder", cwd=home)
+
     def test_never_overwrites(self, home, run):
         before = (run / "metrics.csv").read_bytes()
         message = refused("fit", *SMALL, "folder=run", cwd=home)
-        assert "exists; a run never overwrites another" in message
+        assert "exists, and nothing is overwritten" in message
         assert (run / "metrics.csv").read_bytes() == before
 
     def test_mistakes_leave_no_folder(self, home):
@@ -94,6 +104,8 @@ class TestFit:
         ("override", "message"),
         [
             ("loss.smoth=1", "Could not override 'loss.smoth'"),
+            ("loss.smoth=1", "loss has _target_, activation, smooth"),
+            ("trainer.max_epoch=1", "did you mean max_epochs?"),
             ("model=unett", "Could not find 'model/unett'"),
         ],
     )
@@ -150,13 +162,32 @@ class TestResume:
         assert rows(folder / "metrics.csv")[:2] == rows(run / "metrics.csv")
 
     def test_equals_the_uninterrupted_run(self, home):
-        whole = [*SMALL, "trainer.max_epochs=4", "scheduler=constant"]
-        command("fit", *whole, "folder=whole", cwd=home)
+        # The second run's cosine is stretched when it goes on, and so the first two epochs of both must be alike.
+        whole = [*SMALL, "scheduler.T_max=4"]
+        command("fit", *whole, "trainer.max_epochs=4", "folder=whole", cwd=home)
         command("fit", *whole, "trainer.max_epochs=2", "folder=parts", cwd=home)
         command("fit", "resume=parts", "trainer.max_epochs=4", cwd=home)
+        rates = [[row["lr"] for row in rows(home / name / "metrics.csv")] for name in ("whole", "parts")]
+        assert rates[0] == rates[1]
         one, two = (torch.load(home / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "parts"))
         for key, value in one["state_dict"].items():
             assert torch.equal(value, two["state_dict"][key]), key
+
+    def test_new_settings_of_optimizer_and_schedule_take_effect(self, home, run):
+        folder = home / "changed"
+        shutil.copytree(run, folder)
+        command("fit", f"resume={folder}", "trainer.max_epochs=4", "optimizer.lr=0.01", "scheduler.eta_min=0", cwd=home)
+        expected = [0.01 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (2, 3)]
+        assert [float(row["lr"]) for row in rows(folder / "metrics.csv")[2:]] == pytest.approx(expected, rel=1e-4)
+
+    def test_last_is_the_last_epoch_whatever_its_score(self, home, run):
+        # With a rate of 0 no epoch is better than the first.
+        command("fit", *SMALL, "trainer.max_epochs=3", "optimizer.lr=0", "scheduler=constant", "folder=flat", cwd=home)
+        epochs = [
+            torch.load(home / "flat/checkpoints" / name, weights_only=True)["epoch"]
+            for name in ("best.ckpt", "last.ckpt")
+        ]
+        assert epochs == [0, 2]
 
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
     def test_signals_leave_a_checkpoint(self, home, number, status):

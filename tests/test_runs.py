@@ -27,7 +27,7 @@ def test_dated_folders_sort_by_time(tmp_path):
 
 def test_an_exact_folder_must_be_new(tmp_path):
     folder = runs.exact_folder(tmp_path / "a" / "b")
-    with pytest.raises(UserError, match=r"exists; a run never overwrites another.*resume="):
+    with pytest.raises(UserError, match=r"exists, and nothing is overwritten: choose a new folder$"):
         runs.exact_folder(folder)
 
 

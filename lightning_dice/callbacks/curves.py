@@ -36,6 +36,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], monitor: str, m
         _line(axes, rows, f"train/{name}", label="train", color=TRAIN, linewidth=2)
         _line(axes, rows, f"val/{name}", label="val", color=VAL, linewidth=2, zorder=4)
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
     loss.set_title("Loss", loc="left", fontweight="bold")

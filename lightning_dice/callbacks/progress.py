@@ -76,6 +76,11 @@ class ProgressBar(RichProgressBar):
         metrics.pop("v_num", None)
         return metrics
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock: an epoch that is resumed in its middle does not start again."""
+        super().on_train_start(trainer, pl_module)
+        self._started = self._printed = time.monotonic()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_epoch_start(trainer, pl_module)
@@ -92,17 +97,23 @@ class ProgressBar(RichProgressBar):
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif now - self._printed >= self.interval:
             self._printed = now
-            self._line(trainer, pl_module, f"step {batch_idx + 1}/{self.total_train_batches}")
+            self._line(
+                trainer, self.get_metrics(trainer, pl_module), f"step {batch_idx + 1}/{self.total_train_batches}"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the epoch's line."""
+        """Write the epoch's line: means over the epoch, where the bar shows the last batch."""
         super().on_train_epoch_end(trainer, pl_module)
-        self._line(trainer, pl_module, f"step {trainer.global_step}")
+        epoch = trainer.callback_metrics
+        losses = [name for name in ("train/loss", "val/loss") if name in epoch]
+        shown: dict[str, Any] = {name: float(epoch[name]) for name in losses}
+        running = self.get_metrics(trainer, pl_module)
+        shown |= {name: value for name, value in running.items() if "/" in name and name not in shown}
+        self._line(trainer, shown or running, f"step {trainer.global_step}")
 
-    def _line(self, trainer: Trainer, pl_module: LightningModule, where: str) -> None:
+    def _line(self, trainer: Trainer, metrics: dict[str, Any], where: str) -> None:
         if self._live or not super().is_enabled:
             return
-        metrics = self.get_metrics(trainer, pl_module)
         values = [
             f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         ]

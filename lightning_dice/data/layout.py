@@ -215,6 +215,8 @@ def _pair_folders(folder: Path, masks: Path, planes: Sequence[str], layout: Layo
         elif image not in blamed:
             what = f"has no mask in {', '.join(lacking)}"
             layout.problems.append(Problem(what, image, "Add the mask, or remove the image."))
+    # A mask whose image lacks one of another class has its image all the same.
+    blamed |= {mask for found, _, _ in matched for mask in found.values()}
     return pairs, [mask for listed in files for mask in listed if mask not in blamed]
 
 

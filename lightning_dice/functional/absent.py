@@ -47,8 +47,12 @@ class AbsentPolicy:
         return self.rule == "penalize"
 
     def kept(self, score: Tensor, sums: OverlapSums) -> Tensor:
-        """Which entries of `score`, `(images, classes)`, enter a mean."""
-        kept = (sums.count > 0) & ~score.isnan()
+        """Which entries of `score`, `(images, classes)`, enter a mean.
+
+        A score of 0/0 does not; one that is NaN because a logit is does, and makes the mean NaN: it must be seen.
+        """
+        broken = ~(sums.overlap + sums.predicted).isfinite()
+        kept = (sums.count > 0) & (~score.isnan() | broken)
         return kept & (sums.actual > 0) if self.rule == "skip" else kept
 
     def loss(self, loss: Tensor, sums: OverlapSums) -> Tensor:

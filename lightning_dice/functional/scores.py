@@ -35,6 +35,6 @@ def dice_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) -> 
         wide = torch.float32 if overlap.device.type == "mps" else torch.float64
         overlap, denominator = overlap.to(wide), denominator.to(wide)
     # Divided by 1 where undefined: the gradient of 0/0 is NaN even behind a `where`.
-    defined = denominator > 0
+    defined = denominator != 0
     score = (2 * overlap + above) / torch.where(defined, denominator, 1.0)
     return torch.where(defined, score, torch.nan)

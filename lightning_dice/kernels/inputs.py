@@ -77,9 +77,12 @@ def check_shapes(logits: Tensor, target: Tensor, *, activation: Activation, weig
     """
     if activation not in ("sigmoid", "softmax", None):
         raise ValueError(f'activation must be "sigmoid", "softmax" or None, got {activation!r}')
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if logits.ndim < 2:
+    if logits.ndim < 3:
         raise ValueError(f"logits must have the shape (batch, classes, *space), got {tuple(logits.shape)}")
     shape, classes = tuple(logits.shape), logits.shape[1]
     ids_shape = shape[:1] + shape[2:]

@@ -214,6 +214,19 @@ class TestAbsentClasses:
         assert probs.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("pool", ["image", "batch", "all"])
+@pytest.mark.parametrize("absent", ["smooth", "skip", "penalize"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_diverged_network_is_seen(pool, absent, value, activation):
+    logits, mask = random_case(8, activation=activation)
+    logits[0, 0, 0, 0] = value
+    if activation == "sigmoid" and value == float("inf"):
+        value = 0.0  # A sigmoid of infinity is 1, and nothing is wrong.
+    loss = DiceLoss(activation=activation, pool=pool, absent=absent)(logits, mask)
+    assert loss.isnan() == (value != 0)
+
+
 def test_reductions_agree():
     logits, mask = random_case(8, activation="softmax")
     options = {"activation": "softmax", "pool": "image"}
