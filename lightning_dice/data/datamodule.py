@@ -301,7 +301,13 @@ def _prepared(sample: Sample, augment: Augment | None, normalize: Normalize | No
     if augment is not None:
         image, mask = _augmented(augment, image, mask, ignore_index)
     if normalize is not None:
-        image = normalize(image)
+        shape, image = tuple(image.shape), normalize(image)
+        if tuple(image.shape) != shape:
+            # Three means for an image of one channel would broadcast into three channels.
+            raise DataError(
+                f"normalize must keep the shape (channels, *space) of an image, {shape}, got {tuple(image.shape)}: "
+                f"give it one value for each of the {shape[0]} channels (data.channels), or choose normalize=image"
+            )
     return Sample(image, mask, case)
 
 

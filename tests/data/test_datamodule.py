@@ -330,6 +330,15 @@ def test_images_that_cannot_be_stacked_are_refused(workers):
 # Preparation.
 
 
+def test_a_normalization_for_other_channels_is_refused():
+    source = SyntheticSource(size=(16, 16), cases=(4, 2, 0))
+    normalize = v2.Normalize([0.5, 0.5, 0.5], [0.2, 0.2, 0.2])
+    data = SegmentationData(source, batch_size=2, num_workers=0, normalize=normalize)
+    data.setup()
+    with pytest.raises(DataError, match=r"keep the shape .*\(1, 16, 16\), got \(3, 16, 16\): .*normalize=image"):
+        next(iter(data.train_dataloader()))
+
+
 def test_the_source_is_checked_once(caplog):
     source = Source(train=[(4, 4)] * 2)
     data = SegmentationData(source, batch_size=2)
