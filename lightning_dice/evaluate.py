@@ -22,7 +22,7 @@ from lightning_dice.configs import (
 if TYPE_CHECKING:
     from lightning_dice.data import Split
 
-SETTINGS = ("run", "checkpoint", "split", "output", "device", "trainer")
+SETTINGS = ("run", "checkpoint", "split", "output", "device")
 
 
 def main() -> None:
@@ -60,6 +60,8 @@ def evaluate(config: DictConfig, overrides: list[str]) -> dict[str, float]:
     if config.split not in (None, "val", "test"):
         raise UserError(f"split must be val or test, got {config.split}")
     run = runs.reopen(config.run, overrides)
+    if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
+        raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
     # One device: the results then need no agreement on a folder.
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, strategy="auto")
     run.logger = {}

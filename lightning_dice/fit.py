@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.configs import (
     CONF_DIR,
@@ -68,6 +68,12 @@ def from_command_line(config: DictConfig) -> float | None:
         rank, processes = launched_from_outside()
         if processes > 1 and config.folder is None:
             raise UserError("torchrun and srun start processes that must agree on a folder: give folder=<a new one>")
+        trainer = config.trainer
+        if processes > 1 and str(trainer.devices) != "-1" and processes != _processes(trainer):
+            raise UserError(
+                f"{processes} processes were started for trainer.devices={trainer.devices}: set trainer.devices to the "
+                "processes of a node, trainer.strategy=ddp, and +trainer.num_nodes for several nodes"
+            )
         if rank > 0:
             # The first process makes the folder; what all others train is the config that lies there.
             folder = Path(config.folder).expanduser().absolute()
@@ -97,6 +103,11 @@ def launched_from_outside() -> tuple[int, int]:
         if rank in os.environ and processes in os.environ:
             return int(os.environ[rank]), int(os.environ[processes])
     return 0, 1
+
+
+def _processes(trainer: DictConfig) -> int:
+    devices = trainer.devices
+    return (len(devices) if isinstance(devices, ListConfig) else int(devices)) * int(trainer.get("num_nodes", 1))
 
 
 def resume(folder: str, overrides: list[str]) -> float | None:
@@ -130,11 +141,14 @@ def train(config: DictConfig, folder: Path, *, resume: bool = False) -> float | 
 
     os.environ[RUN_VARIABLE] = str(folder)
     session = Session(config, folder)
-    session.fit(resume=resume)
-    if config.test:
-        session.score_best()
-    session.show()
-    return session.best_score
+    try:
+        session.fit(resume=resume)
+        if config.test:
+            session.score_best()
+        session.show()
+        return session.best_score
+    finally:
+        session.close()
 
 
 if __name__ == "__main__":

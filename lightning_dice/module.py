@@ -98,7 +98,10 @@ class SegmentationModule(L.LightningModule):
             metrics = DiceScore(average="none")
         if isinstance(metrics, Metric):
             metrics = {"dice": metrics}
-        collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection(dict(metrics))
+        # Without compute groups: two metrics would share a state for ever if it were equal after the first batch.
+        collection = (
+            metrics if isinstance(metrics, MetricCollection) else MetricCollection(dict(metrics), compute_groups=False)
+        )
         self.train_metrics = collection.clone(prefix="train/")
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
@@ -126,7 +129,9 @@ class SegmentationModule(L.LightningModule):
         terms = [weight * self.loss(logits, mask) for weight, logits in zip(weights, levels, strict=True)]
         loss = torch.stack(terms).sum() / sum(weights)
         logits = levels[0].detach()
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(image), sync_dist=True)
+        # A float: Lightning averages the images counted on each rank, and of integers it keeps the whole part.
+        images: Any = float(len(image))
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
             values = self.train_metrics(logits, mask)
             running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}

@@ -20,7 +20,7 @@ from lightning_dice.configs import (
     split_arguments,
 )
 
-SETTINGS = ("run", "input", "output", "checkpoint", "overlays", "overwrite", "device", "trainer")
+SETTINGS = ("run", "input", "output", "checkpoint", "overlays", "overwrite", "device")
 
 if TYPE_CHECKING:
     import numpy as np

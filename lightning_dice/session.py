@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -105,8 +107,12 @@ class Session:
     def score_best(self) -> None:
         """Score the best checkpoint on the test split, or on the validation split if there is none."""
         best = self.checkpoint.best_model_path if self.checkpoint is not None else ""
+        last = self.folder / runs.CHECKPOINTS / "last.ckpt"
         if best:
             self.evaluate(self.last_split, best)
+        elif last.is_file() and self.data.source.split(self.last_split) is not None:
+            say("without a validation there is no best checkpoint: scoring the last one")
+            self.evaluate(self.last_split, last)
 
     @property
     def last_split(self) -> Split:
@@ -124,6 +130,11 @@ class Session:
         """The best value of what the checkpoint callback watches."""
         score = None if self.checkpoint is None else self.checkpoint.best_model_score
         return None if score is None or math.isnan(score) else float(score)
+
+    def close(self) -> None:
+        """End the processes' connection: the next run of a sweep makes its own."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
     def show(self) -> None:
         """Print the scores and where everything is."""
@@ -172,12 +183,26 @@ class _ConfigInCheckpoint(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("config") or {}
+        follow_folder(checkpoint, saved.get("folder"), self.config["folder"])
         changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
         if trainer.state.fn == "fit" and changed:
             follow_settings(checkpoint, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+
+
+def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
+    """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
+    if old is None or old == new:
+        return
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {moved(key): moved(entry) for key, entry in value.items()}
+        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old + os.sep) else value
+
+    checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
 
 
 def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule) -> None:

@@ -43,7 +43,7 @@ def class_weights_tensor(weights: Iterable[float] | Tensor | None) -> Tensor | N
     tensor = torch.as_tensor(list(weights) if not isinstance(weights, Tensor) else weights, dtype=torch.float32)
     if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()) or not tensor.any():
         raise ValueError(f"class_weights must be one finite number >= 0 for each class, not all 0, got {weights!r}")
-    return tensor.clone()
+    return tensor.detach().clone()
 
 
 def kept_classes(classes: int, excluded: tuple[int, ...]) -> list[int]:

@@ -126,21 +126,43 @@ class TestFit:
         assert "No supported gpu backend found" in refused("fit", *SMALL, "device=gpu", cwd=home)
 
     def test_a_sweep_has_a_folder_for_each_trial(self, home):
-        command("fit", "-m", *SMALL, "trainer.max_epochs=1", "loss.smooth=0.1,1", "runs=swept", cwd=home)
+        two = ["trainer.devices=2", "trainer.strategy=ddp"]
+        command("fit", "-m", *SMALL, *two, "trainer.max_epochs=1", "loss.smooth=0.1,1", "runs=swept", cwd=home)
         (sweep,) = (home / "swept").iterdir()
         for number, smooth in (("0", "smooth: 0.1"), ("1", "smooth: 1")):
             assert smooth in (sweep / number / "config.yaml").read_text()
             assert (sweep / number / "cases.csv").is_file()
 
     def test_two_processes_write_one_folder(self, home):
-        distributed = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "runs=distributed"]
-        command("fit", *SMALL, *distributed, "trainer.max_epochs=1", cwd=home)
+        # Five cases on two processes, and no callback that happens to read metrics on both of them.
+        five = ["data.cases={train:16,val:5,test:5}", "data.batch_size=2", "loss.pool=image", "runs=distributed"]
+        lean = ["callbacks=[history,checkpoint,case_table]", "logger=none", "trainer.max_epochs=1"]
+        distributed = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+        told = command("fit", *SMALL, *five, *lean, *distributed, cwd=home).stdout
         (folder,) = (home / "distributed").iterdir()
-        assert len(rows(folder / "cases.csv")) == 4
         assert len(rows(folder / "metrics.csv")) == 1
-        # Four validation cases on two processes: the same score as on one.
-        command("evaluate", f"run={folder}", "split=test", "output=distributed-again", "device=cpu", cwd=home)
+        # What one process says.
+        again = command("evaluate", f"run={folder}", "output=distributed-again", "device=cpu", cwd=home).stdout
         assert rows(home / "distributed-again" / "cases.csv") == rows(folder / "cases.csv")
+        assert len(rows(folder / "cases.csv")) == 5
+        last_column = [
+            [line.split()[-1] for line in text.splitlines() if "loss  " in line][-1] for text in (told, again)
+        ]
+        assert float(last_column[0]) == pytest.approx(float(last_column[1]), abs=1.1e-4)
+
+    def test_without_validation_the_last_checkpoint_is_scored(self, home):
+        told = command(
+            "fit", *SMALL, "data.cases={train:16,val:0,test:4}", "trainer.max_epochs=1", "folder=no-val", cwd=home
+        ).stdout
+        assert "scoring the last one" in told
+        assert len(rows(home / "no-val" / "cases.csv")) == 4
+
+    def test_processes_started_from_outside_must_be_asked_for(self, home, monkeypatch):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        message = refused("fit", *SMALL, "folder=outside", cwd=home)
+        assert "2 processes were started for trainer.devices=1" in message
+        assert not (home / "outside").exists()
 
     def test_torchrun(self, home):
         processes = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", "-m"]

@@ -121,6 +121,13 @@ def test_where_torchmetrics_is_wrong():
     assert DiceScore(activation=None)(probs, target).item() == 0
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_diverged_network_scores_nothing(activation):
+    logits = torch.full((1, 2, 4), NAN)
+    target = torch.zeros(1, 4, dtype=torch.long) if activation == "softmax" else torch.ones(1, 2, 4)
+    assert DiceScore(2, activation=activation)(logits, target).item() == 0
+
+
 def test_the_state_does_not_grow():
     score = DiceScore(3, activation="softmax")
     sizes = []
@@ -168,7 +175,11 @@ def test_refuses_settings(settings, message):
 @pytest.mark.parametrize(
     ("preds", "target", "message"),
     [
-        (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), r"\(batch, 1, \*space\) for num_classes=1, got \(1, 2, 4\)"),
+        (
+            torch.zeros(1, 2, 4),
+            torch.zeros(1, 2, 4),
+            r"DiceScore: .*\(batch, 1, \*space\), for num_classes=1, got \(1, 2, 4\)",
+        ),
         (torch.zeros(1, 1, 4), torch.zeros(1, 4), "shape of logits"),
         (torch.zeros(1, 1, 4), torch.full((1, 1, 4), 255), r"lie in \[0, 1\]"),
     ],

@@ -177,6 +177,16 @@ def test_predicting_needs_an_activation():
         module.predict_step(torch.zeros(1, 1, 4, 4))
 
 
+def test_metrics_of_equal_first_states_stay_apart():
+    metrics = {"low": DiceScore(threshold=0.3), "high": DiceScore(threshold=0.7)}
+    module = SegmentationModule(nn.Identity(), metrics=metrics)
+    half = torch.zeros(1, 1, 4, 4)
+    half[..., :2] = 1
+    for logits in (torch.full_like(half, -9.0), torch.full_like(half, 0.2)):
+        module.val_metrics.update(logits, half)
+    assert module.val_metrics.compute() == {"val/low": pytest.approx(1 / 3), "val/high": 0}
+
+
 def test_scheduler_steps_and_watches():
     module = SegmentationModule(
         nn.Conv2d(1, 1, 1),

@@ -73,8 +73,8 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's row."""
-        if not trainer.is_global_zero:
-            return
+        # On every rank, whatever is done with it: reading a metric is where Lightning reduces it over the ranks.
+        metrics = self._metrics(trainer)
         epoch = trainer.current_epoch
         if not self._trained and epoch in self._undone:
             # A checkpoint saved at an epoch's end ends that epoch again, without its metrics.
@@ -82,9 +82,9 @@ class History(Callback):
         else:
             seconds = time.monotonic() - self._started
             row = {"epoch": str(epoch), "step": str(trainer.global_step), "lr": number(self._lr)}
-            self._rows[epoch] = row | {"seconds": f"{seconds:.2f}"} | self._metrics(trainer)
+            self._rows[epoch] = row | {"seconds": f"{seconds:.2f}"} | metrics
             self._open = epoch
-        self._write()
+        self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves."""
@@ -94,7 +94,8 @@ class History(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draw the curves as far as they go."""
         if trainer.state.fn == "fit":
-            self._complete(trainer)
+            if trainer.world_size == 1:  # The other ranks may be gone.
+                self._complete(trainer)
             self._draw(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
@@ -111,15 +112,18 @@ class History(Callback):
 
     def _complete(self, trainer: Trainer) -> None:
         """Fetch what the module logged in its own `on_train_epoch_end`, which runs after ours."""
+        metrics = self._metrics(trainer)
         epoch, self._open = self._open, None
         if epoch is None:
             return
-        completed = self._rows[epoch] | self._metrics(trainer)
+        completed = self._rows[epoch] | metrics
         if completed != self._rows[epoch]:
             self._rows[epoch] = completed
-            self._write()
+            self._write(trainer)
 
-    def _write(self) -> None:
+    def _write(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
         rows = [self._rows[epoch] for epoch in sorted(self._rows)]
         known = dict.fromkeys(key for row in rows for key in row)
         columns = [key for key in FIRST_COLUMNS if key in known]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_dice.kernels import Activation, OverlapSums
 from lightning_dice.kernels.inputs import check_shapes, check_values
+from lightning_dice.kernels.sums import valid_pixels
 
 
 def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", threshold: float = 0.5) -> Tensor:
@@ -61,12 +62,15 @@ def hard_sums(
     (1, 2, 1, 2)
     """
     check_shapes(logits, target, activation=activation)
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_values(logits, target, activation=activation, ignore_index=ignore_index)
     if activation == "softmax":
         if target.shape == logits.shape:
             raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
-        return _count_ids(hard_prediction(logits, activation="softmax"), target, logits.shape[1], ignore_index)
+        greatest, predicted = logits.max(1)
+        # No class is predicted where the logits are NaN: its argmax is some class, and may be the right one.
+        predicted = torch.where(greatest.isnan(), logits.shape[1], predicted)
+        return _count_ids(predicted, target, logits.shape[1], ignore_index)
     if target.shape != logits.shape:
         raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
     return _count_planes(hard_prediction(logits, activation=activation, threshold=threshold), target, ignore_index)
@@ -75,24 +79,26 @@ def hard_sums(
 def _count_planes(predicted: Tensor, target: Tensor, ignore_index: int | None) -> OverlapSums:
     predicted, target = predicted.flatten(2), target.flatten(2)
     actual = target == 1
-    if ignore_index is None:
+    valid = valid_pixels(target, ignore_index)
+    if valid is None:
         count = torch.full(predicted.shape[:2], predicted.shape[2], dtype=torch.int64, device=predicted.device)
     else:
-        valid = target != ignore_index
         predicted, actual, count = predicted & valid, actual & valid, valid.sum(-1)
     return OverlapSums((predicted & actual).sum(-1), predicted.sum(-1), actual.sum(-1), count)
 
 
 def _count_ids(predicted: Tensor, target: Tensor, classes: int, ignore_index: int | None) -> OverlapSums:
-    predicted, target = predicted.flatten(1), target.flatten(1).long()
+    predicted, target = predicted.flatten(1), target.flatten(1)
     images = predicted.shape[0]
-    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    valid = valid_pixels(target, ignore_index)
+    target = target.long()
+    valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
     # A bin for each class of each image, and one more for pixels that do not count.
     first = torch.arange(images, device=target.device).unsqueeze(1) * (classes + 1)
 
     def count(ids: Tensor, where: Tensor) -> Tensor:
         bins = torch.where(where, ids, classes) + first
-        return torch.bincount(bins.flatten(), minlength=images * (classes + 1)).view(images, -1)[:, :classes]
+        return torch.bincount(bins.flatten(), minlength=images * (classes + 1)).view(images, classes + 1)[:, :classes]
 
     pixels = valid.sum(1, keepdim=True).expand(images, classes)
     return OverlapSums(

@@ -31,7 +31,7 @@ def pool_sums(sums: OverlapSums, pool: Pool, *, across_ranks: bool = True) -> Ov
     if pool == "all":
         sums = sums.map(lambda field: field.sum(1, keepdim=True))
     sums = sums.map(lambda field: field.sum(0, keepdim=True))
-    if not (across_ranks and _shares_gradients()):
+    if not (across_ranks and gradient_shares() > 1):
         return sums
     # One message for all the fields.
     summed = iter(_sum_over_ranks(torch.stack(sums.fields)).unbind())
@@ -58,14 +58,15 @@ def weighted_mean(
     if class_weights is not None:
         weight = weight * class_weights.to(values.dtype)
     total, norm = (values.where(kept, 0.0) * weight).sum(), weight.sum()
-    if across_ranks and _shares_gradients():
+    if across_ranks and gradient_shares() > 1:
         dist.all_reduce(norm)
         total = total * dist.get_world_size()
     return total / torch.where(norm > 0, norm, 1.0)
 
 
-def _shares_gradients() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and torch.is_grad_enabled()
+def gradient_shares() -> int:
+    """Over how many ranks DDP averages the gradient that is being taken; 1 if none is."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled() else 1
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import reference
-from lightning_dice.kernels.sums import OverlapSums
+from lightning_dice.kernels.sums import OverlapSums, valid_pixels
 
 Activation = Literal["sigmoid", "softmax"] | None
+
+# torch knows no minimum of the other unsigned types.
+_COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 _FLAT_TARGET = "for a mask of shape (batch, *space) use target.unsqueeze(1)"
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
@@ -55,6 +58,8 @@ def overlap_sums(
     check_shapes(logits, target, activation=activation, weight=weight)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_values(logits, target, activation=activation, ignore_index=ignore_index)
+    if not target.is_floating_point() and target.dtype not in (*_COMPARABLE, torch.bool):
+        target = target.long()
     # Autocast would run part of this in half precision, and refuses a cross-entropy of probabilities.
     with torch.autocast(logits.device.type, enabled=False):
         return reference.overlap_sums(
@@ -141,8 +146,11 @@ def check_values(logits: Tensor, target: Tensor, *, activation: Activation, igno
             "set ignore_index for a label to be left out, or give logits a channel for every class"
         )
     if activation is None:
-        low, high = (float(v) for v in torch.aminmax(logits.detach()))
-        if low < 0 or high > 1:  # NaN passes: it may lie under an ignored pixel.
+        probs = logits.detach()
+        if (valid := valid_pixels(target, ignore_index)) is not None:
+            probs = probs.where(valid if planes else valid.unsqueeze(1), 0)
+        low, high = (float(v) for v in torch.aminmax(probs))
+        if low < 0 or high > 1:
             raise ValueError(
                 f"activation=None takes probabilities in [0, 1], got values from {low:g} to {high:g}; "
                 'for logits use activation="sigmoid" or "softmax"'
@@ -153,9 +161,12 @@ def _range(target: Tensor, ignore_index: int | None) -> tuple[float, float]:
     """The least and the greatest value that is not ignored; (0, 0) where all is ignored."""
     if target.dtype == torch.bool:
         return 0.0, 1.0
+    if not target.is_floating_point() and target.dtype not in _COMPARABLE:
+        target = target.long()
     low, high = (float(v) for v in torch.aminmax(target))
     # The second, masked pass is only needed where an ignored value (or NaN) stands at an end of the range.
     if ignore_index is not None and (low == ignore_index or high == ignore_index or low != low):
-        kept = target[(target != ignore_index)]
+        valid = valid_pixels(target, ignore_index)
+        kept = target if valid is None else target[valid]
         return (float(kept.min()), float(kept.max())) if kept.numel() else (0.0, 0.0)
     return low, high

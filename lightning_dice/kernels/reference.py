@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.kernels.sums import OverlapSums
+from lightning_dice.kernels.sums import OverlapSums, valid_pixels
 
 _BLOCK = 1 << 16  # pixels
 
@@ -40,7 +40,7 @@ def overlap_sums(
     if weight is not None:
         w = weight.reshape(z.shape if weight.shape == logits.shape else (z.shape[0], 1, z.shape[2])).to(z.dtype)
 
-    valid = None if ignore_index is None else t != ignore_index
+    valid = valid_pixels(t, ignore_index)
     if valid is not None:
         if not planes:
             valid = valid.unsqueeze(1)
@@ -67,7 +67,7 @@ def overlap_sums(
         actual = _total_by_class(torch.ones_like(p_true) if own is None else own, ids, z)
         true_nll = None
         if nll:
-            log_p = z.log_softmax(1).gather(1, ids) if activation == "softmax" else p_true.log().clamp(min=-100)
+            log_p = z.log_softmax(1).gather(1, ids) if activation == "softmax" else _log(p_true)
             true_nll = _total_by_class(_weighted(-log_p, own), ids, z)
     return OverlapSums(overlap, predicted, actual, count.expand_as(overlap), true_nll, complement)
 
@@ -85,7 +85,7 @@ def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tenso
     if activation == "sigmoid":
         return _softplus(z)
     if activation is None:
-        return -(1 - p).log().clamp(min=-100)
+        return -_log(1 - p)
     # Only the greatest class can pass 1/2; for it 1 - p is the share of the others, taken from their logits.
     top = z.argmax(1, keepdim=True)
     is_top = torch.zeros_like(z, dtype=torch.bool).scatter(1, top, True)
@@ -96,6 +96,11 @@ def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tenso
 def _softplus(z: Tensor) -> Tensor:
     # The default threshold of 20 leaves out e^-20, which float64 would show.
     return F.softplus(z, threshold=40)
+
+
+def _log(p: Tensor) -> Tensor:
+    # Clamped before the logarithm: after it, the gradient at 0 would be 0 times infinity.
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
 def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:

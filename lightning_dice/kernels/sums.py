@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Where the target does not hold the ignored label; `None` if that is everywhere.
+
+    A label that the target's dtype cannot hold is nowhere: compared with uint8, torch takes -1 for 255.
+    """
+    if ignore_index is None or target.dtype == torch.bool:
+        return None
+    if not target.is_floating_point():
+        limits = torch.iinfo(target.dtype)
+        if not limits.min <= ignore_index <= limits.max:
+            return None
+    return target != ignore_index
 
 
 @dataclass(frozen=True)

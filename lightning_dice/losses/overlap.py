@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dice.functional import AbsentPolicy, AbsentRule, Pool, pool_sums, weighted_mean
+from lightning_dice.functional.pooling import gradient_shares
 from lightning_dice.kernels import Activation, OverlapSums, overlap_sums
 from lightning_dice.settings import class_indices, class_weights_tensor, kept_classes, one_of, smooth_pair
 
@@ -111,12 +112,13 @@ class OverlapLoss(nn.Module):
         score = self.score(pooled)
         kept = self.absent.kept(score, pooled)
         loss = self.absent.loss(1 - score, pooled)
+        # Pooled sums are the same on every rank already.
+        spread = self.across_ranks and self.pool == "image"
         if self.reduction == "none":
             return loss.where(kept, torch.nan)
         if self.reduction == "sum":
-            return (loss.where(kept, 0.0) * (1.0 if class_weights is None else class_weights)).sum()
-        # Pooled sums are the same on every rank already.
-        spread = self.across_ranks and self.pool == "image"
+            total = (loss.where(kept, 0.0) * (1.0 if class_weights is None else class_weights)).sum()
+            return total * gradient_shares() if spread else total
         return weighted_mean(loss, kept, class_weights, across_ranks=spread)
 
     def extra_repr(self) -> str:

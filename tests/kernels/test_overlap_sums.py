@@ -9,7 +9,14 @@ from definitions import plain_sums, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import OverlapSums, check_values, overlap_sums
+from lightning_dice.kernels import OverlapSums, check_values, overlap_sums, reference
+
+
+def reference_sums(logits, target, *, ignore_index):
+    """Without the checks of the CPU, as on a GPU."""
+    flags = {"squared": False, "nll": False, "absent_nll": False, "weight": None}
+    return reference.overlap_sums(logits, target, activation="softmax", ignore_index=ignore_index, **flags)
+
 
 NAMES = [field.name for field in fields(OverlapSums)]
 
@@ -161,6 +168,35 @@ def test_large_logits_in_float64():
     z = 25.0
     sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), absent_nll=True)
     assert sums.absent_nll.item() == pytest.approx(z + math.log1p(math.exp(-z)), rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_unsigned_ids_that_torch_hardly_knows(dtype):
+    logits, target = random_case(5, activation="softmax", ignored=True)
+    expected = overlap_sums(logits, target, activation="softmax", ignore_index=255)
+    sums = overlap_sums(logits, target.to(dtype), activation="softmax", ignore_index=255)
+    torch.testing.assert_close(sums.overlap, expected.overlap)
+
+
+def test_a_label_that_the_dtype_cannot_hold_is_nowhere():
+    target = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
+    sums = reference_sums(torch.zeros(1, 256, 3), target, ignore_index=-1)
+    assert sums.count[0, 0].item() == 3  # torch says that uint8 255 equals -1.
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_certain_probabilities_have_finite_gradients(value):
+    probs = torch.full((1, 2, 3), value, requires_grad=True)
+    for target in (torch.tensor([[0, 1, 0]]), torch.tensor([[[0, 1, 0], [1, 0, 1]]])):
+        sums = overlap_sums(probs, target, activation=None, nll=True, absent_nll=True)
+        (gradient,) = torch.autograd.grad(torch.stack(sums.fields).sum(), probs)
+        assert gradient.isfinite().all()
+
+
+def test_a_probability_under_an_ignored_pixel_may_be_anything():
+    probs = torch.tensor([[[0.5, -1.0]]])
+    sums = overlap_sums(probs, torch.tensor([[[1, 255]]]), activation=None, ignore_index=255)
+    assert sums.predicted.item() == 0.5
 
 
 def test_an_empty_batch():

@@ -18,7 +18,7 @@ SETTINGS = [
     {"activation": activation, "pool": pool, "absent": absent, **extra}
     for (activation, pool, absent), extra in itertools.product(
         itertools.product(["sigmoid", "softmax"], ["image", "batch", "all"], ["smooth", "skip", "penalize"]),
-        [{}, {"class_weights": [1, 2, 3]}, {"exclude_classes": [0]}],
+        [{}, {"class_weights": [1, 2, 3]}, {"exclude_classes": [0]}, {"reduction": "sum"}],
     )
     if not (pool == "all" and extra.get("class_weights"))
 ]
