@@ -129,6 +129,10 @@ class DiceScore(Metric):
             self.total += (score.where(kept, 0.0) * _UNIT).round().long().sum(0)
             self.cases += kept.sum(0)
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a value, or several; the present one by default. As for any `torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
     def compute(self) -> Tensor:
         """The score, float32: a scalar, or `(classes,)` with `average="none"`."""
         if self.pool == "dataset":

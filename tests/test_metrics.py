@@ -149,6 +149,12 @@ def test_pickles_resets_and_lives_in_collections():
         assert collection.compute()["val/dice"].isnan()
 
 
+def test_plots():
+    figure, axes = DiceScore(2, average="none").plot(torch.tensor([0.25, 0.75]))
+    assert figure is axes.figure
+    assert axes.get_ylim()[1] >= 1  # From the bounds of the score, not from the values.
+
+
 def test_half_precision_logits():
     logits, target = random_case(4, activation="softmax")
     score = DiceScore(3, activation="softmax")

@@ -53,7 +53,9 @@ def test_comet(picture):
 
 
 def test_loggers_without_pictures_are_passed_over(picture):
-    log_picture(on(SimpleNamespace(experiment=object()), object()), "curves", picture)
+    last = MagicMock(spec=["log_image"])
+    log_picture(on(SimpleNamespace(experiment=object()), object(), last), "curves", picture)
+    last.log_image.assert_called_once()
 
 
 def test_other_ranks_log_nothing(picture):
