@@ -69,7 +69,7 @@ def from_command_line(config: DictConfig) -> float | None:
         if processes > 1 and config.folder is None:
             raise UserError("torchrun and srun start processes that must agree on a folder: give folder=<a new one>")
         trainer = config.trainer
-        if processes > 1 and str(trainer.devices) != "-1" and processes != _processes(trainer):
+        if processes > 1 and processes != (_processes(trainer) or processes):
             raise UserError(
                 f"{processes} processes were started for trainer.devices={trainer.devices}: set trainer.devices to the "
                 "processes of a node, trainer.strategy=ddp, and +trainer.num_nodes for several nodes"
@@ -105,9 +105,11 @@ def launched_from_outside() -> tuple[int, int]:
     return 0, 1
 
 
-def _processes(trainer: DictConfig) -> int:
+def _processes(trainer: DictConfig) -> int | None:
+    """How many processes these flags ask for; `None` if that depends on the machine (`-1`, `auto`)."""
     devices = trainer.devices
-    return (len(devices) if isinstance(devices, ListConfig) else int(devices)) * int(trainer.get("num_nodes", 1))
+    count = len(devices) if isinstance(devices, ListConfig) else int(devices) if str(devices).isdigit() else None
+    return None if count is None else count * int(trainer.get("num_nodes", 1))
 
 
 def resume(folder: str, overrides: list[str]) -> float | None:
