@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import sys
@@ -74,6 +73,8 @@ def quoted(arguments: Iterable[str]) -> list[str]:
 
 def explain_typos(name: str, arguments: Iterable[str]) -> None:
     """After Hydra has refused an override of a setting that is not there: print which there are."""
+    import difflib
+
     with suppress(Exception), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
         groups = [o.input_line for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]

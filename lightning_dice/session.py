@@ -140,7 +140,7 @@ class Session:
         """Print the scores and where everything is."""
         if not self.trainer.is_global_zero:
             return
-        from rich import print as rich_print
+        from rich.console import Console
 
         best_epoch, val = self.best_row()
         val = self.scores.get("val", val)
@@ -154,7 +154,9 @@ class Session:
             "Dice by class": self.folder / "dice_per_class.png",
             "worst and best cases": self.folder / "overlays.png",
         }
-        rich_print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
+        # Wide enough for the folder, which is there to be copied: a terminal's own wrapping does not break it.
+        console = Console(width=max(Console().width, len(str(self.folder)) + 24))
+        console.print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
 
     def best_row(self) -> tuple[int | None, dict[str, float]]:
         """The epoch of the best checkpoint, and its validation metrics, from the table of epochs."""
