@@ -75,6 +75,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
     """After Hydra has refused an override of a setting that is not there: print which there are."""
     import difflib
 
+    # A hint behind an error that has been told: it must not bring up one of its own.
     with suppress(Exception), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
         groups = [o.input_line for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
@@ -82,8 +83,8 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
         for override in overrides:
             parent, _, leaf = override.key_or_group.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
-            if isinstance(place, DictConfig) and leaf not in place and not (CONF_DIR / leaf).is_dir():
-                names = [str(key) for key in place]
+            names = [str(key) for key in place] if isinstance(place, DictConfig) else []  # `in` passes over ???.
+            if names and leaf not in names and not (CONF_DIR / leaf).is_dir():
                 close = difflib.get_close_matches(leaf, names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 print(f"{parent or 'the config'} has {', '.join(names)}{hint}", file=sys.stderr)

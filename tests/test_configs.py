@@ -12,7 +12,14 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from lightning_dice import SegmentationModule
-from lightning_dice.configs import CONF_DIR, UserError, apply_overrides, instantiate, register_resolvers
+from lightning_dice.configs import (
+    CONF_DIR,
+    UserError,
+    apply_overrides,
+    explain_typos,
+    instantiate,
+    register_resolvers,
+)
 from lightning_dice.data import SegmentationData
 from lightning_dice.session import instantiate_each
 
@@ -102,6 +109,14 @@ def test_a_typo_is_refused_with_what_exists():
         composed("loss.smoth=1")
     with pytest.raises(MissingConfigException, match=r"(?s)unett.*unetplusplus"):
         composed("model=unett")
+
+
+def test_typos_are_explained_and_nothing_else(capsys):
+    explain_typos("fit", ["data=folder", "data.root=x", "loss.smoth=1", "-m"])
+    told = capsys.readouterr().err
+    assert "loss has _target_, activation, smooth" in told
+    assert "did you mean smooth?" in told
+    assert "root" not in told
 
 
 class TestInstantiate:
