@@ -26,6 +26,26 @@ def smooth_pair(smooth: float | Sequence[float]) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
+def label(name: str, value: int | None) -> int | None:
+    """A label id, or `None`."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ValueError(f"{name} must be None or an integer label such as 255, got {value!r}")
+    return value
+
+
+def number(name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_ends: bool = False) -> float:
+    """A finite number in [least, most], or between them with `open_ends`."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fine and (least < value < most if open_ends else least <= value <= most)):
+        wanted = (
+            (f"> {least:g}" if open_ends else f">= {least:g}")
+            if most == math.inf
+            else (f"in ({least:g}, {most:g})" if open_ends else f"in [{least:g}, {most:g}]")
+        )
+        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+    return float(value)
+
+
 def class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
     """Distinct class indices >= 0, as a tuple."""
     if isinstance(indices, (int, str)):
@@ -36,10 +56,12 @@ def class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
     return given
 
 
-def class_weights_tensor(weights: Iterable[float] | Tensor | None) -> Tensor | None:
+def class_weights_tensor(weights: Any) -> Tensor | None:
     """One finite weight >= 0 for each class, not all 0, as float32 `(classes,)`."""
     if weights is None:
         return None
+    if isinstance(weights, str) or not isinstance(weights, (Iterable, Tensor)):
+        raise ValueError(f"class_weights must be a list with a weight for each class, got {weights!r}")
     tensor = torch.as_tensor(list(weights) if not isinstance(weights, Tensor) else weights, dtype=torch.float32)
     if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()) or not tensor.any():
         raise ValueError(f"class_weights must be one finite number >= 0 for each class, not all 0, got {weights!r}")

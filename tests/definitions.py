@@ -19,8 +19,13 @@ class PlainSums:
     predicted: list[float] = field(default_factory=list)
     actual: list[float] = field(default_factory=list)
     count: list[float] = field(default_factory=list)
+    predicted_squares: list[float] = field(default_factory=list)
+    actual_squares: list[float] = field(default_factory=list)
+    minimum: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
+    all_nll: list[float] = field(default_factory=list)
     absent_nll: list[float] = field(default_factory=list)
+    focal: list[float] = field(default_factory=list)
 
     def total(self, name: str) -> float:
         return math.fsum(getattr(self, name))
@@ -44,11 +49,13 @@ def plain_sums(
     activation: str | None,
     ignore_index: int | None = None,
     weight: Tensor | None = None,
-    squared: bool = False,
+    annotated: Tensor | None = None,
+    gamma: float = 2.0,
+    alpha: float | None = None,
 ) -> list[list[PlainSums]]:
     """Sums of each class in each image, pixel by pixel."""
     images, classes = logits.shape[:2]
-    power = 2 if squared else 1
+    front, back = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     result = [[PlainSums() for _ in range(classes)] for _ in range(images)]
     planes = target.shape == logits.shape
     for b in range(images):
@@ -63,8 +70,13 @@ def plain_sums(
                 continue
             z = logits[at].double().tolist()
             p = probabilities(z, activation)
+            exclusive = not planes or activation == "softmax"
+            if annotated is not None and exclusive:
+                missing = [c for c in range(1, classes) if not annotated[b, c]]
+                p[0] += math.fsum(p[c] for c in missing)
+                p = [0.0 if c in missing else value for c, value in enumerate(p)]
             for c in range(classes):
-                if ignored[c]:
+                if ignored[c] or (annotated is not None and not annotated[b, c]):
                     continue
                 t = float(labels[c]) if planes else float(labels[c] == c)
                 w = 1.0
@@ -72,14 +84,19 @@ def plain_sums(
                     w = float(weight[at][c]) if weight.shape == logits.shape else float(weight[(b, *place)])
                 sums = result[b][c]
                 sums.overlap.append(w * p[c] * t)
-                sums.predicted.append(w * p[c] ** power)
-                sums.actual.append(w * t**power)
+                sums.predicted.append(w * p[c])
+                sums.actual.append(w * t)
                 sums.count.append(w)
                 log = math.log(p[c]) if p[c] > 0 else -100.0
                 log_not = math.log1p(-p[c]) if p[c] < 1 else -100.0
-                binary = planes and activation != "softmax"
-                sums.nll.append(-w * (t * log + ((1 - t) * log_not if binary else 0.0)))
+                sums.predicted_squares.append(w * p[c] ** 2)
+                sums.actual_squares.append(w * t**2)
+                sums.minimum.append(w * min(p[c], t))
+                sums.nll.append(-w * (t * log + (0.0 if exclusive else (1 - t) * log_not)))
+                sums.all_nll.append(-w * log)
                 sums.absent_nll.append(-w * log_not)
+                hard, easy = -t * (1 - p[c]) ** gamma * log, 0.0 if exclusive else -(1 - t) * p[c] ** gamma * log_not
+                sums.focal.append(w * (hard if exclusive else front * hard + back * easy))
     return result
 
 
@@ -98,7 +115,8 @@ def plain_dice_loss(
     weight: Tensor | None = None,
 ) -> float:
     """The mean Dice loss, from the definition."""
-    table = plain_sums(logits, target, activation=activation, ignore_index=ignore_index, weight=weight, squared=squared)
+    table = plain_sums(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)
+    squares = "_squares" if squared else ""
     classes = [c for c in range(logits.shape[1]) if c not in exclude_classes]
     if pool == "image":
         groups = [(c, [(b, c)]) for b in range(len(table)) for c in classes]
@@ -114,7 +132,7 @@ def plain_dice_loss(
 
         if added("count") == 0 or (absent == "skip" and added("actual") == 0):
             continue
-        below = added("predicted") + added("actual") + smooth[1]
+        below = added(f"predicted{squares}") + added(f"actual{squares}") + smooth[1]
         if below == 0:
             continue
         loss = 1 - (2 * added("overlap") + smooth[0]) / below

@@ -4,17 +4,29 @@ from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
 from lightning_dice.functional.hard import hard_prediction, hard_sums
 from lightning_dice.functional.outputs import pad_to_multiple, read_logits
 from lightning_dice.functional.pooling import Pool, pool_sums, weighted_mean
-from lightning_dice.functional.scores import dice_score
+from lightning_dice.functional.scores import (
+    ClassWeighting,
+    dice_score,
+    generalized_dice_score,
+    jaccard_score,
+    power,
+    tversky_score,
+)
 
 __all__ = [
     "AbsentPolicy",
     "AbsentRule",
+    "ClassWeighting",
     "Pool",
     "dice_score",
+    "generalized_dice_score",
     "hard_prediction",
     "hard_sums",
+    "jaccard_score",
     "pad_to_multiple",
     "pool_sums",
+    "power",
     "read_logits",
+    "tversky_score",
     "weighted_mean",
 ]

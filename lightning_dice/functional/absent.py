@@ -41,15 +41,10 @@ class AbsentPolicy:
         if self.rule not in get_args(AbsentRule):
             raise ValueError(f"absent must be one of {', '.join(map(repr, get_args(AbsentRule)))}, got {self.rule!r}")
 
-    @property
-    def needs_penalty(self) -> bool:
-        """Whether the loss needs the `absent_nll` of the sums."""
-        return self.rule == "penalize"
-
     def kept(self, score: Tensor, sums: OverlapSums) -> Tensor:
-        """Which entries of `score`, `(images, classes)`, enter a mean.
+        """Which entries of a score or a loss, `(images, classes)`, enter a mean.
 
-        A score of 0/0 does not; one that is NaN because a logit is does, and makes the mean NaN: it must be seen.
+        One of 0/0 does not; one that is NaN because a logit is does, and makes the mean NaN: it must be seen.
         """
         broken = ~(sums.overlap + sums.predicted).isfinite()
         kept = (sums.count > 0) & (~score.isnan() | broken)

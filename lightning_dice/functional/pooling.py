@@ -34,8 +34,8 @@ def pool_sums(sums: OverlapSums, pool: Pool, *, across_ranks: bool = True) -> Ov
     if not (across_ranks and gradient_shares() > 1):
         return sums
     # One message for all the fields.
-    summed = iter(_sum_over_ranks(torch.stack(sums.fields)).unbind())
-    return sums.map(lambda _: next(summed))
+    summed = _sum_over_ranks(torch.stack(list(sums.fields.values()))).unbind()
+    return sums.having(dict(zip(sums.fields, summed, strict=True)))
 
 
 def weighted_mean(
@@ -46,7 +46,7 @@ def weighted_mean(
     Args:
         values: `(images, classes)`.
         kept: bool, `(images, classes)`; what is not kept may hold NaN.
-        class_weights: `(classes,)`; only their ratios matter.
+        class_weights: `(classes,)`, or of the shape of values; only their ratios matter.
         across_ranks: whether the images of all ranks share the mean, as they do on one process. Each rank then returns
             its own share of it times the number of ranks, so that DDP's averaging gives the true gradient however
             unequal the batches are.

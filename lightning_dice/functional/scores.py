@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from lightning_dice.kernels import OverlapSums
+from lightning_dice.kernels import OverlapSums, wide_dtype
 
 
 def dice_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) -> Tensor:
@@ -29,12 +31,129 @@ def dice_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) -> 
     >>> dice_score(sums)
     tensor([[0.6667]], dtype=torch.float64)
     """
-    above, below = smooth if isinstance(smooth, tuple) else (smooth, smooth)
-    overlap, denominator = sums.overlap, sums.predicted + sums.actual + below
-    if not overlap.is_floating_point():
-        wide = torch.float32 if overlap.device.type == "mps" else torch.float64
-        overlap, denominator = overlap.to(wide), denominator.to(wide)
+    above, below = _pair(smooth)
+    return _ratio(2 * sums.overlap, sums.predicted + sums.actual, above, below)
+
+
+def jaccard_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) -> Tensor:
+    r"""Jaccard score (intersection over union) of each class in each image.
+
+    .. math:: J = \frac{\sum p t + s}{\sum p + \sum t - \sum p t + s}
+
+    With sums of squares in the place of `predicted` and `actual` it is the Tanimoto coefficient.
+
+    Args:
+        sums: as for `dice_score`.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+
+    Returns:
+        `(images, classes)`; NaN where numerator and denominator are both 0.
+
+    >>> from lightning_dice.functional import hard_sums
+    >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, -9.0]]]), torch.tensor([[[1, 0, 0]]]))
+    >>> jaccard_score(sums)
+    tensor([[0.5000]], dtype=torch.float64)
+    """
+    above, below = _pair(smooth)
+    return _ratio(sums.overlap, sums.predicted + sums.actual - sums.overlap, above, below)
+
+
+def tversky_score(sums: OverlapSums, alpha: float, beta: float, smooth: float | tuple[float, float] = 0.0) -> Tensor:
+    r"""Tversky index of each class in each image (Salehi et al., MLMI 2017).
+
+    .. math:: T = \frac{I + s}{I + \alpha\,(\sum p - I) + \beta\,(\sum t - I) + s}, \qquad I = \sum p t
+
+    Dice is :math:`\alpha = \beta = 1/2` (with half its `smooth`), Jaccard :math:`\alpha = \beta = 1`.
+
+    Args:
+        sums: as for `dice_score`.
+        alpha: weight of false positives.
+        beta: weight of false negatives.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+
+    Returns:
+        `(images, classes)`; NaN where numerator and denominator are both 0.
+
+    >>> from lightning_dice.functional import hard_sums
+    >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, -9.0]]]), torch.tensor([[[1, 0, 0]]]))
+    >>> tversky_score(sums, alpha=0.25, beta=0.75)
+    tensor([[0.8000]], dtype=torch.float64)
+    """
+    above, below = _pair(smooth)
+    wrong = alpha * (sums.predicted - sums.overlap) + beta * (sums.actual - sums.overlap)
+    return _ratio(sums.overlap, sums.overlap + wrong, above, below)
+
+
+ClassWeighting = Literal["inverse_square", "inverse", "uniform"]
+
+
+def generalized_dice_score(
+    sums: OverlapSums,
+    weighting: ClassWeighting = "inverse_square",
+    smooth: float | tuple[float, float] = 0.0,
+    *,
+    count_absent: bool = True,
+) -> Tensor:
+    r"""Generalized Dice score of each image: one ratio over the classes (Sudre et al., DLMIA 2017).
+
+    .. math:: G = \frac{2\sum_c w_c \sum p_c t_c + s}{\sum_c w_c (\sum p_c + \sum t_c) + s}, \qquad
+        w_c = \left(\frac{\min_k \sum t_k}{\sum t_c}\right)^2
+
+    The paper has :math:`w_c = (\sum t_c)^{-2}`. Only the ratios of the weights matter to G, but for `s`: with the
+    rarest class of the image at 1, `smooth` is in pixels of that class, and no weight is infinite.
+
+    Args:
+        sums: as for `dice_score`.
+        weighting: the exponent of the class's size: `"inverse_square"`, `"inverse"` or `"uniform"`.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+        count_absent: whether a class that the target does not have weighs as much as the rarest that it has;
+            otherwise it does not count.
+
+    Returns:
+        `(images, 1)`; NaN where numerator and denominator are both 0.
+
+    >>> from lightning_dice.functional import hard_sums
+    >>> ids = torch.tensor([[0, 0, 0, 1]])
+    >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]]]), ids, activation="softmax")
+    >>> generalized_dice_score(sums)
+    tensor([[0.6875]], dtype=torch.float64)
+    """
+    power = {"inverse_square": 2, "inverse": 1, "uniform": 0}[weighting]
+    actual = sums.actual if sums.actual.is_floating_point() else sums.actual.to(wide_dtype(sums.actual))
+    present = actual > 0
+    rarest = actual.where(present, torch.inf).amin(1, keepdim=True)
+    weight = torch.where(present, (rarest / actual.where(present, 1.0)) ** power, float(count_absent))
+    # Nothing is known of a class without a pixel to count.
+    weight = weight.where(sums.count > 0, 0.0)
+    above, below = _pair(smooth)
+    overlap, both = (weight * sums.overlap).sum(1, keepdim=True), (weight * (sums.predicted + sums.actual)).sum(1, True)
+    return _ratio(2 * overlap, both, above, below)
+
+
+def power(loss: Tensor, gamma: float) -> Tensor:
+    """`loss ** gamma` of a loss >= 0, with a finite gradient at 0 for `gamma` below 1.
+
+    Below 1e-6 it goes on as a straight line to 0: the root's own slope there, 0.75 · (1e-6)^-0.25 = 24 for a gamma of
+    0.75, grows without limit towards a perfect prediction, where rounding alone would then decide the step.
+    """
+    if gamma == 1:
+        return loss
+    if gamma > 1:
+        return loss.clamp(min=0) ** gamma
+    low = 1e-6
+    return torch.where(loss > low, loss.clamp(min=low) ** gamma, loss * low ** (gamma - 1))
+
+
+def _pair(smooth: float | tuple[float, float]) -> tuple[float, float]:
+    return smooth if isinstance(smooth, tuple) else (smooth, smooth)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, above: float, below: float) -> Tensor:
+    """(numerator + above) / (denominator + below), NaN where that is 0/0."""
+    denominator = denominator + below
+    if not numerator.is_floating_point():
+        numerator, denominator = numerator.to(wide_dtype(numerator)), denominator.to(wide_dtype(denominator))
     # Divided by 1 where undefined: the gradient of 0/0 is NaN even behind a `where`.
     defined = denominator != 0
-    score = (2 * overlap + above) / torch.where(defined, denominator, 1.0)
+    score = (numerator + above) / torch.where(defined, denominator, 1.0)
     return torch.where(defined, score, torch.nan)

@@ -3,7 +3,20 @@
 `overlap_sums` checks its input and calls an implementation; `reference` defines what an implementation returns.
 """
 
-from lightning_dice.kernels.inputs import Activation, check_values, overlap_sums
-from lightning_dice.kernels.sums import OverlapSums
+from lightning_dice.kernels.inputs import Activation, check_values, checked_pixels, overlap_sums
+from lightning_dice.kernels.pixels import Pixels
+from lightning_dice.kernels.reference import total
+from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
 
-__all__ = ["Activation", "OverlapSums", "check_values", "overlap_sums"]
+__all__ = [
+    "Activation",
+    "Focal",
+    "OverlapSums",
+    "Pixels",
+    "Wanted",
+    "check_values",
+    "checked_pixels",
+    "overlap_sums",
+    "total",
+    "wide_dtype",
+]

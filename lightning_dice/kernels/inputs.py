@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import reference
-from lightning_dice.kernels.sums import OverlapSums, valid_pixels
+from lightning_dice.kernels.pixels import Pixels, read_pixels
+from lightning_dice.kernels.sums import OverlapSums, Wanted, valid_pixels
 
 Activation = Literal["sigmoid", "softmax"] | None
 
 # torch knows no minimum of the other unsigned types.
 _COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# So many values do not lie in [0, 1] by chance.
+_TELLING = 64
 
 _FLAT_TARGET = "for a mask of shape (batch, *space) use target.unsqueeze(1)"
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
@@ -26,9 +30,8 @@ def overlap_sums(
     activation: Activation = "sigmoid",
     ignore_index: int | None = None,
     weight: Tensor | None = None,
-    squared: bool = False,
-    nll: bool = False,
-    absent_nll: bool = False,
+    annotated: Tensor | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008  (frozen)
 ) -> OverlapSums:
     """Sum what overlap losses need of each class in each image.
 
@@ -40,9 +43,10 @@ def overlap_sums(
         ignore_index: pixels whose target holds this value count as nothing, whatever their logits hold. With
             planes, a plane's pixel is ignored alone; with soft labels, a pixel is ignored if any class holds it.
         weight: weight of each pixel, `(batch, *space)`, or of each pixel and class, `(batch, classes, *space)`.
-        squared: sum the squares of probabilities and target in `predicted` and `actual`.
-        nll: also sum the cross-entropy.
-        absent_nll: also sum the cross-entropy of the class being absent.
+        annotated: bool, `(batch, classes)`; a class that is not annotated in an image has sums of 0 there. Where
+            classes exclude each other its probability counts as the background's, class 0, as which its pixels are
+            labelled.
+        wanted: sums beyond overlap, predicted, actual and count.
 
     Returns:
         The sums, in float64 (float32 on devices without it), differentiable in `logits`.
@@ -55,26 +59,46 @@ def overlap_sums(
     >>> [round(float(field), 2) for field in (sums.overlap, sums.predicted, sums.actual, sums.count)]
     [1.0, 2.0, 1.0, 3.0]
     """
-    check_shapes(logits, target, activation=activation, weight=weight)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_values(logits, target, activation=activation, ignore_index=ignore_index)
-    if not target.is_floating_point() and target.dtype not in (*_COMPARABLE, torch.bool):
-        target = target.long()
     # Autocast would run part of this in half precision, and refuses a cross-entropy of probabilities.
     with torch.autocast(logits.device.type, enabled=False):
-        return reference.overlap_sums(
-            logits,
-            target,
-            activation=activation,
-            ignore_index=ignore_index,
-            weight=weight,
-            squared=squared,
-            nll=nll,
-            absent_nll=absent_nll,
+        pixels = checked_pixels(
+            logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
         )
+        return reference.overlap_sums(pixels, wanted)
 
 
-def check_shapes(logits: Tensor, target: Tensor, *, activation: Activation, weight: Tensor | None = None) -> None:
+def checked_pixels(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation = "sigmoid",
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+    annotated: Tensor | None = None,
+) -> Pixels:
+    """Logits and target, checked and flattened, without harm in ignored pixels. Arguments as of `overlap_sums`.
+
+    Raises:
+        ValueError: a shape that would broadcast, a wrong dtype or, on the CPU, a value outside its range.
+    """
+    check_shapes(logits, target, activation=activation, weight=weight, annotated=annotated)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_values(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)
+    if not target.is_floating_point() and target.dtype not in (*_COMPARABLE, torch.bool):
+        target = target.long()
+    return read_pixels(
+        logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
+    )
+
+
+def check_shapes(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation,
+    weight: Tensor | None = None,
+    annotated: Tensor | None = None,
+) -> None:
     """Refuse whatever would broadcast into a plausible, wrong number. Reads no value, so it never stalls a GPU.
 
     Raises:
@@ -116,10 +140,22 @@ def check_shapes(logits: Tensor, target: Tensor, *, activation: Activation, weig
         raise ValueError(f"weight must have the shape {ids_shape} or {shape}, got {tuple(weight.shape)}")
     if weight is not None and not weight.is_floating_point():
         raise ValueError(f"weight must be floating point, got {weight.dtype}")
+    if annotated is not None and (tuple(annotated.shape) != shape[:2] or annotated.dtype != torch.bool):
+        raise ValueError(
+            f"annotated must be bool of the shape (batch, classes), {shape[:2]}, "
+            f"got {annotated.dtype} of the shape {tuple(annotated.shape)}"
+        )
 
 
-def check_values(logits: Tensor, target: Tensor, *, activation: Activation, ignore_index: int | None = None) -> None:
-    """Refuse values that have no meaning: ids out of range, planes outside [0, 1], probabilities outside [0, 1].
+def check_values(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    """Refuse values that have no meaning: ids, planes, probabilities or weights out of range, a softmax applied twice.
 
     Reads the values, so it makes a GPU wait: on the CPU it runs at every call, elsewhere on the first batch only.
 
@@ -133,12 +169,16 @@ def check_values(logits: Tensor, target: Tensor, *, activation: Activation, igno
     """
     if target.numel() == 0:
         return
+    if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError(f"weight must be finite and >= 0, got values from {weight.min():g} to {weight.max():g}")
     classes = logits.shape[1]
     planes = target.shape == logits.shape
     low, high = _range(target, ignore_index)
     if planes and not (low >= 0 and high <= 1):
         hint = "; a mask of 0 and 255 becomes 0 and 1 by target == 255" if (low, high) == (0, 255) else ""
         raise ValueError(f"target must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
+    if planes and activation == "softmax":
+        _check_sums_to_one(target, ignore_index)
     if not planes and not (low >= 0 and high < classes):
         ignored = "" if ignore_index is None else f" (ignored: {ignore_index})"
         raise ValueError(
@@ -155,6 +195,38 @@ def check_values(logits: Tensor, target: Tensor, *, activation: Activation, igno
                 f"activation=None takes probabilities in [0, 1], got values from {low:g} to {high:g}; "
                 'for logits use activation="sigmoid" or "softmax"'
             )
+    else:
+        _check_not_probabilities(logits.detach(), activation)
+
+
+def _check_sums_to_one(target: Tensor, ignore_index: int | None) -> None:
+    valid = valid_pixels(target, ignore_index)
+    total = target.sum(1, dtype=torch.float32 if target.is_floating_point() else torch.int64)
+    wrong = (total - 1).abs() > 2e-2
+    if valid is not None:
+        wrong &= valid.all(1)
+    if bool(wrong.any()):
+        raise ValueError(
+            "the soft labels of a pixel must sum to 1 over the classes with a softmax, got sums from "
+            f'{total[wrong].min():g} to {total[wrong].max():g}; for classes that overlap use activation="sigmoid"'
+        )
+
+
+def _check_not_probabilities(logits: Tensor, activation: Activation) -> None:
+    """Say so where an activation would be applied for the second time."""
+    low, high = (float(v) for v in torch.aminmax(logits))
+    if logits.numel() < _TELLING or not (0 <= low < high <= 1):
+        return
+    if activation == "softmax":
+        if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 2e-3 * logits.shape[1]):
+            raise ValueError(
+                "logits are probabilities: they lie in [0, 1] and sum to 1 over the classes; "
+                "leave the net's softmax out, or set activation=None"
+            )
+    elif bool(((logits == 0) | (logits == 1)).all()):
+        raise ValueError(
+            "logits are a mask: each of them is 0 or 1; for a prediction that is already decided set activation=None"
+        )
 
 
 def _range(target: Tensor, ignore_index: int | None) -> tuple[float, float]:

@@ -15,69 +15,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.kernels.sums import OverlapSums, valid_pixels
+from lightning_dice.kernels.pixels import Pixels, log
+from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
 
 _BLOCK = 1 << 16  # pixels
 
 
-def overlap_sums(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    activation: str | None,
-    ignore_index: int | None,
-    weight: Tensor | None,
-    squared: bool,
-    nll: bool,
-    absent_nll: bool,
-) -> OverlapSums:
-    """The sums of `lightning_dice.kernels.overlap_sums`, for input that has passed its checks."""
-    z = logits.flatten(2) if logits.ndim > 2 else logits.unsqueeze(-1)
-    z = z if z.dtype == torch.float64 else z.float()
-    planes = target.shape == logits.shape
-    t = target.reshape(z.shape if planes else (z.shape[0], z.shape[2]))
-    w = None
-    if weight is not None:
-        w = weight.reshape(z.shape if weight.shape == logits.shape else (z.shape[0], 1, z.shape[2])).to(z.dtype)
-
-    valid = valid_pixels(t, ignore_index)
-    if valid is not None:
-        if not planes:
-            valid = valid.unsqueeze(1)
-        elif activation == "softmax":
-            valid = valid.all(1, keepdim=True)
-        t = t.where(valid if planes else valid.squeeze(1), torch.zeros((), dtype=t.dtype, device=t.device))
-        # Replaced, not multiplied by zero: an ignored pixel may hold NaN, and NaN times zero is NaN.
-        z = z.where(valid, torch.zeros((), dtype=z.dtype, device=z.device))
-        w = valid.to(z.dtype) if w is None else w.where(valid, torch.zeros((), dtype=z.dtype, device=z.device))
-
-    p = z.softmax(1) if activation == "softmax" else z.sigmoid() if activation == "sigmoid" else z
-    count = z.new_full((z.shape[0], 1), z.shape[2], dtype=_wide(z)) if w is None else _total(w)
-    complement = _total(_weighted(_minus_log_complement(z, p, activation), w)) if absent_nll else None
-    predicted = _total(_weighted(p * p if squared else p, w))
-    if planes:
-        t = t.to(z.dtype)
-        overlap, actual = _total(_weighted(p * t, w)), _total(_weighted(t * t if squared else t, w))
-        true_nll = _total(_weighted(_minus_log_planes(z, p, t, activation), w)) if nll else None
+def overlap_sums(pixels: Pixels, wanted: Wanted) -> OverlapSums:
+    """The sums of `lightning_dice.kernels.overlap_sums`."""
+    z, w = pixels.logits, pixels.weight
+    p = pixels.probs()
+    count = z.new_full((z.shape[0], 1), z.shape[2], dtype=wide_dtype(z)) if w is None else total(w)
+    predicted = total(_weighted(p, w))
+    more: dict[str, Tensor] = {}
+    if wanted.squares:
+        more["predicted_squares"] = total(_weighted(p * p, w))
+    if wanted.all_nll:
+        more["all_nll"] = total(_weighted(_minus_log(z, p, pixels.activation), w))
+    if wanted.absent_nll:
+        more["absent_nll"] = total(_weighted(_minus_log_complement(z, p, pixels.activation), w))
+    nll = pixels.nll() if wanted.nll or (wanted.focal and not pixels.planes) else None
+    if pixels.planes:
+        t = pixels.target.to(z.dtype)
+        soft = pixels.target.is_floating_point()
+        overlap, actual = total(_weighted(p * t, w)), total(_weighted(t, w))
+        if wanted.squares:
+            more["actual_squares"] = total(_weighted(t * t, w)) if soft else actual
+        if wanted.minimum:
+            more["minimum"] = total(_weighted(torch.minimum(p, t), w)) if soft else overlap
+        if wanted.nll and nll is not None:
+            more["nll"] = total(_weighted(nll, w))
+        if wanted.focal:
+            more["focal"] = total(_weighted(_focal_planes(pixels, p, t, wanted.focal), w))
     else:
-        ids = t.long().unsqueeze(1)
+        ids = pixels.target.long()
         own = None if w is None else w if w.shape[1] == 1 else w.gather(1, ids)
         p_true = p.gather(1, ids)
         overlap = _total_by_class(_weighted(p_true, own), ids, z)
         actual = _total_by_class(torch.ones_like(p_true) if own is None else own, ids, z)
-        true_nll = None
-        if nll:
-            log_p = z.log_softmax(1).gather(1, ids) if activation == "softmax" else _log(p_true)
-            true_nll = _total_by_class(_weighted(-log_p, own), ids, z)
-    return OverlapSums(overlap, predicted, actual, count.expand_as(overlap), true_nll, complement)
+        if wanted.squares:
+            more["actual_squares"] = actual
+        if wanted.minimum:
+            more["minimum"] = overlap
+        if nll is not None:
+            if wanted.nll:
+                more["nll"] = _total_by_class(_weighted(nll, own), ids, z)
+            if wanted.focal:
+                more["focal"] = _total_by_class(_weighted(_focal(nll, wanted.focal.gamma), own), ids, z)
+    exclusive = pixels.activation == "softmax" or not pixels.planes
+    sums = OverlapSums(overlap, predicted, actual, count.expand_as(overlap), **more, exclusive=exclusive)
+    if pixels.annotated is None:
+        return sums
+    annotated = pixels.annotated
+    return sums.map(lambda field: field.where(annotated, torch.zeros((), dtype=field.dtype, device=field.device)))
 
 
-def _minus_log_planes(z: Tensor, p: Tensor, t: Tensor, activation: str | None) -> Tensor:
+def total(values: Tensor) -> Tensor:
+    """Sum the pixels of `(images, classes, pixels)`, in float64."""
+    result: Tensor = _Total.apply(values)
+    return result
+
+
+def _minus_log(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
+    """-log p of every class."""
     if activation == "softmax":
-        return -t * z.log_softmax(1)
-    if activation == "sigmoid":
-        return F.binary_cross_entropy_with_logits(z, t, reduction="none")
-    return F.binary_cross_entropy(p, t, reduction="none")
+        return -z.log_softmax(1)
+    return _softplus(-z) if activation == "sigmoid" else -log(p)
 
 
 def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
@@ -85,7 +88,7 @@ def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tenso
     if activation == "sigmoid":
         return _softplus(z)
     if activation is None:
-        return -_log(1 - p)
+        return -log(1 - p)
     # Only the greatest class can pass 1/2; for it 1 - p is the share of the others, taken from their logits.
     top = z.argmax(1, keepdim=True)
     is_top = torch.zeros_like(z, dtype=torch.bool).scatter(1, top, True)
@@ -93,22 +96,34 @@ def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tenso
     return torch.where(is_top, _softplus(z - others), -torch.log1p(-p.masked_fill(is_top, 0)))
 
 
+def _focal(nll: Tensor, gamma: float) -> Tensor:
+    """(1 - p)^gamma (-log p) of the true class, given -log p."""
+    # 1 - p by expm1 keeps its digits near p = 1; clamped, as a power below 1 has no gradient at 0.
+    return (-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny) ** gamma * nll
+
+
+def _focal_planes(pixels: Pixels, p: Tensor, t: Tensor, focal: Focal) -> Tensor:
+    """The focal cross-entropy of each plane, linear in t: the mean over labels drawn with probability t."""
+    z = pixels.logits
+    if pixels.activation == "softmax":
+        return t * _focal(-z.log_softmax(1), focal.gamma)
+    if pixels.activation == "sigmoid":
+        nll, absent = _softplus(-z), _softplus(z)
+        # p^gamma as exp(-gamma · -log p): finite with its gradient for every logit and every gamma.
+        present, absent = torch.exp(-focal.gamma * absent) * nll, torch.exp(-focal.gamma * nll) * absent
+    else:
+        present, absent = _focal(-log(p), focal.gamma), _focal(-log(1 - p), focal.gamma)
+    front, back = (1.0, 1.0) if focal.alpha is None else (focal.alpha, 1 - focal.alpha)
+    return front * t * present + back * (1 - t) * absent
+
+
 def _softplus(z: Tensor) -> Tensor:
     # The default threshold of 20 leaves out e^-20, which float64 would show.
     return F.softplus(z, threshold=40)
 
 
-def _log(p: Tensor) -> Tensor:
-    # Clamped before the logarithm: after it, the gradient at 0 would be 0 times infinity.
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
 def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
     return values if weight is None else values * weight
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 class _Total(torch.autograd.Function):
@@ -117,7 +132,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         ctx.shape, ctx.dtype = values.shape, values.dtype
-        blocks = [block.sum(-1, dtype=_wide(values)) for block in torch.split(values, _BLOCK, dim=-1)]
+        blocks = [block.sum(-1, dtype=wide_dtype(values)) for block in torch.split(values, _BLOCK, dim=-1)]
         return torch.stack(blocks).sum(0)
 
     @staticmethod
@@ -125,13 +140,7 @@ class _Total(torch.autograd.Function):
         return grad[0].to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)
 
 
-def _total(values: Tensor) -> Tensor:
-    """Sum the pixels of `(images, classes, pixels)`."""
-    total: Tensor = _Total.apply(values)
-    return total
-
-
 def _total_by_class(values: Tensor, ids: Tensor, like: Tensor) -> Tensor:
     """Add each pixel of `(images, 1, pixels)` to its own class, in float64: one accumulator takes millions of terms."""
-    zeros = like.new_zeros(like.shape[:2], dtype=_wide(like))
+    zeros = like.new_zeros(like.shape[:2], dtype=wide_dtype(like))
     return zeros.scatter_add(1, ids.squeeze(1), values.squeeze(1).to(zeros.dtype))

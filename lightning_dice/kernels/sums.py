@@ -1,12 +1,68 @@
-"""The sums themselves, as a value."""
+"""The sums themselves, as a value, and which of them a loss wants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Focal(NamedTuple):
+    """The focal factor of a cross-entropy (Lin et al., ICCV 2017).
+
+    Attributes:
+        gamma: exponent of 1 - p of the true class.
+        alpha: weight of the foreground, 1 - alpha that of the background; `None`: 1 for both. Only where each class
+            has a plane of its own.
+    """
+
+    gamma: float = 2.0
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Sums beyond the four that are always there; see `OverlapSums` for what each is.
+
+    >>> Wanted(nll=True) | Wanted(squares=True)
+    Wanted(squares=True, minimum=False, nll=True, all_nll=False, absent_nll=False, focal=None)
+    """
+
+    squares: bool = False
+    minimum: bool = False
+    nll: bool = False
+    all_nll: bool = False
+    absent_nll: bool = False
+    focal: Focal | None = None
+
+    def __or__(self, other: Wanted) -> Wanted:
+        """What either wants.
+
+        Raises:
+            ValueError: both want a focal sum, with different factors; `agrees` tells before.
+        """
+        if not self.agrees(other):
+            raise ValueError(f"one pass has one focal factor, got {self.focal} and {other.focal}")
+        return Wanted(
+            self.squares or other.squares,
+            self.minimum or other.minimum,
+            self.nll or other.nll,
+            self.all_nll or other.all_nll,
+            self.absent_nll or other.absent_nll,
+            self.focal or other.focal,
+        )
+
+    def agrees(self, other: Wanted) -> bool:
+        """Whether one pass can serve both."""
+        return self.focal is None or other.focal is None or self.focal == other.focal
+
+
+def wide_dtype(values: Tensor) -> torch.dtype:
+    """The dtype in which sums over pixels are taken: float64, but on devices that have none."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
@@ -31,35 +87,50 @@ class OverlapSums:
 
     Attributes:
         overlap: :math:`\sum w p t`.
-        predicted: :math:`\sum w p`, or :math:`\sum w p^2` where squares were asked for.
-        actual: :math:`\sum w t`, or :math:`\sum w t^2`.
+        predicted: :math:`\sum w p`.
+        actual: :math:`\sum w t`.
         count: :math:`\sum w`, in pixels.
-        nll: :math:`\sum w\,(-\log p)` of the true class (`softmax`), or the binary cross-entropy (`sigmoid`);
-            `None` unless asked for.
-        absent_nll: :math:`\sum w\,(-\log(1 - p))`, the cross-entropy of a class that should not be there;
-            `None` unless asked for.
+        predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless wanted.
+        actual_squares: :math:`\sum w t^2`.
+        minimum: :math:`\sum w \min(p, t)`; the overlap, where every label is 0 or 1.
+        nll: :math:`\sum w\,(-\log p)` over the pixels of the true class, in the sum of that class, where classes
+            exclude each other; otherwise the binary cross-entropy.
+        all_nll: :math:`\sum w\,(-\log p)`, whatever the target is.
+        absent_nll: :math:`\sum w\,(-\log(1 - p))`, the cross-entropy of a class that should not be there.
+        focal: as `nll`, each term times the focal factor.
+        exclusive: whether the classes exclude each other (ids, or a softmax).
     """
 
     overlap: Tensor
     predicted: Tensor
     actual: Tensor
     count: Tensor
+    predicted_squares: Tensor | None = None
+    actual_squares: Tensor | None = None
+    minimum: Tensor | None = None
     nll: Tensor | None = None
+    all_nll: Tensor | None = None
     absent_nll: Tensor | None = None
+    focal: Tensor | None = None
+    exclusive: bool = field(default=False, kw_only=True)
 
     @property
-    def fields(self) -> tuple[Tensor, ...]:
-        """The sums that were asked for, in the order above."""
-        given = (self.overlap, self.predicted, self.actual, self.count, self.nll, self.absent_nll)
-        return tuple(field for field in given if field is not None)
+    def fields(self) -> dict[str, Tensor]:
+        """The sums that are there, by name."""
+        return {name: value for name in _NAMES if (value := getattr(self, name)) is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OverlapSums:
         """The same sums with `function` applied to each tensor."""
-        return OverlapSums(
-            function(self.overlap),
-            function(self.predicted),
-            function(self.actual),
-            function(self.count),
-            None if self.nll is None else function(self.nll),
-            None if self.absent_nll is None else function(self.absent_nll),
-        )
+        return self.having({name: function(value) for name, value in self.fields.items()})
+
+    def having(self, fields: Mapping[str, Tensor]) -> OverlapSums:
+        """The same sums, but for those given by name."""
+        return replace(self, **fields)  # type: ignore[arg-type]
+
+    @staticmethod
+    def cat(parts: Sequence[OverlapSums]) -> OverlapSums:
+        """The images of several batches, one after the other: what accumulated micro-batches have together."""
+        return parts[0].having({name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields})
+
+
+_NAMES = tuple(name for name in OverlapSums.__dataclass_fields__ if name != "exclusive")

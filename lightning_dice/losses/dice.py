@@ -1,12 +1,19 @@
-"""The Dice loss."""
+"""Dice losses."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
-from lightning_dice.functional import dice_score
+from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, power
 from lightning_dice.kernels import OverlapSums
-from lightning_dice.losses.overlap import OverlapLoss
+from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
+from lightning_dice.settings import number, one_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DiceLoss(OverlapLoss):
@@ -25,17 +32,12 @@ class DiceLoss(OverlapLoss):
     drown them, and `absent="penalize"` so that an image without any target pushes false positives down. Pixels know
     nothing of each other: `weight` lets pixels near a boundary count more.
 
+    With `squared=True` the denominator is :math:`\sum p^2 + \sum t^2`, as in V-Net (Milletari et al., 3DV 2016); with
+    `overlap="minimum"` the product becomes min(p, t), by which the loss of soft labels is least, and 0, at p = t (the
+    first form of Wang et al., "Dice Semimetric Losses", MICCAI 2023, without the cancellation of p + t - |p - t|).
+
     Args:
-        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
-        pool: what shares one ratio: `"image"`, `"batch"` or `"all"`.
-        squared: sums of squares in the denominator, as in V-Net (Milletari et al., 3DV 2016).
-        exclude_classes: indices of classes that do not count.
-        class_weights: one for each class, normalized.
-        ignore_index: pixels whose target holds this value count as nothing.
-        absent: what a class counts that the target does not have: `"smooth"`, `"skip"` or `"penalize"`.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        **settings: those of `OverlapLoss`.
 
     Raises:
         ValueError: a setting outside its range; in a call, a shape that would broadcast or, on the CPU, a value that
@@ -51,6 +53,83 @@ class DiceLoss(OverlapLoss):
     tensor(0.5143)
     """
 
-    def score(self, sums: OverlapSums) -> Tensor:
-        """The Dice score of each class, `(images, classes)`."""
-        return dice_score(sums, self.smooth)
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """1 minus the Dice score."""
+        return 1 - dice_score(sums, self.smooth)
+
+
+class LogDiceLoss(OverlapLoss):
+    r"""Logarithmic Dice loss: :math:`(-\log D)^\gamma`, which pushes hardest where the overlap is small.
+
+    The Dice part of the exponential logarithmic loss (Wong et al., MICCAI 2018, with :math:`\gamma = 0.3`).
+
+    Args:
+        gamma: an exponent > 0; below 1 it also pushes where the overlap is nearly perfect.
+        **settings: those of `OverlapLoss`.
+
+    >>> LogDiceLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.4055)
+    """
+
+    def __init__(self, *, gamma: float = 1.0, **settings: Unpack[OverlapSettings]) -> None:
+        super().__init__(**settings)
+        self.gamma = number("gamma", gamma, open_ends=True)
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """(-log D)^gamma."""
+        score = dice_score(sums, self.smooth)
+        # As small as it may be, a probability has its full share of the gradient; only 0 has a logarithm made up.
+        return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
+
+
+class LogCoshDiceLoss(OverlapLoss):
+    r"""Log-cosh Dice loss: :math:`\log\cosh(1 - D)`, flat near a perfect match (Jadon, CIBCB 2020).
+
+    Args:
+        **settings: those of `OverlapLoss`.
+
+    >>> LogCoshDiceLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.0546)
+    """
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The logarithm of the hyperbolic cosine."""
+        loss = 1 - dice_score(sums, self.smooth)
+        # Without overflow, and without losing small losses to the logarithm of 1.
+        return loss.abs() + torch.log1p(torch.expm1(-2 * loss.abs()) / 2)
+
+
+class GeneralizedDiceLoss(OverlapLoss):
+    r"""Generalized Dice loss: one ratio over the classes, each weighted by its size (Sudre et al., DLMIA 2017).
+
+    .. math:: L = 1 - \frac{2\sum_c w_c \sum p_c t_c + s}{\sum_c w_c (\sum p_c + \sum t_c) + s}, \qquad
+        w_c \propto \left(\sum t_c\right)^{-2}
+
+    The weights are relative to the rarest class of the image (or batch), so that `smooth` is in pixels of that class.
+    A class that the target does not have weighs as much as the rarest one (`absent="smooth"`), nothing (`"skip"`), or
+    is left to the penalty (`"penalize"`). Unlike `torchmetrics.functional.generalized_dice_score` and some others, an
+    image never takes its weights from its neighbours: that is `pool="image"`.
+
+    Args:
+        weighting: `"inverse_square"`, `"inverse"` or `"uniform"`.
+        **settings: those of `OverlapLoss`; `class_weights` and `pool="all"` are refused.
+
+    Raises:
+        ValueError: as `OverlapLoss`.
+
+    >>> logits = torch.tensor([[[4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, 4.0]]])
+    >>> GeneralizedDiceLoss(activation="softmax")(logits, torch.tensor([[0, 0, 0, 1]]))
+    tensor(0.2527)
+    """
+
+    def __init__(self, *, weighting: ClassWeighting = "inverse_square", **settings: Unpack[OverlapSettings]) -> None:
+        super().__init__(**settings)
+        self.weighting: ClassWeighting = one_of("weighting", weighting, ClassWeighting)
+        if self.class_weights is not None or self.pool == "all":
+            raise ValueError('the classes are weighted by their sizes: leave out class_weights and pool="all"')
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """1 minus the ratio of all classes, the same for each."""
+        count_absent = self.absent.rule == "smooth"
+        score = generalized_dice_score(sums, self.weighting, self.smooth, count_absent=count_absent)
+        return (1 - score).expand_as(sums.overlap)

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dice.functional import AbsentPolicy, AbsentRule, Pool, pool_sums, weighted_mean
 from lightning_dice.functional.pooling import gradient_shares
-from lightning_dice.kernels import Activation, OverlapSums, overlap_sums
+from lightning_dice.kernels import Activation, OverlapSums, Wanted
+from lightning_dice.losses.base import SumsLoss, class_weights_of
 from lightning_dice.settings import class_indices, class_weights_tensor, kept_classes, one_of, smooth_pair
 
 Reduction = Literal["mean", "sum", "none"]
+SoftOverlap = Literal["product", "minimum"]
 
 
-class OverlapLoss(nn.Module):
-    """Base of the overlap losses: a subclass says what the score of a class is, given its sums.
+class OverlapSettings(TypedDict, total=False):
+    """The settings of `OverlapLoss`, for the signatures of its subclasses."""
+
+    activation: Activation
+    smooth: float | Sequence[float]
+    pool: Pool
+    squared: bool
+    overlap: SoftOverlap
+    exclude_classes: Iterable[int]
+    class_weights: Iterable[float] | Tensor | None
+    ignore_index: int | None
+    absent: AbsentRule | AbsentPolicy
+    reduction: Reduction
+    across_ranks: bool
+
+
+class OverlapLoss(SumsLoss):
+    """Base of the overlap losses: a subclass says what the loss of a class is, given its sums.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
@@ -25,6 +43,8 @@ class OverlapLoss(nn.Module):
         pool: what shares one ratio: `"image"`, each image its own; `"batch"`, all images of the batch, on all ranks;
             `"all"`, all images and all classes.
         squared: square probabilities and target in the denominator.
+        overlap: what a pixel of probability p and label t adds to the overlap: `"product"`, p·t, or `"minimum"`,
+            min(p, t). The same for labels of 0 and 1; of soft labels only the minimum is greatest at p = t.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter, so they never scale the loss.
         ignore_index: pixels whose target holds this value count as nothing.
@@ -47,6 +67,7 @@ class OverlapLoss(nn.Module):
         smooth: float | Sequence[float] = 1.0,
         pool: Pool = "batch",
         squared: bool = False,
+        overlap: SoftOverlap = "product",
         exclude_classes: Iterable[int] = (),
         class_weights: Iterable[float] | Tensor | None = None,
         ignore_index: int | None = None,
@@ -54,13 +75,17 @@ class OverlapLoss(nn.Module):
         reduction: Reduction = "mean",
         across_ranks: bool = True,
     ) -> None:
-        super().__init__()
-        self.activation: Activation = one_of("activation", activation, ("sigmoid", "softmax", None))
+        super().__init__(activation=activation, ignore_index=ignore_index)
         self.smooth = smooth_pair(smooth)
         self.pool: Pool = one_of("pool", pool, Pool)
         self.squared = squared
+        self.overlap: SoftOverlap = one_of("overlap", overlap, SoftOverlap)
+        if squared and overlap == "minimum":
+            raise ValueError(
+                'overlap="minimum" goes with squared=False: the minimum of p and t is not greatest at p = t when the '
+                "denominator is squared"
+            )
         self.exclude_classes = class_indices("exclude_classes", exclude_classes)
-        self.ignore_index = ignore_index
         self.absent = absent if isinstance(absent, AbsentPolicy) else AbsentPolicy(absent)
         self.reduction: Reduction = one_of("reduction", reduction, Reduction)
         self.across_ranks = across_ranks
@@ -69,59 +94,60 @@ class OverlapLoss(nn.Module):
             raise ValueError('class_weights need a ratio for each class; with pool="all" the classes share one')
         self.register_buffer("class_weights", weights)
 
-    def score(self, sums: OverlapSums) -> Tensor:
-        """The score of each class, `(images, classes)`; 1 is perfect, NaN is undefined."""
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The loss of each class, `(images, classes)`; 0 is perfect, NaN is undefined."""
         raise NotImplementedError
 
-    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss.
-
-        Args:
-            logits: `(batch, classes, *space)`; probabilities with `activation=None`.
-            target: `"sigmoid"`: the shape of logits; `"softmax"`: class ids `(batch, *space)` or soft labels of the
-                shape of logits.
-            weight: of each pixel, `(batch, *space)`, or of each pixel and class, of the shape of logits.
-
-        Returns:
-            A scalar, or `(images, classes)` with `reduction="none"`; float32 (float64 for float64 logits).
-        """
-        sums = overlap_sums(
-            logits,
-            target,
-            activation=self.activation,
-            ignore_index=self.ignore_index,
-            weight=weight,
-            squared=self.squared,
-            absent_nll=self.absent.needs_penalty,
+    @property
+    def wanted(self) -> Wanted:
+        """Sums it needs beyond the four that are always there."""
+        return Wanted(
+            squares=self.squared, minimum=self.overlap == "minimum", absent_nll=self.absent.rule == "penalize"
         )
-        return self.from_sums(sums).to(torch.promote_types(logits.dtype, torch.float32))
 
     def from_sums(self, sums: OverlapSums) -> Tensor:
         """The loss of sums that have been added up elsewhere, over accumulated micro-batches for example."""
-        classes = sums.overlap.shape[1]
-        class_weights = self.class_weights
-        if class_weights is not None and class_weights.numel() != classes:
-            raise ValueError(
-                f"class_weights must have one for each of the {classes} classes, got {class_weights.numel()}"
-            )
+        weights = None
+        if self.class_weights is not None:
+            weights = class_weights_of(self.class_weights, sums.overlap.shape[1], sums.overlap)
         if self.exclude_classes:
-            kept_indices = kept_classes(classes, self.exclude_classes)
+            kept_indices = kept_classes(sums.overlap.shape[1], self.exclude_classes)
             sums = sums.map(lambda field: field[:, kept_indices])
-            class_weights = None if class_weights is None else class_weights[kept_indices]
-        pooled = pool_sums(sums, self.pool, across_ranks=self.across_ranks)
-        score = self.score(pooled)
-        kept = self.absent.kept(score, pooled)
-        loss = self.absent.loss(1 - score, pooled)
+            weights = None if weights is None else weights[kept_indices]
+        loss, kept = self.table(pool_sums(sums, self.pool, across_ranks=self.across_ranks))
+        return self.reduced(loss, kept, weights)
+
+    def table(self, sums: OverlapSums) -> tuple[Tensor, Tensor]:
+        """The loss of each class `(images, classes)` of pooled sums, and whether it enters the mean."""
+        loss = self.per_class(self._own(sums))
+        return self.absent.loss(loss, sums), self.absent.kept(loss, sums)
+
+    def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
+        """A table, `(images, classes)`, as one number; weights are `(classes,)` or of the shape of the table."""
         # Pooled sums are the same on every rank already.
         spread = self.across_ranks and self.pool == "image"
         if self.reduction == "none":
             return loss.where(kept, torch.nan)
         if self.reduction == "sum":
-            total = (loss.where(kept, 0.0) * (1.0 if class_weights is None else class_weights)).sum()
+            total = (loss.where(kept, 0.0) * (1.0 if weights is None else weights)).sum()
             return total * gradient_shares() if spread else total
-        return weighted_mean(loss, kept, class_weights, across_ranks=spread)
+        return weighted_mean(loss, kept, weights, across_ranks=spread)
 
-    def extra_repr(self) -> str:
-        """The settings, as `print(loss)` shows them."""
-        names = "activation", "smooth", "pool", "squared", "exclude_classes", "ignore_index", "reduction"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names) + f", absent={self.absent.rule!r}"
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        names = "smooth", "pool", "squared", "overlap", "exclude_classes", "reduction"
+        weights = None if self.class_weights is None else self.class_weights.tolist()
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in names},
+            "class_weights": weights,
+            "absent": self.absent.rule,
+        }
+
+    def _own(self, sums: OverlapSums) -> OverlapSums:
+        """The sums with this loss's kind of overlap and of denominator in the usual places."""
+        if self.squared and sums.predicted_squares is not None and sums.actual_squares is not None:
+            return sums.having({"predicted": sums.predicted_squares, "actual": sums.actual_squares})
+        if self.overlap == "minimum" and sums.minimum is not None:
+            return sums.having({"overlap": sums.minimum})
+        return sums

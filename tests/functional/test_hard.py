@@ -34,7 +34,7 @@ def test_counts(space, activation, ignored):
     else:
         predicted = (logits.sigmoid() if activation == "sigmoid" else logits) > 0.6
     expected = counted(predicted, target, 3, 255, planes=activation != "softmax")
-    torch.testing.assert_close(torch.stack(sums.fields), expected)
+    torch.testing.assert_close(torch.stack(list(sums.fields.values())), expected)
 
 
 def test_the_threshold_is_a_probability():
@@ -46,7 +46,7 @@ def test_the_threshold_is_a_probability():
 
 def test_soft_labels_have_no_hard_score():
     with pytest.raises(ValueError, match=r"class ids .*argmax"):
-        hard_sums(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), activation="softmax")
+        hard_sums(torch.zeros(1, 3, 4), torch.full((1, 3, 4), 1 / 3), activation="softmax")
 
 
 def test_ids_for_overlapping_classes_are_refused():

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,36 +9,80 @@ from definitions import plain_sums, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import OverlapSums, check_values, overlap_sums, reference
+from lightning_dice.kernels import Focal, Wanted, check_values, overlap_sums, reference
+from lightning_dice.kernels.pixels import read_pixels
+
+ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
 
 
 def reference_sums(logits, target, *, ignore_index):
     """Without the checks of the CPU, as on a GPU."""
-    flags = {"squared": False, "nll": False, "absent_nll": False, "weight": None}
-    return reference.overlap_sums(logits, target, activation="softmax", ignore_index=ignore_index, **flags)
+    return reference.overlap_sums(
+        read_pixels(logits, target, activation="softmax", ignore_index=ignore_index), Wanted()
+    )
 
 
-NAMES = [field.name for field in fields(OverlapSums)]
+def stacked(sums):
+    return torch.stack(list(sums.fields.values()))
 
 
-def assert_equal_to_definition(logits, target, **options):
-    sums = overlap_sums(logits, target, nll=True, absent_nll=True, **options)
-    expected = plain_sums(logits, target, **options)
-    for name in NAMES:
+def assert_equal_to_definition(logits, target, gamma=2.0, alpha=None, **options):
+    sums = overlap_sums(logits, target, wanted=replace(ALL, focal=Focal(gamma, alpha)), **options)
+    expected = plain_sums(logits, target, gamma=gamma, alpha=alpha, **options)
+    assert len(sums.fields) == 11
+    for name, field in sums.fields.items():
         values = torch.tensor([[entry.total(name) for entry in row] for row in expected], dtype=torch.float64)
-        torch.testing.assert_close(getattr(sums, name), values, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(field, values, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("space", [(7,), (5, 4), (3, 2, 4), (1, 1)], ids=["1d", "2d", "3d", "one-pixel"])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])
-@pytest.mark.parametrize("squared", [False, True], ids=["linear", "squared"])
-def test_equals_the_definition(space, activation, soft, ignored, squared):
+def test_equals_the_definition(space, activation, soft, ignored):
     logits, target = random_case(1, activation=activation, space=space, soft=soft, ignored=ignored)
-    assert_equal_to_definition(
-        logits, target, activation=activation, ignore_index=255 if ignored else None, squared=squared
-    )
+    assert_equal_to_definition(logits, target, activation=activation, ignore_index=255 if ignored else None)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_any_focal_factor(activation, gamma, alpha):
+    logits, target = random_case(1, activation=activation, ignored=True)
+    assert_equal_to_definition(logits, target, gamma, alpha, activation=activation, ignore_index=255)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_classes_that_are_not_annotated(activation, soft):
+    logits, target = random_case(1, activation=activation, soft=soft, ignored=True)
+    annotated = torch.tensor([[True, False, True], [False, True, True]])
+    if activation == "softmax":
+        if soft:  # What is not annotated is labelled as background.
+            target = target.masked_fill((~annotated[:, :, None, None]) & (target != 255), 0.0)
+            labelled = target.where(target != 255, 0.0)
+            target = target.clone()
+            target[:, 0] = torch.where(target[:, 0] == 255, 255.0, 1 - labelled[:, 1:].sum(1))
+        else:
+            target[0][target[0] == 1] = 0
+        logits_of = torch.softmax(logits, 1)
+        assert (logits_of > 0).all()
+    sums = overlap_sums(logits, target, activation=activation, ignore_index=255, annotated=annotated, wanted=ALL)
+    expected = plain_sums(logits, target, activation=activation, ignore_index=255, annotated=annotated)
+    for name, field in sums.fields.items():
+        values = torch.tensor([[entry.total(name) for entry in row] for row in expected], dtype=torch.float64)
+        torch.testing.assert_close(field, values, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_what_is_not_annotated_may_be_anything():
+    logits, target = random_case(1, activation="sigmoid")
+    annotated = torch.tensor([[True, False, True], [True, True, True]])
+    expected = overlap_sums(logits, target, annotated=annotated)
+    logits[0, 1] = math.nan
+    sums = overlap_sums(logits.requires_grad_(), target, annotated=annotated)
+    torch.testing.assert_close(stacked(sums), stacked(expected), rtol=0, atol=0)
+    stacked(sums).sum().backward()
+    assert (logits.grad[0, 1] == 0).all()
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
@@ -72,8 +116,7 @@ def test_gradients_once_and_twice(activation, soft):
     logits, target = random_case(3, activation=activation, soft=soft, space=(3, 2), ignored=True)
 
     def totals(z):
-        sums = overlap_sums(z, target, activation=activation, ignore_index=255, squared=True, nll=True, absent_nll=True)
-        return torch.stack(sums.fields)
+        return stacked(overlap_sums(z, target, activation=activation, ignore_index=255, wanted=ALL))
 
     logits.requires_grad_()
     assert torch.autograd.gradcheck(totals, logits)
@@ -86,10 +129,10 @@ def test_ignored_pixels_may_hold_anything(activation):
     ignored = target == 255
     ignored = ignored.unsqueeze(1).expand_as(logits) if activation == "softmax" else ignored
     poisoned = logits.masked_fill(ignored, math.nan).requires_grad_()
-    options = {"activation": activation, "ignore_index": 255, "nll": True, "absent_nll": True}
+    options = {"activation": activation, "ignore_index": 255, "wanted": ALL}
     clean, dirty = overlap_sums(logits, target, **options), overlap_sums(poisoned, target, **options)
-    torch.testing.assert_close(torch.stack(dirty.fields), torch.stack(clean.fields), rtol=0, atol=0)
-    torch.stack(dirty.fields).sum().backward()
+    torch.testing.assert_close(stacked(dirty), stacked(clean), rtol=0, atol=0)
+    stacked(dirty).sum().backward()
     assert poisoned.grad.isfinite().all()
     assert (poisoned.grad[ignored] == 0).all()
 
@@ -99,9 +142,9 @@ def test_ignored_pixels_may_hold_anything(activation):
 def test_saturated_logits_stay_finite(activation, dtype):
     logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]]).to(dtype).requires_grad_()
     target = torch.tensor([[1, 0]]) if activation == "softmax" else torch.tensor([[[0, 1], [1, 0]]])
-    sums = overlap_sums(logits, target, activation=activation, nll=True, absent_nll=True)
-    torch.stack(sums.fields).sum().backward()
-    assert torch.stack(sums.fields).isfinite().all()
+    sums = overlap_sums(logits, target, activation=activation, wanted=ALL)
+    stacked(sums).sum().backward()
+    assert stacked(sums).isfinite().all()
     assert logits.grad.isfinite().all()
     assert float(sums.nll.sum().detach()) > 1e4
 
@@ -158,15 +201,15 @@ def test_memory_formats_and_strides():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast on the CPU leaves these operations alone")
 def test_autocast_changes_nothing():
     logits, target = (tensor.cuda() for tensor in random_case(8, activation=None, dtype=torch.float32))
-    expected = overlap_sums(logits, target, activation=None, nll=True)
+    expected = overlap_sums(logits, target, activation=None, wanted=ALL)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        sums = overlap_sums(logits, target, activation=None, nll=True)
+        sums = overlap_sums(logits, target, activation=None, wanted=ALL)
     torch.testing.assert_close(sums.nll, expected.nll, rtol=0, atol=0)
 
 
 def test_large_logits_in_float64():
     z = 25.0
-    sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), absent_nll=True)
+    sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), wanted=ALL)
     assert sums.absent_nll.item() == pytest.approx(z + math.log1p(math.exp(-z)), rel=1e-15, abs=0)
 
 
@@ -188,8 +231,8 @@ def test_a_label_that_the_dtype_cannot_hold_is_nowhere():
 def test_certain_probabilities_have_finite_gradients(value):
     probs = torch.full((1, 2, 3), value, requires_grad=True)
     for target in (torch.tensor([[0, 1, 0]]), torch.tensor([[[0, 1, 0], [1, 0, 1]]])):
-        sums = overlap_sums(probs, target, activation=None, nll=True, absent_nll=True)
-        (gradient,) = torch.autograd.grad(torch.stack(sums.fields).sum(), probs)
+        sums = overlap_sums(probs, target, activation=None, wanted=ALL)
+        (gradient,) = torch.autograd.grad(stacked(sums).sum(), probs)
         assert gradient.isfinite().all()
 
 
@@ -200,8 +243,8 @@ def test_a_probability_under_an_ignored_pixel_may_be_anything():
 
 
 def test_an_empty_batch():
-    sums = overlap_sums(torch.zeros(0, 2, 4), torch.zeros(0, 4, dtype=torch.long), activation="softmax", nll=True)
-    assert all(field.shape == (0, 2) for field in sums.fields)
+    sums = overlap_sums(torch.zeros(0, 2, 4), torch.zeros(0, 4, dtype=torch.long), activation="softmax", wanted=ALL)
+    assert all(field.shape == (0, 2) for field in sums.fields.values())
 
 
 Z2 = torch.zeros(2, 1, 4, 6)
@@ -227,6 +270,13 @@ IDS = torch.zeros(2, 4, 6, dtype=torch.long)
         (torch.zeros(3), torch.zeros(3), {}, r"\(batch, classes, \*space\), got \(3,\)"),
         (Z3, IDS, {"activation": "softmax", "weight": torch.ones(2, 1, 4, 6)}, "weight must have the shape"),
         (Z3, IDS, {"activation": "softmax", "weight": torch.ones(2, 4, 6, dtype=torch.long)}, "weight must be float"),
+        (
+            Z3,
+            IDS,
+            {"activation": "softmax", "annotated": torch.ones(3, dtype=torch.bool)},
+            r"annotated.*\(2, 3\).*\(3,\)",
+        ),
+        (Z3, IDS, {"activation": "softmax", "annotated": torch.ones(2, 3)}, "annotated must be bool"),
     ],
 )
 def test_refuses_what_would_broadcast(logits, target, options, message):
@@ -244,6 +294,11 @@ def test_refuses_what_would_broadcast(logits, target, options, message):
         (Z3, IDS + 3, {"activation": "softmax"}, "class ids from 0 to 2, got values from 3 to 3"),
         (Z3, IDS - 1, {"activation": "softmax"}, "class ids from 0 to 2, got values from -1 to -1"),
         (Z3, IDS + 7, {"activation": "softmax", "ignore_index": 255}, r"from 0 to 2 \(ignored: 255\), got"),
+        (Z3, Z3 + 0.5, {"activation": "softmax"}, r"sum to 1 .* from 1.5 to 1.5; for classes that overlap"),
+        (Z3, Z3.to(torch.uint8), {"activation": "softmax"}, r"sum to 1 .* from 0 to 0"),
+        (torch.rand(2, 3, 4, 6).softmax(1), IDS, {"activation": "softmax"}, "are probabilities"),
+        (Z2, Z2, {"weight": Z2 - 1}, "weight must be finite and >= 0, got values from -1"),
+        (Z2, Z2, {"weight": Z2 + torch.nan}, "weight must be finite"),
         (Z3 + 2, IDS, {"activation": None}, r"probabilities in \[0, 1\], got values from 2 to 2; for logits"),
     ],
 )
@@ -257,3 +312,15 @@ def test_ignored_values_are_not_checked():
     check_values(Z3, torch.where(torch.rand(IDS.shape) < 0.5, 255, 1), **options)
     check_values(Z3, torch.full_like(IDS, 255), **options)
     check_values(Z3, IDS - 1, activation="softmax", ignore_index=-1)
+
+
+def test_a_mask_in_the_place_of_logits_is_named():
+    mask = (torch.rand(1, 1, 8, 8) < 0.5).float()
+    with pytest.raises(ValueError, match=r"logits are a mask.*activation=None"):
+        overlap_sums(mask, mask)
+
+
+def test_one_pass_has_one_focal_factor():
+    assert (Wanted(focal=Focal()) | Wanted(nll=True)) == Wanted(nll=True, focal=Focal())
+    with pytest.raises(ValueError, match="one focal factor"):
+        Wanted(focal=Focal(1.0)) | Wanted(focal=Focal(2.0))

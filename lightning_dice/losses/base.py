@@ -1,0 +1,177 @@
+"""What every loss of this library is: settings, and one call of logits and target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dice.functional import Pool, pool_sums, weighted_mean
+from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
+from lightning_dice.settings import class_weights_tensor, label, one_of
+
+TargetMap = Callable[[Tensor], Tensor]
+
+
+class SegmentationLoss(nn.Module):
+    """Base of the losses: a module called with logits and target.
+
+    Attributes:
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        ignore_index: the label of pixels that count as nothing.
+        maps: what the loss needs of a target beyond its values, such as distances, by name: functions of the target of
+            one image, ids `(*space)` or planes `(classes, *space)`. A data module computes them in its workers; what is
+            not given in a call is computed there.
+    """
+
+    maps: Mapping[str, TargetMap] = {}
+
+    def __init__(self, *, activation: Activation = "sigmoid", ignore_index: int | None = None) -> None:
+        super().__init__()
+        self.activation: Activation = one_of("activation", activation, ("sigmoid", "softmax", None))
+        self.ignore_index = label("ignore_index", ignore_index)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits: `(batch, classes, *space)`; probabilities with `activation=None`.
+            target: `"sigmoid"`: the shape of logits; `"softmax"`: class ids `(batch, *space)` or soft labels of the
+                shape of logits.
+            weight: of each pixel, `(batch, *space)`, or of each pixel and class, of the shape of logits.
+            annotated: bool, `(batch, classes)`: False leaves a class out of an image that says nothing about it.
+            maps: what `maps` computes of the targets, stacked; missing ones are computed.
+
+        Returns:
+            A scalar; float32 (float64 for float64 logits).
+        """
+        raise NotImplementedError
+
+    def map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
+        """The map `name` of every target of a batch: the given one, or computed now."""
+        if maps is not None and name in maps:
+            return maps[name]
+        make = self.maps[name]
+        return torch.stack([make(one.cpu()) for one in target]).to(target.device)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"activation": self.activation, "ignore_index": self.ignore_index}
+
+    def extra_repr(self) -> str:
+        """The settings, as `print(loss)` shows them."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+class SumsLoss(SegmentationLoss):
+    """Base of the losses that are a formula on `OverlapSums`: those that share a pass over the pixels in a compound."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """Sums it needs beyond the four that are always there."""
+        return Wanted()
+
+    def from_sums(self, sums: OverlapSums) -> Tensor:
+        """The loss of sums `(images, classes)`, which may have been added up elsewhere."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`."""
+        sums = overlap_sums(
+            logits,
+            target,
+            activation=self.activation,
+            ignore_index=self.ignore_index,
+            weight=weight,
+            annotated=annotated,
+            wanted=self.wanted,
+        )
+        return self.from_sums(sums).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class PixelMeanLoss(SumsLoss):
+    """Base of the losses that are a mean over pixels: a subclass says which sum is divided by their number.
+
+    Args:
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        pool: `"batch"`: the mean over all pixels of the batch, on all ranks; `"image"`: the mean over images of the
+            mean over the pixels of each.
+        class_weights: one for each class; only their ratios matter. Where classes exclude each other a pixel weighs
+            what its class does, and the sum is divided by the weights, as in `torch.nn.CrossEntropyLoss`.
+        ignore_index: pixels whose target holds this value count as nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give.
+
+    Raises:
+        ValueError: a setting outside its range; in a call, a shape that would broadcast.
+    """
+
+    class_weights: Tensor | None
+    pools: ClassVar[tuple[str, ...]] = ("image", "batch")
+
+    def __init__(
+        self,
+        *,
+        activation: Activation = "sigmoid",
+        pool: Pool = "batch",
+        class_weights: object = None,
+        ignore_index: int | None = None,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        self.pool: Pool = one_of("pool", pool, self.pools)
+        self.across_ranks = across_ranks
+        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """What is divided by the number of pixels, `(images, classes)`."""
+        raise NotImplementedError
+
+    def from_sums(self, sums: OverlapSums) -> Tensor:
+        """The mean over the pixels of sums that may have been added up elsewhere."""
+        pooled = pool_sums(sums, self.pool, across_ranks=self.across_ranks)
+        classes = pooled.overlap.shape[1]
+        weights = class_weights_of(self.class_weights, classes, pooled.overlap)
+        # Where classes exclude each other a pixel counts once, for its own class; otherwise in each plane.
+        pixels = pooled.actual if pooled.exclusive else pooled.count
+        above, below = (self.per_class(pooled) * weights).sum(1), (pixels * weights).sum(1)
+        kept = below > 0
+        mean = above / below.where(kept, 1.0)
+        # Pooled sums are the same on every rank already.
+        spread = self.across_ranks and self.pool == "image"
+        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=spread)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        weights = None if self.class_weights is None else self.class_weights.tolist()
+        return {**super().settings(), "pool": self.pool, "class_weights": weights}
+
+
+def class_weights_of(weights: Tensor | None, classes: int, like: Tensor) -> Tensor:
+    """`(classes,)`, 1 each where none were given.
+
+    Raises:
+        ValueError: another number of weights than of classes.
+    """
+    if weights is None:
+        return like.new_ones(classes)
+    if weights.numel() != classes:
+        raise ValueError(f"class_weights must have one for each of the {classes} classes, got {weights.numel()}")
+    return weights.to(like.dtype)

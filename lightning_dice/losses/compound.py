@@ -1,0 +1,276 @@
+"""Weighted sums of losses, in one pass over the pixels where they share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dice.kernels import Activation, Wanted, checked_pixels, overlap_sums
+from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap
+from lightning_dice.losses.dice import DiceLoss
+from lightning_dice.losses.entropy import CrossEntropyLoss, FocalLoss
+from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
+from lightning_dice.settings import number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CompoundLoss(SegmentationLoss):
+    """A weighted sum of losses.
+
+    Terms of this library that are formulas on sums over pixels share one pass. Any other module of logits and target
+    can be a term; one that wants probabilities goes into `OnProbabilities`.
+
+    Args:
+        terms: losses by name, or a list of them, which are then named by their classes.
+        weights: of the terms, by the same names or in the same order; those not named weigh 1. A term of weight 0 is
+            not computed.
+
+    Attributes:
+        values: of each term in the last call, without its weight and without a gradient, by name.
+
+    Raises:
+        ValueError: no terms; a weight that names none, or is below 0; terms that disagree on the activation or the
+            ignored label.
+
+    >>> loss = CompoundLoss({"dice": DiceLoss(), "focal": FocalLoss()}, {"focal": 0.5})
+    >>> loss(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.4200)
+    >>> {name: round(float(value), 4) for name, value in loss.values.items()}
+    {'dice': 0.3333, 'focal': 0.1733}
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, nn.Module] | Sequence[nn.Module],
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+    ) -> None:
+        named = dict(terms) if isinstance(terms, Mapping) else _named(terms)
+        if not named:
+            raise ValueError("terms must hold at least one loss, got none")
+        for name, term in named.items():
+            if not isinstance(term, nn.Module):
+                raise ValueError(f"terms must be modules of logits and target, got {type(term).__name__} for {name!r}")
+            if isinstance(term, OverlapLoss) and term.reduction == "none":
+                raise ValueError(f'term {name!r} must have one value: reduction="none" does not add up')
+        super().__init__(
+            activation=_agreed(named, "activation"),  # type: ignore[arg-type]
+            ignore_index=_agreed(named, "ignore_index"),  # type: ignore[arg-type]
+        )
+        try:
+            self.terms = nn.ModuleDict(named)
+        except KeyError as error:
+            raise ValueError(f"terms have names without dots that no module has: {error.args[0]}") from error
+        self.weights = _weights(list(named), weights)
+        self.values: dict[str, Tensor] = {}
+
+    @property
+    def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
+        """What the terms need of a target, together.
+
+        Raises:
+            ValueError: two terms call different maps by one name.
+        """
+        found: dict[str, TargetMap] = {}
+        for name, term in self.terms.items():
+            for key, make in getattr(term, "maps", {}).items():
+                if found.setdefault(key, make) != make:
+                    raise ValueError(f"two terms need different maps {key!r}: {found[key]} and, in {name!r}, {make}")
+        return found
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The weighted sum; see `SegmentationLoss.forward`."""
+        values: dict[str, Tensor] = {}
+        active = {name: term for name, term in self.terms.items() if self.weights[name] != 0}
+        for wanted, group in _passes(active):
+            first = next(iter(group.values()))
+            sums = overlap_sums(
+                logits,
+                target,
+                activation=first.activation,
+                ignore_index=first.ignore_index,
+                weight=weight,
+                annotated=annotated,
+                wanted=wanted,
+            )
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            values |= {name: term.from_sums(sums).to(dtype) for name, term in group.items()}
+        for name, term in active.items():
+            if name in values:
+                continue
+            if isinstance(term, SegmentationLoss):
+                values[name] = term(logits, target, weight, annotated=annotated, maps=maps)
+            elif weight is not None or annotated is not None:
+                raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
+            else:
+                values[name] = term(logits, target)
+            if values[name].ndim:
+                raise ValueError(f"term {name!r} must return a scalar, got the shape {tuple(values[name].shape)}")
+        self.values = {name: value.detach() for name, value in values.items()}
+        if not values:
+            return logits.sum() * 0.0
+        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"weights": self.weights}
+
+
+class DiceCELoss(CompoundLoss):
+    """Dice and cross-entropy, in one pass: nnU-Net's kind of loss.
+
+    Args:
+        dice_weight: of the Dice loss.
+        ce_weight: of the cross-entropy.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        **settings: those of `OverlapLoss`, for the Dice loss. The cross-entropy shares `activation`, `ignore_index`,
+            `class_weights` and `across_ranks`; it takes all classes, as a softmax must learn the background too, and
+            all pixels of the batch.
+
+    >>> DiceCELoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(1.0265)
+    """
+
+    def __init__(
+        self,
+        *,
+        dice_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        **settings: Unpack[OverlapSettings],
+    ) -> None:
+        ce = CrossEntropyLoss(label_smoothing=label_smoothing, **_by_pixel(settings))  # type: ignore[arg-type]
+        super().__init__({"dice": DiceLoss(**settings), "ce": ce}, {"dice": dice_weight, "ce": ce_weight})
+
+
+class DiceFocalLoss(CompoundLoss):
+    """Dice and focal loss, in one pass.
+
+    Args:
+        dice_weight: of the Dice loss.
+        focal_weight: of the focal loss.
+        gamma: of the focal loss, see `FocalLoss`.
+        alpha: of the focal loss, see `FocalLoss`.
+        **settings: those of `OverlapLoss`, for the Dice loss. The focal loss shares `activation`, `ignore_index`,
+            `class_weights` and `across_ranks`, and takes all classes and all pixels of the batch.
+
+    >>> DiceFocalLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.5066)
+    """
+
+    def __init__(
+        self,
+        *,
+        dice_weight: float = 1.0,
+        focal_weight: float = 1.0,
+        gamma: float = 2.0,
+        alpha: float | None = None,
+        **settings: Unpack[OverlapSettings],
+    ) -> None:
+        focal = FocalLoss(gamma=gamma, alpha=alpha, **_by_pixel(settings))  # type: ignore[arg-type]
+        super().__init__({"dice": DiceLoss(**settings), "focal": focal}, {"dice": dice_weight, "focal": focal_weight})
+
+
+class OnProbabilities(SegmentationLoss):
+    """Gives any loss the probabilities, and the target as planes of the same dtype.
+
+    Where pixels are ignored, `loss` gets the others alone, `(pixels, classes)` with a softmax and `(pixels,)` of all
+    planes with a sigmoid: the loss must then be one that looks at each pixel by itself, such as
+    `torch.nn.SmoothL1Loss`.
+
+    Args:
+        loss: a module of probabilities and target, both `(batch, classes, *space)`.
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        ignore_index: pixels whose target holds this value count as nothing.
+
+    >>> OnProbabilities(nn.SmoothL1Loss())(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.1250)
+    """
+
+    def __init__(self, loss: nn.Module, *, activation: Activation = "sigmoid", ignore_index: int | None = None) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        self.loss = loss
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of probabilities; `weight` and `annotated` are refused."""
+        if weight is not None or annotated is not None:
+            raise ValueError(f"{type(self.loss).__name__} takes neither weight nor annotated")
+        with torch.autocast(logits.device.type, enabled=False):
+            pixels = checked_pixels(logits, target, activation=self.activation, ignore_index=self.ignore_index)
+            probs, planes = pixels.probs(), pixels.target_planes()
+            if pixels.weight is None:
+                return cast("Tensor", self.loss(probs.view_as(logits), planes.view_as(logits)))
+            valid = pixels.weight > 0
+            if valid.shape[1] == 1 and logits.shape[1] > 1:
+                valid = valid.squeeze(1)
+                probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
+            if not bool(valid.any()):
+                return probs.sum() * 0.0
+            return cast("Tensor", self.loss(probs[valid], planes[valid]))
+
+
+def _named(terms: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    names = [type(term).__name__ for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms of one class need names: give a mapping of names to losses, got {names}")
+    return dict(zip(names, terms, strict=True))
+
+
+def _agreed(terms: Mapping[str, nn.Module], setting: str) -> object:
+    """The setting that all terms share which have one."""
+    given = {name: getattr(term, setting) for name, term in terms.items() if isinstance(term, SegmentationLoss)}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"terms must have one {setting}, got {given}")
+    return next(iter(given.values()), "sigmoid" if setting == "activation" else None)
+
+
+def _weights(names: list[str], weights: Mapping[str, float] | Sequence[float] | None) -> dict[str, float]:
+    if weights is None:
+        weights = {}
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(names):
+            raise ValueError(f"weights must have one for each of the {len(names)} terms, got {len(weights)}")
+        weights = dict(zip(names, weights, strict=True))
+    if unknown := set(weights) - set(names):
+        raise ValueError(f"weights must name terms, {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    return {name: number(f"the weight of {name}", weights.get(name, 1.0)) for name in names}
+
+
+def _by_pixel(settings: OverlapSettings) -> dict[str, object]:
+    shared = "activation", "ignore_index", "class_weights", "across_ranks"
+    return {name: settings[name] for name in shared if name in settings}  # type: ignore[literal-required]
+
+
+def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[Wanted, dict[str, SumsLoss]]]:
+    """Terms that one pass over the pixels can serve, and what it must sum."""
+    passes: list[tuple[Wanted, dict[str, SumsLoss]]] = []
+    for name, term in terms.items():
+        if not isinstance(term, SumsLoss):
+            continue
+        for index, (wanted, group) in enumerate(passes):
+            if wanted.agrees(term.wanted):
+                passes[index] = (wanted | term.wanted, {**group, name: term})
+                break
+        else:
+            passes.append((term.wanted, {name: term}))
+    return passes

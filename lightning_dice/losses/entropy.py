@@ -1,0 +1,195 @@
+"""Losses by pixel: cross-entropy and focal, as sums, and the mean over the hardest pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_dice.functional import weighted_mean
+from lightning_dice.kernels import Activation, Focal, OverlapSums, Wanted, checked_pixels, wide_dtype
+from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, class_weights_of
+from lightning_dice.settings import class_weights_tensor, number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class PixelMeanSettings(TypedDict, total=False):
+    """The settings of `PixelMeanLoss`, for the signatures of its subclasses."""
+
+    activation: Activation
+    pool: Literal["image", "batch"]
+    class_weights: Iterable[float] | Tensor | None
+    ignore_index: int | None
+    across_ranks: bool
+
+
+class CrossEntropyLoss(PixelMeanLoss):
+    r"""Cross-entropy: categorical where classes exclude each other, binary in each plane otherwise.
+
+    .. math:: L = \frac{\sum_i w_{c(i)}\,(-\log p_{i, c(i)})}{\sum_i w_{c(i)}} \qquad
+        L = \frac{\sum_{i, c} w_c\,[-t \log p - (1 - t) \log(1 - p)]_{i, c}}{\sum_{i, c} w_c}
+
+    Equals `torch.nn.CrossEntropyLoss` for ids, and `torch.nn.BCEWithLogitsLoss` for planes; departs from them where
+    soft labels meet class weights, which here are normalized too. All ranks share the normalizer.
+
+    Args:
+        label_smoothing: the share, in [0, 1), of a label that is given to all classes alike.
+        **settings: those of `PixelMeanLoss`.
+
+    >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> CrossEntropyLoss(activation="softmax")(logits, torch.tensor([[0, 1]]))
+    tensor(0.4100)
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, **settings: Unpack[PixelMeanSettings]) -> None:
+        super().__init__(**settings)
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0, 1)
+        if label_smoothing == 1:
+            raise ValueError("label_smoothing must be less than 1: nothing would be left of the labels")
+
+    @property
+    def wanted(self) -> Wanted:
+        """The cross-entropy, and with smoothing that of every class."""
+        smoothed = self.label_smoothing > 0
+        return Wanted(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The sum of -log p of the (smoothed) label."""
+        if sums.nll is None:
+            raise ValueError("the sums lack nll")
+        share = self.label_smoothing
+        if not share or sums.all_nll is None:
+            return sums.nll
+        others = sums.all_nll if sums.exclusive or sums.absent_nll is None else sums.all_nll + sums.absent_nll
+        return (1 - share) * sums.nll + share * others / (sums.nll.shape[1] if sums.exclusive else 2)
+
+
+class FocalLoss(PixelMeanLoss):
+    r"""Focal loss: cross-entropy with less of it from pixels that are already right (Lin et al., ICCV 2017).
+
+    .. math:: L = \mathrm{mean}\left[\alpha\,(1 - p)^\gamma\,(-\log p)\right]\ \text{of the true class}
+
+    Softmax takes no `alpha`: give `class_weights`. Soft labels take the mean over labels drawn with that probability.
+
+    Args:
+        gamma: the exponent, >= 0; 0 is cross-entropy.
+        alpha: weight of the foreground of each plane, in [0, 1], that of the background being 1 - alpha.
+        **settings: those of `PixelMeanLoss`.
+
+    >>> FocalLoss(gamma=2)(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1, 1]]]))
+    tensor(0.0875)
+    """
+
+    def __init__(
+        self, *, gamma: float = 2.0, alpha: float | None = None, **settings: Unpack[PixelMeanSettings]
+    ) -> None:
+        super().__init__(**settings)
+        self.gamma = number("gamma", gamma)
+        self.alpha = None if alpha is None else number("alpha", alpha, 0, 1)
+        if alpha is not None and self.activation == "softmax":
+            raise ValueError("alpha sets foreground against background; with a softmax give class_weights")
+
+    @property
+    def wanted(self) -> Wanted:
+        """The focal sum."""
+        return Wanted(focal=Focal(self.gamma, self.alpha))
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The focal sum."""
+        if sums.focal is None:
+            raise ValueError("the sums lack focal")
+        return sums.focal
+
+
+class TopKCrossEntropyLoss(SegmentationLoss):
+    r"""Cross-entropy of the hardest pixels of each image: the mean over the `k` greatest.
+
+    The top-k loss of nnU-Net takes the hardest pixels of the whole batch of a process; here each image has its own,
+    so that the loss does not depend on its neighbours or on the number of processes. Ignored pixels are not among
+    those of which a share is taken.
+
+    Args:
+        k: the share of pixels (softmax) or of pixels of all planes (sigmoid), in (0, 1]; at least one pixel.
+        class_weights: as in `CrossEntropyLoss`; a pixel is weighted before it is compared.
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        ignore_index: pixels whose target holds this value count as nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give.
+
+    >>> logits = torch.tensor([[[4.0, 4.0, 4.0, 0.0]]])
+    >>> TopKCrossEntropyLoss(k=0.25)(logits, torch.tensor([[[1, 1, 1, 1]]]))
+    tensor(0.6931)
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        k: float = 0.1,
+        activation: Activation = "sigmoid",
+        class_weights: Iterable[float] | Tensor | None = None,
+        ignore_index: int | None = None,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        self.k = number("k", k, 0, 1)
+        if k == 0:
+            raise ValueError("k must be a share of pixels > 0, got 0")
+        self.across_ranks = across_ranks
+        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`."""
+        pixels = checked_pixels(
+            logits,
+            target,
+            activation=self.activation,
+            ignore_index=self.ignore_index,
+            weight=weight,
+            annotated=annotated,
+        )
+        nll, weights = pixels.nll(), class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
+        weights = weights / weights.mean()
+        valid = torch.ones_like(nll) if pixels.weight is None else pixels.weight.expand_as(nll)
+        if pixels.annotated is not None:
+            valid = valid * _own_class(pixels.annotated.unsqueeze(2).to(nll.dtype), pixels.target, pixels.planes)
+        own = _own_class(weights.view(1, -1, 1), pixels.target, pixels.planes)
+        if pixels.planes and pixels.activation == "softmax":
+            # A pixel with soft labels counts once, with the sum over its classes.
+            nll, own = (nll * own).sum(1, keepdim=True), torch.ones_like(nll[:, :1])
+            valid = valid.amax(1, keepdim=True)
+        values, valid = (nll * own * valid).flatten(1), valid.flatten(1)
+        return self._mean_of_hardest(values, valid).to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _mean_of_hardest(self, values: Tensor, valid: Tensor) -> Tensor:
+        counted = valid > 0
+        kept = counted.any(1)
+        number_of = (counted.sum(1) * self.k).floor().clamp(min=1).long()
+        ordered = values.where(counted, -torch.inf).sort(1, descending=True).values
+        hardest = torch.arange(values.shape[1], device=values.device) < number_of.unsqueeze(1)
+        mean = ordered.where(hardest & kept.unsqueeze(1), 0.0).sum(1, dtype=wide_dtype(values)) / number_of
+        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=self.across_ranks)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"k": self.k, **super().settings()}
+
+
+def _own_class(values: Tensor, target: Tensor, planes: bool) -> Tensor:
+    """Of `(images or 1, classes, 1)`, the value of each pixel's class; of planes, of each plane."""
+    if planes:
+        return values
+    flat = values.squeeze(2).expand(target.shape[0], -1)
+    return flat.gather(1, target.squeeze(1).long()).unsqueeze(1)
