@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -13,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dice.functional import hard_prediction, pad_to_multiple, read_logits
+from lightning_dice.functional.coarser import pad_target
 from lightning_dice.functional.outputs import crop_to, resize_to
-from lightning_dice.losses import DiceLoss
+from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.metrics import DiceScore
 
 Stage = Literal["train", "val", "test"]
@@ -29,14 +31,16 @@ class SegmentationModule(L.LightningModule):
 
     It logs `train/loss`, `val/loss` and `test/loss`, each a mean over the epoch's images, and for each metric its
     value over the epoch: `val/dice`, say, for a metric named `dice`. A metric that returns one value for each of
-    several classes is logged as the mean over those that have one, and each as `val/dice/<class name>`.
+    several classes is logged as the mean over those that have one, and each as `val/dice/<class name>`. A loss of
+    several terms logs each of them too: `val/loss/<term>`.
 
     Args:
         net: takes images `(batch, channels, *space)` and returns logits `(batch, classes, *space)`: as a tensor, a
             mapping with `out` or `logits`, an object with `.logits`, or a list, finest first (deep supervision: in
-            training the losses of the levels are added with weights 1, 1/2, 1/4 ..., normalized). Logits smaller than
-            the image are resized.
-        loss: a module called with `(logits, mask)`; `DiceLoss()` by default.
+            training every level has its loss, as `DeepSupervision` says). Logits smaller than the image are resized;
+            coarser levels keep their size, and the mask is reduced to it.
+        loss: a module called with `(logits, mask)`; `DiceLoss()` by default. One of this library also gets what the
+            batch has of `weight`, `annotated` and `maps`.
         metrics: a metric, which is then named `dice`, or named metrics, updated with `(logits, mask)`;
             `DiceScore(average="none")` by default, which is for one channel.
         optimizer: called with the parameters; AdamW with a rate of 1e-3 by default.
@@ -51,7 +55,8 @@ class SegmentationModule(L.LightningModule):
         interval: when the scheduler steps: `"epoch"` or `"step"`.
         monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
 
-    Batches: a `lightning_dice.data.Batch`, a pair or triple `(image, mask[, case])`, or a mapping with these keys.
+    Batches: a `lightning_dice.data.Batch`, a pair or triple `(image, mask[, case])`, or a mapping with these keys, and
+    perhaps `weight`, `annotated` and `maps`.
 
     >>> module = SegmentationModule(nn.Conv2d(3, 1, 1))
     >>> module(torch.zeros(2, 3, 8, 8)).shape
@@ -107,31 +112,32 @@ class SegmentationModule(L.LightningModule):
         self.test_metrics = collection.clone(prefix="test/")
 
     def levels(self, image: Tensor) -> list[Tensor]:
-        """Logits of every output of the network, finest first, each at the image's size."""
-        space = tuple(image.shape[2:])
+        """Logits of every output of the network, finest first, the first at the size of the padded image."""
         padded = pad_to_multiple(image, self.divisor)
         if self.channels_last and padded.ndim == 4:
             padded = padded.contiguous(memory_format=torch.channels_last)
-        padded_space = tuple(padded.shape[2:])
-        return [crop_to(resize_to(logits, padded_space), space) for logits in read_logits(self.net(padded))]
+        finest, *coarser = read_logits(self.net(padded))
+        return [resize_to(finest, tuple(padded.shape[2:])), *coarser]
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits `(batch, classes, *space)` of images `(batch, channels, *space)`."""
-        return self.levels(image)[0]
+        return crop_to(self.levels(image)[0], tuple(image.shape[2:]))
 
     def shared_step(self, batch: Any, stage: Stage) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts and logs both. What the training, validation and test steps call."""
-        image, mask, _ = read_batch(batch)
+        given = read_batch(batch)
+        image, mask = given.image, given.mask
         levels = self.levels(image)
-        if stage != "train":
-            levels = levels[:1]
-        weights = [0.5**level for level in range(len(levels))]
-        terms = [weight * self.loss(logits, mask) for weight, logits in zip(weights, levels, strict=True)]
-        loss = torch.stack(terms).sum() / sum(weights)
-        logits = levels[0].detach()
+        logits = crop_to(levels[0], tuple(image.shape[2:]))
+        if stage == "train" and len(levels) > 1:
+            loss = self._loss_of_levels(levels, given)
+        else:
+            loss = self._call(self.loss, logits, given)
+        logits = logits.detach()
         # A float: Lightning averages the images counted on each rank, and of integers it keeps the whole part.
         images: Any = float(len(image))
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
+        each = {f"{stage}/loss/{name}": value for name, value in getattr(self.loss, "values", {}).items()}
+        self.log_dict({f"{stage}/loss": loss, **each}, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
             values = self.train_metrics(logits, mask)
             running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}
@@ -139,6 +145,17 @@ class SegmentationModule(L.LightningModule):
         else:
             self._metrics(stage).update(logits, mask)
         return {"loss": loss, "logits": logits}
+
+    def setup(self, stage: str) -> None:
+        """Have the data module's workers compute what the loss needs of the masks."""
+        data = getattr(self.trainer, "datamodule", None)
+        if (
+            stage != "predict"
+            and data is not None
+            and hasattr(data, "maps")
+            and isinstance(self.loss, SegmentationLoss)
+        ):
+            data.maps = dict(self.loss.maps)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """The loss of a batch."""
@@ -159,7 +176,7 @@ class SegmentationModule(L.LightningModule):
             batch: as in training, or just the images.
             batch_idx: not used.
         """
-        image = batch if isinstance(batch, Tensor) else read_batch(batch)[0]
+        image = batch if isinstance(batch, Tensor) else read_batch(batch).image
         return hard_prediction(self(image), activation=self._activation(), threshold=self.threshold)
 
     def on_train_epoch_end(self) -> None:
@@ -182,6 +199,29 @@ class SegmentationModule(L.LightningModule):
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": self.monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _loss_of_levels(self, levels: list[Tensor], given: Given) -> Tensor:
+        """The loss of deep supervision, at the size of the padded image."""
+        loss = self.loss if isinstance(self.loss, DeepSupervision) else DeepSupervision(self.loss)
+        space = tuple(levels[0].shape[2:])
+        if tuple(given.image.shape[2:]) != space:
+            # What the padding shows is ignored, if the loss can, or repeats the last row as the image does.
+            ignore_index = getattr(self.loss, "ignore_index", None)
+            weight = None if given.weight is None else pad_target(given.weight, space, ignore_index=None)
+            mask = pad_target(given.mask, space, ignore_index=ignore_index)
+            given = given._replace(mask=mask, weight=weight, maps={})
+        return self._call(loss, levels, given)
+
+    def _call(self, loss: nn.Module, logits: Any, given: Given) -> Tensor:
+        if isinstance(loss, SegmentationLoss):
+            result: Tensor = loss(logits, given.mask, given.weight, annotated=given.annotated, maps=given.maps)
+            return result
+        if given.weight is not None or given.annotated is not None:
+            raise ValueError(
+                f"the batch has a weight or annotated classes, which a {type(loss).__name__} does not take: wrap it in "
+                "a lightning_dice.losses.SegmentationLoss, or leave them out"
+            )
+        return loss(logits, given.mask)  # type: ignore[no-any-return]
 
     def _activation(self) -> Literal["sigmoid", "softmax"]:
         activation = self.activation or getattr(self.loss, "activation", None)
@@ -219,19 +259,41 @@ def _mean(value: Tensor) -> Tensor:
     return value.float().nanmean()
 
 
-def read_batch(batch: Any) -> tuple[Tensor, Tensor, Any]:
-    """Image, mask and case of a batch in any of the usual forms; the case is `None` where there is none.
+class Given(NamedTuple):
+    """What a batch holds.
+
+    Attributes:
+        image: `(batch, channels, *space)`.
+        mask: as the loss takes it.
+        case: a name for each image, or `None`.
+        weight: of pixels, or `None`; see `SegmentationLoss.forward`, as for the following.
+        annotated: classes that each image says something about, or `None`.
+        maps: what the loss needs of the masks, as far as it was computed.
+    """
+
+    image: Tensor
+    mask: Tensor
+    case: Any = None
+    weight: Tensor | None = None
+    annotated: Tensor | None = None
+    maps: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def read_batch(batch: Any) -> Given:
+    """A batch in any of the usual forms.
 
     Raises:
         ValueError: a form that is not known.
 
-    >>> image, mask, case = read_batch({"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 4, 4)})
-    >>> case is None
+    >>> given = read_batch({"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 4, 4)})
+    >>> given.case is None
     True
     """
+    if isinstance(batch, tuple) and "image" in getattr(batch, "_fields", ()):
+        batch = batch._asdict()  # type: ignore[attr-defined]
     if isinstance(batch, Mapping) and "image" in batch and "mask" in batch:
-        return batch["image"], batch["mask"], batch.get("case")
+        return Given(**{name: batch[name] for name in Given._fields if name in batch})
     if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+        return Given(*batch)
     came = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise ValueError(f"a batch must be (image, mask[, case]) or a mapping with image and mask, got {came}")

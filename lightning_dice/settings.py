@@ -33,6 +33,13 @@ def label(name: str, value: int | None) -> int | None:
     return value
 
 
+def count(name: str, value: int, least: int = 1, *, optional: bool = False) -> int:
+    """An integer >= `least`; `optional` where `None` would do too, and the message is to say so."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be {'None or ' * optional}an integer >= {least}, got {value!r}")
+    return value
+
+
 def number(name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_ends: bool = False) -> float:
     """A finite number in [least, most], or between them with `open_ends`."""
     fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

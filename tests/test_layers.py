@@ -14,7 +14,7 @@ PACKAGE = Path(lightning_dice.__file__).parent
 # Room -> the rooms it may import from, itself apart.
 BELOW = {
     "kernels": set(),
-    "functional": {"kernels"},
+    "functional": {"kernels", "settings"},
     "settings": set(),
     "losses": {"functional", "kernels", "settings"},
     "metrics": {"functional", "kernels", "settings"},

@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.data import Batch
+from lightning_dice.losses import CompoundLoss, DeepSupervision, FocalLoss, SegmentationLoss
 
 # Some tests train without validation.
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
@@ -157,10 +158,74 @@ def test_deep_supervision_adds_the_levels_in_training_alone():
     module = SegmentationModule(Net("list"))
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     image, mask, _ = next(iter(loader()))
-    losses = [module.loss(level, mask).item() for level in module.levels(image)]
+    levels = module.levels(image)
+    assert [level.shape[-1] for level in levels] == [16, 4, 2]
+    losses = [module.loss(levels[0], mask).item()]
+    for level in levels[1:]:
+        shares = nn.functional.adaptive_avg_pool2d(mask.float(), level.shape[2:])
+        losses.append(module.loss(level, shares).item())
     expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
     assert module.training_step((image, mask), 0).item() == pytest.approx(expected, rel=1e-6)
     assert module.validation_step((image, mask), 0)["loss"].item() == pytest.approx(losses[0], rel=1e-6)
+
+
+def silent(module):
+    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    return module
+
+
+def test_deep_supervision_of_a_padded_image():
+    module = silent(SegmentationModule(Net("list"), DiceLoss(ignore_index=255), divisor=8))
+    image = torch.randn(2, 1, 13, 16, generator=torch.Generator().manual_seed(0))
+    mask = (image > 1).long()
+    levels = module.levels(image)
+    assert levels[0].shape[2:] == (16, 16)
+    assert module(image).shape == mask.shape
+    padded = nn.functional.pad(mask, (0, 0, 0, 3), value=255)
+    expected = DeepSupervision(module.loss)(levels, padded)
+    torch.testing.assert_close(module.training_step((image, mask), 0), expected)
+
+
+def test_deep_supervision_with_settings_of_its_own():
+    module = silent(SegmentationModule(Net("list"), DeepSupervision(DiceLoss(), weights=[1, 0, 0])))
+    image, mask, _ = next(iter(loader()))
+    alone = DiceLoss()(module(image), mask)
+    torch.testing.assert_close(module.training_step((image, mask), 0), alone)
+    torch.testing.assert_close(module.validation_step((image, mask), 0)["loss"], alone)
+    assert module.predict_step(image).shape == mask.shape
+
+
+class Recorder(SegmentationLoss):
+    maps = {"double": lambda target: target * 2}  # noqa: RUF012
+
+    def forward(self, logits, target, weight=None, *, annotated=None, maps=None):
+        self.given = {"weight": weight, "annotated": annotated, "double": self.map("double", target, maps)}
+        return logits.sum() * 0
+
+
+def test_the_loss_gets_what_the_batch_has():
+    module = silent(SegmentationModule(nn.Conv2d(1, 1, 1), Recorder()))
+    image, mask, _ = next(iter(loader()))
+    batch = {"image": image, "mask": mask, "weight": image.abs(), "annotated": torch.ones(4, 1, dtype=torch.bool)}
+    module.training_step({**batch, "maps": {"double": mask * 3}}, 0)
+    assert torch.equal(module.loss.given["weight"], image.abs())
+    assert module.loss.given["annotated"].all()
+    assert torch.equal(module.loss.given["double"], mask * 3)
+    module.training_step((image, mask), 0)
+    assert torch.equal(module.loss.given["double"], mask * 2)
+    with pytest.raises(ValueError, match="a BCEWithLogitsLoss does not take"):
+        silent(SegmentationModule(nn.Conv2d(1, 1, 1), nn.BCEWithLogitsLoss())).training_step(batch, 0)
+
+
+def test_every_term_of_a_loss_is_logged():
+    loss = CompoundLoss({"dice": DiceLoss(), "focal": FocalLoss()}, {"focal": 2.0})
+    module = SegmentationModule(nn.Conv2d(1, 1, 1), loss)
+    run = trainer(max_epochs=1)
+    run.fit(module, loader(), loader())
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    for stage in ("train", "val"):
+        total = logged[f"{stage}/loss/dice"] + 2 * logged[f"{stage}/loss/focal"]
+        assert logged[f"{stage}/loss"] == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize(("activation", "shape"), [("softmax", (2, 8, 8)), ("sigmoid", (2, 3, 8, 8))])

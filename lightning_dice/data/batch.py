@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Sample(NamedTuple):
@@ -22,15 +26,26 @@ class Sample(NamedTuple):
     case: str
 
 
-class Batch(NamedTuple):
+class _Batch(NamedTuple):
+    image: Tensor
+    mask: Tensor
+    case: list[str]
+    maps: dict[str, Tensor]
+
+
+class Batch(_Batch):
     """Samples of one size, stacked.
 
     Attributes:
         image: float32, `(batch, channels, *space)`.
         mask: `(batch, *space)` class ids or `(batch, classes, *space)` planes, as in `Sample`.
         case: one name for each image.
+        maps: what `SegmentationData.maps` says of the masks, by name, stacked; empty by default.
     """
 
-    image: Tensor
-    mask: Tensor
-    case: list[str]
+    __slots__ = ()
+
+    # A default of the class would be one dict for all batches.
+    def __new__(cls, image: Tensor, mask: Tensor, case: list[str], maps: Mapping[str, Tensor] | None = None) -> Self:
+        """A dict of its own for each."""
+        return super().__new__(cls, image, mask, case, dict(maps or {}))

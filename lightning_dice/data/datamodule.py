@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import lightning
 import numpy as np
@@ -22,6 +22,7 @@ from lightning_dice.data.source import Cases, DataError, Source, Split
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
 Normalize = Callable[[Tensor], Tensor]
+Maps = Mapping[str, Callable[[Tensor], Tensor]]
 
 # Which splits a stage of the Trainer reads.
 STAGES: dict[str | None, tuple[Split, ...]] = {
@@ -62,6 +63,9 @@ class SegmentationData(lightning.LightningDataModule):
         ignore_index: the label of pixels to be ignored.
         eval_batch_size: cases in a batch for validation, test and prediction; `None`: `batch_size`.
         pin_memory: copy batches to page-locked memory; `None`: if the Trainer uses a CUDA GPU.
+        maps: functions of a mask by name, such as the distances that a loss needs: what they return of the mask of
+            each case, after augmentation, comes stacked in `Batch.maps`. They may be set until a loader is made;
+            prediction, which has no loss, does without.
 
     Attributes:
         report: what `source.check()` found, once `prepare_data` has run; before, `None`.
@@ -94,6 +98,7 @@ class SegmentationData(lightning.LightningDataModule):
         ignore_index: int | None = None,
         eval_batch_size: int | None = None,
         pin_memory: bool | None = None,
+        maps: Maps | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -107,6 +112,8 @@ class SegmentationData(lightning.LightningDataModule):
         for name, function in (("augment", augment), ("normalize", normalize)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} must be None or callable, got {function!r}")
+        if maps is not None and not (isinstance(maps, Mapping) and all(callable(make) for make in maps.values())):
+            raise ValueError(f"maps must be None or functions of a mask by name, got {maps!r}")
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -115,6 +122,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.normalize = normalize
         self.ignore_index = ignore_index
         self.pin_memory = pin_memory
+        self.maps = maps
         self.report: str | None = None
         self._cases: dict[Split, Cases | None] = {}
         self._train_sampler: _TrainSampler | None = None
@@ -164,7 +172,7 @@ class SegmentationData(lightning.LightningDataModule):
             # A loader made anew for each epoch goes on where the last one stopped.
             self._train_sampler = _TrainSampler(cases, *self._world(), seed=self._seed())
         return self._loader(
-            _TrainItems(cases, self._prepare(self.augment)),
+            _TrainItems(cases, self._prepare(self.augment, self.maps)),
             sampler=self._train_sampler,
             batch_size=self.batch_size,
             drop_last=True,  # batch normalization fails on a single image, and weighs few ones too much
@@ -173,24 +181,24 @@ class SegmentationData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Whole images of the validation split; an empty list if there is none."""
-        return self._eval_loader("val")
+        return self._eval_loader("val", self.maps)
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Whole images of the test split; an empty list if there is none."""
-        return self._eval_loader("test")
+        return self._eval_loader("test", self.maps)
 
     def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Whole images of the test split; an empty list if there is none."""
-        return self._eval_loader("test")
+        return self._eval_loader("test", None)
 
-    def _eval_loader(self, name: Split) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def _eval_loader(self, name: Split, maps: Maps | None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         cases = self._split(name)
         if cases is None:
             return []
         # The sampler yields whole batches and the data set stacks them. Lightning would replace a `batch_sampler`
         # with one that pads the last batches with duplicates.
         return self._loader(
-            _EvalBatches(cases, self._prepare(None)),
+            _EvalBatches(cases, self._prepare(None, maps)),
             sampler=_EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
             batch_size=None,
             collate_fn=_unchanged,
@@ -201,8 +209,14 @@ class SegmentationData(lightning.LightningDataModule):
             raise RuntimeError(f"the {name} split is not open: call setup() first")
         return self._cases[name]
 
-    def _prepare(self, augment: Augment | None) -> Callable[[Sample], Sample]:
-        return partial(_prepared, augment=augment, normalize=self.normalize, ignore_index=self.ignore_index)
+    def _prepare(self, augment: Augment | None, maps: Maps | None) -> Callable[[Sample], _Prepared]:
+        return partial(
+            _prepared,
+            augment=augment,
+            normalize=self.normalize,
+            ignore_index=self.ignore_index,
+            maps=dict(maps or {}),
+        )
 
     def _loader(self, dataset: Dataset[Any], **settings: Any) -> DataLoader[Batch]:
         workers = self._workers()
@@ -296,7 +310,18 @@ class _EvalSampler(DistributedSampler[list[int]]):
         return len(self.batches)
 
 
-def _prepared(sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None) -> Sample:
+class _Prepared(NamedTuple):
+    """A sample as it enters a batch."""
+
+    image: Tensor
+    mask: Tensor
+    case: str
+    maps: dict[str, Tensor]
+
+
+def _prepared(
+    sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None, maps: Maps
+) -> _Prepared:
     image, mask, case = sample
     if augment is not None:
         image, mask = _augmented(augment, image, mask, ignore_index)
@@ -308,7 +333,7 @@ def _prepared(sample: Sample, augment: Augment | None, normalize: Normalize | No
                 f"normalize must keep the shape (channels, *space) of an image, {shape}, got {tuple(image.shape)}: "
                 f"give it one value for each of the {shape[0]} channels (data.channels), or choose normalize=image"
             )
-    return Sample(image, mask, case)
+    return _Prepared(image, mask, case, {name: make(mask) for name, make in maps.items()})
 
 
 def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
@@ -325,15 +350,15 @@ def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int 
     return image, (shifted - 1).masked_fill(shifted == 0, ignore_index).to(dtype)
 
 
-class _TrainItems(Dataset[Sample]):
-    def __init__(self, cases: Cases, prepare: Callable[[Sample], Sample]) -> None:
+class _TrainItems(Dataset[_Prepared]):
+    def __init__(self, cases: Cases, prepare: Callable[[Sample], _Prepared]) -> None:
         self.cases = cases
         self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: int | tuple[int, int]) -> _Prepared:
         if isinstance(key, int):  # from a sampler of Lightning's, which puts one in to overfit a few batches
             return self.prepare(self.cases[key])
         index, seed = key
@@ -343,7 +368,7 @@ class _TrainItems(Dataset[Sample]):
 
 
 class _EvalBatches(Dataset[Batch]):
-    def __init__(self, cases: Cases, prepare: Callable[[Sample], Sample]) -> None:
+    def __init__(self, cases: Cases, prepare: Callable[[Sample], _Prepared]) -> None:
         self.cases = cases
         self.prepare = prepare
 
@@ -354,7 +379,7 @@ class _EvalBatches(Dataset[Batch]):
         return _stack([self.prepare(self.cases[i]) for i in ([key] if isinstance(key, int) else key)])
 
 
-def _stack(samples: Sequence[Sample]) -> Batch:
+def _stack(samples: Sequence[_Prepared]) -> Batch:
     shapes = {tuple(s.image.shape) for s in samples}
     if len(shapes) > 1:
         found = ", ".join(f"{s.case}: {'x'.join(map(str, s.image.shape[1:]))}" for s in samples)
@@ -366,6 +391,7 @@ def _stack(samples: Sequence[Sample]) -> Batch:
         default_collate([s.image for s in samples]),
         default_collate([s.mask for s in samples]),
         [s.case for s in samples],
+        {name: default_collate([s.maps[name] for s in samples]) for name in samples[0].maps},
     )
 
 

@@ -1,7 +1,10 @@
 """Formulas on sums: scores, the policy for absent classes, pooling and means."""
 
 from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
+from lightning_dice.functional.coarser import coarser_target, coarser_weight, pad_target
+from lightning_dice.functional.components import RegionMap, Regions, component_regions
 from lightning_dice.functional.hard import hard_prediction, hard_sums
+from lightning_dice.functional.maps import BoundaryWeight, SignedDistance, TubedSkeleton
 from lightning_dice.functional.outputs import pad_to_multiple, read_logits
 from lightning_dice.functional.pooling import Pool, pool_sums, weighted_mean
 from lightning_dice.functional.scores import (
@@ -16,13 +19,22 @@ from lightning_dice.functional.scores import (
 __all__ = [
     "AbsentPolicy",
     "AbsentRule",
+    "BoundaryWeight",
     "ClassWeighting",
     "Pool",
+    "RegionMap",
+    "Regions",
+    "SignedDistance",
+    "TubedSkeleton",
+    "coarser_target",
+    "coarser_weight",
+    "component_regions",
     "dice_score",
     "generalized_dice_score",
     "hard_prediction",
     "hard_sums",
     "jaccard_score",
+    "pad_target",
     "pad_to_multiple",
     "pool_sums",
     "power",

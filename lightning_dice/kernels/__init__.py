@@ -3,9 +3,10 @@
 `overlap_sums` checks its input and calls an implementation; `reference` defines what an implementation returns.
 """
 
-from lightning_dice.kernels.inputs import Activation, check_values, checked_pixels, overlap_sums
+from lightning_dice.kernels.inputs import Activation, check_logits, check_values, checked_pixels, overlap_sums
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import total
+from lightning_dice.kernels.regions import region_sums
 from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "OverlapSums",
     "Pixels",
     "Wanted",
+    "check_logits",
     "check_values",
     "checked_pixels",
     "overlap_sums",
+    "region_sums",
     "total",
     "wide_dtype",
 ]

@@ -84,6 +84,7 @@ def checked_pixels(
     check_shapes(logits, target, activation=activation, weight=weight, annotated=annotated)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_values(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)
+        check_logits(logits, activation=activation)
     if not target.is_floating_point() and target.dtype not in (*_COMPARABLE, torch.bool):
         target = target.long()
     return read_pixels(
@@ -155,7 +156,7 @@ def check_values(
     ignore_index: int | None = None,
     weight: Tensor | None = None,
 ) -> None:
-    """Refuse values that have no meaning: ids, planes, probabilities or weights out of range, a softmax applied twice.
+    """Refuse values that have no meaning: ids, planes, probabilities or weights out of range.
 
     Reads the values, so it makes a GPU wait: on the CPU it runs at every call, elsewhere on the first batch only.
 
@@ -195,8 +196,6 @@ def check_values(
                 f"activation=None takes probabilities in [0, 1], got values from {low:g} to {high:g}; "
                 'for logits use activation="sigmoid" or "softmax"'
             )
-    else:
-        _check_not_probabilities(logits.detach(), activation)
 
 
 def _check_sums_to_one(target: Tensor, ignore_index: int | None) -> None:
@@ -212,10 +211,18 @@ def _check_sums_to_one(target: Tensor, ignore_index: int | None) -> None:
         )
 
 
-def _check_not_probabilities(logits: Tensor, activation: Activation) -> None:
-    """Say so where an activation would be applied for the second time."""
+def check_logits(logits: Tensor, *, activation: Activation) -> None:
+    """Refuse what an activation would be applied to for the second time. Reads the values, as `check_values` does.
+
+    Raises:
+        ValueError: probabilities under a softmax, or a mask of 0 and 1. (Probabilities under a sigmoid cannot be told
+            from the logits of a young net.)
+    """
+    if activation is None or logits.numel() < _TELLING:
+        return
+    logits = logits.detach()
     low, high = (float(v) for v in torch.aminmax(logits))
-    if logits.numel() < _TELLING or not (0 <= low < high <= 1):
+    if not 0 <= low < high <= 1:
         return
     if activation == "softmax":
         if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 2e-3 * logits.shape[1]):

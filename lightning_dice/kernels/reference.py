@@ -33,7 +33,7 @@ def overlap_sums(pixels: Pixels, wanted: Wanted) -> OverlapSums:
     if wanted.all_nll:
         more["all_nll"] = total(_weighted(_minus_log(z, p, pixels.activation), w))
     if wanted.absent_nll:
-        more["absent_nll"] = total(_weighted(_minus_log_complement(z, p, pixels.activation), w))
+        more["absent_nll"] = total(_weighted(minus_log_complement(z, p, pixels.activation), w))
     nll = pixels.nll() if wanted.nll or (wanted.focal and not pixels.planes) else None
     if pixels.planes:
         t = pixels.target.to(z.dtype)
@@ -83,7 +83,7 @@ def _minus_log(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
     return _softplus(-z) if activation == "sigmoid" else -log(p)
 
 
-def _minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
+def minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
     """-log(1 - p), without the cancellation of 1 - p where p is near 1."""
     if activation == "sigmoid":
         return _softplus(z)

@@ -62,6 +62,8 @@ class SegmentationLoss(nn.Module):
         if maps is not None and name in maps:
             return maps[name]
         make = self.maps[name]
+        if not len(target):
+            return make(target.new_zeros(target.shape[1:]).cpu())[None][:0].to(target.device)
         return torch.stack([make(one.cpu()) for one in target]).to(target.device)
 
     def settings(self) -> dict[str, object]:

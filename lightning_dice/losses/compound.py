@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import indent
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dice.kernels import Activation, Wanted, checked_pixels, overlap_sums
+from lightning_dice.losses import presets
 from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap
 from lightning_dice.losses.dice import DiceLoss
 from lightning_dice.losses.entropy import CrossEntropyLoss, FocalLoss
@@ -16,7 +18,7 @@ from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
 from lightning_dice.settings import number
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class CompoundLoss(SegmentationLoss):
@@ -127,6 +129,10 @@ class CompoundLoss(SegmentationLoss):
         """The settings by name, as `print(loss)` shows them."""
         return {"weights": self.weights}
 
+    def __repr__(self) -> str:
+        terms = [f"{self.weights[name]:g} x {name}: {term!r}" for name, term in self.terms.items()]
+        return f"{type(self).__name__}(\n{indent(chr(10).join(terms), '  ')}\n)"
+
 
 class DiceCELoss(CompoundLoss):
     """Dice and cross-entropy, in one pass: nnU-Net's kind of loss.
@@ -153,6 +159,74 @@ class DiceCELoss(CompoundLoss):
     ) -> None:
         ce = CrossEntropyLoss(label_smoothing=label_smoothing, **_by_pixel(settings))  # type: ignore[arg-type]
         super().__init__({"dice": DiceLoss(**settings), "ce": ce}, {"dice": dice_weight, "ce": ce_weight})
+
+    @classmethod
+    def like_monai(
+        cls,
+        *,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+        **arguments: Unpack[presets.MonaiCompound],
+    ) -> Self:
+        """MONAI's `DiceCELoss`, of the same arguments.
+
+        Equal for a softmax, and for one channel with a sigmoid: of several channels with `sigmoid=True` MONAI takes
+        the cross-entropy of a softmax, here it is the binary one of each plane.
+
+        Args:
+            lambda_dice: weight of the Dice loss.
+            lambda_ce: weight of the cross-entropy.
+            label_smoothing: of the cross-entropy, softmax only, as MONAI has it.
+            **arguments: see `DiceLoss.like_monai`; one of `softmax` and `sigmoid` must be True; `weight` needs ids
+                (`to_onehot_y=True`) and, over the classes that Dice counts, a mean of 1; `ignore_index` is not
+                MONAI's, which has none; `jaccard` and other reductions than the mean are refused.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> DiceCELoss.like_monai(softmax=True, to_onehot_y=True, lambda_ce=0.5).weights
+        {'dice': 1.0, 'ce': 0.5}
+        """
+        settings = presets.monai_dice_ce(label_smoothing=label_smoothing, **arguments)
+        return cls(dice_weight=lambda_dice, ce_weight=lambda_ce, label_smoothing=label_smoothing, **settings)
+
+    @classmethod
+    def like_nnunet(
+        cls,
+        *,
+        batch_dice: bool = False,
+        do_bg: bool | None = None,
+        smooth: float = 1e-5,
+        weight_ce: float = 1.0,
+        weight_dice: float = 1.0,
+        ignore_label: int | None = None,
+        regions: bool = False,
+    ) -> Self:
+        """nnU-Net's Dice and cross-entropy plus `weight_dice`, by default as its trainer builds it.
+
+        `DC_and_CE_loss`, or `DC_and_BCE_loss` with `regions=True`. Their Dice term is the negative score; the gradient
+        is the same. With regions and an ignored label nnU-Net's cross-entropy is divided by the pixels alone and so
+        multiplied by the number of regions; here it is the mean.
+
+        Args:
+            batch_dice: whether the images of the batch share one ratio; nnU-Net's plans say which.
+            do_bg: whether class 0 counts in the Dice term; by default it does for regions alone.
+            smooth: in pixels.
+            weight_ce: of the cross-entropy.
+            weight_dice: of the Dice loss.
+            ignore_label: pixels whose target holds this value count as nothing. With regions all planes of such a
+                pixel hold it, where nnU-Net has a last plane of its own for it.
+            regions: whether classes overlap, so that each has a plane and a sigmoid.
+
+        >>> loss = DiceCELoss.like_nnunet(ignore_label=255)
+        >>> loss.terms["dice"].pool, loss.terms["dice"].exclude_classes, loss.ignore_index
+        ('image', (0,), 255)
+        """
+        settings = presets.nnunet_dice(
+            batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions, ignore_label=ignore_label
+        )
+        return cls(dice_weight=weight_dice, ce_weight=weight_ce, **settings)
 
 
 class DiceFocalLoss(CompoundLoss):
@@ -181,6 +255,36 @@ class DiceFocalLoss(CompoundLoss):
     ) -> None:
         focal = FocalLoss(gamma=gamma, alpha=alpha, **_by_pixel(settings))  # type: ignore[arg-type]
         super().__init__({"dice": DiceLoss(**settings), "focal": focal}, {"dice": dice_weight, "focal": focal_weight})
+
+    @classmethod
+    def like_monai(
+        cls,
+        *,
+        lambda_dice: float = 1.0,
+        lambda_focal: float = 1.0,
+        gamma: float = 2.0,
+        alpha: float | None = None,
+        **arguments: Unpack[presets.MonaiCompound],
+    ) -> Self:
+        """MONAI's `DiceFocalLoss`, of the same arguments, with a sigmoid.
+
+        Args:
+            lambda_dice: weight of the Dice loss.
+            lambda_focal: weight of the focal loss.
+            gamma: of the focal loss.
+            alpha: of the focal loss.
+            **arguments: see `DiceLoss.like_monai`; `sigmoid` must be True, as MONAI's focal term knows no softmax;
+                `include_background=False` needs `weight`, as it leaves the background out of the focal term too;
+                `ignore_index` is not MONAI's, which has none; `jaccard` and other reductions than the mean are refused.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> DiceFocalLoss.like_monai(sigmoid=True, lambda_focal=0.5, alpha=0.25).weights
+        {'dice': 1.0, 'focal': 0.5}
+        """
+        settings = presets.monai_dice_focal(**arguments)
+        return cls(dice_weight=lambda_dice, focal_weight=lambda_focal, gamma=gamma, alpha=alpha, **settings)
 
 
 class OnProbabilities(SegmentationLoss):

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, power
 from lightning_dice.kernels import OverlapSums
+from lightning_dice.losses import presets
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
 from lightning_dice.settings import number, one_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class DiceLoss(OverlapLoss):
@@ -57,6 +58,79 @@ class DiceLoss(OverlapLoss):
         """1 minus the Dice score."""
         return 1 - dice_score(sums, self.smooth)
 
+    @classmethod
+    def like_monai(cls, *, jaccard: bool = False, **arguments: Unpack[presets.MonaiDice]) -> Self:
+        """MONAI's `DiceLoss`, of the same arguments.
+
+        Targets are ids `(batch, *space)` with a softmax, planes with a sigmoid, whatever `to_onehot_y` is. What stays
+        different: `reduction="none"` gives `(images, classes)` without axes of size 1; one channel with
+        `include_background=False` is refused, not forgiven; of several planes (sigmoid), each pixel that holds
+        `ignore_index` is ignored, where MONAI ignores the pixels that are 0 in all of them: the background.
+
+        Args:
+            jaccard: refused, see `JaccardLoss.like_monai`.
+            **arguments: `include_background`, `to_onehot_y`, `sigmoid`, `softmax`, `squared_pred`, `reduction`,
+                `smooth_nr`, `smooth_dr`, `batch`, `soft_label` and `ignore_index`, as in MONAI; `weight` with a mean of
+                1 (or any with `reduction="sum"`), as MONAI's scale the loss; `other_act` is refused.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> loss = DiceLoss.like_monai(softmax=True, to_onehot_y=True, include_background=False)
+        >>> loss.smooth, loss.pool, loss.exclude_classes
+        ((1e-05, 1e-05), 'image', (0,))
+        >>> DiceLoss.like_monai(softmax=True, weight=[10, 10, 10])
+        Traceback (most recent call last):
+        ...
+        ValueError: weight must have a mean of 1 over the classes that count, got 10; in MONAI it scales the loss by \
+its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
+        """
+        if jaccard:
+            raise ValueError("jaccard must be False; use JaccardLoss.like_monai(...) with the same arguments")
+        return cls(**presets.monai_overlap(**arguments))
+
+    @classmethod
+    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+        """The `DiceLoss` of smp, of the same arguments, where the target has every class.
+
+        A class that it does not have is left out of the mean, where smp counts it as perfect: with 1 of 4 classes
+        absent smp's loss and gradient are 3/4 of these.
+
+        Args:
+            mode: `"binary"`, `"multilabel"` (planes of the shape of logits) or `"multiclass"` (ids).
+            log_loss: refused, see `LogDiceLoss.like_smp`.
+            **arguments: `from_logits`, `smooth` (1 is 2 pixels), `ignore_index` and `class_weights`, as in smp;
+                `classes` together with `num_classes`, as the others must be named here; `eps` has no effect, as only
+                classes that are absent have so small a denominator.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> loss = DiceLoss.like_smp("multiclass", classes=[1, 2], num_classes=3, smooth=0.5)
+        >>> loss.smooth, loss.pool, loss.exclude_classes, loss.absent.rule
+        ((1.0, 1.0), 'batch', (0,), 'skip')
+        """
+        if log_loss:
+            raise ValueError("log_loss must be False; use LogDiceLoss.like_smp(...) with the same arguments")
+        return cls(**presets.smp_overlap(mode, smooth_pixels=2, **arguments))
+
+    @classmethod
+    def like_nnunet(
+        cls, *, batch_dice: bool = False, do_bg: bool | None = None, smooth: float = 1e-5, regions: bool = False
+    ) -> Self:
+        """nnU-Net's `SoftDiceLoss` plus 1, by default as its trainer builds it: there it is the negative score.
+
+        Args:
+            batch_dice: whether the images of the batch share one ratio; nnU-Net's plans say which.
+            do_bg: whether class 0 counts; by default it does for regions alone.
+            smooth: in pixels.
+            regions: whether classes overlap, so that each has a plane and a sigmoid.
+
+        >>> DiceLoss.like_nnunet().exclude_classes, DiceLoss.like_nnunet(regions=True).exclude_classes
+        ((0,), ())
+        """
+        return cls(**presets.nnunet_dice(batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions))
+
 
 class LogDiceLoss(OverlapLoss):
     r"""Logarithmic Dice loss: :math:`(-\log D)^\gamma`, which pushes hardest where the overlap is small.
@@ -80,6 +154,27 @@ class LogDiceLoss(OverlapLoss):
         score = dice_score(sums, self.smooth)
         # As small as it may be, a probability has its full share of the gradient; only 0 has a logarithm made up.
         return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
+
+    @classmethod
+    def like_smp(cls, mode: str, *, log_loss: bool = True, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+        """The `DiceLoss` of smp with `log_loss=True`; all else as in `DiceLoss.like_smp`.
+
+        A score below smp's `eps` has its gradient here, and none in smp.
+
+        Args:
+            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
+            log_loss: True.
+            **arguments: see `DiceLoss.like_smp`.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> LogDiceLoss.like_smp("binary").gamma
+        1.0
+        """
+        if not log_loss:
+            raise ValueError("log_loss must be True; without the logarithm use DiceLoss.like_smp(...)")
+        return cls(**presets.smp_overlap(mode, smooth_pixels=2, **arguments))
 
 
 class LogCoshDiceLoss(OverlapLoss):
@@ -112,7 +207,7 @@ class GeneralizedDiceLoss(OverlapLoss):
 
     Args:
         weighting: `"inverse_square"`, `"inverse"` or `"uniform"`.
-        **settings: those of `OverlapLoss`; `class_weights` and `pool="all"` are refused.
+        **settings: those of `OverlapLoss`; `class_weights`, `pool="all"` and `reduction="sum"` are refused.
 
     Raises:
         ValueError: as `OverlapLoss`.
@@ -127,9 +222,33 @@ class GeneralizedDiceLoss(OverlapLoss):
         self.weighting: ClassWeighting = one_of("weighting", weighting, ClassWeighting)
         if self.class_weights is not None or self.pool == "all":
             raise ValueError('the classes are weighted by their sizes: leave out class_weights and pool="all"')
+        if self.reduction == "sum":
+            raise ValueError('the classes share one ratio, which does not add up: use reduction="mean" or "none"')
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """1 minus the ratio of all classes, the same for each."""
         count_absent = self.absent.rule == "smooth"
         score = generalized_dice_score(sums, self.weighting, self.smooth, count_absent=count_absent)
         return (1 - score).expand_as(sums.overlap)
+
+    @classmethod
+    def like_monai(cls, *, w_type: str = "square", **arguments: Unpack[presets.MonaiOverlap]) -> Self:
+        """MONAI's `GeneralizedDiceLoss`, of the same arguments, without its smoothing.
+
+        MONAI's default of 1e-5 is refused: it is added to sums that have been divided by the squared size of a class,
+        so it grows with that square in pixels, and a wrong mask of a large object scores well.
+
+        Args:
+            w_type: `"square"`, `"simple"` or `"uniform"`.
+            **arguments: those of `DiceLoss.like_monai`, without `squared_pred` and `weight`; `smooth_nr` and
+                `smooth_dr` must be 0 unless `w_type` is `"uniform"`. `ignore_index` is not MONAI's, which has none.
+                `reduction="none"` gives the ratio of an image once for each class.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> GeneralizedDiceLoss.like_monai(softmax=True, w_type="simple", smooth_nr=0, smooth_dr=0).weighting
+        'inverse'
+        """
+        weighting, settings = presets.monai_generalized(w_type, **arguments)
+        return cls(weighting=weighting, **settings)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lightning_dice.functional import jaccard_score, power, tversky_score
 from lightning_dice.kernels import OverlapSums
+from lightning_dice.losses import presets
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
 from lightning_dice.settings import number
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 class JaccardLoss(OverlapLoss):
@@ -34,6 +35,47 @@ class JaccardLoss(OverlapLoss):
     def per_class(self, sums: OverlapSums) -> Tensor:
         """1 minus the Jaccard score."""
         return 1 - jaccard_score(sums, self.smooth)
+
+    @classmethod
+    def like_monai(cls, *, jaccard: bool = True, **arguments: Unpack[presets.MonaiDice]) -> Self:
+        """MONAI's `DiceLoss` with `jaccard=True`; all else as in `DiceLoss.like_monai`.
+
+        MONAI writes numerator and denominator twofold, so that its `smooth_nr` and `smooth_dr` count half as pixels.
+
+        Args:
+            jaccard: True.
+            **arguments: see `DiceLoss.like_monai`.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> JaccardLoss.like_monai(sigmoid=True).smooth
+        (5e-06, 5e-06)
+        """
+        if not jaccard:
+            raise ValueError("jaccard must be True; otherwise use DiceLoss.like_monai(...)")
+        settings = presets.monai_overlap(**arguments)
+        settings["smooth"] = (arguments.get("smooth_nr", 1e-5) / 2, arguments.get("smooth_dr", 1e-5) / 2)
+        return cls(**settings)
+
+    @classmethod
+    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+        """The `JaccardLoss` of smp, of the same arguments, where the target has every class.
+
+        Args:
+            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
+            log_loss: refused: the logarithm is offered for Dice, see `LogDiceLoss`.
+            **arguments: see `DiceLoss.like_smp`; a `smooth` of 1 is 1 pixel.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> JaccardLoss.like_smp("binary", smooth=0.5).smooth
+        (0.5, 0.5)
+        """
+        if log_loss:
+            raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
+        return cls(**presets.smp_overlap(mode, **arguments))
 
 
 class TverskyLoss(OverlapLoss):
@@ -63,6 +105,63 @@ class TverskyLoss(OverlapLoss):
     def per_class(self, sums: OverlapSums) -> Tensor:
         """1 minus the Tversky index."""
         return 1 - tversky_score(sums, self.alpha, self.beta, self.smooth)
+
+    # Not `cls`: a subclass, such as the focal one, is not the peer's loss.
+    @classmethod
+    def like_monai(
+        cls, *, alpha: float = 0.5, beta: float = 0.5, **arguments: Unpack[presets.MonaiOverlap]
+    ) -> TverskyLoss:
+        """MONAI's `TverskyLoss`, of the same arguments.
+
+        Args:
+            alpha: weight of false positives.
+            beta: weight of false negatives.
+            **arguments: see `DiceLoss.like_monai`; `squared_pred` and `weight` do not exist.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> loss = TverskyLoss.like_monai(sigmoid=True, alpha=0.3, beta=0.7)
+        >>> loss.alpha, loss.beta, loss.smooth
+        (0.3, 0.7, (1e-05, 1e-05))
+        """
+        return TverskyLoss(alpha=alpha, beta=beta, **presets.monai_overlap(**arguments))
+
+    @classmethod
+    def like_smp(
+        cls,
+        mode: str,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        log_loss: bool = False,
+        **arguments: Unpack[presets.SmpOverlap],
+    ) -> TverskyLoss:
+        """The `TverskyLoss` of smp, of the same arguments, where the target has every class.
+
+        Args:
+            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
+            alpha: weight of false positives.
+            beta: weight of false negatives.
+            gamma: 1: smp raises the mean over classes to it, where focal Tversky raises the loss of each.
+            log_loss: refused: the logarithm is offered for Dice, see `LogDiceLoss`.
+            **arguments: see `DiceLoss.like_smp`; a `smooth` of 1 is 1 pixel.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> TverskyLoss.like_smp("binary", alpha=0.3, beta=0.7).absent.rule
+        'skip'
+        """
+        if gamma != 1:
+            raise ValueError(
+                f"gamma must be 1, got {gamma}: smp raises the mean of all classes to it; FocalTverskyLoss raises the "
+                "loss of each, which is the same for one class"
+            )
+        if log_loss:
+            raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
+        return TverskyLoss(alpha=alpha, beta=beta, **presets.smp_overlap(mode, **arguments))
 
 
 class FocalTverskyLoss(TverskyLoss):

@@ -1,5 +1,7 @@
 """Batches: what is in them, in which order, on which process, and who decides."""
 
+import copy
+import pickle
 import random
 import re
 from collections import Counter
@@ -8,6 +10,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DistributedSampler
 from torchvision import tv_tensors
@@ -325,6 +328,91 @@ def test_images_that_cannot_be_stacked_are_refused(workers):
         list(data.train_dataloader())
     cropped = ready(Source(train=[(4, 4), (4, 6)]), num_workers=workers, augment=v2.RandomCrop(4))
     assert next(iter(cropped.train_dataloader())).image.shape == (2, 1, 4, 4)
+
+
+# Maps.
+
+
+def twice(mask):
+    return 2.0 * mask.float()
+
+
+def first_row(mask):
+    return mask[0].to(torch.int32)
+
+
+MAPS = {"twice": twice, "first_row": first_row}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_maps_are_of_the_masks_in_the_batch(workers):
+    torch.manual_seed(0)
+    source = SyntheticSource(size=(24, 24), cases=(6, 3, 2))
+    data = ready(source, augment=v2.RandomCrop(16), num_workers=workers, maps=MAPS, ignore_index=255)
+    splits = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+    for name, loader in splits.items():
+        batches = list(loader)
+        assert sum(len(batch.case) for batch in batches) == {"train": 6, "val": 3, "test": 2}[name]
+        for batch in batches:
+            assert batch.mask.shape[-1] == (16 if name == "train" else 24)
+            assert list(batch.maps) == ["twice", "first_row"]
+            for key, make in MAPS.items():
+                assert torch.equal(batch.maps[key], torch.stack([make(mask) for mask in batch.mask]))
+    assert all(batch.maps == {} for batch in data.predict_dataloader())
+
+
+def test_maps_can_be_set_afterwards_and_see_what_is_ignored():
+    data = ready(Source(train=[(4, 4)] * 2), augment=v2.Pad(1), ignore_index=255)
+    assert next(iter(data.train_dataloader())).maps == {}
+    data.maps = {"twice": twice}
+    batch = next(iter(data.train_dataloader()))
+    assert batch.maps["twice"][0, 0].tolist() == [510.0] * 6
+    assert batch.maps["twice"].shape == (2, 6, 6)
+
+
+def test_each_batch_has_maps_of_its_own():
+    first, second = (Batch(torch.zeros(1), torch.zeros(1), ["a"]) for _ in range(2))
+    assert first.maps == {}
+    first.maps["x"] = torch.zeros(1)
+    assert second.maps == {}
+    given = {"x": torch.zeros(1)}
+    assert Batch(torch.zeros(1), torch.zeros(1), ["a"], given).maps is not given
+
+
+def test_a_batch_stays_one_wherever_it_goes():
+    batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 2), ["a"], {"x": torch.ones(1, 2)})
+    moved = move_data_to_device(batch, torch.device("meta"))
+    for other in (moved, pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch), batch._replace(case=["b"])):
+        assert isinstance(other, Batch)
+        assert list(other.maps) == ["x"]
+    assert moved.maps["x"].device.type == moved.mask.device.type == "meta"
+    # Pinned, a batch is made anew from its pinned values.
+    made = [type(value)({"x": "pinned"}) if isinstance(value, dict) else value for value in batch]
+    assert type(batch)(*made).maps == {"x": "pinned"}
+    assert batch._asdict()["maps"] is batch.maps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_hands_maps_to_the_module(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(2), raising=False)
+    seen = []
+
+    class Looks(Net):
+        def _step(self, batch, stage):
+            seen.append((stage, set(batch.maps)))
+            return super()._step(batch, stage)
+
+    data = SegmentationData(Source(train=[(4, 4)] * 4, val=[(4, 4)] * 2), batch_size=2, num_workers=workers)
+    data.maps = MAPS
+    net = Looks()
+    trainer(tmp_path, log_every_n_steps=1, num_sanity_val_steps=0).fit(net, datamodule=data)
+    assert seen == [("train", set(MAPS))] * 2 + [("val", set(MAPS))]
+
+
+@pytest.mark.parametrize("maps", [{"x": 1}, [twice], twice])
+def test_maps_must_be_functions_by_name(maps):
+    with pytest.raises(ValueError, match="maps must be None or functions of a mask by name, got"):
+        SegmentationData(Source(), maps=maps)
 
 
 # Preparation.

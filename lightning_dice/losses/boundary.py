@@ -1,0 +1,304 @@
+"""Losses that know where pixels lie: how far from the boundary of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from lightning_dice.functional import weighted_mean
+from lightning_dice.functional.maps import BoundaryWeight, SignedDistance
+from lightning_dice.functional.targets import map_of_batch
+from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
+from lightning_dice.kernels.inputs import check_shapes
+from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.losses.base import SegmentationLoss, TargetMap
+from lightning_dice.settings import class_indices, kept_classes, number
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
+    class DistanceSettings(TypedDict, total=False):
+        """The settings of `DistanceLoss`, for the signatures of its subclasses."""
+
+        activation: Activation
+        classes: int | None
+        spacing: Iterable[float] | None
+        exclude_classes: Iterable[int]
+        ignore_index: int | None
+        across_ranks: bool
+
+
+class DistanceLoss(SegmentationLoss):
+    """Base of the losses that are a mean over pixels of something with the distance to the target's boundary.
+
+    The mean is over the valid pixels of each class and image, then over these, each counting the same. Distances are
+    `lightning_dice.functional.maps.SignedDistance`, computed on the CPU where the batch does not bring them. Soft
+    labels are cut at 1/2 for them; ignored pixels are taken as outside every class, and count nothing.
+
+    Args:
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        classes: the number of channels of the logits, needed with class ids.
+        spacing: the size of a pixel along each axis, in whose units distances then are; 1 by default.
+        exclude_classes: indices of classes that do not count, such as `[0]` for the background.
+        ignore_index: pixels whose target holds this value count as nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give.
+
+    Raises:
+        ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, or a shape
+            that would broadcast.
+    """
+
+    def __init__(
+        self,
+        *,
+        activation: Activation = "sigmoid",
+        classes: int | None = None,
+        spacing: Iterable[float] | None = None,
+        exclude_classes: Iterable[int] = (),
+        ignore_index: int | None = None,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
+        self.across_ranks = across_ranks
+        self._distance = SignedDistance(
+            activation=self.activation,
+            classes=classes,
+            ignore_index=self.ignore_index,
+            exclude_classes=self.exclude_classes,
+            spacing=spacing,  # type: ignore[arg-type]  # made a tuple there
+        )
+        self.classes, self.spacing = classes, self._distance.spacing
+        self.maps = {"signed_distance": self._distance}
+
+    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """What the mean is taken of, `(images, classes, pixels)`; `distance` is of the same shape."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"signed_distance"`, of the shape of logits."""
+        with torch.autocast(logits.device.type, enabled=False):
+            pixels = checked_pixels(
+                logits,
+                target,
+                activation=self.activation,
+                ignore_index=self.ignore_index,
+                weight=weight,
+                annotated=annotated,
+            )
+            counted = kept_classes(logits.shape[1], self.exclude_classes)
+            distance = map_of_batch(
+                "signed_distance",
+                self._distance,
+                logits,
+                target,
+                lambda target: self.map("signed_distance", target, maps),
+            )
+            values = self.of_pixels(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
+            return self._mean(values, pixels, counted).to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> Tensor:
+        w = pixels.weight
+        above = total(values if w is None else values * w)
+        below = values.new_full((1, 1), values.shape[2], dtype=wide_dtype(values)) if w is None else total(w)
+        kept = (below > 0).expand_as(above)
+        if pixels.annotated is not None:
+            kept = kept & pixels.annotated
+        mean = above / below.where(below > 0, 1.0)
+        return weighted_mean(mean[:, counted], kept[:, counted], across_ranks=self.across_ranks)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        names = "classes", "spacing", "exclude_classes"
+        return {**super().settings(), **{name: getattr(self, name) for name in names}}
+
+
+class BoundaryLoss(DistanceLoss):
+    r"""Boundary loss: the mean of probabilities times the signed distance to the target's boundary.
+
+    .. math:: L = \frac{1}{N} \sum_i p_i\,\phi_i
+
+    (Kervadec et al., MIDL 2019.) :math:`\phi` is below 0 inside the class and above 0 outside, so that a pixel costs
+    the more, the farther it is on the wrong side. Not above 0 but least, and below 0, for the target itself. On its own
+    it hardly moves an empty prediction: use it as a term of a `CompoundLoss` with a small weight. The paper lets the
+    weight grow from 0.01 as that of the other term falls; here weights are constant.
+
+    Departs from the published code in the pixels on the inner side of the boundary: their distance is -1, not 0, and
+    they are pushed too. A class that the target does not have is not pushed, as there; nor is one that is everywhere.
+
+    Args:
+        **settings: those of `DistanceLoss`.
+
+    >>> mask = torch.tensor([[[[0, 0, 1, 1]]]])
+    >>> near, far = torch.tensor([[[[0.0, 1.0, 1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0, 1.0, 1.0]]]])
+    >>> loss = BoundaryLoss(activation=None)
+    >>> loss(mask.float(), mask), loss(near, mask), loss(far, mask)
+    (tensor(-0.7500), tensor(-0.5000), tensor(-0.2500))
+    """
+
+    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Probability times distance."""
+        return pixels.probs() * distance
+
+
+class HausdorffLoss(DistanceLoss):
+    r"""Hausdorff distance loss: the mean squared error, weighted by the distances to both boundaries.
+
+    .. math:: L = \frac{1}{N} \sum_i (p_i - t_i)^2 \left(d_t(i)^\alpha + d_p(i)^\alpha\right)
+
+    The form by distance transforms of Karimi and Salcudean (IEEE TMI 2020, "Reducing the Hausdorff Distance").
+    :math:`d_t` is the distance to the boundary of the target, :math:`d_p` to that of the prediction: where p > 1/2, or
+    where classes exclude each other the most probable one. It has no gradient and changes with every step, so it is
+    computed on the CPU in each call: for a training on GPUs this is slow. A boundary that is not there (nothing, or
+    everything) is at distance 0.
+
+    Departs from MONAI's `HausdorffDTLoss` in the classes that exclude each other, whose prediction MONAI cuts at 1/2.
+
+    Args:
+        alpha: the exponent, > 0.
+        **settings: those of `DistanceLoss`.
+
+    >>> mask = torch.tensor([[[[0, 0, 0, 1, 1]]]])
+    >>> loss = HausdorffLoss(activation=None)
+    >>> near, far = torch.tensor([[[[0.0, 0.0, 1.0, 1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0, 0.0, 1.0, 1.0]]]])
+    >>> loss(near, mask), loss(far, mask)
+    (tensor(0.4000), tensor(2.))
+    """
+
+    def __init__(self, *, alpha: float = 2.0, **settings: Unpack[DistanceSettings]) -> None:
+        super().__init__(**settings)
+        self.alpha = number("alpha", alpha, open_ends=True)
+
+    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """The weighted squared error."""
+        p = pixels.probs()
+        predicted = self._predicted(pixels, logits, target).to(p.dtype)
+        return (p - pixels.target_planes()) ** 2 * (distance.abs() ** self.alpha + predicted.abs() ** self.alpha)
+
+    @torch.no_grad()
+    def _predicted(self, pixels: Pixels, logits: Tensor, target: Tensor) -> Tensor:
+        """Distances to the boundaries of the prediction, `(images, classes, pixels)`."""
+        z = pixels.logits
+        if pixels.activation == "softmax" or not pixels.planes:
+            planes = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.argmax(1, keepdim=True), True)
+        else:
+            planes = pixels.probs() > 0.5
+        valid = valid_pixels(target, self.ignore_index)
+        if valid is not None:
+            valid = valid.reshape(z.shape if pixels.planes else (z.shape[0], 1, z.shape[2]))
+            planes = planes & (valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid)
+        each = [self._distance.of_masks(one) for one in planes.reshape(logits.shape).cpu()]
+        return torch.stack(each).to(z.device).flatten(2) if each else torch.zeros_like(z)
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"alpha": self.alpha, **super().settings()}
+
+
+class BoundaryWeightedLoss(SegmentationLoss):
+    r"""Any loss of this library, with more weight on pixels near the boundaries of the target.
+
+    .. math:: w(x) = 1 + a\,\exp\left(-\frac{d(x)^2}{2\sigma^2}\right)
+
+    with d the distance to the nearest pixel that has another label at its side: see
+    `lightning_dice.functional.maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With class ids
+    all boundaries weigh, with planes those of each class its own.
+
+    Args:
+        loss: gets the weight, times the one that is passed in; with all other settings.
+        width: :math:`\sigma`, in pixels (or units of spacing), > 0.
+        strength: a, >= 0.
+        classes: the number of channels of the logits, needed with class ids where `activation` is `None`.
+        spacing: the size of a pixel along each axis; 1 by default.
+
+    Raises:
+        ValueError: a loss that is not one of this library; a setting outside its range; whatever the loss refuses.
+
+    >>> from lightning_dice.losses import CrossEntropyLoss
+    >>> mask = torch.tensor([[[[0, 0, 0, 0, 1, 1, 1, 1]]]])
+    >>> near = torch.tensor([[[[-4.0, -4.0, -4.0, 0.0, 4.0, 4.0, 4.0, 4.0]]]])
+    >>> far = torch.tensor([[[[0.0, -4.0, -4.0, -4.0, 4.0, 4.0, 4.0, 4.0]]]])
+    >>> loss = BoundaryWeightedLoss(CrossEntropyLoss(), width=1.0, strength=4.0)
+    >>> loss(near, mask), loss(far, mask)
+    (tensor(0.1714), tensor(0.0502))
+    """
+
+    def __init__(
+        self,
+        loss: SegmentationLoss,
+        *,
+        width: float = 5.0,
+        strength: float = 10.0,
+        classes: int | None = None,
+        spacing: Iterable[float] | None = None,
+    ) -> None:
+        if not isinstance(loss, SegmentationLoss):
+            raise ValueError(f"loss must be a SegmentationLoss, such as DiceLoss, got {type(loss).__name__}")
+        super().__init__(activation=loss.activation, ignore_index=loss.ignore_index)
+        self.loss = loss
+        self.width = number("width", width, open_ends=True)
+        self.strength = number("strength", strength)
+        self._weight = BoundaryWeight(
+            activation=self.activation,
+            classes=classes,
+            ignore_index=self.ignore_index,
+            width=self.width,
+            strength=self.strength,
+            spacing=spacing,  # type: ignore[arg-type]  # made a tuple there
+        )
+        self.classes, self.spacing = classes, self._weight.spacing
+        if "boundary_weight" in loss.maps:
+            raise ValueError("loss must not be weighted by boundaries already")
+
+    @property
+    def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
+        """The weight, and what the loss needs of a target."""
+        return {"boundary_weight": self._weight, **self.loss.maps}
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Of a `CompoundLoss`: each term's in the last call."""
+        return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"boundary_weight"`, of the shape of target."""
+        # Before the shapes are checked a map cannot be made.
+        check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
+        own = map_of_batch(
+            "boundary_weight",
+            self._weight,
+            logits,
+            target,
+            lambda target: self.map("boundary_weight", target, maps),
+            by_pixel=True,
+        )
+        if weight is not None:
+            own, weight = (one if one.ndim == logits.ndim else one.unsqueeze(1) for one in (own, weight))
+            own = own * weight
+            own = own.squeeze(1) if own.shape[1] == 1 else own
+        return cast("Tensor", self.loss(logits, target, own, annotated=annotated, maps=maps))
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"width": self.width, "strength": self.strength, "classes": self.classes, "spacing": self.spacing}

@@ -1,0 +1,152 @@
+"""Deep supervision: a loss at every level of a network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dice.functional.coarser import Reduce, coarser_target, coarser_weight
+from lightning_dice.losses.base import SegmentationLoss, TargetMap
+from lightning_dice.losses.overlap import OverlapLoss
+from lightning_dice.settings import number, one_of
+
+
+class DeepSupervision(SegmentationLoss):
+    r"""The weighted mean of a loss over the levels of a network's output, each against the target at its own size.
+
+    .. math:: L = \frac{\sum_i w_i\,L(z_i, t_i)}{\sum_i w_i}
+
+    Weights of :math:`2^{-i}` are nnU-Net's (Isensee et al., Nature Methods 2021). Departs from it and from others in
+    the target of the coarser levels: they take the nearest pixel of each cell, by which objects smaller than a cell
+    come and go; here every pixel of the cell counts, see `lightning_dice.functional.coarser_target`.
+
+    With `reduce="area"`, coarser targets are soft labels. The Dice loss of a soft label with `overlap="product"` is
+    neither 0 nor least at p = t: on a cell of which an object covers 0.6 it is least at p = 1. The coarser levels then
+    learn to round, which does no harm to a network whose finest level is what is used; for levels that learn the share
+    itself give the loss `overlap="minimum"`, or use `reduce="max"`, by which labels stay hard.
+
+    Args:
+        loss: a module of logits and target. One that is no `SegmentationLoss` gets these two alone. Where it has an
+            `ignore_index` for ids, as `torch.nn.CrossEntropyLoss` does, it cannot ignore soft labels: a cell without
+            a valid pixel gets a share of 0 of every class.
+        weights: one for each level, finest first; only their ratios matter, and a level of weight 0 is not computed.
+            1/2^i by default.
+        reduce: how the target becomes coarser: `"area"` or `"max"`, see `lightning_dice.functional.coarser_target`.
+
+    Raises:
+        ValueError: weights below 0 or all 0, or a loss without one value; in a call, another number of levels than of
+            weights, or a level larger than the target.
+
+    >>> from lightning_dice.losses import DiceLoss
+    >>> levels = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)]
+    >>> mask = torch.zeros(1, 1, 4, 4)
+    >>> mask[..., 1, 2] = 1
+    >>> DeepSupervision(DiceLoss(), weights=[1, 1])(levels, mask)
+    tensor(0.7077)
+    """
+
+    def __init__(self, loss: nn.Module, weights: Sequence[float] | None = None, reduce: Reduce = "area") -> None:
+        if not isinstance(loss, nn.Module):
+            raise ValueError(f"loss must be a module of logits and target, got {type(loss).__name__}")
+        if isinstance(loss, OverlapLoss) and loss.reduction == "none":
+            raise ValueError('loss must have one value: with reduction="none" the levels do not add up')
+        ours = isinstance(loss, SegmentationLoss)
+        ignore_index = getattr(loss, "ignore_index", None)
+        super().__init__(
+            activation=loss.activation if isinstance(loss, SegmentationLoss) else None,
+            ignore_index=ignore_index if ours or isinstance(ignore_index, int) else None,
+        )
+        self.loss = loss
+        self.weights = None if weights is None else tuple(number("weights", weight) for weight in weights)
+        if self.weights is not None and not any(self.weights):
+            raise ValueError(f"weights must not all be 0, got {list(self.weights)}")
+        self.reduce: Reduce = one_of("reduce", reduce, Reduce)
+
+    @property
+    def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
+        """What the loss needs of a target."""
+        return getattr(self.loss, "maps", {}) if isinstance(self.loss, SegmentationLoss) else {}
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Of a `CompoundLoss`: each term's at the finest level in the last call."""
+        return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
+
+    def forward(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits: of each level, finest first, `(batch, classes, *space)`; one tensor is one level.
+            target: as `SegmentationLoss.forward` takes it, at the size of the finest level or larger.
+            weight: of pixels, which coarser levels get as its mean over each cell.
+            annotated: as in `SegmentationLoss.forward`.
+            maps: for levels of the target's size; coarser levels compute their own.
+        """
+        levels = [logits] if isinstance(logits, Tensor) else list(logits)
+        shares = [1.0] if isinstance(logits, Tensor) else _shares(self.weights, len(levels))
+        values: list[Tensor] = []
+        # Coarsest first: what a compound loss keeps of its last call is then that of the finest level.
+        for level, share in reversed(list(zip(levels, shares, strict=True))):
+            if share == 0:
+                continue
+            value = self._at(level, target, weight, annotated=annotated, maps=maps)
+            if value.ndim:
+                raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
+            values.append(share * value)
+        return torch.stack(values).sum()
+
+    def _at(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        *,
+        annotated: Tensor | None,
+        maps: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        space, classes = tuple(logits.shape[2:]), logits.shape[1]
+        own = target
+        if tuple(target.shape[-len(space) :]) != space:
+            own = coarser_target(
+                target,
+                space,
+                activation=self.activation,
+                classes=classes,
+                ignore_index=self.ignore_index,
+                reduce=self.reduce,
+            )
+            maps = None
+        if isinstance(self.loss, SegmentationLoss):
+            weight = None if weight is None else coarser_weight(weight, space)
+            return cast("Tensor", self.loss(logits, own, weight, annotated=annotated, maps=maps))
+        if weight is not None or annotated is not None:
+            raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
+        if own.ndim > target.ndim and self.ignore_index is not None:
+            own = own.masked_fill(own == self.ignore_index, 0)
+        return cast("Tensor", self.loss(logits, own))
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"weights": self.weights, "reduce": self.reduce}
+
+
+def _shares(weights: tuple[float, ...] | None, levels: int) -> list[float]:
+    """What each level counts of the whole."""
+    if not levels:
+        raise ValueError("logits must hold at least one level, got none")
+    if weights is None:
+        weights = tuple(0.5**level for level in range(levels))
+    if len(weights) != levels:
+        raise ValueError(f"weights must have one for each of the {levels} levels, got {len(weights)}")
+    return [weight / sum(weights) for weight in weights]

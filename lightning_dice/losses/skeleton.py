@@ -1,0 +1,354 @@
+"""Losses that keep thin structures whole: by the center lines of prediction and target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dice.functional import AbsentPolicy, Pool, pool_sums, weighted_mean
+from lightning_dice.functional.maps import TubedSkeleton
+from lightning_dice.functional.targets import map_of_batch
+from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
+from lightning_dice.kernels.inputs import check_shapes
+from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.losses.base import SegmentationLoss, class_weights_of
+from lightning_dice.losses.tversky import TverskyLoss
+from lightning_dice.settings import (
+    class_indices,
+    class_weights_tensor,
+    count,
+    kept_classes,
+    number,
+    one_of,
+    smooth_pair,
+)
+
+
+def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *, core: bool = False) -> Tensor:
+    r"""Soft skeleton by repeated minima and maxima over neighbours (Shit et al., CVPR 2021, Algorithm 1).
+
+    What an opening takes away is skeleton, of the image and of each of its erosions:
+
+    .. math:: S_0 = [I_0 - \mathrm{open}(I_0)]_+, \qquad
+        S_k = S_{k-1} + (1 - S_{k-1})\,[I_k - \mathrm{open}(I_k)]_+, \qquad I_k = \mathrm{erode}(I_{k-1})
+
+    The minimum is over the pixels that share a side, the maximum over those that touch, as in the published code.
+
+    Args:
+        probs: `(images, classes, *space)`, of two or three space axes, in [0, 1].
+        iterations: how often to erode: the radius in pixels of the widest structure that is to have a skeleton.
+        valid: bool, of a shape that broadcasts to that of probs. What is not valid is no neighbour of any pixel, like
+            what lies outside of the image.
+        core: whether what is still there after one erosion more is skeleton too. Without it, what is wider than the
+            iterations can tell has none.
+
+    Returns:
+        Of the shape of probs, in [0, 1]; 0 where not valid.
+
+    >>> line = torch.tensor([[[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]]])
+    >>> soft_skeleton(line.float(), iterations=1)
+    tensor([[[[0., 0., 0., 0., 0.],
+              [0., 0., 0., 0., 0.],
+              [1., 1., 1., 1., 1.],
+              [0., 0., 0., 0., 0.],
+              [0., 0., 0., 0., 0.]]]])
+    """
+    outside = None if valid is None else ~valid
+    remains = probs
+    skeleton = _taken_by_opening(remains, outside)
+    for _ in range(iterations):
+        remains = _erode(remains, outside)
+        skeleton = skeleton + (1 - skeleton) * _taken_by_opening(remains, outside)
+    if not core:
+        return skeleton
+    remains = _erode(remains, outside)
+    remains = remains if outside is None else remains.masked_fill(outside, 0)
+    return skeleton + (1 - skeleton) * remains
+
+
+class ClDiceLoss(SegmentationLoss):
+    r"""Centerline Dice loss: 1 minus clDice, by which a vessel that is cut costs more than one that is thin.
+
+    .. math:: L = 1 - \frac{2\,T_p\,T_s}{T_p + T_s}, \qquad T_p = \frac{\sum S(p)\,t + s}{\sum S(p) + s}, \qquad
+        T_s = \frac{\sum S(t)\,p + s}{\sum S(t) + s}
+
+    (Shit et al., CVPR 2021.) S is `soft_skeleton`: how much of the prediction's skeleton lies in the target, and of the
+    target's in the prediction. The paper adds the Dice loss, as the skeletons say nothing of the width: a
+    `CompoundLoss` of both.
+
+    Departs from the published code, which has one ratio for all channels of the batch, in that every class has a ratio
+    of its own; from MONAI's `SoftclDiceLoss`, which has one for all channels of an image, likewise, and in that nothing
+    is added to :math:`T_p + T_s`. Ignored pixels are to the skeletons what lies outside of the image.
+
+    Departs from both in the `core`: a prediction that is wider than the iterations can tell, all of the image for one,
+    has no soft skeleton, hence a precision of 1, and with the sensitivity of 1 a loss of 0. Training from scratch on
+    thin structures falls into that hole. With the core, what is left after the erosions counts as skeleton.
+
+    Args:
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        iterations: how often to erode: the radius in pixels of the widest structure.
+        core: whether what is wider than that is skeleton as a whole; False is the published form.
+        smooth: s above, in pixels of skeleton; a pair sets numerator and denominator apart. With 0, a class that
+            neither side has is left out.
+        pool: which images share one ratio: `"image"`, each its own; `"batch"`, all of the batch, on all ranks.
+        exclude_classes: indices of classes that do not count, such as `[0]` for the background.
+        class_weights: one for each class, excluded ones too; only their ratios matter.
+        ignore_index: pixels whose target holds this value count as nothing.
+        absent: what a class counts that the target does not have: `"smooth"`, the formula; `"skip"`, nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give.
+
+    Raises:
+        ValueError: a setting outside its range; in a call, a shape that would broadcast, or other than two or three
+            space axes.
+
+    >>> mask = torch.zeros(1, 1, 5, 7)
+    >>> mask[..., 1:4, :] = 1
+    >>> cut, thin = mask.clone(), mask.clone()
+    >>> cut[..., 3] = 0
+    >>> thin[..., 1, :] = thin[..., 3, :] = 0
+    >>> loss = ClDiceLoss(activation=None, smooth=1e-5)
+    >>> loss(mask, mask), loss(thin, mask), loss(cut, mask)
+    (tensor(0.), tensor(0.), tensor(0.0769))
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        activation: Activation = "sigmoid",
+        iterations: int = 3,
+        core: bool = True,
+        smooth: float | Sequence[float] = 1.0,
+        pool: Literal["image", "batch"] = "batch",
+        exclude_classes: Iterable[int] = (),
+        class_weights: Iterable[float] | Tensor | None = None,
+        ignore_index: int | None = None,
+        absent: Literal["smooth", "skip"] = "smooth",
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        self.iterations = count("iterations", iterations, least=0)
+        self.core = core
+        self.smooth = smooth_pair(smooth)
+        self.pool: Literal["image", "batch"] = one_of("pool", pool, ("image", "batch"))
+        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
+        self.absent = AbsentPolicy(one_of("absent", absent, ("smooth", "skip")))
+        self.across_ranks = across_ranks
+        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`. It takes no maps."""
+        with torch.autocast(logits.device.type, enabled=False):
+            pixels = checked_pixels(
+                logits,
+                target,
+                activation=self.activation,
+                ignore_index=self.ignore_index,
+                weight=weight,
+                annotated=annotated,
+            )
+            if logits.ndim not in (4, 5):
+                raise ValueError(f"clDice needs images of 2 or 3 space axes, got logits of {tuple(logits.shape)}")
+            weights = None
+            if self.class_weights is not None:
+                weights = class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
+            counted = kept_classes(logits.shape[1], self.exclude_classes)
+            precision, sensitivity = (
+                pool_sums(sums, self.pool, across_ranks=self.across_ranks)
+                for sums in self._sums(pixels, counted, logits, target)
+            )
+            tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
+            tsens = _ratio(sensitivity.overlap, sensitivity.actual, self.smooth)
+            both = tprec + tsens
+            # Of two zeros the harmonic mean is 0; what is NaN stays so.
+            loss = 1 - 2 * tprec * tsens / both.where(both != 0, 1.0)
+            kept = self.absent.kept(loss, precision)
+            if self.smooth[1] == 0:
+                kept = kept & ((precision.predicted != 0) | (sensitivity.actual != 0))
+            # Pooled sums are the same on every rank already.
+            spread = self.across_ranks and self.pool == "image"
+            weights = None if weights is None else weights[counted]
+            result = weighted_mean(loss, kept, weights, across_ranks=spread)
+            return result.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _sums(self, pixels: Pixels, counted: list[int], logits: Tensor, target: Tensor) -> list[OverlapSums]:
+        """The prediction's skeleton with the target, and the prediction with the target's skeleton."""
+        shape = (logits.shape[0], len(counted), *logits.shape[2:])
+        p, t = pixels.probs()[:, counted], pixels.target_planes()[:, counted]
+        w = pixels.weight
+        w = w[:, counted] if w is not None and w.shape[1] > 1 else w
+        valid = valid_pixels(target, self.ignore_index)
+        if valid is not None:
+            valid = valid.unsqueeze(1) if not pixels.planes else valid
+            valid = valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid
+            valid = valid[:, counted] if valid.shape[1] > 1 else valid
+        p_skeleton = soft_skeleton(p.reshape(shape), self.iterations, valid, core=self.core).flatten(2)
+        with torch.no_grad():
+            t_skeleton = soft_skeleton(t.reshape(shape), self.iterations, valid, core=self.core).flatten(2)
+        count = p.new_full((1, 1), p.shape[2], dtype=wide_dtype(p)) if w is None else total(w)
+        count = count.expand(shape[:2])
+        if pixels.annotated is not None:
+            count = count * pixels.annotated[:, counted]
+
+        def sums(overlap: Tensor, predicted: Tensor, actual: Tensor) -> OverlapSums:
+            overlap, predicted, actual = (total(one if w is None else one * w) for one in (overlap, predicted, actual))
+            return OverlapSums(overlap, predicted, actual, count)
+
+        return [sums(p_skeleton * t, p_skeleton, t), sums(p * t_skeleton, p, t_skeleton)]
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        names = "iterations", "core", "smooth", "pool", "exclude_classes"
+        weights = None if self.class_weights is None else self.class_weights.tolist()
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in names},
+            "class_weights": weights,
+            "absent": self.absent.rule,
+        }
+
+
+class SkeletonRecallLoss(SegmentationLoss):
+    r"""Skeleton recall loss: how much of the target's widened skeleton is missed (Kirchhoff et al., ECCV 2024).
+
+    .. math:: L = 1 - \frac{\sum_i k_i\,p_i\,t_i + s}{\sum_i k_i\,t_i + s}
+
+    where k is 1 within `radius` of the skeleton of the class and inside it, else 0: see
+    `lightning_dice.functional.maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the CPU. It
+    costs no more memory than cross-entropy, where clDice holds a skeleton of the prediction with its gradient. On its
+    own it asks for foreground everywhere: it is a term of a `CompoundLoss`.
+
+    Departs from the published code in the skeletons, which there are one for all classes but the background, and in the
+    classes without one in an image (or in the pooled batch), which there count as perfect and here are left out of the
+    mean.
+
+    Args:
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        radius: around the skeleton, in pixels, >= 0.
+        classes: the number of channels of the logits, needed with class ids.
+        smooth: s above, in pixels; a pair sets numerator and denominator apart.
+        pool: what shares one ratio: `"image"`, each image its own; `"batch"`, all images of the batch, on all ranks;
+            `"all"`, all images and all classes.
+        exclude_classes: indices of classes that do not count, such as `[0]` for the background.
+        class_weights: one for each class, excluded ones too; only their ratios matter.
+        ignore_index: pixels whose target holds this value count as nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give.
+
+    Raises:
+        ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, other than
+            two or three space axes, or a shape that would broadcast.
+
+    >>> mask = torch.tensor([[[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]]])
+    >>> wide, cut = torch.ones(1, 1, 3, 5), mask.float()
+    >>> cut[..., 2] = 0
+    >>> loss = SkeletonRecallLoss(activation=None, smooth=0)
+    >>> loss(wide, mask), loss(cut, mask)
+    (tensor(0.), tensor(0.2000))
+    """
+
+    def __init__(
+        self,
+        *,
+        activation: Activation = "sigmoid",
+        radius: float = 2.0,
+        classes: int | None = None,
+        smooth: float | Sequence[float] = 1.0,
+        pool: Pool = "batch",
+        exclude_classes: Iterable[int] = (),
+        class_weights: Iterable[float] | Tensor | None = None,
+        ignore_index: int | None = None,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        # With these two weights the Tversky index is the recall.
+        self.recall = TverskyLoss(
+            alpha=0.0,
+            beta=1.0,
+            activation=activation,
+            smooth=smooth,
+            pool=pool,
+            exclude_classes=exclude_classes,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+            across_ranks=across_ranks,
+        )
+        self.radius = number("radius", radius)
+        self.classes = classes
+        self._skeleton = TubedSkeleton(
+            activation=self.activation,
+            classes=classes,
+            ignore_index=self.ignore_index,
+            exclude_classes=self.recall.exclude_classes,
+            radius=self.radius,
+        )
+        self.maps = {"skeleton": self._skeleton}
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"skeleton"`, `(batch, classes, *space)`."""
+        # Before the shapes are checked a map cannot be made.
+        check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
+        skeleton = map_of_batch(
+            "skeleton", self._skeleton, logits, target, lambda target: self.map("skeleton", target, maps)
+        )
+        if weight is not None:
+            skeleton = skeleton * (weight if weight.ndim == logits.ndim else weight.unsqueeze(1))
+        result: Tensor = self.recall(logits, target, skeleton, annotated=annotated)
+        return result
+
+    def settings(self) -> dict[str, object]:
+        """The settings by name, as `print(loss)` shows them."""
+        return {"radius": self.radius, "classes": self.classes}
+
+
+def _ratio(above: Tensor, below: Tensor, smooth: tuple[float, float]) -> Tensor:
+    """Smoothed; 0/0 is 0."""
+    below = below + smooth[1]
+    return (above + smooth[0]) / below.where(below != 0, 1.0)
+
+
+def _taken_by_opening(values: Tensor, outside: Tensor | None) -> Tensor:
+    eroded = _erode(values, outside)
+    opened = _maximum(eroded if outside is None else eroded.masked_fill(outside, -torch.inf), range(values.ndim - 2))
+    taken = values - opened
+    # Filled before anything is multiplied: infinities stand outside, and a gradient of 0 times those is NaN.
+    taken = taken if outside is None else taken.masked_fill(outside, 0)
+    # The maximum reaches farther than the minimum did, so that an opening may also add.
+    return F.relu(taken)
+
+
+def _erode(values: Tensor, outside: Tensor | None) -> Tensor:
+    """The minimum over each pixel and those that share a side with it."""
+    values = -values if outside is None else (-values).masked_fill(outside, -torch.inf)
+    result = values
+    for axis in range(values.ndim - 2):
+        result = torch.maximum(result, _maximum(values, [axis]))
+    return -result
+
+
+def _maximum(values: Tensor, axes: Iterable[int]) -> Tensor:
+    """The maximum over each pixel and its neighbours along these space axes."""
+    space = values.ndim - 2
+    size = [3 if axis in axes else 1 for axis in range(space)]
+    pool = F.max_pool2d if space == 2 else F.max_pool3d
+    return pool(values, size, 1, [one // 2 for one in size])
