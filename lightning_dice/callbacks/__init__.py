@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_dice.callbacks.loggers import log_picture
     from lightning_dice.callbacks.overlays import Overlays
     from lightning_dice.callbacks.progress import ProgressBar
+    from lightning_dice.callbacks.schedule import LossSchedule
     from lightning_dice.callbacks.summary import summary_table
 
 # Imported on first use: Lightning alone takes seconds.
@@ -20,6 +21,7 @@ _MODULES = {
     "CaseTable": "cases",
     "History": "history",
     "InputCheck": "checks",
+    "LossSchedule": "schedule",
     "Overlays": "overlays",
     "ProgressBar": "progress",
     "SaveOnInterrupt": "interrupt",
@@ -32,6 +34,7 @@ __all__ = [
     "CaseTable",
     "History",
     "InputCheck",
+    "LossSchedule",
     "Overlays",
     "ProgressBar",
     "SaveOnInterrupt",

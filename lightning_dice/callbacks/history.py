@@ -104,7 +104,8 @@ class History(Callback):
             self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def _metrics(self, trainer: Trainer) -> dict[str, str]:
-        splits = ("train/", "val/") if self._validated else ("train/",)
+        # What begins with loss/ is a setting of the loss that changes.
+        splits = ("train/", "loss/", "val/") if self._validated else ("train/", "loss/")
         metrics = {key: value for key, value in trainer.callback_metrics.items() if key.startswith(splits)}
         # `loss_epoch` and `loss_step` are Lightning's second names of a metric logged both ways.
         aliases = {name + way for name in metrics for way in ("_step", "_epoch")}

@@ -48,7 +48,7 @@ class AbsentPolicy:
         """
         broken = ~(sums.overlap + sums.predicted).isfinite()
         kept = (sums.count > 0) & (~score.isnan() | broken)
-        return kept & (sums.actual > 0) if self.rule == "skip" else kept
+        return kept & ((sums.actual > 0) | broken) if self.rule == "skip" else kept
 
     def loss(self, loss: Tensor, sums: OverlapSums) -> Tensor:
         """The loss `(images, classes)` with the penalty in the place of absent classes, where the rule has one."""

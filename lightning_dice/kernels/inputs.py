@@ -16,6 +16,8 @@ Activation = Literal["sigmoid", "softmax"] | None
 # torch knows no minimum of the other unsigned types.
 _COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+# What sums and interpolations of values in [0, 1] may be beyond it.
+_ROUNDING = 1e-5
 # So many values do not lie in [0, 1] by chance.
 _TELLING = 64
 
@@ -170,12 +172,13 @@ def check_values(
     """
     if target.numel() == 0:
         return
+    target, weight = target.detach(), None if weight is None else weight.detach()
     if weight is not None and not bool(((weight >= 0) & weight.isfinite()).all()):
         raise ValueError(f"weight must be finite and >= 0, got values from {weight.min():g} to {weight.max():g}")
     classes = logits.shape[1]
     planes = target.shape == logits.shape
     low, high = _range(target, ignore_index)
-    if planes and not (low >= 0 and high <= 1):
+    if planes and not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         hint = "; a mask of 0 and 255 becomes 0 and 1 by target == 255" if (low, high) == (0, 255) else ""
         raise ValueError(f"target must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
     if planes and activation == "softmax":
@@ -191,7 +194,7 @@ def check_values(
         if (valid := valid_pixels(target, ignore_index)) is not None:
             probs = probs.where(valid if planes else valid.unsqueeze(1), 0)
         low, high = (float(v) for v in torch.aminmax(probs))
-        if low < 0 or high > 1:
+        if low < -_ROUNDING or high > 1 + _ROUNDING:
             raise ValueError(
                 f"activation=None takes probabilities in [0, 1], got values from {low:g} to {high:g}; "
                 'for logits use activation="sigmoid" or "softmax"'

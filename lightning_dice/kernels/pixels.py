@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,11 @@ class Pixels:
 
     def probs(self) -> Tensor:
         """Probabilities, `(images, classes, pixels)`."""
-        if self.activation == "softmax":
-            return self.logits.softmax(1)
-        return self.logits.sigmoid() if self.activation == "sigmoid" else self.logits
+        if self.activation is None:
+            return self.logits
+        function = _Softmax if self.activation == "softmax" else _Sigmoid
+        probs: Tensor = function.apply(self.logits)
+        return probs
 
     def target_planes(self) -> Tensor:
         """The target as planes of the logits' dtype, for losses that cannot do without: ids become one-hot."""
@@ -47,13 +50,12 @@ class Pixels:
         """-log p of the true class, `(images, 1, pixels)`, or with planes the cross-entropy of each of them."""
         z, t = self.logits, self.target
         if not self.planes:
-            log_p = z.log_softmax(1) if self.activation == "softmax" else log(z)
-            return -log_p.gather(1, t.long())
+            return _true_nll(z, t.long()) if self.activation == "softmax" else -log(z.gather(1, t.long()))
         t = t.to(z.dtype)
         if self.activation == "softmax":
             return -t * z.log_softmax(1)
         if self.activation == "sigmoid":
-            return F.binary_cross_entropy_with_logits(z, t, reduction="none")
+            return t * softplus(-z) + (1 - t) * softplus(z)
         return -t * log(z) - (1 - t) * log(1 - z)
 
 
@@ -117,6 +119,60 @@ def _without(z: Tensor, annotated: Tensor, *, exclusive: bool, activation: str |
     else:
         background = z.where(merged, nothing).sum(1, keepdim=True)
     return torch.cat([background, z[:, 1:].where(~missing[:, 1:], nothing)], 1)
+
+
+class _Sigmoid(torch.autograd.Function):
+    """Sigmoid with a gradient of p · sigmoid(-z): p (1 - p) is 0 from a logit of 18 on, where float32 has p = 1."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        slope: Tensor = z.sigmoid() * (-z).sigmoid()
+        return grad[0] * slope
+
+
+class _Softmax(torch.autograd.Function):
+    r"""Softmax whose gradient keeps its digits where one class is all but certain.
+
+    With g from above, :math:`dz_c = p_c\,(g_c - \sum_k g_k p_k)`. For the greatest class, m, of which p may be rounded
+    to 1, that is :math:`p_m\,(g_m q - \sum_{k \ne m} g_k p_k)` with :math:`q = \sum_{k \ne m} p_k`, in which nothing
+    of the order of 1 is left to cancel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        p = z.softmax(1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        (p,), g = ctx.saved_tensors, grad[0]
+        top = p.argmax(1, keepdim=True)
+        others = p.scatter(1, top, 0.0)
+        p_top, g_top = p.gather(1, top), g.gather(1, top)
+        rest = (g * others).sum(1, keepdim=True)
+        own = p_top * (g_top * others.sum(1, keepdim=True) - rest)
+        result: Tensor = (p * (g - (rest + g_top * p_top))).scatter(1, top, own)
+        return result
+
+
+def _true_nll(z: Tensor, ids: Tensor) -> Tensor:
+    """-log p of the true class as softplus(logsumexp of the others - its logit), which keeps its digits near p = 1."""
+    own = z.gather(1, ids)
+    others = z.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    # A logit of infinity is a network that has diverged: infinity minus infinity, NaN, says so.
+    return softplus(others - own) + (own - own)
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z); the default threshold of 20 leaves out e^-20, which float64 would show."""
+    return F.softplus(z, threshold=40)
 
 
 def log(p: Tensor) -> Tensor:

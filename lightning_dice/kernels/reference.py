@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.kernels.pixels import Pixels, log
+from lightning_dice.kernels.pixels import Pixels, log, softplus
 from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
 
 _BLOCK = 1 << 16  # pixels
@@ -80,20 +79,20 @@ def _minus_log(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
     """-log p of every class."""
     if activation == "softmax":
         return -z.log_softmax(1)
-    return _softplus(-z) if activation == "sigmoid" else -log(p)
+    return softplus(-z) if activation == "sigmoid" else -log(p)
 
 
 def minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
     """-log(1 - p), without the cancellation of 1 - p where p is near 1."""
     if activation == "sigmoid":
-        return _softplus(z)
+        return softplus(z)
     if activation is None:
         return -log(1 - p)
     # Only the greatest class can pass 1/2; for it 1 - p is the share of the others, taken from their logits.
     top = z.argmax(1, keepdim=True)
     is_top = torch.zeros_like(z, dtype=torch.bool).scatter(1, top, True)
     others = z.masked_fill(is_top, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.where(is_top, _softplus(z - others), -torch.log1p(-p.masked_fill(is_top, 0)))
+    return torch.where(is_top, softplus(z - others), -torch.log1p(-p.masked_fill(is_top, 0)))
 
 
 def _focal(nll: Tensor, gamma: float) -> Tensor:
@@ -108,18 +107,13 @@ def _focal_planes(pixels: Pixels, p: Tensor, t: Tensor, focal: Focal) -> Tensor:
     if pixels.activation == "softmax":
         return t * _focal(-z.log_softmax(1), focal.gamma)
     if pixels.activation == "sigmoid":
-        nll, absent = _softplus(-z), _softplus(z)
+        nll, absent = softplus(-z), softplus(z)
         # p^gamma as exp(-gamma · -log p): finite with its gradient for every logit and every gamma.
         present, absent = torch.exp(-focal.gamma * absent) * nll, torch.exp(-focal.gamma * nll) * absent
     else:
         present, absent = _focal(-log(p), focal.gamma), _focal(-log(1 - p), focal.gamma)
     front, back = (1.0, 1.0) if focal.alpha is None else (focal.alpha, 1 - focal.alpha)
     return front * t * present + back * (1 - t) * absent
-
-
-def _softplus(z: Tensor) -> Tensor:
-    # The default threshold of 20 leaves out e^-20, which float64 would show.
-    return F.softplus(z, threshold=40)
 
 
 def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:

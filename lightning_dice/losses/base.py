@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dice.functional import Pool, pool_sums, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
-from lightning_dice.settings import class_weights_tensor, label, one_of
+from lightning_dice.settings import class_weights_tensor, flag, label, one_of
 
 TargetMap = Callable[[Tensor], Tensor]
 
@@ -139,7 +139,7 @@ class PixelMeanLoss(SumsLoss):
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.pool: Pool = one_of("pool", pool, self.pools)
-        self.across_ranks = across_ranks
+        self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
     def per_class(self, sums: OverlapSums) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wi
 from lightning_dice.kernels.inputs import check_shapes
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, TargetMap
-from lightning_dice.settings import class_indices, kept_classes, number
+from lightning_dice.settings import class_indices, flag, kept_classes, number
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -65,7 +65,7 @@ class DistanceLoss(SegmentationLoss):
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.exclude_classes = class_indices("exclude_classes", exclude_classes)
-        self.across_ranks = across_ranks
+        self.across_ranks = flag("across_ranks", across_ranks)
         self._distance = SignedDistance(
             activation=self.activation,
             classes=classes,
@@ -249,14 +249,12 @@ class BoundaryWeightedLoss(SegmentationLoss):
             raise ValueError(f"loss must be a SegmentationLoss, such as DiceLoss, got {type(loss).__name__}")
         super().__init__(activation=loss.activation, ignore_index=loss.ignore_index)
         self.loss = loss
-        self.width = number("width", width, open_ends=True)
-        self.strength = number("strength", strength)
         self._weight = BoundaryWeight(
             activation=self.activation,
             classes=classes,
             ignore_index=self.ignore_index,
-            width=self.width,
-            strength=self.strength,
+            width=number("width", width, open_ends=True),
+            strength=number("strength", strength),
             spacing=spacing,  # type: ignore[arg-type]  # made a tuple there
         )
         self.classes, self.spacing = classes, self._weight.spacing
@@ -301,4 +299,6 @@ class BoundaryWeightedLoss(SegmentationLoss):
 
     def settings(self) -> dict[str, object]:
         """The settings by name, as `print(loss)` shows them."""
-        return {"width": self.width, "strength": self.strength, "classes": self.classes, "spacing": self.spacing}
+        # Of the map, which is made once: they cannot be changed in a training.
+        shape = {"width": self._weight.width, "strength": self._weight.strength}
+        return {**shape, "classes": self.classes, "spacing": self.spacing}

@@ -304,6 +304,8 @@ class OnProbabilities(SegmentationLoss):
     """
 
     def __init__(self, loss: nn.Module, *, activation: Activation = "sigmoid", ignore_index: int | None = None) -> None:
+        if not isinstance(loss, nn.Module):
+            raise ValueError(f"loss must be a module of probabilities and target, got {loss!r}")
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.loss = loss
 
@@ -322,6 +324,8 @@ class OnProbabilities(SegmentationLoss):
         with torch.autocast(logits.device.type, enabled=False):
             pixels = checked_pixels(logits, target, activation=self.activation, ignore_index=self.ignore_index)
             probs, planes = pixels.probs(), pixels.target_planes()
+            if not probs.numel():
+                return probs.sum() * 0.0
             if pixels.weight is None:
                 return cast("Tensor", self.loss(probs.view_as(logits), planes.view_as(logits)))
             valid = pixels.weight > 0

@@ -95,6 +95,13 @@ class DeepSupervision(SegmentationLoss):
         """
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         shares = [1.0] if isinstance(logits, Tensor) else _shares(self.weights, len(levels))
+        axes = levels[0].ndim - 2
+        if weight is not None and weight.shape[-axes:] != target.shape[-axes:]:
+            # Reduced to the level it would fit, whatever its axes are.
+            raise ValueError(
+                f"weight must have the shape (batch, *space) or (batch, classes, *space) with the space axes of target, "
+                f"{tuple(target.shape[-axes:])}, got {tuple(weight.shape)}"
+            )
         values: list[Tensor] = []
         # Coarsest first: what a compound loss keeps of its last call is then that of the finest level.
         for level, share in reversed(list(zip(levels, shares, strict=True))):

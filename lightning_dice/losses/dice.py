@@ -229,7 +229,9 @@ class GeneralizedDiceLoss(OverlapLoss):
         """1 minus the ratio of all classes, the same for each."""
         count_absent = self.absent.rule == "smooth"
         score = generalized_dice_score(sums, self.weighting, self.smooth, count_absent=count_absent)
-        return (1 - score).expand_as(sums.overlap)
+        loss = (1 - score).expand_as(sums.overlap)
+        # Without a class that counts the ratio is 0/0, which must not take the penalty with it.
+        return loss.where(sums.actual > 0, 0.0) if self.absent.rule == "penalize" else loss
 
     @classmethod
     def like_monai(cls, *, w_type: str = "square", **arguments: Unpack[presets.MonaiOverlap]) -> Self:

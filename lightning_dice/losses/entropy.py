@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_dice.functional import weighted_mean
-from lightning_dice.kernels import Activation, Focal, OverlapSums, Wanted, checked_pixels, wide_dtype
+from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, Wanted, checked_pixels, wide_dtype
 from lightning_dice.losses import presets
 from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, class_weights_of
-from lightning_dice.settings import class_weights_tensor, number
+from lightning_dice.settings import class_weights_tensor, flag, number
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -167,7 +167,8 @@ class TopKCrossEntropyLoss(SegmentationLoss):
 
     Args:
         k: the share of pixels (softmax) or of pixels of all planes (sigmoid), in (0, 1]; at least one pixel.
-        class_weights: as in `CrossEntropyLoss`; a pixel is weighted before it is compared.
+        class_weights: one for each class; a pixel is weighted before it is compared, and the sum is divided by the
+            weights, so that with `k=1` this is the `CrossEntropyLoss` of each image.
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
         ignore_index: pixels whose target holds this value count as nothing.
         across_ranks: in a distributed training, give what one process with the whole batch would give.
@@ -192,7 +193,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         self.k = number("k", k, 0, 1)
         if k == 0:
             raise ValueError("k must be a share of pixels > 0, got 0")
-        self.across_ranks = across_ranks
+        self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
     def forward(
@@ -213,37 +214,39 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             weight=weight,
             annotated=annotated,
         )
-        nll, weights = pixels.nll(), class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
-        weights = weights / weights.mean()
-        valid = torch.ones_like(nll) if pixels.weight is None else pixels.weight.expand_as(nll)
-        if pixels.annotated is not None:
-            valid = valid * _own_class(pixels.annotated.unsqueeze(2).to(nll.dtype), pixels.target, pixels.planes)
-        own = _own_class(weights.view(1, -1, 1), pixels.target, pixels.planes)
-        if pixels.planes and pixels.activation == "softmax":
-            # A pixel with soft labels counts once, with the sum over its classes.
-            nll, own = (nll * own).sum(1, keepdim=True), torch.ones_like(nll[:, :1])
-            valid = valid.amax(1, keepdim=True)
-        values, valid = (nll * own * valid).flatten(1), valid.flatten(1)
-        return self._mean_of_hardest(values, valid).to(torch.promote_types(logits.dtype, torch.float32))
+        cost, weighs = self._weighted(pixels, logits.shape[1])
+        return self._mean_of_hardest(cost, weighs).to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _mean_of_hardest(self, values: Tensor, valid: Tensor) -> Tensor:
-        counted = valid > 0
+    def _weighted(self, pixels: Pixels, classes: int) -> tuple[Tensor, Tensor]:
+        """Of each pixel (or of that of each plane) its cost times its weight, and its weight: `(images, entries)`."""
+        nll = pixels.nll()
+        weights = class_weights_of(self.class_weights, classes, pixels.logits).view(1, -1, 1)
+        if pixels.weight is not None:
+            weights = weights * pixels.weight
+        if pixels.annotated is not None:
+            weights = weights * pixels.annotated.unsqueeze(2)
+        weights = weights.expand(pixels.logits.shape)
+        if not pixels.planes:
+            weights = weights.gather(1, pixels.target.long())
+        cost = nll * weights
+        if pixels.planes and pixels.activation == "softmax":
+            # A pixel with soft labels counts once, with the sum over its classes, and weighs what its labels do.
+            cost, weights = cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)
+        return cost.flatten(1), weights.flatten(1)
+
+    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> Tensor:
+        counted = weights > 0
         kept = counted.any(1)
         # In float64, and with a billionth to spare: 0.53 of 100 pixels is 53, not 52.
-        number_of = (counted.sum(1).to(wide_dtype(values)) * self.k + 1e-9).floor().clamp(min=1).long()
-        ordered = values.where(counted, -torch.inf).sort(1, descending=True).values
-        hardest = torch.arange(values.shape[1], device=values.device) < number_of.unsqueeze(1)
-        mean = ordered.where(hardest & kept.unsqueeze(1), 0.0).sum(1, dtype=wide_dtype(values)) / number_of
+        number_of = (counted.sum(1).to(wide_dtype(cost)) * self.k + 1e-9).floor().clamp(min=1).long()
+        ordered, order = cost.where(counted, -torch.inf).sort(1, descending=True)
+        hardest = torch.arange(cost.shape[1], device=cost.device) < number_of.unsqueeze(1)
+        hardest = hardest & kept.unsqueeze(1)
+        above = ordered.where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
+        below = weights.gather(1, order).where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
+        mean = above / below.where(kept, 1.0)
         return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=self.across_ranks)
 
     def settings(self) -> dict[str, object]:
         """The settings by name, as `print(loss)` shows them."""
         return {"k": self.k, **super().settings()}
-
-
-def _own_class(values: Tensor, target: Tensor, planes: bool) -> Tensor:
-    """Of `(images or 1, classes, 1)`, the value of each pixel's class; of planes, of each plane."""
-    if planes:
-        return values
-    flat = values.squeeze(2).expand(target.shape[0], -1)
-    return flat.gather(1, target.squeeze(1).long()).unsqueeze(1)

@@ -12,7 +12,7 @@ from lightning_dice.functional import AbsentPolicy, AbsentRule, Pool, pool_sums,
 from lightning_dice.functional.pooling import gradient_shares
 from lightning_dice.kernels import Activation, OverlapSums, Wanted
 from lightning_dice.losses.base import SumsLoss, class_weights_of
-from lightning_dice.settings import class_indices, class_weights_tensor, kept_classes, one_of, smooth_pair
+from lightning_dice.settings import class_indices, class_weights_tensor, flag, kept_classes, one_of, smooth_pair
 
 Reduction = Literal["mean", "sum", "none"]
 SoftOverlap = Literal["product", "minimum"]
@@ -78,7 +78,7 @@ class OverlapLoss(SumsLoss):
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.smooth = smooth_pair(smooth)
         self.pool: Pool = one_of("pool", pool, Pool)
-        self.squared = squared
+        self.squared = flag("squared", squared)
         self.overlap: SoftOverlap = one_of("overlap", overlap, SoftOverlap)
         if squared and overlap == "minimum":
             raise ValueError(
@@ -88,7 +88,7 @@ class OverlapLoss(SumsLoss):
         self.exclude_classes = class_indices("exclude_classes", exclude_classes)
         self.absent = absent if isinstance(absent, AbsentPolicy) else AbsentPolicy(absent)
         self.reduction: Reduction = one_of("reduction", reduction, Reduction)
-        self.across_ranks = across_ranks
+        self.across_ranks = flag("across_ranks", across_ranks)
         weights = class_weights_tensor(class_weights)
         if weights is not None and pool == "all":
             raise ValueError('class_weights need a ratio for each class; with pool="all" the classes share one')

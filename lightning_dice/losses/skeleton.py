@@ -21,6 +21,7 @@ from lightning_dice.settings import (
     class_indices,
     class_weights_tensor,
     count,
+    flag,
     kept_classes,
     number,
     one_of,
@@ -133,12 +134,12 @@ class ClDiceLoss(SegmentationLoss):
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.iterations = count("iterations", iterations, least=0)
-        self.core = core
+        self.core = flag("core", core)
         self.smooth = smooth_pair(smooth)
         self.pool: Literal["image", "batch"] = one_of("pool", pool, ("image", "batch"))
         self.exclude_classes = class_indices("exclude_classes", exclude_classes)
         self.absent = AbsentPolicy(one_of("absent", absent, ("smooth", "skip")))
-        self.across_ranks = across_ranks
+        self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
     def forward(

@@ -307,6 +307,14 @@ def test_refuses_values_without_a_meaning(logits, target, options, message):
         overlap_sums(logits, target, **options)
 
 
+def test_rounding_is_no_fault():
+    beyond = torch.full((1, 2, 3), 1 + 2e-7)
+    overlap_sums(beyond - 1, beyond - 1, activation=None)
+    overlap_sums(beyond, beyond, activation=None)
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
+        overlap_sums(Z2, Z2 + 1.0001)
+
+
 def test_ignored_values_are_not_checked():
     options = {"activation": "softmax", "ignore_index": 255}
     check_values(Z3, torch.where(torch.rand(IDS.shape) < 0.5, 255, 1), **options)

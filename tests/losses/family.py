@@ -1,0 +1,337 @@
+"""The table of losses that the tests of this folder run over: a new loss of the family is one more row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from definitions import (
+    LEAST,
+    PlainImages,
+    plain_cross_entropy,
+    plain_dice,
+    plain_focal,
+    plain_images,
+    plain_jaccard,
+    plain_overlap_loss,
+    plain_squared_error,
+    plain_top_k,
+    plain_tversky,
+    root,
+)
+from torch import Tensor, nn
+
+from lightning_dice.losses import (
+    CompoundLoss,
+    CrossEntropyLoss,
+    DiceCELoss,
+    DiceFocalLoss,
+    DiceLoss,
+    FocalLoss,
+    FocalTverskyLoss,
+    GeneralizedDiceLoss,
+    JaccardLoss,
+    LogCoshDiceLoss,
+    LogDiceLoss,
+    OnProbabilities,
+    SumsLoss,
+    TopKCrossEntropyLoss,
+    TverskyLoss,
+)
+
+OVERLAP = frozenset({"smooth", "pool", "exclude_classes", "class_weights", "absent", "weight"})
+BY_PIXEL = frozenset({"pool", "class_weights", "weight"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A loss, its settings and its definition.
+
+    Attributes:
+        name: of the loss, as in ids of tests.
+        make: from settings to the loss.
+        plain: from the pixels, and the settings but `activation` and `ignore_index`, to the value.
+        takes: the common settings that it has; `"weight"`: pixel weights and `annotated`.
+        own: grids of its own settings, by name; each is a test case.
+        activations: those that it has with these settings.
+        pools: those that it has.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    plain: Callable[..., float]
+    takes: frozenset[str]
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    activations: tuple[str | None, ...] = ("sigmoid", "softmax", None)
+    pools: tuple[str, ...] = ("image", "batch", "all")
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it is a formula on overlaps: it then has a policy for absent classes."""
+        return "absent" in self.takes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row with one choice of its own settings."""
+
+    row: Row
+    id: str
+    own: Mapping[str, Any]
+
+    @property
+    def activations(self) -> tuple[str | None, ...]:
+        # A softmax has no foreground of each plane.
+        return tuple(a for a in self.row.activations if not (a == "softmax" and self.own.get("alpha") is not None))
+
+    @property
+    def of_sums(self) -> bool:
+        """Whether it is a formula on sums, which can be added up elsewhere."""
+        return isinstance(self.loss(activation=self.activations[0]), SumsLoss)
+
+    def kept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the common settings that the loss has."""
+        return {
+            name: value
+            for name, value in settings.items()
+            if name in self.row.takes and not (name == "pool" and value not in self.row.pools)
+        }
+
+    def loss(self, activation: str | None = "sigmoid", ignore_index: int | None = None, **settings: Any) -> nn.Module:
+        """The loss; common settings that it does not have are left out."""
+        return self.row.make(activation=activation, ignore_index=ignore_index, **self.own, **self.kept(settings))
+
+    def plain(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        annotated: Tensor | None = None,
+        *,
+        activation: str | None = "sigmoid",
+        ignore_index: int | None = None,
+        **settings: Any,
+    ) -> float:
+        """Its value by the definition."""
+        images = plain_images(
+            logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
+        )
+        return self.row.plain(images, **self.own, **self.kept(settings))
+
+
+def dice(images: PlainImages, **settings: Any) -> float:
+    return plain_overlap_loss(images, plain_dice, **settings)
+
+
+def jaccard(images: PlainImages, **settings: Any) -> float:
+    return plain_overlap_loss(images, plain_jaccard, **settings)
+
+
+def tversky(images: PlainImages, alpha: float = 0.3, beta: float = 0.7, **settings: Any) -> float:
+    return plain_overlap_loss(images, plain_tversky(alpha, beta), **settings)
+
+
+def focal_tversky(
+    images: PlainImages, gamma: float = 0.75, alpha: float = 0.3, beta: float = 0.7, **settings: Any
+) -> float:
+    score = plain_tversky(alpha, beta)
+    return plain_overlap_loss(images, score, lambda value: root(1 - value, gamma), **settings)
+
+
+def generalized_dice(images: PlainImages, weighting: str = "inverse_square", **settings: Any) -> float:
+    return plain_overlap_loss(images, plain_dice, weighting=weighting, **settings)
+
+
+def log_dice(images: PlainImages, gamma: float = 1.0, **settings: Any) -> float:
+    def penalty(score: float) -> float:
+        return root(-math.log(max(score, LEAST)), gamma)
+
+    return plain_overlap_loss(images, plain_dice, penalty, **settings)
+
+
+def log_cosh_dice(images: PlainImages, **settings: Any) -> float:
+    return plain_overlap_loss(images, plain_dice, lambda score: math.log(math.cosh(1 - score)), **settings)
+
+
+def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of a Dice loss, those that the other term of a compound takes."""
+    return {name: value for name, value in settings.items() if name == "class_weights"}
+
+
+def dice_ce(
+    images: PlainImages, dice_weight: float = 1.0, ce_weight: float = 1.0, label_smoothing: float = 0.0, **settings: Any
+) -> float:
+    ce = plain_cross_entropy(images, label_smoothing=label_smoothing, **shared(settings))
+    return dice_weight * dice(images, **settings) + ce_weight * ce
+
+
+def dice_focal(
+    images: PlainImages,
+    dice_weight: float = 1.0,
+    focal_weight: float = 1.0,
+    gamma: float = 2.0,
+    alpha: float | None = None,
+    **settings: Any,
+) -> float:
+    focal = plain_focal(images, gamma=gamma, alpha=alpha, **shared(settings))
+    return dice_weight * dice(images, **settings) + focal_weight * focal
+
+
+def compound(activation: str | None, ignore_index: int | None, **settings: Any) -> CompoundLoss:
+    """Terms with two focal factors, so two passes, and one that is no formula on sums."""
+    both = {"activation": activation, "ignore_index": ignore_index}
+    return CompoundLoss(
+        {
+            "tversky": TverskyLoss(**both, **settings),
+            "focal": FocalLoss(**both, **shared(settings)),
+            "sharp": FocalLoss(gamma=0.5, **both),
+            "hardest": TopKCrossEntropyLoss(k=0.5, **both),
+        },
+        {"focal": 0.5, "sharp": 0.25, "hardest": 2.0},
+    )
+
+
+def plain_compound(images: PlainImages, **settings: Any) -> float:
+    focal = 0.5 * plain_focal(images, **shared(settings)) + 0.25 * plain_focal(images, gamma=0.5)
+    return tversky(images, **settings) + focal + 2 * plain_top_k(images, k=0.5)
+
+
+def on_probabilities(**settings: Any) -> OnProbabilities:
+    return OnProbabilities(nn.MSELoss(), **settings)
+
+
+DICE = {"": {}, "squared": {"squared": True}, "minimum": {"overlap": "minimum"}}
+
+ROWS = [
+    Row("dice", DiceLoss, dice, OVERLAP, DICE),
+    Row("jaccard", JaccardLoss, jaccard, OVERLAP, DICE),
+    Row("tversky", TverskyLoss, tversky, OVERLAP, {"": {}, "minimum": {"alpha": 1.5, "beta": 0, "overlap": "minimum"}}),
+    Row("focal_tversky", FocalTverskyLoss, focal_tversky, OVERLAP, {"": {}, "sharp": {"gamma": 2, "alpha": 0.5}}),
+    Row(
+        "generalized_dice",
+        GeneralizedDiceLoss,
+        generalized_dice,
+        OVERLAP - {"class_weights"},
+        {
+            "": {},
+            "inverse": {"weighting": "inverse"},
+            "uniform": {"weighting": "uniform", "squared": True},
+            "minimum": {"overlap": "minimum"},
+        },
+        pools=("image", "batch"),
+    ),
+    Row("log_dice", LogDiceLoss, log_dice, OVERLAP, {"": {}, "root": {"gamma": 0.3}, "squared": {"squared": True}}),
+    Row("log_cosh_dice", LogCoshDiceLoss, log_cosh_dice, OVERLAP),
+    Row(
+        "cross_entropy",
+        CrossEntropyLoss,
+        plain_cross_entropy,
+        BY_PIXEL,
+        {"": {}, "smoothed": {"label_smoothing": 0.2}},
+        pools=("image", "batch"),
+    ),
+    Row(
+        "focal",
+        FocalLoss,
+        plain_focal,
+        BY_PIXEL,
+        {"": {}, "root": {"gamma": 0.5}, "alpha": {"gamma": 1.5, "alpha": 0.25}, "none": {"gamma": 0}},
+        pools=("image", "batch"),
+    ),
+    Row(
+        "top_k",
+        TopKCrossEntropyLoss,
+        plain_top_k,
+        BY_PIXEL - {"pool"},
+        {"": {}, "half": {"k": 0.5}, "all": {"k": 1.0}},
+        pools=("image",),
+    ),
+    Row(
+        "dice_ce",
+        DiceCELoss,
+        dice_ce,
+        OVERLAP,
+        {"": {}, "weighted": {"dice_weight": 0.5, "ce_weight": 2, "label_smoothing": 0.1, "squared": True}},
+    ),
+    Row("dice_focal", DiceFocalLoss, dice_focal, OVERLAP, {"": {}, "alpha": {"focal_weight": 0.5, "alpha": 0.75}}),
+    Row("compound", compound, plain_compound, OVERLAP),
+    Row("on_probabilities", on_probabilities, plain_squared_error, frozenset(), pools=("batch",)),
+]
+
+CASES = [
+    Case(row, f"{row.name}-{choice}" if choice else row.name, own) for row in ROWS for choice, own in row.own.items()
+]
+FIRST = [case for case in CASES if case.id == case.row.name]  # one of each row
+EACH = [(case, activation) for case in CASES for activation in case.activations]
+# Where there is a policy for absent classes, with each of its rules.
+RULES = [
+    (case, activation, absent)
+    for case, activation in EACH
+    for absent in (["smooth", "skip", "penalize"] if case.row.overlaps else ["smooth"])
+]
+
+
+def ids_of(table: list[tuple[Any, ...]]) -> list[str]:
+    """Ids of tests over cases and what goes with each."""
+    return ["-".join([case.id, *map(str, others)]) for case, *others in table]
+
+
+def make_target(
+    generator: torch.Generator, shape: tuple[int, ...], activation: str | None, kind: str, ignored: float = 0.0
+) -> Tensor:
+    """A target of logits of `shape`; 255 marks a share of ignored pixels, where the kind of target can hold it.
+
+    `kind`: `"ids"`, `"planes"` or `"soft"`. Planes of classes that exclude each other are one-hot.
+    """
+    batch, classes, *space = shape
+    ids = torch.randint(0, classes, (batch, *space), generator=generator)
+    if kind == "ids":
+        target = ids
+    elif kind == "soft":
+        target = torch.rand(shape, generator=generator, dtype=torch.float64)
+        target = target / target.sum(1, keepdim=True) if activation == "softmax" else target
+    elif activation == "softmax":
+        target = torch.zeros(shape, dtype=torch.long).scatter_(1, ids.unsqueeze(1), 1)
+    else:
+        target = torch.randint(0, 2, shape, generator=generator)
+    return target.masked_fill(torch.rand(target.shape, generator=generator) < ignored, 255)
+
+
+def make_case(
+    seed: int,
+    activation: str | None,
+    *,
+    shape: tuple[int, ...] = (2, 3, 4, 3),
+    kind: str | None = None,
+    ignored: float = 0.2,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Logits (or probabilities) and a target; by default ids with a softmax and planes otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
+    if activation is None:
+        logits = logits.sigmoid()
+    kind = kind or ("ids" if activation == "softmax" else "planes")
+    return logits.to(dtype), make_target(generator, shape, activation, kind, ignored)
+
+
+def places_of(ignored: Tensor, logits: Tensor, activation: str | None) -> Tensor:
+    """Where in the logits a pixel counts as nothing, given where in the target the ignored label stands."""
+    if ignored.shape != logits.shape:
+        return ignored.unsqueeze(1).expand_as(logits)
+    return ignored.any(1, keepdim=True).expand_as(logits) if activation == "softmax" else ignored
+
+
+def value_and_gradient(loss: nn.Module, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Of the loss at logits."""
+    z = logits.detach().clone().requires_grad_()
+    value = loss(z, *arguments, **options)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value.detach(), gradient

@@ -1,0 +1,422 @@
+"""Every loss of the table: equal to its definition, the same however the pixels come, sound in the hard cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from losses.family import CASES, EACH, FIRST, RULES, ids_of, make_case, make_target, places_of, value_and_gradient
+
+from lightning_dice.kernels import OverlapSums, overlap_sums
+from lightning_dice.losses import OverlapLoss
+
+each = pytest.mark.parametrize(("case", "activation"), EACH, ids=ids_of(EACH))
+each_rule = pytest.mark.parametrize(("case", "activation", "absent"), RULES, ids=ids_of(RULES))
+
+LOGITS = [(case, activation, absent) for case, activation, absent in RULES if activation is not None]
+OVERLAPS = [case for case in FIRST if isinstance(case.loss(), OverlapLoss)]
+SUMS = [(case, activation) for case, activation in EACH if case.of_sums]
+
+# Exact in float32, in which class weights are kept.
+WEIGHTS = [1.0, 2.0, 0.5, 3.0, 0.25]
+
+
+def close(actual, expected, rtol=1e-10, atol=1e-13):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@st.composite
+def problems(draw, case, activation):
+    """Settings, logits, target and what else a loss is called with."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    batch, classes = draw(st.integers(1, 3)), draw(st.integers(2 if activation == "softmax" else 1, 5))
+    shape = (batch, classes, *draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.5, 2.0, 4.0]))
+    kinds = ["planes", "soft"] if activation == "sigmoid" or classes == 1 else ["ids", "planes", "soft"]
+    kind = draw(st.sampled_from(kinds))
+    exclusive = activation == "softmax" or kind == "ids"
+    if activation is None:
+        # Of classes that exclude each other probabilities sum to 1; those near 0 leave no room for a finite step.
+        logits = 0.05 + 0.9 * (logits.softmax(1) if exclusive else logits.sigmoid())
+        logits = logits / logits.sum(1, keepdim=True) * 0.99 if exclusive else logits
+    ignore = draw(st.sampled_from([None, 255, 99]))
+    target = make_target(generator, shape, activation, kind, 0.3 if ignore else 0.0)
+    dtypes = [torch.float64] if kind == "soft" else [torch.uint8, torch.int16, torch.int32, torch.int64]
+    dtypes += [torch.float32] * (kind == "planes") + [torch.bool] * (kind == "planes" and ignore is None)
+    settings = {
+        "ignore_index": ignore,
+        "smooth": draw(st.sampled_from([(1.0, 1.0), (1e-5, 1e-5), (0.5, 2.0), (0.0, 0.0)])),
+        "pool": draw(st.sampled_from(["image", "batch", "all"])),
+        "absent": draw(st.sampled_from(["smooth", "skip", "penalize"])),
+        "exclude_classes": sorted(draw(st.sets(st.integers(0, classes - 1), max_size=classes - 1))),
+    }
+    if settings["pool"] != "all" and draw(st.booleans()):
+        settings["class_weights"] = WEIGHTS[:classes]
+    more = {}
+    if "weight" in case.row.takes:
+        more = {"weight": None, "annotated": None}
+        weighting = draw(st.sampled_from(["none", "pixel", "pixel-and-class"]))
+        if weighting != "none":
+            of = (batch, *shape[2:]) if weighting == "pixel" else shape
+            more["weight"] = torch.rand(of, generator=generator, dtype=torch.float64) + 0.1
+        if draw(st.booleans()):
+            more["annotated"] = torch.rand(batch, classes, generator=generator) < 0.7
+            if exclusive:  # What is not annotated is labelled as background.
+                target = background_where_not_annotated(target, more["annotated"], planes=kind != "ids")
+    target = target.where(target != 255, ignore or 0).to(draw(st.sampled_from(dtypes)))
+    return settings, logits, target, more
+
+
+def background_where_not_annotated(target, annotated, *, planes):
+    target = target.clone()
+    for b, c in (~annotated).nonzero().tolist():
+        if c and planes:
+            given = target[b, c] * (target[b] != 255).all(0)
+            target[b, 0] += given
+            target[b, c] -= given
+        elif c:
+            target[b][target[b] == c] = 0
+    return target
+
+
+class TestDefinition:
+    @each
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def test_loss_and_gradient(self, case, activation, data):
+        chosen, logits, target, more = data.draw(problems(case, activation))
+        loss = case.loss(activation, **chosen)
+
+        def plain(z):
+            return case.plain(z, target, **more, activation=activation, **chosen)
+
+        value, gradient = value_and_gradient(loss, logits, target, **more)
+        close(value, plain(logits))
+        step, scale = 1e-5, gradient.abs().max().item()
+        for place in torch.randperm(logits.numel(), generator=torch.Generator().manual_seed(0))[:2].tolist():
+            up, down = logits.clone(), logits.clone()
+            up.view(-1)[place] += step
+            down.view(-1)[place] -= step
+            slope = (plain(up) - plain(down)) / (2 * step)
+            assert gradient.flatten()[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-6 * scale + 1e-8)
+
+    @each
+    @pytest.mark.parametrize("kind", ["hard", "soft"])
+    def test_gradients_once_and_twice(self, case, activation, kind):
+        logits, target = make_case(3, activation, shape=(2, 3, 3), kind=None if kind == "hard" else kind)
+        loss = case.loss(activation, ignore_index=255, pool="image")
+        logits.requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: loss(z, target), logits)
+        assert torch.autograd.gradgradcheck(lambda z: loss(z, target), logits)
+
+
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+def test_the_hardest_pixels_with_weights_of_pixel_and_class(kind):
+    case = next(case for case in CASES if case.id == "top_k-half")
+    logits, target = make_case(0, "softmax", kind=kind, ignored=0.0)
+    weight = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value = case.loss("softmax")(logits, target, weight)
+    close(value, case.plain(logits, target, weight, activation="softmax"))
+
+
+def test_the_hardest_pixels_where_the_background_is_not_annotated():
+    case = next(case for case in CASES if case.id == "top_k-all")
+    logits, ids = make_case(0, "softmax", ignored=0.0)
+    annotated = torch.tensor([[True, True, True], [False, True, True]])
+    value = case.loss("softmax")(logits, ids, annotated=annotated)
+    close(value, case.plain(logits, ids, annotated=annotated, activation="softmax"))
+    close(case.loss("softmax")(logits, F.one_hot(ids, 3).movedim(-1, 1), annotated=annotated), value)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_the_penalty_of_a_generalized_loss_without_smoothing(activation):
+    case = next(case for case in CASES if case.id == "generalized_dice")
+    logits, target = make_case(0, activation, ignored=0.0)
+    chosen = {"activation": activation, "absent": "penalize", "smooth": 0, "exclude_classes": [0]}
+    close(case.loss(**chosen)(logits, target * 0), case.plain(logits, target * 0, **(chosen | {"smooth": (0, 0)})))
+
+
+class TestInvariances:
+    """What must not change the loss."""
+
+    @each
+    def test_pixels_permuted(self, case, activation):
+        logits, target = make_case(6, activation, shape=(2, 3, 20))
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        loss = case.loss(activation, ignore_index=255)
+        value, gradient = value_and_gradient(loss, logits, target)
+        moved, moved_gradient = value_and_gradient(loss, logits[..., order], target[..., order])
+        close(moved, value)
+        close(moved_gradient, gradient[..., order])
+
+    @each
+    @pytest.mark.parametrize("pool", ["image", "batch"])
+    def test_classes_relabelled(self, case, activation, pool):
+        logits, target = make_case(6, activation)
+        order = torch.tensor([2, 0, 1])
+        new = (
+            target[:, order] if target.ndim == logits.ndim else order.argsort()[target % 255].where(target != 255, 255)
+        )
+        weights = torch.tensor(WEIGHTS[:3])
+        options = {"activation": activation, "ignore_index": 255, "pool": pool}
+        value = case.loss(class_weights=weights, exclude_classes=[1], **options)(logits, target)
+        moved = case.loss(class_weights=weights[order], exclude_classes=[2], **options)(logits[:, order], new)
+        close(moved, value)
+
+    @each
+    @pytest.mark.parametrize("pool", ["image", "batch", "all"])
+    def test_images_permuted(self, case, activation, pool):
+        logits, target = make_case(6, activation, shape=(4, 3, 5))
+        order = torch.tensor([3, 1, 0, 2])
+        loss = case.loss(activation, ignore_index=255, pool=pool)
+        close(loss(logits[order], target[order]), loss(logits, target))
+
+    @pytest.mark.parametrize(("case", "activation"), SUMS, ids=ids_of(SUMS))
+    @pytest.mark.parametrize("pool", ["image", "batch", "all"])
+    def test_batch_split_and_sums_added(self, case, activation, pool):
+        logits, target = make_case(6, activation, shape=(5, 3, 4))
+        loss = case.loss(activation, ignore_index=255, pool=pool, absent="penalize")
+        options = {"activation": activation, "ignore_index": 255, "wanted": loss.wanted}
+        value, gradient = value_and_gradient(loss, logits, target)
+        z = logits.clone().requires_grad_()
+        parts = [overlap_sums(z[part], target[part], **options) for part in (slice(0, 2), slice(2, 5))]
+        added = loss.from_sums(OverlapSums.cat(parts))
+        close(added.detach(), value)
+        close(torch.autograd.grad(added, z)[0], gradient)
+
+    @each
+    @pytest.mark.parametrize("pool", ["image", "batch", "all"])
+    def test_ignored_pixels_are_cropped_pixels(self, case, activation, pool):
+        logits, target = make_case(6, activation, shape=(2, 3, 4, 6), ignored=0.0)
+        ignored = target.clone()
+        ignored[..., 4:] = 255
+        loss = case.loss(activation, ignore_index=255, pool=pool)
+        value, gradient = value_and_gradient(loss, logits[..., :4], target[..., :4])
+        whole, whole_gradient = value_and_gradient(loss, logits, ignored)
+        close(whole, value)
+        close(whole_gradient[..., :4], gradient)
+        assert (whole_gradient[..., 4:] == 0).all()
+
+    @each
+    @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+    def test_ignored_pixels_may_hold_anything(self, case, activation, garbage):
+        logits, target = make_case(6, activation, ignored=0.4)
+        places = places_of(target == 255, logits, activation)
+        loss = case.loss(activation, ignore_index=255, absent="penalize", pool="image")
+        value, gradient = value_and_gradient(loss, logits, target)
+        dirty, dirty_gradient = value_and_gradient(loss, logits.masked_fill(places, garbage), target)
+        assert dirty == value
+        assert torch.equal(dirty_gradient, gradient)
+        assert (gradient[places] == 0).all()
+
+    @each
+    def test_an_ignored_image_does_not_dilute_the_mean(self, case, activation):
+        logits, target = make_case(7, activation, shape=(3, 3, 6))
+        target[2] = 255
+        loss = case.loss(activation, ignore_index=255, pool="image")
+        close(loss(logits, target), loss(logits[:2], target[:2]))
+
+    @each
+    def test_with_a_ratio_for_each_image_it_does_not_know_its_neighbours(self, case, activation):
+        logits, target = make_case(7, activation, shape=(3, 3, 6), ignored=0.0)
+        if case.row.name in ("cross_entropy", "focal", "top_k") or (case.row.overlaps and case.of_sums):
+            loss = case.loss(activation, pool="image")
+            alone = torch.stack([loss(logits[b : b + 1], target[b : b + 1]) for b in range(3)])
+            close(loss(logits, target), alone.mean())
+        if isinstance(case.loss(), OverlapLoss):
+            table = case.loss(activation, pool="image", absent="penalize")
+            table.reduction = "none"
+            alone = torch.cat([table(logits[b : b + 1], target[b : b + 1]) for b in range(3)])
+            torch.testing.assert_close(table(logits, target), alone, rtol=0, atol=0)
+
+    @each
+    def test_scale_of_class_weights(self, case, activation):
+        logits, target = make_case(7, activation)
+        once = case.loss(activation, ignore_index=255, class_weights=WEIGHTS[:3])
+        tenfold = case.loss(activation, ignore_index=255, class_weights=[8 * w for w in WEIGHTS[:3]])
+        close(tenfold(logits, target), once(logits, target))
+
+
+class TestHardCases:
+    @each_rule
+    @pytest.mark.parametrize("pool", ["image", "batch"])
+    @pytest.mark.parametrize("smooth", [(1.0, 1.0), (0.0, 0.0)], ids=["smoothed", "unsmoothed"])
+    def test_classes_absent_from_the_target(self, case, activation, absent, pool, smooth):
+        logits, target = make_case(8, activation, ignored=0.0)
+        logits = 0.98 * logits / logits.sum(1, keepdim=True) if activation is None else logits
+        target[target == 2] = 0
+        target[1] = 0
+        chosen = {"activation": activation, "absent": absent, "pool": pool, "smooth": smooth}
+        value, gradient = value_and_gradient(case.loss(**chosen), logits, target)
+        close(value, case.plain(logits, target, **chosen))
+        assert gradient.isfinite().all()
+
+    @each_rule
+    @pytest.mark.parametrize("smooth", [(1.0, 1.0), (0.0, 0.0)], ids=["smoothed", "unsmoothed"])
+    def test_a_class_absent_from_both(self, case, activation, absent, smooth):
+        logits, target = make_case(8, activation, ignored=0.0)
+        if target.ndim == logits.ndim:
+            target[:, 2] = 0
+        target[target == 2] = 0
+        logits[:, 2] = 0.0 if activation is None else -1e3
+        chosen = {"activation": activation, "absent": absent, "smooth": smooth}
+        value, gradient = value_and_gradient(case.loss(**chosen), logits, target)
+        if activation is None:
+            close(value, case.plain(logits, target, **chosen))
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+    @each_rule
+    def test_a_perfect_prediction(self, case, activation, absent):
+        logits, target = make_case(8, activation, ignored=0.0)
+        planes = target if target.ndim == logits.ndim else F.one_hot(target, 3).movedim(-1, 1)
+        perfect = planes.double() if activation is None else (planes * 2.0 - 1) * 500
+        value, gradient = value_and_gradient(case.loss(activation, absent=absent), perfect, target)
+        # Smoothed labels are never met.
+        assert "label_smoothing" in case.own or value.item() == pytest.approx(0, abs=1e-12)
+        assert gradient.isfinite().all()
+
+    @each_rule
+    @pytest.mark.parametrize("pool", ["image", "batch"])
+    def test_everything_ignored(self, case, activation, absent, pool):
+        logits, target = make_case(8, activation)
+        loss = case.loss(activation, ignore_index=255, absent=absent, pool=pool, smooth=0)
+        value, gradient = value_and_gradient(loss, logits * math.nan, torch.full_like(target, 255))
+        assert value == 0
+        assert (gradient == 0).all()
+
+    @each_rule
+    @pytest.mark.parametrize("pool", ["image", "batch", "all"])
+    def test_no_images(self, case, activation, absent, pool):
+        logits, target = make_case(8, activation)
+        loss = case.loss(activation, absent=absent, pool=pool)
+        value, gradient = value_and_gradient(loss, logits[:0], target[:0])
+        assert value == 0
+        assert gradient.shape == logits[:0].shape
+
+    @pytest.mark.parametrize(
+        "case",
+        [case for case in CASES if case.row.overlaps and "label_smoothing" not in case.own],
+        ids=lambda case: case.id,
+    )
+    @pytest.mark.parametrize("pool", ["image", "batch"])
+    def test_the_penalty_pushes_as_hard_as_cross_entropy(self, case, pool):
+        logits = torch.linspace(-6, 6, 50, dtype=torch.float64).view(1, 1, 50)
+        empty = torch.zeros_like(logits)
+        _, gradient = value_and_gradient(case.loss(absent="penalize", pool=pool), logits, empty)
+        _, entropy = value_and_gradient(F.binary_cross_entropy_with_logits, logits, empty)
+        assert (gradient >= entropy * (1 - 1e-9)).all()
+
+    @pytest.mark.parametrize(("case", "activation", "absent"), LOGITS, ids=ids_of(LOGITS))
+    @pytest.mark.parametrize("pool", ["image", "batch", "all"])
+    def test_a_diverged_network_is_seen(self, case, activation, absent, pool):
+        # A sigmoid of infinity is 1, a softmax gives a class at -inf a probability of 0: nothing is wrong then.
+        for value in [math.nan, math.inf] if activation == "softmax" else [math.nan]:
+            logits, target = make_case(8, activation, ignored=0.0)
+            target[(0, 0, 0, 0)[: target.ndim]] = 0 if activation == "softmax" else 1
+            logits[0, 0, 0, 0] = value
+            assert case.loss(activation, absent=absent, pool=pool)(logits, target).isnan()
+
+    @pytest.mark.parametrize("case", OVERLAPS, ids=lambda case: case.id)
+    def test_a_diverged_network_is_seen_in_a_class_that_is_skipped(self, case):
+        logits, target = make_case(8, "sigmoid", ignored=0.0)
+        target[:, 1] = 0
+        logits[0, 1, 0, 0] = math.nan
+        assert case.loss(absent="skip")(logits, target).isnan()
+
+
+class TestInputs:
+    @each
+    @pytest.mark.parametrize(
+        "dtype",
+        [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.bool, torch.float16],
+    )
+    def test_targets_of_any_dtype(self, case, activation, dtype):
+        logits, target = make_case(9, activation, ignored=0.0)
+        if target.ndim < logits.ndim and (dtype.is_floating_point or dtype == torch.bool):
+            logits, target = make_case(9, activation, ignored=0.0, kind="planes")
+        loss = case.loss(activation)
+        value, gradient = value_and_gradient(loss, logits, target)
+        other, other_gradient = value_and_gradient(loss, logits, target.to(dtype))
+        assert other == value
+        assert torch.equal(other_gradient, gradient)
+
+    @pytest.mark.parametrize(
+        "case", [case for case in CASES if "softmax" in case.activations], ids=lambda case: case.id
+    )
+    def test_ids_are_one_hot_planes(self, case):
+        logits, ids = make_case(9, "softmax", ignored=0.0)
+        loss = case.loss("softmax", class_weights=WEIGHTS[:3], absent="skip")
+        value, gradient = value_and_gradient(loss, logits, ids)
+        other, other_gradient = value_and_gradient(loss, logits, F.one_hot(ids, 3).movedim(-1, 1))
+        close(other, value)
+        close(other_gradient, gradient)
+
+    @each
+    @pytest.mark.parametrize("space", [(6, 5), (3, 4, 2)], ids=["2d", "3d"])
+    def test_memory_formats_and_strides(self, case, activation, space):
+        logits, target = make_case(9, activation, shape=(2, 3, *space))
+        loss = case.loss(activation, ignore_index=255)
+        value, gradient = value_and_gradient(loss, logits, target)
+        last = torch.channels_last if len(space) == 2 else torch.channels_last_3d
+        strided = logits.mT.contiguous().mT
+        padded = torch.zeros(2, 3, *space, 2, dtype=logits.dtype)
+        padded[..., 0] = logits
+        for other in (logits.contiguous(memory_format=last), strided, padded[..., 0]):
+            z = other.detach().requires_grad_()
+            result = loss(z, target)
+            close(result.detach(), value)
+            close(torch.autograd.grad(result, z)[0], gradient)
+        close(loss(logits, target.mT.contiguous().mT), value)
+
+    @each
+    def test_expanded_targets(self, case, activation):
+        logits, target = make_case(9, activation)
+        expanded = target[:1].expand(2, *target.shape[1:])
+        loss = case.loss(activation, ignore_index=255)
+        close(loss(logits, expanded), loss(logits, expanded.contiguous()))
+
+    @each
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    def test_dtypes_of_loss_and_gradient(self, case, activation, dtype):
+        logits, target = make_case(9, activation, dtype=dtype)
+        value, gradient = value_and_gradient(case.loss(activation, ignore_index=255), logits, target)
+        exact, _ = value_and_gradient(case.loss(activation, ignore_index=255), logits.double(), target)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert gradient.dtype == dtype
+        assert value.item() == pytest.approx(exact.item(), rel=1e-6)
+
+    @each
+    @pytest.mark.parametrize("kind", ["hard", "soft"])
+    def test_autocast_changes_nothing(self, case, activation, kind):
+        kind = None if kind == "hard" else kind
+        logits, target = make_case(9, activation, dtype=torch.float32, kind=kind)
+        target = target.float() if kind else target
+        loss = case.loss(activation, ignore_index=255)
+        value, gradient = value_and_gradient(loss, logits, target)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other, other_gradient = value_and_gradient(loss, logits, target)
+        assert other == value
+        assert torch.equal(other_gradient, gradient)
+
+    @each
+    @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # see the next test
+    def test_targets_may_have_a_gradient(self, case, activation):
+        logits, target = make_case(9, activation, kind="soft", ignored=0.0, shape=(2, 3, 3))
+        loss = case.loss(activation)
+        # Within their range: labels of a softmax must sum to 1.
+        inside = (lambda t: t.softmax(1)) if activation == "softmax" else torch.sigmoid
+        assert torch.autograd.gradcheck(lambda t: loss(logits, inside(t)), target.requires_grad_())
+
+    def test_targets_that_have_a_gradient_give_no_warning(self):
+        logits, target = make_case(9, "sigmoid", kind="soft", ignored=0.0)
+        torch.set_warn_always(True)
+        try:
+            CASES[0].loss()(logits, target.requires_grad_())
+        finally:
+            torch.set_warn_always(False)
