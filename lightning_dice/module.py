@@ -17,6 +17,7 @@ from lightning_dice.functional import hard_prediction, pad_to_multiple, read_log
 from lightning_dice.functional.coarser import pad_target
 from lightning_dice.functional.outputs import crop_to, resize_to
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
+from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
 
 Stage = Literal["train", "val", "test"]
@@ -148,14 +149,9 @@ class SegmentationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Have the data module's workers compute what the loss needs of the masks."""
-        data = getattr(self.trainer, "datamodule", None)
-        if (
-            stage != "predict"
-            and data is not None
-            and hasattr(data, "maps")
-            and isinstance(self.loss, SegmentationLoss)
-        ):
-            data.maps = dict(self.loss.maps)
+        add_maps = getattr(getattr(self.trainer, "datamodule", None), "add_maps", None)
+        if stage != "predict" and add_maps is not None and isinstance(self.loss, SegmentationLoss):
+            add_maps(self.loss.maps)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """The loss of a batch."""
@@ -206,7 +202,8 @@ class SegmentationModule(L.LightningModule):
         space = tuple(levels[0].shape[2:])
         if tuple(given.image.shape[2:]) != space:
             # What the padding shows is ignored, if the loss can, or repeats the last row as the image does.
-            ignore_index = getattr(self.loss, "ignore_index", None)
+            inner, ids = loss.loss, given.mask.ndim < given.image.ndim
+            ignore_index = getattr(inner, "ignore_index", None) if isinstance(inner, SegmentationLoss) or ids else None
             weight = None if given.weight is None else pad_target(given.weight, space, ignore_index=None)
             mask = pad_target(given.mask, space, ignore_index=ignore_index)
             given = given._replace(mask=mask, weight=weight, maps={})
@@ -221,7 +218,7 @@ class SegmentationModule(L.LightningModule):
                 f"the batch has a weight or annotated classes, which a {type(loss).__name__} does not take: wrap it in "
                 "a lightning_dice.losses.SegmentationLoss, or leave them out"
             )
-        return loss(logits, given.mask)  # type: ignore[no-any-return]
+        return call_plain(loss, logits, given.mask)
 
     def _activation(self) -> Literal["sigmoid", "softmax"]:
         activation = self.activation or getattr(self.loss, "activation", None)

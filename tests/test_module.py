@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
-from lightning_dice.data import Batch
-from lightning_dice.losses import CompoundLoss, DeepSupervision, FocalLoss, SegmentationLoss
+from lightning_dice.data import Batch, SegmentationData, SyntheticSource
+from lightning_dice.losses import BoundaryLoss, CompoundLoss, DeepSupervision, FocalLoss, SegmentationLoss
+from lightning_dice.module import Given
 
 # Some tests train without validation.
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
@@ -215,6 +216,53 @@ def test_the_loss_gets_what_the_batch_has():
     assert torch.equal(module.loss.given["double"], mask * 2)
     with pytest.raises(ValueError, match="a BCEWithLogitsLoss does not take"):
         silent(SegmentationModule(nn.Conv2d(1, 1, 1), nn.BCEWithLogitsLoss())).training_step(batch, 0)
+
+
+def test_the_data_module_computes_what_the_loss_needs():
+    source = SyntheticSource(size=(32, 32), cases=(4, 2, 0))
+    data = SegmentationData(source, batch_size=2, num_workers=0, ignore_index=255, maps={"mine": lambda mask: mask + 1})
+    module = SegmentationModule(nn.Conv2d(1, 1, 1), BoundaryLoss(ignore_index=255))
+    trainer(max_epochs=1).fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch.maps) == {"mine", "signed_distance"}
+    expected = torch.stack([module.loss.maps["signed_distance"](one) for one in batch.mask])
+    torch.testing.assert_close(batch.maps["signed_distance"], expected)
+
+
+def test_a_data_module_of_ones_own_keeps_its_maps():
+    class Cities(L.LightningDataModule):
+        maps = ("city", "rural")
+
+        def train_dataloader(self):
+            return loader()
+
+    data = Cities()
+    trainer(max_epochs=1).fit(SegmentationModule(nn.Conv2d(1, 1, 1), BoundaryLoss()), data)
+    assert data.maps == ("city", "rural")
+
+
+@pytest.mark.parametrize(("divisor", "size"), [(1, 16), (8, 13)])
+def test_torch_losses_take_masks_as_they_are_stored(divisor, size):
+    image = torch.randn(2, 1, size, 16, generator=torch.Generator().manual_seed(0))
+    mask = (image > 1).to(torch.uint8)
+    module = silent(SegmentationModule(Net("list"), nn.BCEWithLogitsLoss(), activation="sigmoid", divisor=divisor))
+    module.training_step((image, mask), 0).backward()
+    loss = module.validation_step((image, mask), 0)["loss"]
+    torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(module(image), mask.float()))
+
+
+def test_soft_labels_are_not_padded_with_an_ignored_label():
+    net = nn.Conv2d(1, 2, 3, padding=1)
+
+    class Levels(nn.Module):
+        def forward(self, image):
+            logits = net(image)
+            return [logits, nn.functional.avg_pool2d(logits, 2)]
+
+    image = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    soft = torch.full((1, 2, 12, 12), 0.5)
+    module = silent(SegmentationModule(Levels(), nn.CrossEntropyLoss(), DiceScore(2), activation="softmax", divisor=8))
+    assert module._loss_of_levels(module.levels(image), Given(image, soft)) > 0.5
 
 
 def test_every_term_of_a_loss_is_logged():

@@ -127,6 +127,10 @@ class SegmentationData(lightning.LightningDataModule):
         self._cases: dict[Split, Cases | None] = {}
         self._train_sampler: _TrainSampler | None = None
 
+    def add_maps(self, maps: Maps) -> None:
+        """Compute these too, beside what `maps` has already: a module asks for what its loss needs."""
+        self.maps = {**(self.maps or {}), **maps}
+
     def prepare_data(self) -> None:
         """Check the source and show what was found; once, however often it is called.
 

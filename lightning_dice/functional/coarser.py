@@ -72,7 +72,7 @@ def coarser_target(
              [0, 0]]])
     """
     space = tuple(space)
-    planes = _is_planes(target, space, classes)
+    planes = _is_planes(target, space, classes, activation)
     size = tuple(target.shape[2:] if planes else target.shape[1:])
     if any(after > before for after, before in zip(space, size, strict=True)):
         raise ValueError(f"space must be no larger than the target, {size}, got {space}: resize the logits instead")
@@ -151,7 +151,7 @@ def pad_target(target: Tensor, space: Sequence[int], ignore_index: int | None = 
     return F.pad(_holding(target, ignore_index), padding, value=ignore_index)
 
 
-def _is_planes(target: Tensor, space: tuple[int, ...], classes: int) -> bool:
+def _is_planes(target: Tensor, space: tuple[int, ...], classes: int, activation: Activation) -> bool:
     """Whether the target is planes, by its axes.
 
     Raises:
@@ -164,6 +164,11 @@ def _is_planes(target: Tensor, space: tuple[int, ...], classes: int) -> bool:
         raise ValueError(
             f"target must be class ids (batch, *size) or planes (batch, classes, *size) with {len(space)} axes of "
             f"size, got {tuple(target.shape)}"
+        )
+    if not planes and (activation == "sigmoid" or classes == 1):
+        hint = "use target.unsqueeze(1)" if classes == 1 else 'class ids go with activation="softmax"'
+        raise ValueError(
+            f"target must have a plane for each of the {classes} classes, got the shape {tuple(target.shape)}; {hint}"
         )
     if planes and target.shape[1] != classes:
         hint = "; for a target of shape (batch, 1, *space) use target.squeeze(1)" if target.shape[1] == 1 else ""

@@ -59,7 +59,7 @@ def weighted_mean(
         weight = weight * class_weights.to(values.dtype)
     total, norm = (values.where(kept, 0.0) * weight).sum(), weight.sum()
     if across_ranks and gradient_shares() > 1:
-        dist.all_reduce(norm)
+        norm = sum_over_ranks(norm)
         total = total * dist.get_world_size()
     return total / torch.where(norm > 0, norm, 1.0)
 
@@ -67,6 +67,13 @@ def weighted_mean(
 def gradient_shares() -> int:
     """Over how many ranks DDP averages the gradient that is being taken; 1 if none is."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled() else 1
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over all ranks, without a gradient."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value
 
 
 class _SumOverRanks(torch.autograd.Function):

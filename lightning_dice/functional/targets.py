@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,9 @@ class TargetReader:
             if self.classes is None:
                 raise ValueError("classes, the number of channels of the logits, is needed for a map of class ids")
             # An ignored label may be a class's id: it is not that class.
-            masks = torch.stack([target == index for index in range(self.classes)])
+            # Compared with uint8, torch takes class 256 for 0.
+            ids = target.long() if self.classes - 1 > torch.iinfo(target.dtype).max else target
+            masks = torch.stack([ids == index for index in range(self.classes)])
         else:
             if self.classes is not None and target.shape[0] != self.classes:
                 raise ValueError(
@@ -88,7 +90,8 @@ def map_of_batch(
     reader: TargetReader,
     logits: Tensor,
     target: Tensor,
-    find: Callable[[Tensor], Tensor],
+    find: Callable[[str, Tensor, Mapping[str, Tensor] | None], Tensor],
+    given: Mapping[str, Tensor] | None,
     *,
     by_pixel: bool = False,
 ) -> Tensor:
@@ -99,7 +102,9 @@ def map_of_batch(
         reader: the map's function, or that part of it which reads targets.
         logits: `(batch, classes, *space)`.
         target: ids `(batch, *space)` or planes `(batch, classes, *space)`.
-        find: called with the target, in a form that the map cannot mistake; returns the given map or computes it.
+        find: `SegmentationLoss.map`: returns the given map, or computes it of a target in a form that cannot be
+            mistaken.
+        given: maps by name, as far as they came with the batch.
         by_pixel: whether of ids the map has one plane for all classes.
 
     Returns:
@@ -115,8 +120,9 @@ def map_of_batch(
         raise ValueError(f"classes is needed with class ids: classes={classes}")
     shape = tuple(target.shape if by_pixel else logits.shape)
     if planes and reader.holds_ids(target):
-        target = target.float()  # One-hot planes of integers, which one image at a time would pass for ids.
-    values = find(target)
+        # One-hot planes of integers, which one image at a time pass for ids: a worker's map would be of those.
+        target, given = target.float(), None
+    values = find(name, target, given)
     if tuple(values.shape) != shape:
         raise ValueError(f"maps[{name!r}] must have the shape {shape}, got {tuple(values.shape)}")
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ _ROUNDING = 1e-5
 _TELLING = 64
 
 _FLAT_TARGET = "for a mask of shape (batch, *space) use target.unsqueeze(1)"
+_IDS_TARGET = 'class ids (batch, *space) go with activation="softmax"'
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
 
 
@@ -61,12 +63,28 @@ def overlap_sums(
     >>> [round(float(field), 2) for field in (sums.overlap, sums.predicted, sums.actual, sums.count)]
     [1.0, 2.0, 1.0, 3.0]
     """
-    # Autocast would run part of this in half precision, and refuses a cross-entropy of probabilities.
-    with torch.autocast(logits.device.type, enabled=False):
+    with full_precision(logits):
         pixels = checked_pixels(
             logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
         )
         return reference.overlap_sums(pixels, wanted)
+
+
+def full_precision(logits: Tensor) -> torch.autocast:
+    """A context in which autocast, which would run part of a loss in half precision, is off.
+
+    Raises:
+        ValueError: logits that are no tensor, as what a network with several outputs returns.
+    """
+    if not isinstance(logits, Tensor):
+        hint = (
+            ": for a network with several outputs use DeepSupervision(loss)"
+            if isinstance(logits, (list, tuple))
+            else ""
+        )
+        hint = ': take logits["out"], or what the network calls them' if isinstance(logits, Mapping) else hint
+        raise ValueError(f"logits must be a tensor, got {type(logits).__name__}{hint}")
+    return torch.autocast(logits.device.type, enabled=False)
 
 
 def checked_pixels(
@@ -127,7 +145,7 @@ def check_shapes(
     as_planes = came == shape
     as_ids = came == ids_shape and classes > 1
     if activation == "sigmoid" and not as_planes:
-        hint = f"; {_FLAT_TARGET}" if came == ids_shape and classes == 1 else ""
+        hint = f"; {_FLAT_TARGET if classes == 1 else _IDS_TARGET}" if came == ids_shape else ""
         raise ValueError(f"target must have the shape of logits, {shape}, got {came}{hint}")
     if not (as_planes or as_ids):
         hint = f"; {_PLANE_TARGET}" if came == (shape[0], 1, *shape[2:]) else ""
@@ -185,9 +203,11 @@ def check_values(
         _check_sums_to_one(target, ignore_index)
     if not planes and not (low >= 0 and high < classes):
         ignored = "" if ignore_index is None else f" (ignored: {ignore_index})"
+        remedy = "set ignore_index for a label to be left out, or give logits a channel for every class"
+        remedy = "ids start at 0" if low >= 1 and high == classes else remedy
         raise ValueError(
             f"target must hold class ids from 0 to {classes - 1}{ignored}, got values from {low:g} to {high:g}; "
-            "set ignore_index for a label to be left out, or give logits a channel for every class"
+            + remedy
         )
     if activation is None:
         probs = logits.detach()

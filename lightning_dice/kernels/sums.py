@@ -90,7 +90,8 @@ class OverlapSums:
         predicted: :math:`\sum w p`.
         actual: :math:`\sum w t`.
         count: :math:`\sum w`, in pixels.
-        predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless wanted.
+        predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless wanted (a loss says so by its
+            `wanted`: `Wanted(squares=True)`).
         actual_squares: :math:`\sum w t^2`.
         minimum: :math:`\sum w \min(p, t)`; the overlap, where every label is 0 or 1.
         nll: :math:`\sum w\,(-\log p)` over the pixels of the true class, in the sum of that class, where classes

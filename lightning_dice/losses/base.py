@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.functional import Pool, pool_sums, weighted_mean
+from lightning_dice.functional import AbsentPolicy, Pool, pool_sums, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
 from lightning_dice.settings import class_weights_tensor, flag, label, one_of
 
 TargetMap = Callable[[Tensor], Tensor]
+
+# Settings that most losses have: shown where they are not what they are by default.
+_SHARED = (
+    "activation",
+    "smooth",
+    "pool",
+    "squared",
+    "overlap",
+    "exclude_classes",
+    "class_weights",
+    "ignore_index",
+    "absent",
+    "reduction",
+    "across_ranks",
+)
 
 
 class SegmentationLoss(nn.Module):
@@ -53,7 +70,7 @@ class SegmentationLoss(nn.Module):
             maps: what `maps` computes of the targets, stacked; missing ones are computed.
 
         Returns:
-            A scalar; float32 (float64 for float64 logits).
+            A scalar, but with `reduction="none"` where the loss has that; float32 (float64 for float64 logits).
         """
         raise NotImplementedError
 
@@ -67,12 +84,60 @@ class SegmentationLoss(nn.Module):
         return torch.stack([make(one.cpu()) for one in target]).to(target.device)
 
     def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"activation": self.activation, "ignore_index": self.ignore_index}
+        """What `print(loss)` shows: the settings of this kind of loss, and of those that all have, what was set."""
+        own: dict[str, object] = {}
+        shared: dict[str, object] = {"activation": self.activation}
+        for kind in type(self).__mro__:
+            if kind is nn.Module:
+                break
+            for name, parameter in _parameters(kind).items():
+                value = getattr(self, name, inspect.Parameter.empty)
+                if name in own or name in shared or value is inspect.Parameter.empty or isinstance(value, nn.Module):
+                    continue
+                if name not in _SHARED:
+                    own[name] = _shown(value)
+                elif _shown(value) != _shown(parameter.default):
+                    shared[name] = _shown(value)
+        return {**own, **shared}
 
     def extra_repr(self) -> str:
         """The settings, as `print(loss)` shows them."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+    def _refuse(self, unknown: Mapping[str, object]) -> None:
+        """Raise for settings that this loss does not have, with those that may have been meant."""
+        if not unknown:
+            return
+        names = {name for kind in type(self).__mro__ for name in _parameters(kind)}
+        told = []
+        for name in unknown:
+            close = difflib.get_close_matches(name, names, 1)
+            told.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        raise TypeError(
+            f"{type(self).__name__} has no setting {', '.join(told)}; it has {', '.join(sorted(names))}. For the words "
+            "of another library see its like_monai, like_smp and like_nnunet"
+        )
+
+
+def call_plain(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """A module that is no `SegmentationLoss`, with the target as torch's own losses take it.
+
+    Masks are stored in the smallest dtype that holds them: class ids become int64, planes what the logits are.
+
+    Raises:
+        ValueError: what the module itself raises, with the shapes and the remedies.
+    """
+    if not target.is_floating_point():
+        target = target.to(logits.dtype) if target.shape == logits.shape else target.long()
+    try:
+        result: Tensor = loss(logits, target)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{type(loss).__name__} failed on logits {tuple(logits.shape)} and target {tuple(target.shape)}: {error}. "
+            "It must take the logits and the mask as they are: one that takes probabilities goes into OnProbabilities, "
+            "and one with ignored pixels needs its own ignore_index"
+        ) from error
+    return result
 
 
 class SumsLoss(SegmentationLoss):
@@ -136,8 +201,10 @@ class PixelMeanLoss(SumsLoss):
         class_weights: object = None,
         ignore_index: int | None = None,
         across_ranks: bool = True,
+        **unknown: object,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
+        self._refuse(unknown)
         self.pool: Pool = one_of("pool", pool, self.pools)
         self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
@@ -160,10 +227,25 @@ class PixelMeanLoss(SumsLoss):
         spread = self.across_ranks and self.pool == "image"
         return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=spread)
 
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        weights = None if self.class_weights is None else self.class_weights.tolist()
-        return {**super().settings(), "pool": self.pool, "class_weights": weights}
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """The keyword settings in the constructor that a class itself defines."""
+    if "__init__" not in kind.__dict__ or kind in (nn.Module, object):
+        return {}
+    parameters = inspect.signature(kind.__dict__["__init__"]).parameters
+    return {name: one for name, one in parameters.items() if name != "self" and one.kind != one.VAR_KEYWORD}
+
+
+def _shown(value: object) -> object:
+    """A setting in the form in which it is usually given."""
+    if isinstance(value, AbsentPolicy):
+        return value.rule
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (tuple, list)):
+        numbers = len(value) == 2 and all(isinstance(one, float) for one in value)
+        return value[0] if numbers and value[0] == value[1] else list(value)
+    return value
 
 
 def class_weights_of(weights: Tensor | None, classes: int, like: Tensor) -> Tensor:

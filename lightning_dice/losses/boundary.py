@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +13,7 @@ from lightning_dice.functional import weighted_mean
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
-from lightning_dice.kernels.inputs import check_shapes
+from lightning_dice.kernels.inputs import check_shapes, full_precision
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, TargetMap
 from lightning_dice.settings import class_indices, flag, kept_classes, number
@@ -90,7 +91,7 @@ class DistanceLoss(SegmentationLoss):
         maps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss; see `SegmentationLoss.forward`. Of maps it takes `"signed_distance"`, of the shape of logits."""
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             pixels = checked_pixels(
                 logits,
                 target,
@@ -105,7 +106,8 @@ class DistanceLoss(SegmentationLoss):
                 self._distance,
                 logits,
                 target,
-                lambda target: self.map("signed_distance", target, maps),
+                self.map,
+                maps,
             )
             values = self.of_pixels(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
             return self._mean(values, pixels, counted).to(torch.promote_types(logits.dtype, torch.float32))
@@ -120,11 +122,6 @@ class DistanceLoss(SegmentationLoss):
         mean = above / below.where(below > 0, 1.0)
         return weighted_mean(mean[:, counted], kept[:, counted], across_ranks=self.across_ranks)
 
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        names = "classes", "spacing", "exclude_classes"
-        return {**super().settings(), **{name: getattr(self, name) for name in names}}
-
 
 class BoundaryLoss(DistanceLoss):
     r"""Boundary loss: the mean of probabilities times the signed distance to the target's boundary.
@@ -134,7 +131,8 @@ class BoundaryLoss(DistanceLoss):
     (Kervadec et al., MIDL 2019.) :math:`\phi` is below 0 inside the class and above 0 outside, so that a pixel costs
     the more, the farther it is on the wrong side. Not above 0 but least, and below 0, for the target itself. On its own
     it hardly moves an empty prediction: use it as a term of a `CompoundLoss` with a small weight. The paper lets the
-    weight grow from 0.01 as that of the other term falls; here weights are constant.
+    weight grow from 0.01 as that of the other term falls: `callbacks=loss_schedule`. Distances are in pixels, so that
+    the term grows with the size of the image.
 
     Departs from the published code in the pixels on the inner side of the boundary: their distance is -1, not 0, and
     they are pushed too. A class that the target does not have is not pushed, as there; nor is one that is everywhere.
@@ -165,28 +163,38 @@ class HausdorffLoss(DistanceLoss):
     computed on the CPU in each call: for a training on GPUs this is slow. A boundary that is not there (nothing, or
     everything) is at distance 0.
 
+    Departs from both in the unit: distances in pixels, squared, make the loss grow with the image, to hundreds, and
+    from an undecided start push it into predicting nothing; as shares of the image's diagonal they keep it in [0, 2].
     Departs from MONAI's `HausdorffDTLoss` in the classes that exclude each other, whose prediction MONAI cuts at 1/2.
 
     Args:
         alpha: the exponent, > 0.
+        relative: distances as shares of the image's diagonal; False: in pixels, or units of spacing, as published.
         **settings: those of `DistanceLoss`.
 
     >>> mask = torch.tensor([[[[0, 0, 0, 1, 1]]]])
-    >>> loss = HausdorffLoss(activation=None)
+    >>> loss = HausdorffLoss(activation=None, relative=False)
     >>> near, far = torch.tensor([[[[0.0, 0.0, 1.0, 1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0, 0.0, 1.0, 1.0]]]])
     >>> loss(near, mask), loss(far, mask)
     (tensor(0.4000), tensor(2.))
     """
 
-    def __init__(self, *, alpha: float = 2.0, **settings: Unpack[DistanceSettings]) -> None:
+    def __init__(self, *, alpha: float = 2.0, relative: bool = True, **settings: Unpack[DistanceSettings]) -> None:
         super().__init__(**settings)
         self.alpha = number("alpha", alpha, open_ends=True)
+        self.relative = flag("relative", relative)
 
     def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         """The weighted squared error."""
         p = pixels.probs()
         predicted = self._predicted(pixels, logits, target).to(p.dtype)
-        return (p - pixels.target_planes()) ** 2 * (distance.abs() ** self.alpha + predicted.abs() ** self.alpha)
+        unit = 1.0
+        if self.relative:
+            space = logits.shape[2:]
+            steps = self.spacing or [1.0] * len(space)
+            unit = math.hypot(*(size * step for size, step in zip(space, steps, strict=True)))
+        distances = (distance.abs() / unit) ** self.alpha + (predicted.abs() / unit) ** self.alpha
+        return (p - pixels.target_planes()) ** 2 * distances
 
     @torch.no_grad()
     def _predicted(self, pixels: Pixels, logits: Tensor, target: Tensor) -> Tensor:
@@ -202,10 +210,6 @@ class HausdorffLoss(DistanceLoss):
             planes = planes & (valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid)
         each = [self._distance.of_masks(one) for one in planes.reshape(logits.shape).cpu()]
         return torch.stack(each).to(z.device).flatten(2) if each else torch.zeros_like(z)
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"alpha": self.alpha, **super().settings()}
 
 
 class BoundaryWeightedLoss(SegmentationLoss):
@@ -288,7 +292,8 @@ class BoundaryWeightedLoss(SegmentationLoss):
             self._weight,
             logits,
             target,
-            lambda target: self.map("boundary_weight", target, maps),
+            self.map,
+            maps,
             by_pixel=True,
         )
         if weight is not None:

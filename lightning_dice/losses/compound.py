@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.functional.pooling import gradient_shares, sum_over_ranks
 from lightning_dice.kernels import Activation, Wanted, checked_pixels, overlap_sums
+from lightning_dice.kernels.inputs import full_precision
+from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses import presets
-from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap
+from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap, call_plain
 from lightning_dice.losses.dice import DiceLoss
 from lightning_dice.losses.entropy import CrossEntropyLoss, FocalLoss
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
@@ -51,7 +54,11 @@ class CompoundLoss(SegmentationLoss):
         terms: Mapping[str, nn.Module] | Sequence[nn.Module],
         weights: Mapping[str, float] | Sequence[float] | None = None,
     ) -> None:
-        named = dict(terms) if isinstance(terms, Mapping) else _named(terms)
+        if isinstance(terms, nn.ModuleDict):
+            terms = dict(terms.items())
+        if not isinstance(terms, (Mapping, Sequence)) or isinstance(terms, str):
+            raise ValueError(f"terms must be losses by name, or a list of them, got {type(terms).__name__}")
+        named = {str(name): term for name, term in terms.items()} if isinstance(terms, Mapping) else _named(terms)
         if not named:
             raise ValueError("terms must hold at least one loss, got none")
         for name, term in named.items():
@@ -69,20 +76,22 @@ class CompoundLoss(SegmentationLoss):
             raise ValueError(f"terms have names without dots that no module has: {error.args[0]}") from error
         self.weights = _weights(list(named), weights)
         self.values: dict[str, Tensor] = {}
+        self._checked: set[str] = set()
 
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
-        """What the terms need of a target, together.
-
-        Raises:
-            ValueError: two terms call different maps by one name.
-        """
+        """What the terms need of a target, together; where two call different maps by one name, `<term>.<name>`."""
         found: dict[str, TargetMap] = {}
         for name, term in self.terms.items():
             for key, make in getattr(term, "maps", {}).items():
-                if found.setdefault(key, make) != make:
-                    raise ValueError(f"two terms need different maps {key!r}: {found[key]} and, in {name!r}, {make}")
+                found[self._map_name(name, key)] = make
         return found
+
+    def _map_name(self, name: str, key: str) -> str:
+        """By which the map `key` of a term goes: its own, unless that is another term's for something else."""
+        make = cast("Mapping[str, TargetMap]", self.terms[name].maps)[key]
+        others = [getattr(term, "maps", {}) for term in self.terms.values()]
+        return key if all(maps.get(key, make) == make for maps in others) else f"{name}.{key}"
 
     def forward(
         self,
@@ -113,21 +122,36 @@ class CompoundLoss(SegmentationLoss):
             if name in values:
                 continue
             if isinstance(term, SegmentationLoss):
-                values[name] = term(logits, target, weight, annotated=annotated, maps=maps)
+                given = maps or {}
+                own = {key: given[public] for key in term.maps if (public := self._map_name(name, key)) in given}
+                values[name] = term(logits, target, weight, annotated=annotated, maps=own)
             elif weight is not None or annotated is not None:
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
             else:
-                values[name] = term(logits, target)
+                self._check_ignored(name, term, target)
+                values[name] = call_plain(term, logits, target)
             if values[name].ndim:
                 raise ValueError(f"term {name!r} must return a scalar, got the shape {tuple(values[name].shape)}")
         self.values = {name: value.detach() for name, value in values.items()}
         if not values:
-            return logits.sum() * 0.0
+            # Of no pixel, as a sum of all may be infinite, and 0 times that NaN.
+            return logits[:0].float().sum()
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
 
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"weights": self.weights}
+    def _check_ignored(self, name: str, term: nn.Module, target: Tensor) -> None:
+        """Refuse ignored labels for a module that would take them for labels; on a GPU in the first call only."""
+        if self.ignore_index is None or getattr(term, "ignore_index", None) == self.ignore_index:
+            return
+        if torch.compiler.is_compiling() or (target.device.type != "cpu" and name in self._checked):
+            return
+        self._checked.add(name)
+        valid = valid_pixels(target, self.ignore_index)
+        if valid is not None and not bool(valid.all()):
+            raise ValueError(
+                f"term {name!r}, a {type(term).__name__}, would take the ignored label {self.ignore_index} for one of "
+                f"a class: give it ignore_index={self.ignore_index} if it has that setting, take one of "
+                f"lightning_dice.losses, or wrap it: OnProbabilities(..., ignore_index={self.ignore_index})"
+            )
 
     def __repr__(self) -> str:
         terms = [f"{self.weights[name]:g} x {name}: {term!r}" for name, term in self.terms.items()]
@@ -292,7 +316,8 @@ class OnProbabilities(SegmentationLoss):
 
     Where pixels are ignored, `loss` gets the others alone, `(pixels, classes)` with a softmax and `(pixels,)` of all
     planes with a sigmoid: the loss must then be one that looks at each pixel by itself, such as
-    `torch.nn.SmoothL1Loss`.
+    `torch.nn.SmoothL1Loss`. In a distributed training it must be a mean over entries, or a sum (`reduction="sum"`):
+    each process then counts what it has of them.
 
     Args:
         loss: a module of probabilities and target, both `(batch, classes, *space)`.
@@ -306,6 +331,11 @@ class OnProbabilities(SegmentationLoss):
     def __init__(self, loss: nn.Module, *, activation: Activation = "sigmoid", ignore_index: int | None = None) -> None:
         if not isinstance(loss, nn.Module):
             raise ValueError(f"loss must be a module of probabilities and target, got {loss!r}")
+        if isinstance(loss, SegmentationLoss):
+            raise ValueError(
+                f"loss must not be of this library, got {type(loss).__name__}: these take logits themselves, and "
+                "probabilities with activation=None"
+            )
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.loss = loss
 
@@ -321,20 +351,30 @@ class OnProbabilities(SegmentationLoss):
         """The loss of probabilities; `weight` and `annotated` are refused."""
         if weight is not None or annotated is not None:
             raise ValueError(f"{type(self.loss).__name__} takes neither weight nor annotated")
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             pixels = checked_pixels(logits, target, activation=self.activation, ignore_index=self.ignore_index)
             probs, planes = pixels.probs(), pixels.target_planes()
-            if not probs.numel():
-                return probs.sum() * 0.0
             if pixels.weight is None:
-                return cast("Tensor", self.loss(probs.view_as(logits), planes.view_as(logits)))
-            valid = pixels.weight > 0
-            if valid.shape[1] == 1 and logits.shape[1] > 1:
-                valid = valid.squeeze(1)
-                probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
-            if not bool(valid.any()):
-                return probs.sum() * 0.0
-            return cast("Tensor", self.loss(probs[valid], planes[valid]))
+                probs, planes = probs.view_as(logits), planes.view_as(logits)
+            else:
+                valid = pixels.weight > 0
+                if valid.shape[1] == 1 and logits.shape[1] > 1:
+                    valid = valid.squeeze(1)
+                    probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
+                probs, planes = probs[valid], planes[valid]
+            # The mean of nothing is NaN.
+            value: Tensor = self.loss(probs, planes) if probs.numel() else probs.sum()
+            return value * self._share(probs)
+
+    def _share(self, probs: Tensor) -> float | Tensor:
+        """What a mean of this rank's entries counts of the mean of all, times the ranks over which DDP averages."""
+        ranks = gradient_shares()
+        if ranks == 1:
+            return 1.0
+        if getattr(self.loss, "reduction", "mean") == "sum":
+            return float(ranks)
+        entries = torch.tensor(float(probs.numel()), dtype=torch.float64, device=probs.device)
+        return (entries * ranks / sum_over_ranks(entries).clamp(min=1)).to(probs.dtype)
 
 
 def _named(terms: Sequence[nn.Module]) -> dict[str, nn.Module]:
@@ -356,11 +396,17 @@ def _weights(names: list[str], weights: Mapping[str, float] | Sequence[float] | 
     if weights is None:
         weights = {}
     if not isinstance(weights, Mapping):
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"weights must be numbers by the names of terms, or a list of them, got {weights!r}")
         if len(weights) != len(names):
             raise ValueError(f"weights must have one for each of the {len(names)} terms, got {len(weights)}")
         weights = dict(zip(names, weights, strict=True))
     if unknown := set(weights) - set(names):
-        raise ValueError(f"weights must name terms, {', '.join(names)}; got {', '.join(sorted(unknown))}")
+        unknown_names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(
+            f"weights must name terms, {', '.join(names)}; got {unknown_names}: a term that is taken away takes its "
+            "weight along, '~loss.weights.<term>'"
+        )
     return {name: number(f"the weight of {name}", weights.get(name, 1.0)) for name in names}
 
 

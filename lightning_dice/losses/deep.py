@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dice.functional.coarser import Reduce, coarser_target, coarser_weight
-from lightning_dice.losses.base import SegmentationLoss, TargetMap
+from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_plain
 from lightning_dice.losses.overlap import OverlapLoss
 from lightning_dice.settings import number, one_of
 
@@ -19,9 +20,10 @@ class DeepSupervision(SegmentationLoss):
 
     .. math:: L = \frac{\sum_i w_i\,L(z_i, t_i)}{\sum_i w_i}
 
-    Weights of :math:`2^{-i}` are nnU-Net's (Isensee et al., Nature Methods 2021). Departs from it and from others in
-    the target of the coarser levels: they take the nearest pixel of each cell, by which objects smaller than a cell
-    come and go; here every pixel of the cell counts, see `lightning_dice.functional.coarser_target`.
+    Weights of :math:`2^{-i}` are nnU-Net's (Isensee et al., Nature Methods 2021), which leaves the coarsest level out.
+    Departs from it and from others in the target of the coarser levels: they take the nearest pixel of each cell, by
+    which objects smaller than a cell come and go; here every pixel of the cell counts, see
+    `lightning_dice.functional.coarser_target`. Distances, skeletons and regions are those of the `"max"` target.
 
     With `reduce="area"`, coarser targets are soft labels. The Dice loss of a soft label with `overlap="product"` is
     neither 0 nor least at p = t: on a cell of which an object covers 0.6 it is least at p = 1. The coarser levels then
@@ -93,13 +95,19 @@ class DeepSupervision(SegmentationLoss):
             annotated: as in `SegmentationLoss.forward`.
             maps: for levels of the target's size; coarser levels compute their own.
         """
+        if not isinstance(logits, (Tensor, list, tuple)):
+            raise ValueError(f"logits must be a tensor, or a list of them, finest first, got {type(logits).__name__}")
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         shares = [1.0] if isinstance(logits, Tensor) else _shares(self.weights, len(levels))
+        for finer, coarser in pairwise(levels):
+            if any(after > before for before, after in zip(finer.shape[2:], coarser.shape[2:], strict=False)):
+                shapes = [tuple(level.shape[2:]) for level in levels]
+                raise ValueError(f"logits must be given finest first, got levels of the sizes {shapes}")
         axes = levels[0].ndim - 2
         if weight is not None and weight.shape[-axes:] != target.shape[-axes:]:
             # Reduced to the level it would fit, whatever its axes are.
             raise ValueError(
-                f"weight must have the shape (batch, *space) or (batch, classes, *space) with the space axes of target, "
+                "weight must have the shape (batch, *space) or (batch, classes, *space) with the space of target, "
                 f"{tuple(target.shape[-axes:])}, got {tuple(weight.shape)}"
             )
         values: list[Tensor] = []
@@ -133,19 +141,36 @@ class DeepSupervision(SegmentationLoss):
                 ignore_index=self.ignore_index,
                 reduce=self.reduce,
             )
-            maps = None
+            maps = self._coarser_maps(target, own, space, classes)
         if isinstance(self.loss, SegmentationLoss):
             weight = None if weight is None else coarser_weight(weight, space)
             return cast("Tensor", self.loss(logits, own, weight, annotated=annotated, maps=maps))
         if weight is not None or annotated is not None:
             raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
-        if own.ndim > target.ndim and self.ignore_index is not None:
+        if own.is_floating_point() and self.ignore_index is not None:
             own = own.masked_fill(own == self.ignore_index, 0)
-        return cast("Tensor", self.loss(logits, own))
+        return call_plain(self.loss, logits, own)
 
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"weights": self.weights, "reduce": self.reduce}
+    def _coarser_maps(
+        self, target: Tensor, own: Tensor, space: tuple[int, ...], classes: int
+    ) -> Mapping[str, Tensor] | None:
+        """Maps at a coarser level, of hard labels: of shares, which maps cut at 1/2, a small object would have none."""
+        soft = self.activation == "softmax" and own.ndim == target.ndim and target.is_floating_point()
+        if not self.maps or self.reduce == "max" or soft or not len(target):
+            return None
+        hard = coarser_target(
+            target, space, activation=self.activation, classes=classes, ignore_index=self.ignore_index, reduce="max"
+        )
+        if hard.ndim < own.ndim:
+            # Planes, as the level's target is.
+            ignored = (
+                torch.zeros_like(hard, dtype=torch.bool) if self.ignore_index is None else hard == self.ignore_index
+            )
+            planes = torch.zeros_like(own).scatter_(1, hard.masked_fill(ignored, 0).long().unsqueeze(1), 1.0)
+            hard = planes if self.ignore_index is None else planes.masked_fill(ignored.unsqueeze(1), self.ignore_index)
+        return {
+            name: torch.stack([make(one.cpu()) for one in hard]).to(target.device) for name, make in self.maps.items()
+        }
 
 
 def _shares(weights: tuple[float, ...] | None, levels: int) -> list[float]:

@@ -190,9 +190,9 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         across_ranks: bool = True,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
-        self.k = number("k", k, 0, 1)
-        if k == 0:
-            raise ValueError("k must be a share of pixels > 0, got 0")
+        if not (isinstance(k, (int, float)) and not isinstance(k, bool) and 0 < k <= 1):
+            raise ValueError(f"k must be a share of pixels in (0, 1], got {k!r}; 10 % is 0.1")
+        self.k = float(k)
         self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
@@ -246,7 +246,3 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         below = weights.gather(1, order).where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
         mean = above / below.where(kept, 1.0)
         return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=self.across_ranks)
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"k": self.k, **super().settings()}

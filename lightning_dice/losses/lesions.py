@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dice.functional.components import RegionMap, Regions
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import checked_pixels
+from lightning_dice.kernels.inputs import full_precision
 from lightning_dice.kernels.regions import region_sums
 from lightning_dice.losses.base import SegmentationLoss, class_weights_of
 from lightning_dice.losses.dice import GeneralizedDiceLoss
@@ -35,7 +36,8 @@ class LesionWiseLoss(SegmentationLoss):
     whole image, which keeps large lesions whole: that is another term of a `CompoundLoss`.
 
     A `smooth` of one pixel halves what a missed lesion of one pixel costs: make it small, as a region has at least
-    the pixels of its lesion to be divided by. Without a lesion that is not so, hence `absent="penalize"`.
+    the pixels of its lesion to be divided by. Without a lesion that is not so, hence `absent="penalize"`. Exclude the
+    background of a softmax: its parts would count as lesions. With cross-entropy: a `CompoundLoss` of both.
 
     Components are found on the CPU; where the batch does not bring them, in each call.
 
@@ -101,7 +103,7 @@ class LesionWiseLoss(SegmentationLoss):
         maps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss; see `SegmentationLoss.forward`. Of maps it takes `"regions"`, `(batch, classes, *space)`."""
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             pixels = checked_pixels(
                 logits,
                 target,
@@ -111,7 +113,7 @@ class LesionWiseLoss(SegmentationLoss):
                 annotated=annotated,
             )
             classes = logits.shape[1]
-            regions = map_of_batch("regions", self._regions, logits, target, lambda one: self.map("regions", one, maps))
+            regions = map_of_batch("regions", self._regions, logits, target, self.map, maps)
             if regions.is_floating_point():
                 raise ValueError(f'maps["regions"] must hold integers, got {regions.dtype}')
             sums, own_class = region_sums(pixels, regions.flatten(2), self.loss.wanted)
@@ -124,7 +126,3 @@ class LesionWiseLoss(SegmentationLoss):
         if self.loss.class_weights is not None:
             weights = class_weights_of(self.loss.class_weights, classes, loss)[own_class].unsqueeze(1)
         return self.loss.reduced(loss, kept, weights).to(torch.promote_types(logits.dtype, torch.float32))
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"classes": self.classes, "regions": self.regions, "connectivity": self.connectivity}

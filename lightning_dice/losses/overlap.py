@@ -74,8 +74,10 @@ class OverlapLoss(SumsLoss):
         absent: AbsentRule | AbsentPolicy = "smooth",
         reduction: Reduction = "mean",
         across_ranks: bool = True,
+        **unknown: object,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
+        self._refuse(unknown)
         self.smooth = smooth_pair(smooth)
         self.pool: Pool = one_of("pool", pool, Pool)
         self.squared = flag("squared", squared)
@@ -95,8 +97,11 @@ class OverlapLoss(SumsLoss):
         self.register_buffer("class_weights", weights)
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """The loss of each class, `(images, classes)`; 0 is perfect, NaN is undefined."""
-        raise NotImplementedError
+        """The loss of each class, `(images, classes)`; 0 is perfect, NaN is undefined. What a subclass defines.
+
+        A formula on more than overlap, predicted, actual and count says so by `wanted`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define per_class(self, sums), the loss of each class")
 
     @property
     def wanted(self) -> Wanted:
@@ -120,6 +125,11 @@ class OverlapLoss(SumsLoss):
     def table(self, sums: OverlapSums) -> tuple[Tensor, Tensor]:
         """The loss of each class `(images, classes)` of pooled sums, and whether it enters the mean."""
         loss = self.per_class(self._own(sums))
+        if loss.shape != sums.overlap.shape:
+            raise ValueError(
+                f"{type(self).__name__}.per_class must return a loss for each class, {tuple(sums.overlap.shape)}, "
+                f"got {tuple(loss.shape)}"
+            )
         return self.absent.loss(loss, sums), self.absent.kept(loss, sums)
 
     def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
@@ -132,17 +142,6 @@ class OverlapLoss(SumsLoss):
             total = (loss.where(kept, 0.0) * (1.0 if weights is None else weights)).sum()
             return total * gradient_shares() if spread else total
         return weighted_mean(loss, kept, weights, across_ranks=spread)
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        names = "smooth", "pool", "squared", "overlap", "exclude_classes", "reduction"
-        weights = None if self.class_weights is None else self.class_weights.tolist()
-        return {
-            **super().settings(),
-            **{name: getattr(self, name) for name in names},
-            "class_weights": weights,
-            "absent": self.absent.rule,
-        }
 
     def _own(self, sums: OverlapSums) -> OverlapSums:
         """The sums with this loss's kind of overlap and of denominator in the usual places."""

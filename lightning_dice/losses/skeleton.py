@@ -13,7 +13,7 @@ from lightning_dice.functional import AbsentPolicy, Pool, pool_sums, weighted_me
 from lightning_dice.functional.maps import TubedSkeleton
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
-from lightning_dice.kernels.inputs import check_shapes
+from lightning_dice.kernels.inputs import check_shapes, full_precision
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, class_weights_of
 from lightning_dice.losses.tversky import TverskyLoss
@@ -152,7 +152,7 @@ class ClDiceLoss(SegmentationLoss):
         maps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss; see `SegmentationLoss.forward`. It takes no maps."""
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             pixels = checked_pixels(
                 logits,
                 target,
@@ -201,25 +201,16 @@ class ClDiceLoss(SegmentationLoss):
             t_skeleton = soft_skeleton(t.reshape(shape), self.iterations, valid, core=self.core).flatten(2)
         count = p.new_full((1, 1), p.shape[2], dtype=wide_dtype(p)) if w is None else total(w)
         count = count.expand(shape[:2])
-        if pixels.annotated is not None:
-            count = count * pixels.annotated[:, counted]
 
         def sums(overlap: Tensor, predicted: Tensor, actual: Tensor) -> OverlapSums:
             overlap, predicted, actual = (total(one if w is None else one * w) for one in (overlap, predicted, actual))
-            return OverlapSums(overlap, predicted, actual, count)
+            result = OverlapSums(overlap, predicted, actual, count)
+            if pixels.annotated is None:
+                return result
+            said = pixels.annotated[:, counted]
+            return result.map(lambda field: field.where(said, torch.zeros((), dtype=field.dtype, device=field.device)))
 
         return [sums(p_skeleton * t, p_skeleton, t), sums(p * t_skeleton, p, t_skeleton)]
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        names = "iterations", "core", "smooth", "pool", "exclude_classes"
-        weights = None if self.class_weights is None else self.class_weights.tolist()
-        return {
-            **super().settings(),
-            **{name: getattr(self, name) for name in names},
-            "class_weights": weights,
-            "absent": self.absent.rule,
-        }
 
 
 class SkeletonRecallLoss(SegmentationLoss):
@@ -309,17 +300,11 @@ class SkeletonRecallLoss(SegmentationLoss):
         """The loss; see `SegmentationLoss.forward`. Of maps it takes `"skeleton"`, `(batch, classes, *space)`."""
         # Before the shapes are checked a map cannot be made.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
-        skeleton = map_of_batch(
-            "skeleton", self._skeleton, logits, target, lambda target: self.map("skeleton", target, maps)
-        )
+        skeleton = map_of_batch("skeleton", self._skeleton, logits, target, self.map, maps)
         if weight is not None:
             skeleton = skeleton * (weight if weight.ndim == logits.ndim else weight.unsqueeze(1))
         result: Tensor = self.recall(logits, target, skeleton, annotated=annotated)
         return result
-
-    def settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        return {"radius": self.radius, "classes": self.classes}
 
 
 def _ratio(above: Tensor, below: Tensor, smooth: tuple[float, float]) -> Tensor:

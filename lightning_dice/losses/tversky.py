@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -186,6 +186,19 @@ class FocalTverskyLoss(TverskyLoss):
     ) -> None:
         super().__init__(alpha=alpha, beta=beta, **settings)
         self.gamma = number("gamma", gamma, open_ends=True)
+
+    @classmethod
+    def like_monai(cls, **arguments: Any) -> NoReturn:
+        """Refused: MONAI has no loss of this form (its `AsymmetricFocalTverskyLoss` is another)."""
+        raise ValueError("MONAI has no focal Tversky loss of this form: use TverskyLoss.like_monai(...)")
+
+    @classmethod
+    def like_smp(cls, mode: str, **arguments: Any) -> NoReturn:
+        """Refused: smp raises the mean over classes to its gamma, and not the loss of each."""
+        raise ValueError(
+            "smp raises the mean of all classes to gamma, and this the loss of each: use TverskyLoss.like_smp(...) "
+            "for gamma=1; for a single class set gamma, alpha and beta here"
+        )
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """(1 - T)^gamma."""

@@ -296,7 +296,9 @@ class TestMaps:
 
 class TestMapOfBatch:
     def found(self, reader, logits, target, **settings):
-        return map_of_batch("m", reader, logits, target, lambda t: torch.stack([reader(one) for one in t]), **settings)
+        return map_of_batch(
+            "m", reader, logits, target, lambda _, t, __: torch.stack([reader(one) for one in t]), None, **settings
+        )
 
     def test_integer_planes_are_not_taken_for_ids(self):
         planes = torch.nn.functional.one_hot(IDS, 3).movedim(-1, 0).unsqueeze(0)
@@ -308,5 +310,21 @@ class TestMapOfBatch:
         for given in (torch.zeros(1, 4, 6), torch.zeros(1, 1, 4, 6), torch.zeros(1, 3, 6, 4)):
             with pytest.raises(ValueError, match=r"maps\['m'\] must have the shape \(1, 3, 4, 6\), got"):
                 map_of_batch(
-                    "m", SignedDistance("softmax", 3), torch.zeros(1, 3, 4, 6), IDS[None], lambda _, g=given: g
+                    "m", SignedDistance("softmax", 3), torch.zeros(1, 3, 4, 6), IDS[None], lambda *_, g=given: g, None
                 )
+
+
+@pytest.mark.parametrize(
+    "size", [*itertools.product([1, 2, 3, 4], repeat=3), (2, 2, 12), (6, 6, 12), (2, 12, 12)], ids=str
+)
+def test_every_object_has_a_skeleton(size):
+    """Thinning in three dimensions leaves nothing of many boxes of even width."""
+    mask = np.pad(np.ones(size, dtype=bool), 2)
+    mask = np.concatenate(
+        [mask, np.pad(np.ones((3, 3, 3), dtype=bool), ((2, size[0] - 1), (2, size[1] - 1), (2, 2)))], 2
+    )
+    skeleton = tubed_skeleton(mask, radius=0)
+    assert (skeleton <= mask).all()
+    parts, found = ndimage.label(mask, np.ones((3, 3, 3)))
+    assert found == 2
+    assert set(np.unique(parts[skeleton])) == {1, 2}

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from monai.losses import HausdorffDTLoss
 
-from lightning_dice import DiceLoss
+from lightning_dice import DiceLoss, losses
 from lightning_dice.configs import CONF_DIR, register_resolvers
 from lightning_dice.losses import (
     BoundaryLoss,
@@ -23,10 +23,18 @@ from lightning_dice.losses import (
     CrossEntropyLoss,
     DeepSupervision,
     DiceCELoss,
-    HausdorffLoss,
 )
 
 SPACES = [pytest.param((7,), id="1d"), pytest.param((5, 4), id="2d"), pytest.param((3, 2, 4), id="3d")]
+
+
+class HausdorffLoss(losses.HausdorffLoss):
+    """With distances in pixels, as in the definition below and as published."""
+
+    def __init__(self, *, relative=False, **settings):
+        super().__init__(relative=relative, **settings)
+
+
 KINDS = [BoundaryLoss, HausdorffLoss]
 CLASSES = 3
 
@@ -375,13 +383,33 @@ class TestBoundaryWeighted:
         assert set(loss.values) == {"dice", "ce"}
 
 
+@pytest.mark.parametrize("spacing", [None, (0.5, 2.0)])
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_distances_as_shares_of_the_diagonal(spacing, alpha):
+    logits, mask = random_case(9, activation="sigmoid", space=(6, 8))
+    diagonal = 10.0 if spacing is None else (3.0**2 + 16.0**2) ** 0.5
+    settings = {"alpha": alpha, "spacing": spacing}
+    relative, pixels = (losses.HausdorffLoss(relative=one, **settings)(logits, mask) for one in (True, False))
+    torch.testing.assert_close(relative * diagonal**alpha, pixels)
+    assert losses.HausdorffLoss().relative
+
+
+def test_the_hausdorff_term_does_not_outweigh_dice():
+    """As published, it pushed an undecided net into predicting nothing, the harder the larger the image."""
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[..., 100:110, 60:70] = 1
+    logits = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    assert losses.HausdorffLoss()(logits, mask) < 0.2
+    assert HausdorffLoss()(logits, mask) > 1000
+
+
 def test_the_catalogue_weighs_any_loss():
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         default = compose("fit", overrides=["loss=boundary_weighted", "data.activation=softmax", "data.classes=[a,b]"])
         focal = compose("fit", overrides=["loss=boundary_weighted", "loss@loss.loss=focal", "loss.loss.gamma=3"])
     loss = instantiate(default.loss)
-    assert (type(loss.loss), loss.activation, loss.ignore_index, loss.classes) == (DiceCELoss, "softmax", 255, 2)
+    assert (type(loss.loss), loss.activation, loss.ignore_index, loss.classes) == (DiceLoss, "softmax", 255, 2)
     assert instantiate(focal.loss).loss.gamma == 3
 
 
@@ -403,10 +431,17 @@ class TestInACompound:
         maps = {"signed_distance": torch.stack([loss.maps["signed_distance"](one) for one in mask])}
         torch.testing.assert_close(loss(logits, mask, maps=maps), expected)
 
-    def test_different_maps_of_one_name_are_refused(self):
+    def test_different_maps_of_one_name_are_told_apart(self):
+        logits, mask = random_case(8, activation="sigmoid")
         terms = {"a": BoundaryLoss(), "b": HausdorffLoss(spacing=[1, 2])}
-        with pytest.raises(ValueError, match="two terms need different maps 'signed_distance'"):
-            _ = CompoundLoss(terms).maps
+        loss = CompoundLoss(terms)
+        assert set(loss.maps) == {"a.signed_distance", "b.signed_distance"}
+        maps = {name: torch.stack([make(one) for one in mask]) for name, make in loss.maps.items()}
+        expected = sum(term(logits, mask) for term in terms.values())
+        torch.testing.assert_close(loss(logits, mask), expected)
+        torch.testing.assert_close(loss(logits, mask, maps=maps), expected, rtol=0, atol=0)
+        maps["a.signed_distance"] = maps["a.signed_distance"] * 0
+        torch.testing.assert_close(loss(logits, mask, maps=maps), terms["b"](logits, mask))
 
     @pytest.mark.parametrize("kind", ALL)
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])

@@ -10,7 +10,7 @@ from definitions import random_case
 from torch import nn
 
 from lightning_dice import DiceLoss
-from lightning_dice.functional import coarser_target
+from lightning_dice.functional import RegionMap, coarser_target
 from lightning_dice.losses import (
     CompoundLoss,
     CrossEntropyLoss,
@@ -18,6 +18,7 @@ from lightning_dice.losses import (
     DiceCELoss,
     LesionWiseLoss,
     OnProbabilities,
+    SegmentationLoss,
 )
 
 
@@ -50,7 +51,7 @@ def test_one_tensor_is_one_level():
 def test_a_level_of_weight_zero_is_not_computed():
     logits, target = random_case(1, activation="sigmoid")
     loss = DeepSupervision(DiceLoss(), [1, 0])
-    assert torch.equal(loss([logits, "anything"], target), DiceLoss()(logits, target))
+    assert torch.equal(loss([logits, torch.full((2, 3, 2, 2), torch.nan)], target), DiceLoss()(logits, target))
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 2.0, 1.0]])
@@ -186,7 +187,7 @@ def test_state_copies_and_pickles():
     assert list(loss.state_dict()) == ["loss.class_weights"]
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(other(levels, target), loss(levels, target))
-    assert "weights=(1.0, 2.0), reduce='max'" in repr(loss)
+    assert "weights=[1.0, 2.0], reduce='max'" in repr(loss)
 
 
 @pytest.mark.parametrize(
@@ -215,3 +216,51 @@ def test_refuses_what_does_not_fit():
         DeepSupervision(DiceLoss())([logits], target[..., :2, :2])
     with pytest.raises(ValueError, match=r"loss must return a scalar, got the shape \(2, 3, 4, 4\)"):
         DeepSupervision(nn.MSELoss(reduction="none"))([logits], target.double())
+
+
+def test_levels_in_the_wrong_order_are_refused():
+    levels = [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4)]
+    with pytest.raises(ValueError, match=r"finest first, got levels of the sizes \[\(2, 2\), \(4, 4\)\]"):
+        DeepSupervision(DiceLoss())(levels, torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="finest first, got dict"):
+        DeepSupervision(DiceLoss())({"out": levels[0]}, torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_flat_mask_is_not_taken_for_ids_with_a_sigmoid(classes):
+    hint = "unsqueeze" if classes == 1 else "softmax"
+    with pytest.raises(ValueError, match=rf"plane for each of the {classes} classes.*{hint}"):
+        DeepSupervision(DiceLoss())([torch.zeros(1, classes, 4, 4)], torch.zeros(1, 8, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_maps_of_coarser_levels_know_small_objects(activation, ignored):
+    """Of shares, which maps cut at 1/2, a lesion smaller than a cell would have none."""
+    ids = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    ids[:, 2:8, 2:8] = ids[:, 12, 3] = ids[:, 4, 13] = 1
+    if ignored:
+        ids[:, 14:] = 255
+    planes = activation == "sigmoid"
+    target = ids.unsqueeze(1) if planes else ids
+    classes = 1 if planes else 2
+
+    class Recorder(SegmentationLoss):
+        maps = {"regions": RegionMap(activation, classes, 255)}  # noqa: RUF012
+
+        def forward(self, logits, target, weight=None, *, annotated=None, maps=None):
+            self.regions = self.map("regions", target, maps)
+            return logits.sum() * 0
+
+    loss = Recorder(activation=activation, ignore_index=255)
+    DeepSupervision(loss)([torch.zeros(1, classes, 4, 4)], target)
+    assert loss.regions.shape == (1, classes, 4, 4)
+    assert loss.regions[0, -1].unique().tolist() == [0, 1, 2]
+
+
+def test_a_plain_module_gets_dtypes_it_takes():
+    target = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    target[..., 3, 3] = 1
+    levels = [torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)) for size in (8, 4)]
+    loss = DeepSupervision(nn.BCEWithLogitsLoss())
+    torch.testing.assert_close(loss(levels, target), loss(levels, target.float()))

@@ -269,7 +269,7 @@ SETTINGS = {
         "weighting": ["square", None, True],
         "class_weights": [[1, 1, 1]],
     },
-    "HausdorffLoss": {**DISTANCE, "alpha": NOT_POSITIVE},
+    "HausdorffLoss": {**DISTANCE, "alpha": NOT_POSITIVE, "relative": ["no", None]},
     "JaccardLoss": OVERLAP,
     "LogCoshDiceLoss": OVERLAP,
     "LogDiceLoss": {**OVERLAP, "gamma": NOT_POSITIVE},

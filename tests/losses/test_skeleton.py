@@ -258,6 +258,15 @@ class TestClDice:
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(ours.grad, theirs.grad)
 
+    @pytest.mark.parametrize("pool", ["image", "batch"])
+    def test_a_plane_that_is_not_annotated_is_an_ignored_plane(self, pool):
+        logits, mask = random_case(3, activation="sigmoid", classes=2, space=(9, 9))
+        annotated = torch.tensor([[True, True], [True, False]])
+        ignored = mask.clone()
+        ignored[1, 1] = 255
+        loss = ClDiceLoss(pool=pool, ignore_index=255)
+        torch.testing.assert_close(loss(logits, mask, annotated=annotated), loss(logits, ignored))
+
     def test_predicting_everything_costs(self):
         mask = torch.zeros(1, 1, 40, 40)
         mask[..., 20, :] = 1
