@@ -139,9 +139,9 @@ class _Sigmoid(torch.autograd.Function):
 class _Softmax(torch.autograd.Function):
     r"""Softmax whose gradient keeps its digits where one class is all but certain.
 
-    With g from above, :math:`dz_c = p_c\,(g_c - \sum_k g_k p_k)`. For the greatest class, m, of which p may be rounded
-    to 1, that is :math:`p_m\,(g_m q - \sum_{k \ne m} g_k p_k)` with :math:`q = \sum_{k \ne m} p_k`, in which nothing
-    of the order of 1 is left to cancel.
+    With g from above, :math:`dz_c = p_c\,(g_c - \sum_k g_k p_k)`. For a class m with p > 1/2, of which there can be one
+    and whose p may be rounded to 1, that is :math:`p_m\,(g_m q - \sum_{k \ne m} g_k p_k)` with
+    :math:`q = \sum_{k \ne m} p_k`, in which nothing of the order of 1 is left to cancel.
     """
 
     @staticmethod
@@ -153,13 +153,11 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
         (p,), g = ctx.saved_tensors, grad[0]
-        top = p.argmax(1, keepdim=True)
-        others = p.scatter(1, top, 0.0)
-        p_top, g_top = p.gather(1, top), g.gather(1, top)
-        rest = (g * others).sum(1, keepdim=True)
-        own = p_top * (g_top * others.sum(1, keepdim=True) - rest)
-        result: Tensor = (p * (g - (rest + g_top * p_top))).scatter(1, top, own)
-        return result
+        likely = p > 0.5
+        others = p.masked_fill(likely, 0)
+        rest, whole = (g * others).sum(1, keepdim=True), (g * p).sum(1, keepdim=True)
+        slope: Tensor = p * torch.where(likely, g * others.sum(1, keepdim=True) - rest, g - whole)
+        return slope
 
 
 def _true_nll(z: Tensor, ids: Tensor) -> Tensor:

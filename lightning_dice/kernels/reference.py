@@ -88,11 +88,10 @@ def minus_log_complement(z: Tensor, p: Tensor, activation: str | None) -> Tensor
         return softplus(z)
     if activation is None:
         return -log(1 - p)
-    # Only the greatest class can pass 1/2; for it 1 - p is the share of the others, taken from their logits.
-    top = z.argmax(1, keepdim=True)
-    is_top = torch.zeros_like(z, dtype=torch.bool).scatter(1, top, True)
-    others = z.masked_fill(is_top, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.where(is_top, softplus(z - others), -torch.log1p(-p.masked_fill(is_top, 0)))
+    # Only one class can pass 1/2; for it 1 - p is the share of the others, taken from their logits.
+    likely = p > 0.5
+    others = z.masked_fill(likely, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.where(likely, softplus(z - others), -torch.log1p(-p.masked_fill(likely, 0)))
 
 
 def _focal(nll: Tensor, gamma: float) -> Tensor:

@@ -31,6 +31,7 @@ def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tenso
 
 def seconds(run: Step) -> Callable[[], float]:
     def timed() -> float:
+        run()  # The one before may have left the caches and the allocator in any state.
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
