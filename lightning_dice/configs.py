@@ -78,9 +78,17 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
     # A hint behind an error that has been told: it must not bring up one of its own.
     with suppress(Exception), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
-        groups = [o.input_line for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
+        chosen = [o for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
+        for choice in chosen:
+            names = sorted(path.stem for path in (CONF_DIR / choice.key_or_group).glob("*.yaml"))
+            value = str(choice.value())
+            if value not in names and (close := difflib.get_close_matches(value, names, 1)):
+                print(f"there is no {choice.key_or_group}={value}; did you mean {close[0]}?", file=sys.stderr)
+        groups = [o.input_line for o in chosen if o.input_line]
         config = hydra.compose(name, overrides=groups)
         for override in overrides:
+            if override.is_add() or override.package is not None:
+                continue  # Nothing has to be there for it.
             parent, _, leaf = override.key_or_group.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
             names = [str(key) for key in place] if isinstance(place, DictConfig) else []  # `in` passes over ???.
@@ -112,6 +120,7 @@ def help_text(name: str) -> str:
             "\nFlags:",
             "  --cfg job                     show the whole config and do nothing; --package loss shows a part of it",
             *(["  --multirun loss.smooth=0.1,1  a run for each value"] if name == "fit" else []),
+            "  --config-dir my_conf          choices of your own, as in my_conf/loss/volume.yaml",
             "  --hydra-help                  more flags",
         ]
     )

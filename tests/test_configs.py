@@ -119,6 +119,16 @@ def test_typos_are_explained_and_nothing_else(capsys):
     assert "root" not in told
 
 
+def test_a_choice_that_there_is_not_is_explained(capsys):
+    explain_typos("fit", ["loss=lesionwise"])
+    assert "there is no loss=lesionwise; did you mean lesion_wise?" in capsys.readouterr().err
+
+
+def test_what_is_added_is_no_typo(capsys):
+    explain_typos("fit", ["loss=compound", "+loss.terms.bce={_target_: torch.nn.BCELoss}", "+loss@loss.terms.f=focal"])
+    assert not capsys.readouterr().err
+
+
 class TestInstantiate:
     def test_a_refused_setting_is_told(self):
         with pytest.raises(UserError, match=r"loss: .*DiceLoss.*smooth must be a number of pixels >= 0.*-1"):
