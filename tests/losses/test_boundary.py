@@ -403,6 +403,17 @@ def test_the_hausdorff_term_does_not_outweigh_dice():
     assert HausdorffLoss()(logits, mask) > 1000
 
 
+def test_a_map_of_integer_planes_made_one_image_at_a_time_is_not_taken():
+    """It was made of them as of ids, with the classes for an axis of space."""
+    logits, ids = random_case(9, activation="softmax", space=(6, 8))
+    planes = torch.nn.functional.one_hot(ids, CLASSES).movedim(-1, 1)
+    loss = BoundaryWeightedLoss(CrossEntropyLoss(activation="softmax"), width=1.0)
+    worker = {"boundary_weight": torch.stack([loss.maps["boundary_weight"](one) for one in planes])}
+    right = loss.maps["boundary_weight"](planes[0].float())
+    assert not torch.equal(worker["boundary_weight"][0], right)
+    torch.testing.assert_close(loss(logits, planes, maps=worker), loss(logits, planes), rtol=0, atol=0)
+
+
 def test_the_catalogue_weighs_any_loss():
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

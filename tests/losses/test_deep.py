@@ -264,3 +264,13 @@ def test_a_plain_module_gets_dtypes_it_takes():
     levels = [torch.randn(2, 1, size, size, generator=torch.Generator().manual_seed(0)) for size in (8, 4)]
     loss = DeepSupervision(nn.BCEWithLogitsLoss())
     torch.testing.assert_close(loss(levels, target), loss(levels, target.float()))
+
+
+def test_an_ignored_label_is_no_share_of_a_class():
+    """A module of torch would take it for a probability."""
+    logits, soft = random_case(8, activation="softmax", soft=True, space=(4, 4), dtype=torch.float32)
+    soft = soft.float()
+    holes = soft.clone()
+    holes[..., :2] = -100
+    expected = nn.CrossEntropyLoss()(logits, holes.masked_fill(holes == -100, 0))
+    torch.testing.assert_close(DeepSupervision(nn.CrossEntropyLoss())([logits], holes), expected)
