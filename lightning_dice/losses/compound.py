@@ -91,6 +91,15 @@ class CompoundLoss(SegmentationLoss):
         others = [getattr(term, "maps", {}) for term in self.terms.values()]
         return key if all(maps.get(key, make) == make for maps in others) else f"{name}.{key}"
 
+    def _maps_of(self, name: str, term: SegmentationLoss, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was given of the maps of a term, by its own names."""
+        own: dict[str, Tensor] = {}
+        for key in term.maps:
+            public = self._map_name(name, key)
+            if public in maps:
+                own[key] = maps[public]
+        return own
+
     def forward(
         self,
         logits: Tensor,
@@ -120,8 +129,7 @@ class CompoundLoss(SegmentationLoss):
             if name in values:
                 continue
             if isinstance(term, SegmentationLoss):
-                given = maps or {}
-                own = {key: given[public] for key in term.maps if (public := self._map_name(name, key)) in given}
+                own = self._maps_of(name, term, maps or {})
                 values[name] = term(logits, target, weight, annotated=annotated, maps=own)
             elif weight is not None or annotated is not None:
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
