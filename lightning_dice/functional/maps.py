@@ -105,7 +105,7 @@ def tubed_skeleton(mask: Any, radius: float = 2.0) -> Any:
     from scipy import ndimage  # Here, as both take longer than all the rest, and most losses have no skeletons.
     from skimage.morphology import skeletonize
 
-    skeleton = skeletonize(mask) > 0  # type: ignore[no-untyped-call]
+    skeleton = skeletonize(np.ascontiguousarray(mask)) > 0  # type: ignore[no-untyped-call]
     # Thinning in three dimensions takes away all of what is two pixels wide: the ridge of its distances is left then.
     parts, found = ndimage.label(mask, np.ones((3,) * mask.ndim))
     lost = np.setdiff1d(np.arange(1, found + 1), np.unique(parts[skeleton]))
