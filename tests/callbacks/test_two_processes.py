@@ -36,6 +36,9 @@ if __name__ == "__main__":
         enable_progress_bar=False, callbacks=[CaseTable(**facts), Overlays(**facts, count=2)],
     )
     trainer.test(Answers(), DataLoader(Cases(), 1, collate_fn=collate), verbose=False)
+    # A process that ends while the other still talks to it may be killed by torch's own threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
