@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dice.functional import hard_prediction, pad_to_multiple, read_logits
+from lightning_dice.functional import hard_prediction, micro_batched, pad_to_multiple, read_logits
 from lightning_dice.functional.coarser import pad_target
 from lightning_dice.functional.outputs import crop_to, resize_to
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
+from lightning_dice.settings import count
 
 Stage = Literal["train", "val", "test"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -53,8 +54,24 @@ class SegmentationModule(L.LightningModule):
             the stride of the network's coarsest features.
         channels_last: keep 2D images and the network's 2D weights with channels as the fastest axis, which convolutions
             run faster on; the numbers differ by rounding alone.
+        micro_batch_size: the most images that go through the network at once, for a batch that does not fit the memory
+            in one piece; all of them by default. The loss is still one loss of the whole batch, and so is its gradient,
+            of whatever loss, at the cost of one more forward pass; see below.
         interval: when the scheduler steps: `"epoch"` or `"step"`.
         monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
+
+    Raises:
+        ValueError: a setting out of its range.
+
+    With `micro_batch_size` the memory holds the activations of one micro-batch and the logits of all, since the network
+    runs again on each micro-batch when its backward begins. Batch norm normalizes within a micro-batch and updates its
+    running statistics once for each, as it would in smaller batches. The second run repeats torch's random numbers
+    (dropout), not those of `random` or numpy, and calls forward hooks again; a hook that works on activations only once
+    must detach them. With `SyncBatchNorm` all ranks need the same number of micro-batches.
+
+    A Trainer's `accumulate_grad_batches` instead takes the mean of the losses of several batches, which for a ratio
+    over the batch, as in `DiceLoss(pool="batch")`, is another loss. The two combine: each of those batches is then
+    exact in itself.
 
     Batches: a `lightning_dice.data.Batch`, a pair or triple `(image, mask[, case])`, or a mapping with these keys, and
     perhaps `weight`, `annotated` and `maps`.
@@ -77,6 +94,7 @@ class SegmentationModule(L.LightningModule):
         threshold: float = 0.5,
         divisor: int = 1,
         channels_last: bool = False,
+        micro_batch_size: int | None = None,
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/dice",
     ) -> None:
@@ -94,6 +112,9 @@ class SegmentationModule(L.LightningModule):
         self.threshold = threshold
         self.divisor = divisor
         self.channels_last = channels_last
+        if micro_batch_size is not None:
+            count("micro_batch_size", micro_batch_size, optional=True)
+        self.micro_batch_size = micro_batch_size
         if channels_last:
             for parameter in net.parameters():
                 if parameter.ndim == 4:
@@ -117,7 +138,10 @@ class SegmentationModule(L.LightningModule):
         padded = pad_to_multiple(image, self.divisor)
         if self.channels_last and padded.ndim == 4:
             padded = padded.contiguous(memory_format=torch.channels_last)
-        finest, *coarser = read_logits(self.net(padded))
+        if self.micro_batch_size is None:
+            finest, *coarser = read_logits(self.net(padded))
+        else:
+            finest, *coarser = micro_batched(self.net, padded, self.micro_batch_size)
         return [resize_to(finest, tuple(padded.shape[2:])), *coarser]
 
     def forward(self, image: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ BELOW = {
     "settings": set(),
     "losses": {"functional", "kernels", "settings"},
     "metrics": {"functional", "kernels", "settings"},
-    "module": {"losses", "metrics", "functional"},
+    "module": {"losses", "metrics", "functional", "settings"},
     "data": set(),
     "callbacks": {"functional", "kernels", "data"},
     "configs": set(),

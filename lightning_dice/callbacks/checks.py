@@ -222,7 +222,7 @@ activation="sigmoid" for a binary task
 
         def look(_net: torch.nn.Module, _inputs: Any, output: Any) -> None:
             self._unhook()
-            self._check_logits(read_logits(output)[0], "training", pl_module)
+            self._check_logits(read_logits(output)[0].detach(), "training", pl_module)
 
         self._hook = net.register_forward_hook(look)
 

@@ -3,8 +3,9 @@
 from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
 from lightning_dice.functional.coarser import coarser_target, coarser_weight, pad_target
 from lightning_dice.functional.components import RegionMap, Regions, component_regions
-from lightning_dice.functional.hard import hard_prediction, hard_sums
+from lightning_dice.functional.hard import hard_prediction, hard_sums, label_sums
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance, TubedSkeleton
+from lightning_dice.functional.micro_batches import micro_batched
 from lightning_dice.functional.outputs import pad_to_multiple, read_logits
 from lightning_dice.functional.pooling import Pool, pool_sums, weighted_mean
 from lightning_dice.functional.scores import (
@@ -34,6 +35,8 @@ __all__ = [
     "hard_prediction",
     "hard_sums",
     "jaccard_score",
+    "label_sums",
+    "micro_batched",
     "pad_target",
     "pad_to_multiple",
     "pool_sums",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import Activation, OverlapSums
-from lightning_dice.kernels.inputs import check_shapes, check_values
-from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.kernels.checks import check_shapes, check_values, value_range
+from lightning_dice.kernels.counts import count_classes, count_labels, count_planes
+from lightning_dice.kernels.work import OutOfRange
 
 
 def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", threshold: float = 0.5) -> Tensor:
@@ -31,7 +32,7 @@ def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", thres
     if activation is None:
         return logits > threshold
     # Compared as logits: no probabilities are made, and none is rounded to the threshold.
-    return logits > math.log(threshold / (1 - threshold))
+    return logits > _logit(threshold)
 
 
 def hard_sums(
@@ -62,45 +63,66 @@ def hard_sums(
     (1, 2, 1, 2)
     """
     check_shapes(logits, target, activation=activation)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_values(logits, target, activation=activation, ignore_index=ignore_index)
-    if activation == "softmax":
-        if target.shape == logits.shape:
-            raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
-        greatest, predicted = logits.max(1)
-        # No class is predicted where the logits are NaN: its argmax is some class, and may be the right one.
-        predicted = torch.where(greatest.isnan(), logits.shape[1], predicted)
-        return _count_ids(predicted, target, logits.shape[1], ignore_index)
-    if target.shape != logits.shape:
+    if target.shape == logits.shape and activation == "softmax":
+        raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
+    if target.shape != logits.shape and activation is None:
         raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
-    return _count_planes(hard_prediction(logits, activation=activation, threshold=threshold), target, ignore_index)
+    if activation is None and _reads_values(logits):
+        check_values(logits, target, activation=None, ignore_index=ignore_index)
+    try:
+        if activation == "softmax":
+            return count_classes(logits, target, ignore_index)
+        at = threshold if activation is None else _logit(threshold)
+        return count_planes(logits, target, at, ignore_index)
+    except OutOfRange:
+        check_values(logits, target, activation=activation, ignore_index=ignore_index)
+        raise
 
 
-def _count_planes(predicted: Tensor, target: Tensor, ignore_index: int | None) -> OverlapSums:
-    predicted, target = predicted.flatten(2), target.flatten(2)
-    actual = target == 1
-    valid = valid_pixels(target, ignore_index)
-    if valid is None:
-        count = torch.full(predicted.shape[:2], predicted.shape[2], dtype=torch.int64, device=predicted.device)
-    else:
-        predicted, actual, count = predicted & valid, actual & valid, valid.sum(-1)
-    return OverlapSums((predicted & actual).sum(-1), predicted.sum(-1), actual.sum(-1), count)
+def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> OverlapSums:
+    """As `hard_sums`, of class ids that have been predicted already.
+
+    Args:
+        predicted: class ids `(batch, *space)`; under an ignored pixel anything.
+        target: class ids `(batch, *space)`.
+        num_classes: how many classes there are.
+        ignore_index: pixels whose target holds this value are not counted.
+
+    Returns:
+        int64 `(batch, num_classes)`.
+
+    Raises:
+        ValueError: shapes that differ, a dtype that is no integer; on the CPU, an id that is no class.
+
+    >>> sums = label_sums(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]]), 3)
+    >>> sums.overlap.tolist(), sums.predicted.tolist(), sums.actual.tolist()
+    ([[1, 1, 0]], [[1, 2, 0]], [[1, 1, 1]])
+    """
+    if predicted.shape != target.shape or predicted.ndim < 2:
+        raise ValueError(
+            f"predicted and target must be class ids of one shape (batch, *space), got {tuple(predicted.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    for name, ids in (("predicted", predicted), ("target", target)):
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{name} holds class ids and must be of an integer dtype, got {ids.dtype}")
+    try:
+        return count_labels(predicted, target, num_classes, ignore_index)
+    except OutOfRange:
+        for name, ids, ignored in (("target", target, ignore_index), ("predicted", predicted, None)):
+            low, high = value_range(ids, ignored)
+            if not 0 <= low <= high < num_classes:
+                raise ValueError(
+                    f"{name} must hold class ids from 0 to {num_classes - 1}"
+                    + ("" if ignored is None else f" (ignored: {ignored})")
+                    + f", got values from {low:g} to {high:g}"
+                ) from None
+        raise
 
 
-def _count_ids(predicted: Tensor, target: Tensor, classes: int, ignore_index: int | None) -> OverlapSums:
-    predicted, target = predicted.flatten(1), target.flatten(1)
-    images = predicted.shape[0]
-    valid = valid_pixels(target, ignore_index)
-    target = target.long()
-    valid = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
-    # A bin for each class of each image, and one more for pixels that do not count.
-    first = torch.arange(images, device=target.device).unsqueeze(1) * (classes + 1)
+def _logit(threshold: float) -> float:
+    return math.log(threshold / (1 - threshold))
 
-    def count(ids: Tensor, where: Tensor) -> Tensor:
-        bins = torch.where(where, ids, classes) + first
-        return torch.bincount(bins.flatten(), minlength=images * (classes + 1)).view(images, classes + 1)[:, :classes]
 
-    pixels = valid.sum(1, keepdim=True).expand(images, classes)
-    return OverlapSums(
-        count(target, valid & (predicted == target)), count(predicted, valid), count(target, valid), pixels
-    )
+def _reads_values(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -65,18 +65,21 @@ def wide_dtype(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
-def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Where the target does not hold the ignored label; `None` if that is everywhere.
-
-    A label that the target's dtype cannot hold is nowhere: compared with uint8, torch takes -1 for 255.
-    """
+def holds_label(target: Tensor, ignore_index: int | None) -> bool:
+    """Whether a target's dtype can hold the ignored label: compared with uint8, torch takes -1 for 255."""
     if ignore_index is None or target.dtype == torch.bool:
+        return False
+    if target.is_floating_point():
+        return True
+    limits = torch.iinfo(target.dtype)
+    return limits.min <= ignore_index <= limits.max
+
+
+def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Where the target does not hold the ignored label; `None` if that is everywhere."""
+    if not holds_label(target, ignore_index):
         return None
-    if not target.is_floating_point():
-        limits = torch.iinfo(target.dtype)
-        if not limits.min <= ignore_index <= limits.max:
-            return None
-    return target != ignore_index
+    return target.ne(ignore_index)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

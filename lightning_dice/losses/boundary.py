@@ -13,7 +13,8 @@ from lightning_dice.functional import weighted_mean
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
-from lightning_dice.kernels.inputs import check_shapes, full_precision
+from lightning_dice.kernels.checks import check_shapes
+from lightning_dice.kernels.inputs import full_precision
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, TargetMap
 from lightning_dice.settings import class_indices, flag, kept_classes, number
