@@ -222,7 +222,7 @@ activation="sigmoid" for a binary task
 
         def look(_net: torch.nn.Module, _inputs: Any, output: Any) -> None:
             self._unhook()
-            self._check_logits(read_logits(output)[0].detach(), "training", pl_module)
+            self._check_logits(read_logits(output)[0], "training", pl_module)
 
         self._hook = net.register_forward_hook(look)
 
@@ -237,7 +237,7 @@ activation="sigmoid" for a binary task
                 f"the net returns logits with {logits.shape[1]} channels, {tuple(logits.shape)}, but there are "
                 f"{len(self.classes)} classes ({_some(self.classes)}): set the net's number of output channels"
             )
-        if not bool(torch.isfinite(logits).all()):
+        if not bool(torch.isfinite(logits.detach()).all()):
             raise ValueError(
                 f"the net returns logits that are not finite on the first {split} batch: look for a division by "
                 "zero or a logarithm in the net, and try trainer.precision=32-true"
