@@ -59,9 +59,6 @@ def test_every_contender_has_a_row_with_times_and_memory(quick):
             for times in row["times"].values():
                 if name in OPTIONAL and "failure" in times:
                     continue
-                # TODO(kernels, metrics): goes when the last twin and `label_sums` are there.
-                if times.get("failure", "").endswith(("not yet", "not there yet")):
-                    continue
                 assert "failure" not in times, name
                 assert len(times["forward"]) == len(times["backward"]) == len(times["ratios"]) >= 3
                 losses = table["backward"] and name != "logits.clone()"

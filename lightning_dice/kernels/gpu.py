@@ -54,10 +54,10 @@ def missing() -> str | None:
 
 def takes(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Whether it can do this work on these tensors: on a GPU, and up to 1024 classes where they exclude each other."""
-    if missing() is not None:
+    if not _ready():
         return False
     if logits.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(logits.device)
+        capability = _capability(logits.device.index)
         least = _BFLOAT16_CAPABILITY if torch.bfloat16 in (logits.dtype, target.dtype) else _LEAST_CAPABILITY
         # AMD's numbers mean something else.
         if torch.version.hip is None and capability < least:
@@ -258,6 +258,17 @@ class _Plan:
             by_class = tensor.stride()[1] if tensor.ndim == 3 else 0
             furthest.append(rows * by_class + columns * tensor.stride()[-1])
         return max(furthest) >= _FAR
+
+
+# Facts of the machine, which a graph that is being compiled takes as they are.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ready() -> bool:
+    return missing() is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _exclusive(work: Work) -> bool:

@@ -500,32 +500,46 @@ template <class R> struct Tile {
 
   // ---------------------------------------------------------------------------------------------------------------- sigmoid
 
-  struct Both {
-    vec p, q, log_sum;
-  };
-
-  Both both(vec value, bool logs) const {
-    const vec unit = S::all(1), x = exp_(value < 0 ? value : -value), large = unit / (unit + x), small = x * large;
-    const auto positive = value > 0;
-    return {positive ? large : small, positive ? small : large, logs ? log1p_(x, large) : vec{}};
-  }
-  static vec positive_part(vec value) { return value < 0 ? vec{} : value; }
-
   // What is wanted: the sums of Dice; those and of cross-entropy; any. What is not costs nothing.
   enum Wish { DICE, DICE_AND_NLL, ANY };
   Wish wish() const { return job.rows == 4 ? DICE : job.rows == 5 && wants(NLL) ? DICE_AND_NLL : ANY; }
 
+  struct Both {
+    vec p, q, log_sum;
+  };
+
+  // p alone: 1/(1 + e^-z) is as exact where p is small, and where it is near 1 only 1 - p would lose.
+  static vec sigmoid(vec value) {
+    const vec unit = S::all(1), most = S::all(88);
+    return unit / (unit + exp_(most < -value ? most : -value));
+  }
+  // p (1 - p), the same on both sides of 0.
+  static vec steepness(vec value) {
+    const vec unit = S::all(1), x = exp_(value < 0 ? value : -value), large = unit / (unit + x);
+    return x * large * large;
+  }
+
+  template <Wish wish> static Both both(vec value, bool logs) {
+    const vec unit = S::all(1), x = exp_(value < 0 ? value : -value), large = unit / (unit + x), small = x * large;
+    const auto positive = value > 0;
+    return {positive ? large : small, positive ? small : large, wish != DICE && logs ? log1p_of_share(x) : vec{}};
+  }
+  static vec positive_part(vec value) { return value < 0 ? vec{} : value; }
+
   template <Wish wish> void forward_sigmoid() {
     const vec unit = S::all(1);
+    const R *const z = this->z, *const t = this->t;
+    const int64_t step = this->step, P = this->P, C = this->C, padded = this->padded;
     const bool logs = wants(NLL) || wants(ALL_NLL) || wants(FOCAL) || wants(ABSENT_NLL);
     const R front = job.alpha == job.alpha ? static_cast<R>(job.alpha) : R(1), back = job.alpha == job.alpha ? 1 - front : R(1);
     for (int64_t c = 0; c < C; c++) {
       Sum<R> sums[ROWS];
+      const R *const shared = by_class ? w + c * P : weight;
       for (int64_t start = 0; start < padded; start += BLOCK) {
       vec sum[ROWS] = {};
       for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
-        const vec value = S::load(z + c * step + j), wt = weights(c, j), label = S::load(t + c * P + j);
-        const Both at = both(value, wish != DICE && logs);
+        const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
+        const Both at = wish == DICE ? Both{sigmoid(value), {}, {}} : both<wish>(value, logs);
         const vec wp = wt * at.p;
         sum[PREDICTED] += wp;
         sum[OVERLAP] += wp * label;
@@ -548,7 +562,8 @@ template <class R> struct Tile {
           sum[FOCAL] += wt * (front * label * there + back * (unit - label) * not_there);
         }
       }
-      for (int row = 0; row < ROWS; row++) sums[row].take(sum[row]);
+      for (int row = 0; row < ROWS; row++)
+        if (wish == ANY || row <= COUNT || (wish == DICE_AND_NLL && row == NLL)) sums[row].take(sum[row]);
       }
       for (int row = 0; row < ROWS; row++) total[row][c] += ::sum(sums[row].total);
     }
@@ -556,19 +571,27 @@ template <class R> struct Tile {
 
   template <Wish wish> void backward_sigmoid() {
     const vec unit = S::all(1);
+    const R *const z = this->z, *const t = this->t;
+    const int64_t step = this->step, P = this->P, C = this->C, padded = this->padded;
     const R gamma = static_cast<R>(job.gamma);
     const R front = job.alpha == job.alpha ? static_cast<R>(job.alpha) : R(1), back = job.alpha == job.alpha ? 1 - front : R(1);
     const bool direct = job.slope.type == (sizeof(R) == 4 ? F32 : F64) && job.slope.pixel == 1 && n == padded;
     for (int64_t c = 0; c < C; c++) {
       R *line = direct ? static_cast<R *>(job.slope.data) + image * job.slope.image + c * job.slope.cls + pixel : out + c * P;
+      const R of_p = grad[PREDICTED][c], of_overlap = grad[OVERLAP][c], of_nll = grad[NLL][c];
+      const R *const shared = by_class ? w + c * P : weight;
       for (int64_t j = 0; j < padded; j += L) {
-        const vec value = S::load(z + c * step + j), wt = weights(c, j), label = S::load(t + c * P + j);
-        const Both at = both(value, wish == ANY && wants(FOCAL));
-        vec slope = S::all(grad[PREDICTED][c]) + label * grad[OVERLAP][c];
+        const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
+        vec slope = of_p + label * of_overlap;
+        if (wish == DICE) {
+          S::store(line + j, slope * steepness(value) * wt);
+          continue;
+        }
+        const Both at = both<wish>(value, wish == ANY && wants(FOCAL));
         if (wish == ANY && wants(SQUARES)) slope += at.p * (2 * grad[SQUARES][c]);
         if (wish == ANY && wants(MINIMUM)) slope += grad[MINIMUM][c] * (at.p < label ? unit : at.p == label ? unit * R(0.5) : vec{});
         vec dz = slope * at.p * at.q;
-        if ((wish == DICE_AND_NLL || (wish == ANY && wants(NLL)))) dz += grad[NLL][c] * (at.p * (unit - label) - at.q * label);
+        if ((wish == DICE_AND_NLL || (wish == ANY && wants(NLL)))) dz += of_nll * (at.p * (unit - label) - at.q * label);
         if (wish == ANY && wants(ALL_NLL)) dz -= grad[ALL_NLL][c] * at.q;
         if (wish == ANY && wants(ABSENT_NLL)) dz += grad[ABSENT_NLL][c] * at.p;
         if (wish == ANY && wants(FOCAL)) {
