@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lightning_dice.kernels import available
 from lightning_dice.kernels.native import build
@@ -22,17 +21,14 @@ def main() -> None:
     )
     processor = parser.parse_args().build
     if processor is not None:
-        command = build.compiler()
-        if command is None:
-            parser.exit(1, "no C++ compiler: install g++ or clang, or set CXX\n")
         try:
-            print(build.build(build.PREBUILT, command, processor))
+            print(build.build(build.PREBUILT, build.compiler(), processor))
         except OSError as error:
             parser.exit(1, f"{error}\n")
         return
     for name, why in available().items():
         print(f"{name:10} {'can run' if why is None else why}")
-    print(f"\nprebuilt: {build.PREBUILT if Path(build.PREBUILT).is_file() else 'none'}; cache: {build.cache()}")
+    print(f"\nprebuilt: {build.PREBUILT if build.PREBUILT.is_file() else 'none'}; cache: {build.cache()}")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,13 @@ def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: T
         rows = dict(zip(work.rows, grad[:, image].to(read.z.dtype), strict=True))
         flat[image, :, run] = _sigmoid_slope(read, rows) if work.planes else _softmax_slope(read, rows)
     # Where the space axes are not one axis of one stride, flattening has made a copy.
-    return slope if flat.data_ptr() == slope.data_ptr() else flat.view(slope.shape)
+    return slope if flat.data_ptr() == slope.data_ptr() else slope.copy_(flat.view(slope.shape))
 
 
 def _blocks(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[int, slice, _Read]]:
     """Runs of pixels of one image: its number, which pixels, and what they hold."""
     images, classes = logits.shape[:2]
-    length = max(_BLOCK // classes, 1024)
+    length = max(_BLOCK // max(classes, 1), 1024)
     z, t = logits.flatten(2), target.flatten(2 if work.planes else 1)
     w = None if weight is None else weight.flatten(2 if weight.shape == logits.shape else 1)
     for image in range(images):
@@ -116,10 +116,10 @@ def _softmax_sums(read: _Read, work: Work) -> dict[str, Tensor]:
     share = soft.inv if read.weight is None else soft.inv * read.weight
     fields = {
         "count": read.count,
-        "predicted": torch.mv(soft.x, share[0]),
         "overlap": _by_class(soft.own * share, ids, len(z)),
         "actual": _by_class(torch.ones_like(share) if read.weight is None else read.weight, ids, len(z)),
     }
+    fields["predicted"] = soft.x.mul_(share).sum(1)  # Not by BLAS, which adds all in one number.
     if "nll" in work.rows:
         near = torch.log1p(soft.others / soft.own.clamp(min=0.5))
         nll = torch.where(soft.own > 0.5, near, soft.top - z.gather(0, ids) - soft.inv.log())

@@ -164,7 +164,8 @@ def check_logits(logits: Tensor, *, activation: Activation) -> None:
     if low == high:
         return
     if activation == "softmax":
-        if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 2e-3 * logits.shape[1]):
+        # Rounding each to bfloat16 leaves a sum within 2e-3 of 1.
+        if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 1e-2):
             raise ValueError(
                 "logits are probabilities: they lie in [0, 1] and sum to 1 over the classes; "
                 "leave the net's softmax out, or set activation=None"

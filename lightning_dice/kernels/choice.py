@@ -36,7 +36,7 @@ def available() -> dict[str, str | None]:
 def forced(name: str | None, *, strict: bool = False) -> Iterator[None]:
     """Have one implementation do the sums, for what it can do, while the context lasts; `None`: as by default.
 
-    The environment variable `LIGHTNING_DICE_KERNEL` does the same for a whole process.
+    The environment variable `LIGHTNING_DICE_KERNEL` does the same for a whole process. Both hold for all threads.
 
     Args:
         name: of the implementation.
@@ -58,6 +58,8 @@ def forced(name: str | None, *, strict: bool = False) -> Iterator[None]:
 
 def chosen(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """The name of the twin that does this work; `None`: the reference does."""
+    if not _lies_in_memory(logits, target, weight):
+        return None
     names = _BY_DEVICE.get(logits.device.type, ()) if _forced is None else (_forced,)
     for name in names:
         if name != "reference" and _usable(name) and TWINS[name].takes(work, logits, target, weight):
@@ -75,11 +77,25 @@ def refuse_if_strict() -> None:
         raise ValueError(f"{_forced!r} cannot do these sums, on these tensors: the reference would have to")
 
 
-def native_does(*tensors: Tensor) -> bool:
+def native_counts(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
     """Whether the C++ kernels count what these tensors hold."""
     if _forced not in (None, "native") or torch.compiler.is_compiling():
         return False
-    return native.missing() is None and native.reads(*tensors)
+    return _lies_in_memory(*tensors) and _usable("native") and native.counts(classes, ignore_index, *tensors)
+
+
+def _lies_in_memory(*tensors: Tensor | None) -> bool:
+    """Whether tensors are what their memory says: no subclass, no wrapper of a transform, no view with a sign."""
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._is_tracing() and all(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in tensors
+        if tensor is not None
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dice.kernels import native
 from lightning_dice.kernels.checks import ROUNDING, value_range
-from lightning_dice.kernels.choice import native_does
+from lightning_dice.kernels.choice import native_counts
 from lightning_dice.kernels.sums import OverlapSums, holds_label, valid_pixels
 from lightning_dice.kernels.work import OutOfRange
 
@@ -27,7 +27,7 @@ def count_classes(logits: Tensor, target: Tensor, ignore_index: int | None = Non
         OutOfRange: on the CPU, an id that is no class and not ignored.
     """
     ignore_index = ignore_index if holds_label(target, ignore_index) else None
-    if native_does(logits, target):
+    if native_counts(logits.shape[1], ignore_index, logits, target):
         return _sums(native.count("logits", logits, target, logits.shape[1], ignore_index=ignore_index))
     greatest, predicted = logits.max(1)
     # Its argmax would be some class, and may be the right one.
@@ -39,7 +39,7 @@ def count_classes(logits: Tensor, target: Tensor, ignore_index: int | None = Non
 def count_labels(predicted: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> OverlapSums:
     """Count predicted class ids against true ones, both `(images, *space)`; otherwise as `count_classes`."""
     ignore_index = ignore_index if holds_label(target, ignore_index) else None
-    if native_does(predicted, target):
+    if native_counts(classes, ignore_index, predicted, target):
         return _sums(native.count("ids", predicted, target, classes, ignore_index=ignore_index))
     _check_ids(target, classes, ignore_index)
     valid = valid_pixels(target, ignore_index)
@@ -53,7 +53,7 @@ def count_planes(values: Tensor, target: Tensor, threshold: float, ignore_index:
     The target has the shape of `values` and holds 0 and 1; otherwise as `count_classes`.
     """
     ignore_index = ignore_index if holds_label(target, ignore_index) else None
-    if native_does(values, target):
+    if native_counts(values.shape[1], ignore_index, values, target):
         # As torch compares: the number in the dtype of the values.
         at = float(torch.tensor(threshold, dtype=values.dtype))
         return _sums(native.count("planes", values, target, values.shape[1], ignore_index=ignore_index, threshold=at))

@@ -74,8 +74,6 @@ def _twin(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> 
     """The twin that does it: they differentiate in the logits alone."""
     if target.requires_grad or (weight is not None and weight.requires_grad):
         return None
-    if type(logits) not in (Tensor, torch.nn.Parameter):
-        return None  # What a subclass does is its own affair: a twin reads the memory.
     return chosen(work, logits, target, weight)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -134,3 +135,41 @@ def test_what_has_no_meaning(how):
         # Under an ignored pixel a prediction may be anything.
         sums = label_sums(torch.tensor([[0, 1, 9]]), torch.tensor([[0, 1, 255]]), 3, ignore_index=255)
         assert sums.count.tolist() == [[2, 2, 2]]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_ignored_label_of_zero(how, dtype):
+    """What fills up the last vector is no ignored pixel."""
+    for pixels in (1, 7, 16, 17, 2049):
+        logits, target = torch.ones(1, 2, pixels, dtype=dtype), torch.ones(1, 2, pixels, dtype=torch.long)
+        target[..., 0] = 0
+        with forced(how):
+            sums = hard_sums(logits, target, ignore_index=0)
+            ids = label_sums(target[:, 0], target[:, 0], 2, ignore_index=0)
+        assert sums.count.tolist() == [[pixels - 1] * 2]
+        assert sums.overlap.tolist() == sums.actual.tolist() == [[pixels - 1] * 2]
+        assert ids.count.tolist() == [[pixels - 1] * 2]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_many_classes_and_large_numbers(how):
+    target = torch.tensor([[0, 1, 3]])
+    with forced(how):
+        sums = label_sums(target, target, 1_000_000)
+        assert sums.overlap.sum() == 3
+        with pytest.raises(ValueError, match="target must hold class ids"):
+            label_sums(target, torch.tensor([[0, 1, 2**24]]), 3, ignore_index=2**24 + 1)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_traced_count_counts_again(how):
+    with forced(how), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda z, t: hard_sums(z, t, activation="softmax").overlap, EXAMPLES[0])
+        for logits, target in EXAMPLES:
+            assert torch.equal(traced(logits, target), hard_sums(logits, target, activation="softmax").overlap)
+
+
+torch.manual_seed(3)
+EXAMPLES = [(torch.randn(1, 3, 50), torch.randint(0, 3, (1, 50))) for _ in range(2)]

@@ -16,7 +16,16 @@ from lightning_dice.kernels import Wanted, available, forced, native, overlap_su
 from lightning_dice.kernels.native import build
 
 needs_native = pytest.mark.skipif(available()["native"] is not None, reason=str(available()["native"]))
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+
+def has_compiler():
+    try:
+        return bool(build.compiler())
+    except OSError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 LOSS = """
 import torch
@@ -51,6 +60,12 @@ def compiler_in(folder, script):
     file.write_text(f"#!/bin/sh\n{script}\n")
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return str(folder)
+
+
+@needs_compiler
+def test_they_build_here():
+    """Where they did not, the tests of the kernels would be skipped, and nobody would know."""
+    assert available()["native"] is None
 
 
 def test_without_a_compiler_the_next_best_works_and_says_so(tmp_path, by_reference):
@@ -100,6 +115,69 @@ def test_several_processes_may_build_at_once(tmp_path, by_reference):
 
 
 @needs_compiler
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
+def test_a_file_that_was_cut_short_is_built_again(tmp_path, by_reference, left):
+    """Loading it would end the process."""
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert python(LOSS, **env) == [by_reference, "None"]
+    (file,) = (tmp_path / "lightning_dice").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * left)])
+    assert python(LOSS, **env) == [by_reference, "None"]
+    (again,) = (tmp_path / "lightning_dice").iterdir()
+    assert again.read_bytes() == whole
+
+
+@needs_compiler
+def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, by_reference):
+    folder = tmp_path / "lightning_dice"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path)) == [by_reference, "None"]
+    assert not list(folder.iterdir())
+
+
+def test_a_compiler_that_is_named_must_be_there(tmp_path, by_reference):
+    value, why = python(LOSS, CXX="/does/not/exist -m64", XDG_CACHE_HOME=str(tmp_path))
+    assert value == by_reference
+    assert why == "no C++ compiler: CXX is /does/not/exist -m64, and there is no /does/not/exist"
+
+
+@needs_compiler
+def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "env c++ -g0")
+    assert build.compiler() == ["env", "c++", "-g0"]
+    assert build.build(tmp_path / "kernels.so", build.compiler()).is_file()
+
+
+@needs_compiler
+def test_threads_that_come_at_once_build_once(tmp_path):
+    code = """
+import threading, pathlib, os
+from lightning_dice.kernels import native
+seen = []
+threads = [threading.Thread(target=lambda: seen.append(native.missing())) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(seen, len(list((pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dice").iterdir())))
+"""
+    assert python(code, XDG_CACHE_HOME=str(tmp_path)) == ["[None, None, None, None] 1"]
+
+
+@needs_compiler
+def test_a_user_without_a_home(by_reference, tmp_path):
+    code = f"import pathlib\ndef home(): raise RuntimeError('no home')\npathlib.Path.home = home\n{LOSS}"
+    assert python(code, XDG_CACHE_HOME="", HOME="") == [by_reference, "None"]
+
+
+@needs_native
+def test_no_memory_is_an_error_and_no_crash(monkeypatch):
+    logits = torch.zeros(1, 2, 4)
+    monkeypatch.setattr(native, "_NO_MEMORY", 0)
+    with forced("native"), pytest.raises(MemoryError, match="no memory for their partial results"):
+        overlap_sums(logits, torch.zeros(1, 4, dtype=torch.long), activation="softmax")
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written(tmp_path, by_reference):
     (tmp_path / "file").write_text("")
     assert python(LOSS, XDG_CACHE_HOME=str(tmp_path / "file")) == [by_reference, "None"]
@@ -107,16 +185,19 @@ def test_a_cache_that_cannot_be_written(tmp_path, by_reference):
 
 @needs_compiler
 def test_a_prebuilt_file_needs_no_compiler(tmp_path, monkeypatch):
-    file = build.build(tmp_path / "kernels.so", str(build.compiler()), "native")
+    file = build.build(tmp_path / "kernels.so", build.compiler())
     monkeypatch.setattr(build, "PREBUILT", file)
-    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "compiler", lambda: pytest.fail("not needed"))
     assert build.library().lightning_dice_count_size() > 0
+    monkeypatch.setattr(build, "source", lambda: "0123456789abcdef")
+    with pytest.raises(OSError, match="was built of other sources"):
+        build.library()
 
 
 @needs_compiler
 def test_a_processor_that_the_compiler_does_not_know(tmp_path):
     with pytest.raises(OSError, match="failed to compile the kernels"):
-        build.build(tmp_path / "kernels.so", str(build.compiler()), "abacus-7")
+        build.build(tmp_path / "kernels.so", build.compiler(), "abacus-7")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_dice import DiceLoss
 from lightning_dice.kernels import Focal, Wanted, available, forced, overlap_sums
+from lightning_dice.kernels.choice import chosen
+from lightning_dice.kernels.work import Work
 from lightning_dice.losses import DiceCELoss, HausdorffLoss
 
 ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))
@@ -122,6 +125,10 @@ def test_any_focal_factor(twin, gamma, alpha):
 
 
 LAYOUTS = {
+    "cropped-channels-last": lambda x: F.pad(x, (1, 2, 3, 1)).contiguous(memory_format=torch.channels_last)[
+        ..., 3:-1, 1:-2
+    ],
+    "batch-innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "sliced-batch": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
     "sliced-classes": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
@@ -149,6 +156,8 @@ def test_any_layout_in_memory(twin, layout):
             for mask in masks:
                 came = run(twin, moved, mask, WANTED[twin], activation=activation, ignore_index=255)
                 torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-9)
+                # What the operator tells torch.compile beforehand.
+                assert came[1].stride() == torch.empty_like(moved).stride()
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -288,6 +297,83 @@ def test_a_second_backward_pass_gives_the_same(twin):
 
 
 @pytest.mark.parametrize("twin", TWINS)
+def test_a_class_that_is_masked_out(twin):
+    """A logit of -inf, in a class that no pixel has."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 4, 9, 9, dtype=torch.float64), torch.randint(0, 3, (2, 9, 9))
+    logits[:, 3] = -math.inf
+    for wanted in (WANTED[twin], replace(WANTED[twin], all_nll=False), Wanted(nll=True, squares=twin == "native")):
+        expected = run("reference", logits, target, replace(wanted, all_nll=False), activation="softmax")
+        came = run(twin, logits, target, replace(wanted, all_nll=False), activation="softmax")
+        torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_sums_of_equal_float32_terms(twin):
+    """All with one rounding, so that the errors of adding them up do not average out."""
+    for classes, layout in ((2, torch.contiguous_format), (3, torch.channels_last), (1000, torch.contiguous_format)):
+        size = 512 if classes < 10 else 32
+        logits = torch.zeros(1, classes, size, size).contiguous(memory_format=layout)
+        target = torch.zeros(1, size, size, dtype=torch.long)
+        sums, _ = run(twin, logits, target, WANTED[twin], activation="softmax")
+        exact, _ = run("reference", logits.double(), target, WANTED[twin], activation="softmax")
+        torch.testing.assert_close(sums, exact, rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_views_that_are_not_what_their_memory_says(twin):
+    logits = torch.complex(torch.zeros(1, 2, 8), torch.randn(1, 2, 8)).conj().imag
+    assert logits.is_neg()
+    target = torch.zeros(1, 8, dtype=torch.long)
+    bytes_of_255 = torch.full((1, 2, 8), 255, dtype=torch.uint8).view(torch.bool)
+    for mask, activation in ((target, "softmax"), (bytes_of_255, "sigmoid")):
+        plain = logits.clone().resolve_neg()
+        with forced("reference"):
+            exact = overlap_sums(plain, torch.ones_like(mask) if mask is bytes_of_255 else mask, activation=activation)
+        for values in (logits, plain):
+            leaf = values.detach().requires_grad_()
+            with forced(twin):
+                sums = overlap_sums(leaf, mask, activation=activation)
+            (gradient,) = torch.autograd.grad(sums.overlap.sum(), leaf)
+            torch.testing.assert_close(sums.predicted.detach(), exact.predicted)
+            torch.testing.assert_close(sums.overlap.detach(), exact.overlap)
+            assert float(gradient.abs().max()) <= 0.25
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_fake_tensor_is_left_to_the_reference(twin):
+    with forced(twin), FakeTensorMode() as mode:
+        logits, target = (mode.from_tensor(t) for t in (torch.zeros(1, 2, 8), torch.zeros(1, 8, dtype=torch.long)))
+        assert chosen(Work("softmax", False, False), logits, target, None) is None
+    with forced(twin):
+        assert chosen(Work("softmax", False, False), torch.zeros(1, 2, 8), logits_of(target), None) == twin
+
+
+def logits_of(fake):
+    return torch.zeros(fake.shape, dtype=fake.dtype)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_compiles_whatever_the_layout(twin):
+    loss = DiceCELoss(activation="softmax")
+    target = torch.randint(0, 3, (2, 8, 8))
+
+    def cropped(x):
+        return loss(x.contiguous(memory_format=torch.channels_last)[..., 1:-1, 1:-2] * 1, target)
+
+    def transposed(x):
+        return loss(x[..., 1:-1, 1:-2].transpose(2, 3), target)
+
+    for function in (cropped, transposed):
+        torch._dynamo.reset()
+        leaf = torch.randn(2, 3, 10, 11, requires_grad=True)
+        with forced(twin):
+            (compiled,) = torch.autograd.grad(torch.compile(function, fullgraph=True)(leaf), leaf)
+            (plain,) = torch.autograd.grad(function(leaf), leaf)
+        torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("twin", TWINS)
 def test_a_gradient_of_the_gradient(twin):
     for activation, kind in (("softmax", "ids"), ("sigmoid", "hard")):
         logits, target = case(9, activation, 1, 3, (2, 2), kind=kind)
@@ -332,10 +418,15 @@ def test_an_unknown_implementation():
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_an_empty_batch(twin):
-    for shape in ((0, 3, 4), (2, 3, 0)):
-        logits = torch.zeros(shape)
+    for logits in (
+        torch.zeros(0, 3, 4),
+        torch.zeros(2, 3, 0),
+        torch.zeros(0, 3, 8, 8)[..., 1:-1, 1:-1],
+        torch.zeros(2, 3, 4, 0),
+    ):
+        shape = logits.shape
         sums, gradient = run(
-            twin, logits, torch.zeros(shape[0], shape[2], dtype=torch.long), DICE_AND_CE, activation="softmax"
+            twin, logits, torch.zeros(shape[0], *shape[2:], dtype=torch.long), DICE_AND_CE, activation="softmax"
         )
         assert not sums.any()
         assert gradient.shape == shape

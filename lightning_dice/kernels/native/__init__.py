@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import threading
 from typing import Literal
 
 import torch
@@ -23,13 +24,13 @@ _TYPES = {
     torch.bfloat16: 2,
     torch.float16: 3,
     torch.uint8: 4,
-    torch.bool: 4,
     torch.int8: 5,
     torch.int16: 6,
     torch.int32: 7,
     torch.int64: 8,
     torch.uint16: 9,
     torch.uint32: 10,
+    torch.bool: 11,
 }
 # The order of `Row` in sums.cpp.
 _ROWS = (
@@ -37,6 +38,7 @@ _ROWS = (
     *("nll", "all_nll", "absent_nll", "focal"),
 )
 CHECKS_VALUES = True
+_NO_MEMORY = 1 << 30
 # float32 tells all integers apart up to here, and an id is compared as a float.
 _EXACT = 1 << 24
 
@@ -101,17 +103,23 @@ class Job(ctypes.Structure):
     )
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         found = library()
-    except OSError as error:
-        return None, str(error)
+    except Exception as error:
+        return None, f"{error}" or type(error).__name__
     for size, structure in ((found.lightning_dice_job_size, Job), (found.lightning_dice_count_size, Count)):
         size.restype = ctypes.c_int64
-        if size() == ctypes.sizeof(structure):
-            continue
-        return None, "the prebuilt kernels belong to another version of lightning_dice"
+        assert size() == ctypes.sizeof(structure)
     return found, ""
 
 
@@ -147,6 +155,11 @@ def reads(*tensors: Tensor) -> bool:
     )
 
 
+def counts(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
+    """Whether the kernels can count these tensors."""
+    return reads(*tensors) and classes < _EXACT - 1 and abs(ignore_index or 0) < _EXACT
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_half() -> bool:
     found, _ = _loaded()
@@ -160,9 +173,9 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
         OutOfRange: a label or a weight outside its range.
     """
     sums = torch.zeros(len(work.rows), *logits.shape[:2], dtype=torch.float64)
-    job, alive = _job(work, logits, target, weight)
     if not logits.numel():
         return sums
+    job, alive = _job(work, logits, target, weight)
     job.sums = sums.data_ptr()
     _call("lightning_dice_forward", job)
     del alive
@@ -173,17 +186,18 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
 
 def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
-    logits = flat(logits, keep_classes=True)
     slope = torch.empty_like(logits)
     if not logits.numel():
         return slope
     job, alive = _job(work, logits, target, weight)
     grad = grad.contiguous()
     job.sums = grad.data_ptr()
-    job.slope = view(flat(slope, keep_classes=True))
+    # Itself, but where its space axes are not one axis of one stride.
+    written = flat(slope, keep_classes=True)
+    job.slope = view(written)
     _call("lightning_dice_backward", job)
     del alive
-    return slope
+    return slope if written is slope else slope.copy_(written)
 
 
 _MODES = {"logits": 0, "ids": 1, "planes": 2}
@@ -235,6 +249,8 @@ def _call(name: str, job: ctypes.Structure) -> None:
     if found is None:
         raise OSError(why)
     getattr(found, name)(ctypes.byref(job))
+    if job.wrong == _NO_MEMORY:
+        raise MemoryError("the sums found no memory for their partial results")
 
 
 def _job(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Job, list[Tensor]]:

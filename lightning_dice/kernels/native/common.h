@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -16,7 +17,10 @@
 #define HAS_HALF 0
 #endif
 
-enum Type : int32_t { F32, F64, BF16, F16, U8, I8, I16, I32, I64, U16, U32 };
+enum Type : int32_t { F32, F64, BF16, F16, U8, I8, I16, I32, I64, U16, U32, BOOL };
+
+// What a job reports instead of what it has found wrong.
+static constexpr int32_t NO_MEMORY = 1 << 30;
 
 // A tensor (images, classes, pixels) anywhere in memory; strides in elements.
 struct View {
@@ -159,6 +163,15 @@ struct BFloat {
   explicit operator double() const { return static_cast<float>(*this); }
 };
 
+// A byte of which anything but 0 is true.
+struct Bool {
+  uint8_t byte;
+  Bool() = default;
+  template <class R> explicit Bool(R value) : byte(value != 0) {}
+  explicit operator float() const { return byte ? 1 : 0; }
+  explicit operator double() const { return byte ? 1 : 0; }
+};
+
 // Calls `f` with a pointer of the type to the element at `at`.
 template <class F> static void of_type(const View &v, int64_t at, const F &f) {
   switch (v.type) {
@@ -172,6 +185,7 @@ template <class F> static void of_type(const View &v, int64_t at, const F &f) {
   case I8: return f(static_cast<int8_t *>(v.data) + at);
   case I16: return f(static_cast<int16_t *>(v.data) + at);
   case I32: return f(static_cast<int32_t *>(v.data) + at);
+  case BOOL: return f(static_cast<Bool *>(v.data) + at);
   case U16: return f(static_cast<uint16_t *>(v.data) + at);
   case U32: return f(static_cast<uint32_t *>(v.data) + at);
   default: return f(static_cast<int64_t *>(v.data) + at);
@@ -227,6 +241,10 @@ struct Scratch {
     std::free(data);
     size = (bytes + 4095) / 4096 * 4096;
     data = static_cast<char *>(std::aligned_alloc(4096, size));
+    if (!data) {
+      size = 0;
+      throw std::bad_alloc();
+    }
   }
   template <class T> T *take(size_t count) {
     T *result = reinterpret_cast<T *>(data + used);
@@ -243,19 +261,40 @@ template <class F> struct Team {
   const F &unit;
   int64_t units;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
   static void run(void *self) {
     Team &team = *static_cast<Team *>(self);
-    for (int64_t at; (at = team.next.fetch_add(1)) < team.units;) team.unit(at);
+    try {
+      for (int64_t at; (at = team.next.fetch_add(1)) < team.units;) team.unit(at);
+    } catch (...) {
+      team.failed = true;  // No exception may leave a thread of OpenMP.
+    }
   }
 };
 
-template <class F> static void in_parallel(int64_t units, int32_t threads, void *region, const F &unit) {
+// Whether every unit was done: false where memory ran out.
+template <class F> static bool in_parallel(int64_t units, int32_t threads, void *region, const F &unit) {
   Team<F> team{unit, units};
   const int64_t useful = threads < units ? threads : units;
-  if (useful <= 1) return Team<F>::run(&team);
-  if (region) return reinterpret_cast<Region>(region)(&Team<F>::run, &team, static_cast<unsigned>(useful), 0);
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < useful; i++) others.emplace_back(&Team<F>::run, &team);
-  Team<F>::run(&team);
-  for (std::thread &other : others) other.join();
+  if (useful <= 1) {
+    Team<F>::run(&team);
+  } else if (region) {
+    reinterpret_cast<Region>(region)(&Team<F>::run, &team, static_cast<unsigned>(useful), 0);
+  } else {
+    std::vector<std::thread> others;
+    others.reserve(useful);
+    for (int64_t i = 1; i < useful; i++) others.emplace_back(&Team<F>::run, &team);
+    Team<F>::run(&team);
+    for (std::thread &other : others) other.join();
+  }
+  return !team.failed;
+}
+
+// A job of which no exception gets out, as its caller speaks C.
+template <class J, class F> static void guarded(J *job, const F &run) {
+  try {
+    run();
+  } catch (...) {
+    job->wrong = NO_MEMORY;
+  }
 }

@@ -151,7 +151,8 @@ template <class R> struct Counter {
       }
       if (any(bad)) wrong |= BAD_LABEL;
       both[0][c] += lanes(overlap), predicted[0][c] += lanes(found), actual[0][c] += lanes(labelled);
-      plane_count[c] += n - lanes(left_out);
+      // The padding of label 0 is no pixel that was left out.
+      plane_count[c] += n - lanes(left_out) + (job.has_ignored && job.ignored == 0 ? padded - n : 0);
     }
   }
 
@@ -171,12 +172,16 @@ template <class R> struct Counter {
 };
 
 template <class R> void run(Count &job) {
-  const int64_t per_image = (job.pixels + UNIT - 1) / UNIT, units = per_image * job.images, C = job.classes;
+  const int64_t C = job.classes;
+  // Partial counts of all units, 8 bytes each, should not be the larger part of the memory.
+  int64_t length = UNIT;
+  while (length < job.pixels && (job.pixels + length - 1) / length * job.images * 4 * C > (1 << 22)) length *= 2;
+  const int64_t per_image = (job.pixels + length - 1) / length, units = per_image * job.images;
   std::vector<int64_t> parts(units * 4 * C);
   std::atomic<int32_t> wrong{0};
-  in_parallel(units, job.threads, job.region, [&](int64_t unit) {
+  const bool done = in_parallel(units, job.threads, job.region, [&](int64_t unit) {
     Counter<R> counter(job);
-    const int64_t first = unit % per_image * UNIT, end = std::min(first + UNIT, job.pixels);
+    const int64_t first = unit % per_image * length, end = std::min(first + length, job.pixels);
     for (int64_t at = first; at < end; at += RUN) counter.run(unit / per_image, at, std::min(RUN, end - at));
     int64_t *to = &parts[unit * 4 * C];
     for (int64_t c = 0; c < C; c++) {
@@ -187,7 +192,8 @@ template <class R> void run(Count &job) {
     }
     if (counter.wrong) wrong |= counter.wrong;
   });
-  job.wrong = wrong;
+  job.wrong = done ? wrong.load() : NO_MEMORY;
+  if (!done) return;
   for (int64_t row = 0; row < 4; row++)
     for (int64_t image = 0; image < job.images; image++) {
       int64_t *to = job.counts + (row * job.images + image) * C;
@@ -200,6 +206,8 @@ template <class R> void run(Count &job) {
 }  // namespace
 
 extern "C" {
-void lightning_dice_count(Count *job) { job->predicted.type == F64 ? run<double>(*job) : run<float>(*job); }
+void lightning_dice_count(Count *job) {
+  guarded(job, [&] { job->predicted.type == F64 ? run<double>(*job) : run<float>(*job); });
+}
 int64_t lightning_dice_count_size() { return sizeof(Count); }
 }

@@ -401,6 +401,11 @@ template <class R> struct Tile {
   }
 
   vec weights(int64_t c, int64_t j) const { return S::load(by_class ? w + c * P + j : weight + j); }
+  // The label times x. Not multiplied where it is true or false: x may be infinite, or NaN, where it is false.
+  vec by_label(int64_t c, int64_t j, vec label, vec x) const {
+    if (job.planes) return label * x;
+    return S::load(id + j) == S::all(static_cast<R>(c)) ? x : vec{};
+  }
   vec labels(int64_t c, int64_t j) const { return job.planes ? S::load(t + c * P + j) : mine(S::load(id + j), c); }
 
   void forward_softmax() {
@@ -416,7 +421,7 @@ template <class R> struct Tile {
       for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
         const vec x = S::load(e + c * P + j), share = S::load(inv + j), p = x * share, wt = weights(c, j), label = labels(c, j);
         sum[PREDICTED] += wt * p;
-        sum[OVERLAP] += wt * p * label;
+        sum[OVERLAP] += by_label(c, j, label, wt * p);
         sum[ACTUAL] += wt * label;
         sum[COUNT] += wt;
         if (wants(SQUARES)) sum[SQUARES] += wt * p * p;
@@ -424,17 +429,17 @@ template <class R> struct Tile {
         if (wants(MINIMUM)) sum[MINIMUM] += wt * (p < label ? p : label);
         if (!logs) continue;
         const vec nll = S::load(top + j) - S::load(z + c * step + j) + S::load(one + j);
-        sum[NLL] += wt * label * nll;
+        sum[NLL] += by_label(c, j, label, wt * nll);
         sum[ALL_NLL] += wt * nll;
         if (wants(FOCAL)) {
           vec factor = {}, slope;
           focus(x >= unit ? S::load(rest + j) * share : unit - p, p, factor, slope);
-          sum[FOCAL] += wt * label * factor * nll;
+          sum[FOCAL] += by_label(c, j, label, wt * factor * nll);
         }
         if (wants(ABSENT_NLL)) {
           const vec near = S::load(one + j) + S::load(top + j) - S::load(two + j);
           const auto alone = (x >= unit) & (S::load(three + j) == unit);
-          sum[ABSENT_NLL] += wt * (alone ? near : -log_(unit - p));
+          sum[ABSENT_NLL] += wt * (alone ? near : -exact_log1p(-p));
         }
       }
       for (int row = 0; row < ROWS; row++) sums[row].take(sum[row]);
@@ -470,7 +475,8 @@ template <class R> struct Tile {
         if (wants(FOCAL)) {
           vec factor = {}, falling;
           focus(is_top ? left : unit - p, p, factor, falling);
-          of_log += label * grad[FOCAL][c] * (factor + falling * (S::load(top + j) - S::load(z + c * step + j) + log_sum));
+          const vec nll = S::load(top + j) - S::load(z + c * step + j) + log_sum;
+          of_log += by_label(c, j, label, grad[FOCAL][c] * (factor + falling * nll));
         }
         of_log *= wt;
         sum_h += of_log;
@@ -546,8 +552,8 @@ template <class R> struct Tile {
         sum[ACTUAL] += wt * label;
         sum[COUNT] += wt;
         if (wish == DICE) continue;
-        // max(z, 0) - z t + log(1 + e) is t (-log p) + (1 - t) (-log q).
-        sum[NLL] += wt * (positive_part(value) - value * label + at.log_sum);
+        // t (-log p) + (1 - t) (-log q), of which log(1 + e) is a part of both.
+        sum[NLL] += wt * (label * positive_part(-value) + (unit - label) * positive_part(value) + at.log_sum);
         if (wish == DICE_AND_NLL) continue;
         if (wants(SQUARES)) sum[SQUARES] += wp * at.p;
         if (wants(ACTUAL_SQUARES)) sum[ACTUAL_SQUARES] += wt * label * label;
@@ -642,7 +648,7 @@ template <class R> static void forward(Job &job) {
   const int64_t size = job.rows * job.classes;
   std::vector<double> parts(plan.units * size);
   std::atomic<int32_t> wrong{0};
-  in_parallel(plan.units, job.threads, job.region, [&](int64_t unit) {
+  const bool done = in_parallel(plan.units, job.threads, job.region, [&](int64_t unit) {
     Tile<R> tile(job);
     tile.start(unit / plan.per_image);
     const int64_t first = unit % plan.per_image * plan.length, end = std::min(first + plan.length, job.pixels);
@@ -654,7 +660,8 @@ template <class R> static void forward(Job &job) {
       if (job.row[row] >= 0) std::memcpy(&parts[unit * size + job.row[row] * job.classes], tile.total[row], job.classes * sizeof(double));
     if (tile.wrong) wrong |= tile.wrong;
   });
-  job.wrong = wrong;
+  job.wrong = done ? wrong.load() : NO_MEMORY;
+  if (!done) return;
   for (int64_t row = 0; row < job.rows; row++)
     for (int64_t image = 0; image < job.images; image++) {
       double *to = job.sums + (row * job.images + image) * job.classes;
@@ -678,7 +685,7 @@ static void ask_for_large_pages(const Job &job) {
 template <class R> static void backward(Job &job) {
   ask_for_large_pages(job);
   const Plan plan = Plan::of<R>(job);
-  in_parallel(plan.units, job.threads, job.region, [&](int64_t unit) {
+  const bool done = in_parallel(plan.units, job.threads, job.region, [&](int64_t unit) {
     Tile<R> tile(job);
     tile.start(unit / plan.per_image);
     const int64_t first = unit % plan.per_image * plan.length, end = std::min(first + plan.length, job.pixels);
@@ -687,11 +694,18 @@ template <class R> static void backward(Job &job) {
       tile.backward();
     }
   });
+  job.wrong = done ? 0 : NO_MEMORY;
 }
 
 extern "C" {
-void lightning_dice_forward(Job *job) { job->logits.type == F64 ? forward<double>(*job) : forward<float>(*job); }
-void lightning_dice_backward(Job *job) { job->logits.type == F64 ? backward<double>(*job) : backward<float>(*job); }
+void lightning_dice_forward(Job *job) {
+  guarded(job, [&] { job->logits.type == F64 ? forward<double>(*job) : forward<float>(*job); });
+}
+void lightning_dice_backward(Job *job) {
+  guarded(job, [&] { job->logits.type == F64 ? backward<double>(*job) : backward<float>(*job); });
+}
+// Of which sources this was built.
+uint64_t lightning_dice_source() { return SOURCE; }
 int32_t lightning_dice_has_half() { return HAS_HALF; }
 int64_t lightning_dice_job_size() { return sizeof(Job); }
 }
