@@ -47,10 +47,11 @@ template <class R> struct Tile {
   typedef typename S::vec vec;
   typedef typename S::mask mask;
   static constexpr int L = S::lanes;
+  static constexpr int N = 4;                // vectors that are worked on together
   static constexpr int64_t BLOCK = 8 * L;  // pixels whose terms are added in R
 
   const Job &job;
-  const int64_t C, P;  // classes; pixels of a tile, a multiple of L
+  const int64_t C, P;  // classes; pixels of a tile, a multiple of N L
   const bool by_class;
   int32_t wrong = 0;
 
@@ -68,8 +69,8 @@ template <class R> struct Tile {
   bool any_ignored;
 
   static int64_t tile_pixels(int64_t classes) {
-    int64_t pixels = TILE / classes / L * L;
-    return pixels < 64 ? 64 : pixels > 1024 ? 1024 : pixels;
+    int64_t pixels = TILE / classes / (N * L) * (N * L);
+    return pixels < N * L ? N * L : pixels > 1024 ? 1024 : pixels;
   }
 
   Tile(const Job &job) : job(job), C(job.classes), P(tile_pixels(job.classes)), by_class(job.weight_by_class || (job.planes && !job.softmax && job.has_ignored)) {
@@ -96,7 +97,7 @@ template <class R> struct Tile {
   }
 
   void load(int64_t at, int64_t count) {
-    pixel = at, n = count, padded = (n + L - 1) / L * L;
+    pixel = at, n = count, padded = (n + N * L - 1) / (N * L) * (N * L);
     any_ignored = false;
     load_weight();
     if (job.planes) load_planes(); else load_ids();
@@ -238,19 +239,21 @@ template <class R> struct Tile {
         S::store(top + j, value > best ? value : best);
       }
     const vec unit = S::all(1);
-    for (int64_t j = 0; j < padded; j += L) {
-      const vec best = S::load(top + j);
-      vec small = {}, whole = {};
+    for (int64_t j = 0; j < padded; j += N * L) {
+      vec best[N], small[N] = {}, whole[N] = {};
+      EACH best[u] = S::load(top + j + u * L);
       for (int64_t c = 0; c < C; c++) {
-        const vec x = exp_(S::load(z + c * step + j) - best);
-        S::store(e + c * P + j, x);
-        whole += x;
-        small += x >= unit ? vec{} : x;  // NaN goes in
+        vec x[N];
+        EACH x[u] = S::load(z + c * step + j + u * L) - best[u];
+        exp_each(x);
+        EACH S::store(e + c * P + j + u * L, x[u]);
+        EACH whole[u] += x[u];
+        EACH small[u] += x[u] >= unit ? vec{} : x[u];  // NaN goes in
       }
       // As many as share the greatest logit, all but one of them.
-      small += rounded(whole - small) - unit;
-      S::store(rest + j, small);
-      S::store(inv + j, unit / (small + unit));
+      EACH small[u] += rounded(whole[u] - small[u]) - unit;
+      EACH S::store(rest + j + u * L, small[u]);
+      EACH S::store(inv + j + u * L, unit / (small[u] + unit));
     }
   }
 
@@ -514,23 +517,66 @@ template <class R> struct Tile {
     vec p, q, log_sum;
   };
 
-  // p alone: 1/(1 + e^-z) is as exact where p is small, and where it is near 1 only 1 - p would lose.
-  static vec sigmoid(vec value) {
-    const vec unit = S::all(1), most = S::all(88);
-    return unit / (unit + exp_(most < -value ? most : -value));
-  }
-  // p (1 - p), the same on both sides of 0.
-  static vec steepness(vec value) {
-    const vec unit = S::all(1), x = exp_(value < 0 ? value : -value), large = unit / (unit + x);
-    return x * large * large;
-  }
-
-  template <Wish wish> static Both both(vec value, bool logs) {
+  static Both both(vec value, bool logs) {
     const vec unit = S::all(1), x = exp_(value < 0 ? value : -value), large = unit / (unit + x), small = x * large;
     const auto positive = value > 0;
-    return {positive ? large : small, positive ? small : large, wish != DICE && logs ? log1p_of_share(x) : vec{}};
+    return {positive ? large : small, positive ? small : large, logs ? log1p_of_share(x) : vec{}};
   }
   static vec positive_part(vec value) { return value < 0 ? vec{} : value; }
+
+  // Dice of planes alone.
+  void forward_planes() {
+    const vec unit = S::all(1), most = S::all(88);
+    const R *const z = this->z, *const t = this->t;
+    const int64_t step = this->step, P = this->P, padded = this->padded;
+    for (int64_t c = 0; c < C; c++) {
+      Sum<R> predicted, overlap, actual, count;
+      const R *const shared = by_class ? w + c * P : weight;
+      for (int64_t start = 0; start < padded; start += BLOCK) {
+        vec sum[4] = {};
+        for (int64_t j = start; j < std::min(start + BLOCK, padded); j += N * L) {
+          // 1/(1 + e^-z) is as exact where p is small; where p is near 1, only 1 - p would lose.
+          vec x[N];
+          EACH x[u] = -S::load(z + c * step + j + u * L);
+          EACH x[u] = most < x[u] ? most : x[u];
+          exp_each(x);
+          EACH x[u] = unit / (unit + x[u]);
+          EACH {
+            const vec wt = S::load(shared + j + u * L), label = S::load(t + c * P + j + u * L), wp = wt * x[u];
+            sum[0] += wp, sum[1] += wp * label, sum[2] += wt * label, sum[3] += wt;
+          }
+        }
+        predicted.take(sum[0]), overlap.take(sum[1]), actual.take(sum[2]), count.take(sum[3]);
+      }
+      total[PREDICTED][c] += ::sum(predicted.total), total[OVERLAP][c] += ::sum(overlap.total);
+      total[ACTUAL][c] += ::sum(actual.total), total[COUNT][c] += ::sum(count.total);
+    }
+  }
+
+  void backward_planes() {
+    const vec unit = S::all(1);
+    const R *const z = this->z, *const t = this->t;
+    const int64_t step = this->step, P = this->P, padded = this->padded;
+    const bool direct = job.slope.type == (sizeof(R) == 4 ? F32 : F64) && job.slope.pixel == 1 && n == padded;
+    for (int64_t c = 0; c < C; c++) {
+      R *line = direct ? static_cast<R *>(job.slope.data) + image * job.slope.image + c * job.slope.cls + pixel : out + c * P;
+      const R of_p = grad[PREDICTED][c], of_overlap = grad[OVERLAP][c];
+      const R *const shared = by_class ? w + c * P : weight;
+      for (int64_t j = 0; j < padded; j += N * L) {
+        // p (1 - p), the same on both sides of 0.
+        vec x[N], large[N];
+        EACH x[u] = S::load(z + c * step + j + u * L);
+        EACH x[u] = x[u] < 0 ? x[u] : -x[u];
+        exp_each(x);
+        EACH large[u] = unit / (unit + x[u]);
+        EACH {
+          const vec slope = of_p + S::load(t + c * P + j + u * L) * of_overlap;
+          S::store(line + j + u * L, slope * (x[u] * large[u] * large[u]) * S::load(shared + j + u * L));
+        }
+      }
+    }
+    if (!direct) store_slopes(out);
+  }
 
   template <Wish wish> void forward_sigmoid() {
     const vec unit = S::all(1);
@@ -545,13 +591,12 @@ template <class R> struct Tile {
       vec sum[ROWS] = {};
       for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
         const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
-        const Both at = wish == DICE ? Both{sigmoid(value), {}, {}} : both<wish>(value, logs);
+        const Both at = both(value, logs);
         const vec wp = wt * at.p;
         sum[PREDICTED] += wp;
         sum[OVERLAP] += wp * label;
         sum[ACTUAL] += wt * label;
         sum[COUNT] += wt;
-        if (wish == DICE) continue;
         // t (-log p) + (1 - t) (-log q), of which log(1 + e) is a part of both.
         sum[NLL] += wt * (label * positive_part(-value) + (unit - label) * positive_part(value) + at.log_sum);
         if (wish == DICE_AND_NLL) continue;
@@ -589,11 +634,7 @@ template <class R> struct Tile {
       for (int64_t j = 0; j < padded; j += L) {
         const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
         vec slope = of_p + label * of_overlap;
-        if (wish == DICE) {
-          S::store(line + j, slope * steepness(value) * wt);
-          continue;
-        }
-        const Both at = both<wish>(value, wish == ANY && wants(FOCAL));
+        const Both at = both(value, wish == ANY && wants(FOCAL));
         if (wish == ANY && wants(SQUARES)) slope += at.p * (2 * grad[SQUARES][c]);
         if (wish == ANY && wants(MINIMUM)) slope += grad[MINIMUM][c] * (at.p < label ? unit : at.p == label ? unit * R(0.5) : vec{});
         vec dz = slope * at.p * at.q;
@@ -615,7 +656,7 @@ template <class R> struct Tile {
   void forward() {
     if (simple()) forward_simple();
     else if (job.softmax) forward_softmax();
-    else if (wish() == DICE) forward_sigmoid<DICE>();
+    else if (wish() == DICE) forward_planes();
     else if (wish() == DICE_AND_NLL) forward_sigmoid<DICE_AND_NLL>();
     else forward_sigmoid<ANY>();
   }
@@ -623,7 +664,7 @@ template <class R> struct Tile {
   void backward() {
     if (simple()) wants(NLL) ? backward_simple<true>() : backward_simple<false>();
     else if (job.softmax) backward_softmax();
-    else if (wish() == DICE) backward_sigmoid<DICE>();
+    else if (wish() == DICE) backward_planes();
     else if (wish() == DICE_AND_NLL) backward_sigmoid<DICE_AND_NLL>();
     else backward_sigmoid<ANY>();
   }
