@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_dice.kernels.pages import ask_for_large_pages
 from lightning_dice.kernels.pixels import read_pixels
 from lightning_dice.kernels.work import Work
 
-_BLOCK = 1 << 17  # logits
+_BLOCK = 1 << 19  # logits: few enough for the cache, and enough to keep all threads at work for a while
 CHECKS_VALUES = False
 _DICE_AND_CE = {"overlap", "predicted", "actual", "count", "nll"}
 
@@ -44,10 +45,12 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
 def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
     slope = torch.empty_like(logits)
+    ask_for_large_pages(slope)
     flat = slope.flatten(2)
     for image, run, read in _blocks(work, logits, target, weight):
         rows = dict(zip(work.rows, grad[:, image].to(read.z.dtype), strict=True))
-        flat[image, :, run] = _sigmoid_slope(read, rows) if work.planes else _softmax_slope(read, rows)
+        make = _sigmoid_slope if work.planes else _softmax_slope
+        flat[image, :, run] = make(read, rows)
     # Where the space axes are not one axis of one stride, flattening has made a copy.
     return slope if flat.data_ptr() == slope.data_ptr() else slope.copy_(flat.view(slope.shape))
 
@@ -133,15 +136,13 @@ def _softmax_slope(read: _Read, grad: dict[str, Tensor]) -> Tensor:
     D_m = 0, so that s has only terms of the size of 1 - p_m: nothing cancels where p_m is near 1.
     """
     z, ids = read.z, read.target.long()
-    top, greatest = z.max(0, keepdim=True)
-    soft = _Softened.of(z, ids, top)
-    own = grad["overlap"][ids]
-    best = grad["predicted"][greatest] + torch.where(greatest == ids, own, 0.0)
-    slope = grad["predicted"].unsqueeze(1) - best
-    # D of the own class replaces what stands there: added to it, it would cancel inexactly.
-    mine = grad["predicted"][ids] + own - best
-    slope.scatter_(0, ids, mine).mul_(soft.x)
-    s = slope.sum(0, keepdim=True).mul_(soft.inv)
+    soft = _Softened.of(z, ids, z.amax(0, keepdim=True))
+    slope = grad["predicted"].unsqueeze(1).expand_as(z).contiguous()
+    slope.scatter_(0, ids, grad["predicted"][ids] + grad["overlap"][ids])
+    # Of the greatest class, without asking for its number, for which torch takes several times as long.
+    slope -= slope.masked_fill(soft.x < 1, -torch.inf).amax(0, keepdim=True)
+    mine = slope.gather(0, ids)
+    s = slope.mul_(soft.x).sum(0, keepdim=True).mul_(soft.inv)
     mine = soft.own * soft.inv * (mine - s)
     if "nll" in grad:
         falling = grad["nll"][ids]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.native.build import library
+from lightning_dice.kernels.pages import ask_for_large_pages
 from lightning_dice.kernels.work import OutOfRange, Work
 
 _TYPES = {
@@ -192,6 +193,7 @@ def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: T
     job, alive = _job(work, logits, target, weight)
     grad = grad.contiguous()
     job.sums = grad.data_ptr()
+    ask_for_large_pages(slope)
     # Itself, but where its space axes are not one axis of one stride.
     written = flat(slope, keep_classes=True)
     job.slope = view(written)

@@ -17,9 +17,6 @@
 #include "common.h"
 
 #include <algorithm>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 enum Row { OVERLAP, PREDICTED, ACTUAL, COUNT, SQUARES, ACTUAL_SQUARES, MINIMUM, NLL, ALL_NLL, ABSENT_NLL, FOCAL, ROWS };
 
@@ -712,19 +709,7 @@ template <class R> static void forward(Job &job) {
     }
 }
 
-// A large gradient mostly lies on pages that nobody has touched, and faulting them in one by one takes longer than the
-// arithmetic: ask for large ones. Only whole large pages within the tensor, so that none is wasted.
-static void ask_for_large_pages(const Job &job) {
-#ifdef MADV_HUGEPAGE
-  const int64_t sizes[] = {4, 8, 2, 2}, elements = job.images * job.classes * job.pixels;
-  const uintptr_t page = 2 << 20, start = reinterpret_cast<uintptr_t>(job.slope.data);
-  const uintptr_t first = (start + page - 1) / page * page, end = (start + elements * sizes[job.slope.type]) / page * page;
-  if (end > first + page) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 template <class R> static void backward(Job &job) {
-  ask_for_large_pages(job);
   const Plan plan = Plan::of<R>(job);
   const bool done = in_parallel(plan.units, job.threads, job.region, [&](int64_t unit) {
     Tile<R> tile(job);
