@@ -44,10 +44,11 @@ def peak(run: Step) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = highest = 0
+    total = lowest = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
-        highest = max(highest, total)
+        lowest = min(lowest, total)  # The gradient of the step before goes first.
+        highest = max(highest, total - lowest)
     return highest / 2**20
 
 
