@@ -44,7 +44,14 @@ if __name__ == "__main__":
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, request, trainer, net, loader, number, status):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path), tests=str(request.path.parent))))
-    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as these tests may be, ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for _ in range(600):
             if (tmp_path / "ready").exists() or process.poll() is not None:

@@ -153,6 +153,18 @@ def test_an_ignored_label_of_zero(how, dtype):
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_runs_of_one_label(how):
+    """Of which the predictions are all the same, or not."""
+    target = torch.zeros(1, 96, dtype=torch.long)
+    target[:, 48:] = 2
+    predicted = target.clone()
+    predicted[:, 3], predicted[:, 50:90:3] = 1, 0
+    with forced(how):
+        sums = label_sums(predicted, target, 3)
+    assert as_lists(sums) == [[row] for row in plain(predicted[0].tolist(), target[0].tolist(), 3, None)]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_many_classes_and_large_numbers(how):
     target = torch.tensor([[0, 1, 3]])
     with forced(how):

@@ -329,6 +329,35 @@ def test_sums_of_equal_float32_terms(twin):
         torch.testing.assert_close(sums, exact, rtol=4e-7, atol=0)
 
 
+@pytest.mark.parametrize("twin", [twin for twin in TWINS if twin.values[0] == "native"])
+def test_a_minimum_of_equals_has_half_of_each_slope(twin):
+    logits, target = torch.zeros(1, 2, 5, dtype=torch.float64), torch.full((1, 2, 5), 0.5, dtype=torch.float64)
+    for activation in ("sigmoid", "softmax"):
+        assert_same(twin, logits, target, Wanted(minimum=True), activation=activation)
+
+
+@pytest.mark.parametrize("twin", [twin for twin in TWINS if twin.values[0] == "native"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_ignored_planes_with_weights_by_class(twin, activation):
+    logits, target = case(13, activation, 2, 3, (40,), kind="soft", ignored=0.5)
+    weight = torch.rand(logits.shape, dtype=torch.float64)
+    for wanted in (Wanted(), DICE_AND_CE, ALL):
+        assert_same(twin, logits, target, wanted, activation=activation, ignore_index=255, weight=weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("twin", [twin for twin in TWINS if twin.values[0] == "native"])
+def test_a_gradient_in_half_precision_is_the_nearest(twin, dtype):
+    """That of float32, rounded once."""
+    if not reads_half(twin):
+        pytest.skip("the compiler has no float16")
+    for activation, kind in (("softmax", "ids"), ("sigmoid", "hard")):
+        logits, target = case(14, activation, 2, 5, (9, 13), kind=kind, ignored=0.0, dtype=dtype)
+        _, exact = run(twin, logits.float(), target, DICE_AND_CE, activation=activation)
+        _, came = run(twin, logits, target, DICE_AND_CE, activation=activation)
+        assert torch.equal(came, exact.to(dtype))
+
+
 @pytest.mark.parametrize("twin", TWINS)
 def test_views_that_are_not_what_their_memory_says(twin):
     logits = torch.complex(torch.zeros(1, 2, 8), torch.randn(1, 2, 8)).conj().imag
