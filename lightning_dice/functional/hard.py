@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import Activation, OverlapSums
-from lightning_dice.kernels.checks import check_shapes, check_values, value_range
+from lightning_dice.kernels.checks import check_shapes, check_values, reads_values, value_range
 from lightning_dice.kernels.counts import count_classes, count_labels, count_planes
 from lightning_dice.kernels.work import OutOfRange
 
@@ -67,7 +67,7 @@ def hard_sums(
         raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
     if target.shape != logits.shape and activation is None:
         raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
-    if activation is None and _reads_values(logits):
+    if activation is None and reads_values(logits):
         check_values(logits, target, activation=None, ignore_index=ignore_index)
     try:
         if activation == "softmax":
@@ -122,7 +122,3 @@ def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_in
 
 def _logit(threshold: float) -> float:
     return math.log(threshold / (1 - threshold))
-
-
-def _reads_values(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

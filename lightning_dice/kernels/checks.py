@@ -24,6 +24,11 @@ _IDS_TARGET = 'class ids (batch, *space) go with activation="softmax"'
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
 
 
+def reads_values(values: Tensor) -> bool:
+    """Whether the values may be looked at in every call: on the CPU, where that makes nobody wait."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_shapes(
     logits: Tensor,
     target: Tensor,

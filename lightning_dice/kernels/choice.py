@@ -81,7 +81,7 @@ def native_counts(classes: int, ignore_index: int | None, *tensors: Tensor) -> b
     """Whether the C++ kernels count what these tensors hold."""
     if _forced not in (None, "native") or torch.compiler.is_compiling():
         return False
-    return _lies_in_memory(*tensors) and _usable("native") and native.counts(classes, ignore_index, *tensors)
+    return _lies_in_memory(*tensors) and _usable("native") and native.can_count(classes, ignore_index, *tensors)
 
 
 def _lies_in_memory(*tensors: Tensor | None) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import native
-from lightning_dice.kernels.checks import ROUNDING, value_range
+from lightning_dice.kernels.checks import ROUNDING, reads_values, value_range
 from lightning_dice.kernels.choice import native_counts
 from lightning_dice.kernels.sums import OverlapSums, holds_label, valid_pixels
 from lightning_dice.kernels.work import OutOfRange
@@ -57,7 +57,7 @@ def count_planes(values: Tensor, target: Tensor, threshold: float, ignore_index:
         # As torch compares: the number in the dtype of the values.
         at = float(torch.tensor(threshold, dtype=values.dtype))
         return _sums(native.count("planes", values, target, values.shape[1], ignore_index=ignore_index, threshold=at))
-    if _reads_values(target) and target.numel():
+    if reads_values(target) and target.numel():
         low, high = value_range(target, ignore_index)
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):
             raise OutOfRange
@@ -68,12 +68,8 @@ def _sums(counts: Tensor) -> OverlapSums:
     return OverlapSums(*counts.unbind())
 
 
-def _reads_values(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_ids(ids: Tensor, classes: int, ignore_index: int | None) -> None:
-    if not _reads_values(ids) or not ids.numel():
+    if not reads_values(ids) or not ids.numel():
         return
     ids = ids.long()
     wrong = (ids < 0) | (ids >= classes)

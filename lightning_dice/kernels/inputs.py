@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import operator, reference
-from lightning_dice.kernels.checks import COMPARABLE, Activation, check_logits, check_shapes, check_values
+from lightning_dice.kernels.checks import COMPARABLE, Activation, check_logits, check_shapes, check_values, reads_values
 from lightning_dice.kernels.choice import chosen, refuse_if_strict
 from lightning_dice.kernels.pixels import Pixels, read_pixels
 from lightning_dice.kernels.sums import OverlapSums, Wanted, holds_label
@@ -78,7 +78,7 @@ def _twin(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> 
 
 
 def _by_twin(twin: str, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> OverlapSums:
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if reads_values(logits):
         check_logits(logits, activation=work.activation)
     if torch.compiler.is_compiling():
         stacked = operator.overlap_sums(logits, target, weight, *operator.told(twin, work))
@@ -124,7 +124,7 @@ def checked_pixels(
         ValueError: a shape that would broadcast, a wrong dtype or, on the CPU, a value outside its range.
     """
     check_shapes(logits, target, activation=activation, weight=weight, annotated=annotated)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if reads_values(logits):
         check_values(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)
         check_logits(logits, activation=activation)
     if not target.is_floating_point() and target.dtype not in (*COMPARABLE, torch.bool):

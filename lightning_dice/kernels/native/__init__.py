@@ -95,7 +95,8 @@ class Job(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("ignored", ctypes.c_double),
         ("gamma", ctypes.c_double),
-        ("alpha", ctypes.c_double),
+        ("front", ctypes.c_double),
+        ("back", ctypes.c_double),
         ("row", ctypes.c_int32 * len(_ROWS)),
         ("rows", ctypes.c_int32),
         ("wrong", ctypes.c_int32),
@@ -120,7 +121,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{error}" or type(error).__name__
     for size, structure in ((found.lightning_dice_job_size, Job), (found.lightning_dice_count_size, Count)):
         size.restype = ctypes.c_int64
-        assert size() == ctypes.sizeof(structure)
+        if size() != ctypes.sizeof(structure):
+            return None, f"{structure.__name__} has {ctypes.sizeof(structure)} bytes here and {size()} in the kernels"
     return found, ""
 
 
@@ -156,7 +158,7 @@ def reads(*tensors: Tensor) -> bool:
     )
 
 
-def counts(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
+def can_count(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
     """Whether the kernels can count these tensors."""
     return reads(*tensors) and classes < _EXACT - 1 and abs(ignore_index or 0) < _EXACT
 
@@ -271,7 +273,7 @@ def _job(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> t
     job.threads, job.region = torch.get_num_threads(), region()
     focal = work.wanted.focal
     job.gamma = focal.gamma if focal else 0.0
-    job.alpha = math.nan if focal is None or focal.alpha is None or work.activation == "softmax" else focal.alpha
+    job.front, job.back = (1.0, 1.0) if focal is None or focal.alpha is None else (focal.alpha, 1 - focal.alpha)
     for place, name in enumerate(_ROWS):
         job.row[place] = work.rows.index(name) if name in work.rows else -1
     job.rows = len(work.rows)
@@ -287,7 +289,10 @@ def view(tensor: Tensor, *, has_classes: bool = True) -> View:
     """The `View` of a tensor that has gone through `flat`."""
     stride = _pixel_stride(tensor, 2 if has_classes else 1)
     strides = tensor.stride()
-    assert stride is not None
+    if stride is None:
+        raise ValueError(
+            f"space axes of the strides {strides} are no single axis: the tensor must go through flat first"
+        )
     return View(tensor.data_ptr(), strides[0], strides[1] if has_classes else 0, stride, _TYPES[tensor.dtype])
 
 

@@ -27,7 +27,7 @@ struct Job {
   View logits, target, weight, slope;  // slope: where the gradient of logits goes
   int32_t softmax, planes, weighted, weight_by_class, has_ignored, threads;
   double ignored;
-  double gamma, alpha;     // alpha: NaN where there is none
+  double gamma, front, back;  // of the focal factor; front and back weigh planes
   int32_t row[ROWS];       // the place of each sum in the result; -1: not wanted
   int32_t rows;
   int32_t wrong;           // out: what the values that were read have wrong
@@ -189,9 +189,14 @@ template <class R> struct Tile {
     if (any(bad)) wrong |= BAD_TOTAL;
   }
 
+  // Whether a tile of rows can be used where it is: nothing to convert, to gather or to fill up.
+  bool as_it_lies(const View &v) const {
+    return v.type == (sizeof(R) == 4 ? F32 : F64) && v.pixel == 1 && n == padded;
+  }
+
   void load_logits() {
     // Float rows are read where they lie; what has to be converted, padded or emptied is copied first.
-    const bool direct = job.logits.type == (sizeof(R) == 4 ? F32 : F64) && job.logits.pixel == 1 && n == padded && !any_ignored;
+    const bool direct = as_it_lies(job.logits) && !any_ignored;
     if (direct) {
       z = static_cast<const R *>(job.logits.data) + image * job.logits.image + pixel, step = job.logits.cls;
       return;
@@ -325,7 +330,7 @@ template <class R> struct Tile {
 
   template <bool with_nll> void backward_simple() {
     soften();
-    const bool direct = job.slope.type == (sizeof(R) == 4 ? F32 : F64) && job.slope.pixel == 1 && n == padded;
+    const bool direct = as_it_lies(job.slope);
     R *to = out;
     int64_t to_step = this->P;
     if (direct) to = static_cast<R *>(job.slope.data) + image * job.slope.image + pixel, to_step = job.slope.cls;
@@ -417,32 +422,32 @@ template <class R> struct Tile {
     for (int64_t c = 0; c < C; c++) {
       Sum<R> sums[ROWS];
       for (int64_t start = 0; start < padded; start += BLOCK) {
-      vec sum[ROWS] = {};
-      for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
-        const vec x = S::load(e + c * P + j), share = S::load(inv + j), p = x * share, wt = weights(c, j), label = labels(c, j);
-        sum[PREDICTED] += wt * p;
-        sum[OVERLAP] += by_label(c, j, label, wt * p);
-        sum[ACTUAL] += wt * label;
-        sum[COUNT] += wt;
-        if (wants(SQUARES)) sum[SQUARES] += wt * p * p;
-        if (wants(ACTUAL_SQUARES)) sum[ACTUAL_SQUARES] += wt * label * label;
-        if (wants(MINIMUM)) sum[MINIMUM] += wt * (p < label ? p : label);
-        if (!logs) continue;
-        const vec nll = S::load(top + j) - S::load(z + c * step + j) + S::load(one + j);
-        sum[NLL] += by_label(c, j, label, wt * nll);
-        sum[ALL_NLL] += wt * nll;
-        if (wants(FOCAL)) {
-          vec factor = {}, slope;
-          focus(x >= unit ? S::load(rest + j) * share : unit - p, p, factor, slope);
-          sum[FOCAL] += by_label(c, j, label, wt * factor * nll);
+        vec sum[ROWS] = {};
+        for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
+          const vec x = S::load(e + c * P + j), share = S::load(inv + j), p = x * share, wt = weights(c, j), label = labels(c, j);
+          sum[PREDICTED] += wt * p;
+          sum[OVERLAP] += by_label(c, j, label, wt * p);
+          sum[ACTUAL] += wt * label;
+          sum[COUNT] += wt;
+          if (wants(SQUARES)) sum[SQUARES] += wt * p * p;
+          if (wants(ACTUAL_SQUARES)) sum[ACTUAL_SQUARES] += wt * label * label;
+          if (wants(MINIMUM)) sum[MINIMUM] += wt * (p < label ? p : label);
+          if (!logs) continue;
+          const vec nll = S::load(top + j) - S::load(z + c * step + j) + S::load(one + j);
+          sum[NLL] += by_label(c, j, label, wt * nll);
+          sum[ALL_NLL] += wt * nll;
+          if (wants(FOCAL)) {
+            vec factor = {}, slope;
+            focus(x >= unit ? S::load(rest + j) * share : unit - p, p, factor, slope);
+            sum[FOCAL] += by_label(c, j, label, wt * factor * nll);
+          }
+          if (wants(ABSENT_NLL)) {
+            const vec near = S::load(one + j) + S::load(top + j) - S::load(two + j);
+            const auto alone = (x >= unit) & (S::load(three + j) == unit);
+            sum[ABSENT_NLL] += wt * (alone ? near : -exact_log1p(-p));
+          }
         }
-        if (wants(ABSENT_NLL)) {
-          const vec near = S::load(one + j) + S::load(top + j) - S::load(two + j);
-          const auto alone = (x >= unit) & (S::load(three + j) == unit);
-          sum[ABSENT_NLL] += wt * (alone ? near : -exact_log1p(-p));
-        }
-      }
-      for (int row = 0; row < ROWS; row++) sums[row].take(sum[row]);
+        for (int row = 0; row < ROWS; row++) sums[row].take(sum[row]);
       }
       for (int row = 0; row < ROWS; row++) total[row][c] += ::sum(sums[row].total);
     }
@@ -554,7 +559,7 @@ template <class R> struct Tile {
     const vec unit = S::all(1);
     const R *const z = this->z, *const t = this->t;
     const int64_t step = this->step, P = this->P, padded = this->padded;
-    const bool direct = job.slope.type == (sizeof(R) == 4 ? F32 : F64) && job.slope.pixel == 1 && n == padded;
+    const bool direct = as_it_lies(job.slope);
     for (int64_t c = 0; c < C; c++) {
       R *line = direct ? static_cast<R *>(job.slope.data) + image * job.slope.image + c * job.slope.cls + pixel : out + c * P;
       const R of_p = grad[PREDICTED][c], of_overlap = grad[OVERLAP][c];
@@ -580,38 +585,38 @@ template <class R> struct Tile {
     const R *const z = this->z, *const t = this->t;
     const int64_t step = this->step, P = this->P, C = this->C, padded = this->padded;
     const bool logs = wants(NLL) || wants(ALL_NLL) || wants(FOCAL) || wants(ABSENT_NLL);
-    const R front = job.alpha == job.alpha ? static_cast<R>(job.alpha) : R(1), back = job.alpha == job.alpha ? 1 - front : R(1);
+    const R front = static_cast<R>(job.front), back = static_cast<R>(job.back);
     for (int64_t c = 0; c < C; c++) {
       Sum<R> sums[ROWS];
       const R *const shared = by_class ? w + c * P : weight;
       for (int64_t start = 0; start < padded; start += BLOCK) {
-      vec sum[ROWS] = {};
-      for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
-        const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
-        const Both at = both(value, logs);
-        const vec wp = wt * at.p;
-        sum[PREDICTED] += wp;
-        sum[OVERLAP] += wp * label;
-        sum[ACTUAL] += wt * label;
-        sum[COUNT] += wt;
-        // t (-log p) + (1 - t) (-log q), of which log(1 + e) is a part of both.
-        sum[NLL] += wt * (label * positive_part(-value) + (unit - label) * positive_part(value) + at.log_sum);
-        if (wish == DICE_AND_NLL) continue;
-        if (wants(SQUARES)) sum[SQUARES] += wp * at.p;
-        if (wants(ACTUAL_SQUARES)) sum[ACTUAL_SQUARES] += wt * label * label;
-        if (wants(MINIMUM)) sum[MINIMUM] += wt * (at.p < label ? at.p : label);
-        if (!logs) continue;
-        const vec nll = positive_part(-value) + at.log_sum, absent = positive_part(value) + at.log_sum;
-        sum[ALL_NLL] += wt * nll;
-        sum[ABSENT_NLL] += wt * absent;
-        if (wants(FOCAL)) {
-          const R gamma = static_cast<R>(job.gamma);
-          const vec there = exp_(-gamma * absent) * nll, not_there = exp_(-gamma * nll) * absent;
-          sum[FOCAL] += wt * (front * label * there + back * (unit - label) * not_there);
+        vec sum[ROWS] = {};
+        for (int64_t j = start; j < std::min(start + BLOCK, padded); j += L) {
+          const vec value = S::load(z + c * step + j), wt = S::load(shared + j), label = S::load(t + c * P + j);
+          const Both at = both(value, logs);
+          const vec wp = wt * at.p;
+          sum[PREDICTED] += wp;
+          sum[OVERLAP] += wp * label;
+          sum[ACTUAL] += wt * label;
+          sum[COUNT] += wt;
+          // t (-log p) + (1 - t) (-log q), of which log(1 + e) is a part of both.
+          sum[NLL] += wt * (label * positive_part(-value) + (unit - label) * positive_part(value) + at.log_sum);
+          if (wish == DICE_AND_NLL) continue;
+          if (wants(SQUARES)) sum[SQUARES] += wp * at.p;
+          if (wants(ACTUAL_SQUARES)) sum[ACTUAL_SQUARES] += wt * label * label;
+          if (wants(MINIMUM)) sum[MINIMUM] += wt * (at.p < label ? at.p : label);
+          if (!logs) continue;
+          const vec nll = positive_part(-value) + at.log_sum, absent = positive_part(value) + at.log_sum;
+          sum[ALL_NLL] += wt * nll;
+          sum[ABSENT_NLL] += wt * absent;
+          if (wants(FOCAL)) {
+            const R gamma = static_cast<R>(job.gamma);
+            const vec there = exp_(-gamma * absent) * nll, not_there = exp_(-gamma * nll) * absent;
+            sum[FOCAL] += wt * (front * label * there + back * (unit - label) * not_there);
+          }
         }
-      }
-      for (int row = 0; row < ROWS; row++)
-        if (wish == ANY || row <= COUNT || (wish == DICE_AND_NLL && row == NLL)) sums[row].take(sum[row]);
+        for (int row = 0; row < ROWS; row++)
+          if (wish == ANY || row <= COUNT || (wish == DICE_AND_NLL && row == NLL)) sums[row].take(sum[row]);
       }
       for (int row = 0; row < ROWS; row++) total[row][c] += ::sum(sums[row].total);
     }
@@ -622,8 +627,8 @@ template <class R> struct Tile {
     const R *const z = this->z, *const t = this->t;
     const int64_t step = this->step, P = this->P, C = this->C, padded = this->padded;
     const R gamma = static_cast<R>(job.gamma);
-    const R front = job.alpha == job.alpha ? static_cast<R>(job.alpha) : R(1), back = job.alpha == job.alpha ? 1 - front : R(1);
-    const bool direct = job.slope.type == (sizeof(R) == 4 ? F32 : F64) && job.slope.pixel == 1 && n == padded;
+    const R front = static_cast<R>(job.front), back = static_cast<R>(job.back);
+    const bool direct = as_it_lies(job.slope);
     for (int64_t c = 0; c < C; c++) {
       R *line = direct ? static_cast<R *>(job.slope.data) + image * job.slope.image + c * job.slope.cls + pixel : out + c * P;
       const R of_p = grad[PREDICTED][c], of_overlap = grad[OVERLAP][c], of_nll = grad[NLL][c];
