@@ -24,6 +24,7 @@ from lightning_dice.callbacks import honest_exit, summary_table
 from lightning_dice.callbacks.files import read_csv
 from lightning_dice.configs import UserError, instantiate
 from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.kernels import check_forced
 from lightning_dice.module import SegmentationModule
 
 # Shown by Lightning in every run, and not what its reader can or should act on.
@@ -67,6 +68,8 @@ class Session:
     @cached_property
     def module(self) -> SegmentationModule:
         """Network, loss, metrics, optimizer and scheduler."""
+        with own_mistakes_told():
+            check_forced()
         return runs.build_module(self.config)
 
     @cached_property

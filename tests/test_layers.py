@@ -23,7 +23,7 @@ BELOW = {
     "callbacks": {"functional", "kernels", "data"},
     "configs": set(),
     "runs": {"configs", "callbacks", "module"},
-    "session": {"configs", "runs", "callbacks", "data", "module"},
+    "session": {"configs", "runs", "callbacks", "data", "kernels", "module"},
     "fit": {"configs", "runs", "session"},
     "evaluate": {"configs", "runs", "session", "data"},
     "predict": {"configs", "runs", "session", "callbacks", "data", "module"},

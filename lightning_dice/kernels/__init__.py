@@ -6,7 +6,7 @@
 """
 
 from lightning_dice.kernels.checks import Activation, check_logits, check_values
-from lightning_dice.kernels.choice import available, forced
+from lightning_dice.kernels.choice import available, check_forced, forced
 from lightning_dice.kernels.inputs import checked_pixels, overlap_sums
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import total
@@ -20,6 +20,7 @@ __all__ = [
     "Pixels",
     "Wanted",
     "available",
+    "check_forced",
     "check_logits",
     "check_values",
     "checked_pixels",

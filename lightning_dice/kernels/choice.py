@@ -67,6 +67,15 @@ def chosen(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) ->
     return None
 
 
+def check_forced() -> None:
+    """Refuse an implementation, named in the environment perhaps, that is not known or cannot run here.
+
+    Raises:
+        ValueError: names what there is, or the reason.
+    """
+    _checked(_forced)
+
+
 def refuse_if_strict() -> None:
     """Called where the reference does the work: raise if another was to, and no other.
 
@@ -101,7 +110,7 @@ def _lies_in_memory(*tensors: Tensor | None) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _usable(name: str) -> bool:
     if name == _forced:
-        _checked(name)  # It may come from the environment, where nobody has looked yet.
+        check_forced()
     return TWINS[name].missing() is None
 
 
@@ -115,9 +124,6 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
-_forced: str | None = None
+# Checked at the first use: an import should not fail, and a build may take some seconds.
+_forced: str | None = os.environ.get("LIGHTNING_DICE_KERNEL") or None
 _strict = False
-if _name := os.environ.get("LIGHTNING_DICE_KERNEL"):
-    if _name not in NAMES:
-        raise ValueError(f"LIGHTNING_DICE_KERNEL must be one of {', '.join(NAMES)}, got {_name!r}")
-    _forced = _name
