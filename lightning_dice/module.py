@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -19,9 +21,14 @@ from lightning_dice.functional.outputs import crop_to, resize_to
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
-from lightning_dice.settings import count
+from lightning_dice.objects import build, without_pretrained
+from lightning_dice.settings import count, one_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Stage = Literal["train", "val", "test"]
+RateScaling = Literal["linear", "sqrt"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -35,6 +42,11 @@ class SegmentationModule(L.LightningModule):
     value over the epoch: `val/dice`, say, for a metric named `dice`. A metric that returns one value for each of
     several classes is logged as the mean over those that have one, and each as `val/dice/<class name>`. A loss of
     several terms logs each of them too: `val/loss/<term>`.
+
+    In an evaluation every image has its loss by itself, whatever the loss pools, and the mean over the images is
+    logged: `val/loss` and `test/loss` depend neither on the size of a batch nor on the number of processes. An image
+    without a pixel that counts has a loss of 0. In training the loss is that of the batch, which is what is minimized;
+    with `pool="batch"` the two are different numbers.
 
     Args:
         net: takes images `(batch, channels, *space)` and returns logits `(batch, classes, *space)`: as a tensor, a
@@ -59,6 +71,10 @@ class SegmentationModule(L.LightningModule):
             of whatever loss, at the cost of one more forward pass; see below.
         interval: when the scheduler steps: `"epoch"` or `"step"`.
         monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
+        lr_scaling: how the learning rate of every parameter group follows the number of processes n, each of which has
+            a batch of its own: `"linear"`, times n; `"sqrt"`, times the root of n; `None`: not at all. The scheduler
+            starts from the scaled rate; rates that it sets itself (`eta_min`, `max_lr`) stay as they are. Accumulated
+            batches do not count, and without a Trainer n is 1.
 
     Raises:
         ValueError: a setting out of its range.
@@ -97,6 +113,7 @@ class SegmentationModule(L.LightningModule):
         micro_batch_size: int | None = None,
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/dice",
+        lr_scaling: RateScaling | None = None,
     ) -> None:
         super().__init__()
         if divisor < 1:
@@ -121,6 +138,7 @@ class SegmentationModule(L.LightningModule):
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.interval = interval
         self.monitor = monitor
+        self.lr_scaling: RateScaling | None = one_of("lr_scaling", lr_scaling, ("linear", "sqrt", None))
         if metrics is None:
             metrics = DiceScore(average="none")
         if isinstance(metrics, Metric):
@@ -133,8 +151,45 @@ class SegmentationModule(L.LightningModule):
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
 
+    @classmethod
+    def from_run(cls, folder: str | Path, checkpoint: str = "best", *, map_location: Any = "cpu") -> Self:
+        """The trained module of a run, in evaluation mode, with nothing but its checkpoint.
+
+        No code is run that a checkpoint may hold; the names in its config are imported and called.
+
+        Args:
+            folder: of the run.
+            checkpoint: `"best"`, `"last"`, or the path of a checkpoint file, within `folder` or not.
+            map_location: where the weights go, as in `torch.load`.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint; the message says what is there.
+            ValueError: it is no checkpoint of a run, or one of another class than the one that is called.
+        """
+        checkpoints = Path(folder).expanduser() / "checkpoints"
+        named = checkpoint in ("best", "last")
+        path = checkpoints / f"{checkpoint}.ckpt" if named else Path(folder).expanduser() / checkpoint
+        if not path.is_file():
+            there = ", ".join(sorted(file.name for file in checkpoints.glob("*.ckpt"))) or "nothing"
+            raise FileNotFoundError(f"there is no {path}; in {checkpoints} there is {there}")
+        saved = torch.load(path, map_location=map_location, weights_only=True)
+        config = saved.get("config") if isinstance(saved, dict) else None
+        if not isinstance(config, dict) or "module" not in config or "state_dict" not in saved:
+            raise ValueError(f"{path} is not a checkpoint that fit has written: it holds no config of a module")
+        module = build(without_pretrained(config["module"]))
+        if not isinstance(module, cls):
+            raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
+        module.load_state_dict(saved["state_dict"])
+        return module.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else module.eval()
+
     def levels(self, image: Tensor) -> list[Tensor]:
-        """Logits of every output of the network, finest first, the first at the size of the padded image."""
+        """Logits of every output of the network, finest first, the first at the size of the padded image.
+
+        For a batch of no image, as a process with fewer batches than others gets in an evaluation, the network runs on
+        one of zeros: few can take none, and where processes send weights or buffers all must run it equally often.
+        """
+        if not len(image) and not self.training:
+            return [level[:0] for level in self.levels(image.new_zeros(1, *image.shape[1:]))]
         padded = pad_to_multiple(image, self.divisor)
         if self.channels_last and padded.ndim == 4:
             padded = padded.contiguous(memory_format=torch.channels_last)
@@ -154,14 +209,15 @@ class SegmentationModule(L.LightningModule):
         image, mask = given.image, given.mask
         levels = self.levels(image)
         logits = crop_to(levels[0], tuple(image.shape[2:]))
-        if stage == "train" and len(levels) > 1:
-            loss = self._loss_of_levels(levels, given)
+        if stage == "train":
+            loss = self._loss_of_levels(levels, given) if len(levels) > 1 else self._call(self.loss, logits, given)
+            terms = self._terms()
         else:
-            loss = self._call(self.loss, logits, given)
+            loss, terms = self._loss_of_images(logits, given)
         logits = logits.detach()
         # A float: Lightning averages the images counted on each rank, and of integers it keeps the whole part.
         images: Any = float(len(image))
-        each = {f"{stage}/loss/{name}": value for name, value in getattr(self.loss, "values", {}).items()}
+        each = {f"{stage}/loss/{name}": value for name, value in terms.items()}
         self.log_dict({f"{stage}/loss": loss, **each}, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
             values = self.train_metrics(logits, mask)
@@ -215,10 +271,43 @@ class SegmentationModule(L.LightningModule):
         """The optimizer and, where there is one, the scheduler."""
         make = self.optimizer if self.optimizer is not None else lambda params: torch.optim.AdamW(params, lr=1e-3)
         optimizer = make(parameter for parameter in self.parameters() if parameter.requires_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self._rate_factor()
         if self.scheduler is None:
             return optimizer
         schedule = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": self.monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _rate_factor(self) -> float:
+        """By which the learning rate is multiplied for the number of processes that have batches of their own."""
+        trainer = self._trainer
+        if self.lr_scaling is None or trainer is None:
+            return 1.0
+        # The strategy knows which processes see different data; with a model split over GPUs not all of them do.
+        processes = int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+        return float(processes) if self.lr_scaling == "linear" else math.sqrt(processes)
+
+    def _loss_of_images(self, logits: Tensor, given: Given) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the images of the loss of each by itself, and of each of its terms."""
+        if not len(logits):
+            # Of no image only the terms' names are needed, which are to be the same on every process.
+            mask = given.mask.new_zeros(1, *given.mask.shape[1:])
+            if mask.is_floating_point():
+                mask[:, :1] = 1  # A softmax needs labels that sum to 1.
+            self._call(self.loss, logits.new_zeros(1, *logits.shape[1:]), Given(given.image, mask))
+            nothing = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            return nothing, dict.fromkeys(self._terms(), nothing)
+        losses, terms = [], []
+        for index in range(len(logits)):
+            losses.append(self._call(self.loss, logits[index : index + 1], given.image_at(index)))
+            terms.append(self._terms())
+        return torch.stack(losses).mean(), {
+            name: torch.stack([values[name] for values in terms]).mean() for name in terms[0]
+        }
+
+    def _terms(self) -> dict[str, Tensor]:
+        """What the terms of the loss were in its last call, if it has several."""
+        return dict(getattr(self.loss, "values", {}))
 
     def _loss_of_levels(self, levels: list[Tensor], given: Given) -> Tensor:
         """The loss of deep supervision, at the size of the padded image."""
@@ -260,13 +349,17 @@ class SegmentationModule(L.LightningModule):
         metrics = self._metrics(stage)
         if not any(metric.update_called for metric in metrics.values()):
             return  # A subclass's step may count nothing.
+        # A progress bar, on the first rank alone, reads what was logged, which asks the other ranks for their part.
+        # Read by all before the metrics ask in turn, else one rank's question meets another's answer, for ever.
+        _ = self.trainer.callback_metrics
         for name, value in metrics.compute().items():
-            # A metric's value is the same on every rank; said again so that Lightning need not warn.
-            self.log(name, _mean(value), prog_bar=stage == "val", sync_dist=True)
+            # A metric's value is the same on every rank; said again so that Lightning need not warn. The mean of equal
+            # numbers may round, the greatest of them does not.
+            self.log(name, _mean(value), prog_bar=stage == "val", sync_dist=True, reduce_fx="max")
             if value.ndim == 1:
                 for class_name, score in zip(self._names(value.numel()), value, strict=True):
                     if not score.isnan():
-                        self.log(f"{name}/{class_name}", score, sync_dist=True)
+                        self.log(f"{name}/{class_name}", score, sync_dist=True, reduce_fx="max")
         metrics.reset()
 
     def _names(self, classes: int) -> list[str]:
@@ -298,6 +391,14 @@ class Given(NamedTuple):
     weight: Tensor | None = None
     annotated: Tensor | None = None
     maps: Mapping[str, Tensor] = MappingProxyType({})
+
+    def image_at(self, index: int) -> Given:
+        """A batch of one image, without its name."""
+        one = slice(index, index + 1)
+        weight = None if self.weight is None else self.weight[one]
+        annotated = None if self.annotated is None else self.annotated[one]
+        maps = {name: values[one] for name, values in self.maps.items()}
+        return Given(self.image[one], self.mask[one], None, weight, annotated, maps)
 
 
 def read_batch(batch: Any) -> Given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,15 @@ def test_every_contender_has_a_row_with_times_and_memory(quick):
 def test_the_figure_is_drawn_from_its_results(quick, tmp_path):
     python("tests.benchmarks.figure", str(quick[1]), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_message_of_the_loss_is_timed():
+    printed = python("tests.benchmarks.communication", "--quick")
+    for name in ("DiceLoss", "DiceCELoss"):
+        assert f"4x1x64x64, {name}**" in printed
+    for row in ("one process, two threads", "two processes, across_ranks=False", "two processes, across_ranks=True"):
+        assert printed.count(f"| {row} |") == 2
+    shares = re.findall(r"^\| (?:alone|within a step, .*) \| [\d.]+ \| ([\d.]+)% \|$", printed, re.MULTILINE)
+    assert len(shares) == 4
+    # A message was sent, and its time is part of a step.
+    assert all(0 < float(share) < 100 for share in shares)

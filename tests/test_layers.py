@@ -16,15 +16,20 @@ BELOW = {
     "kernels": set(),
     "functional": {"kernels", "settings"},
     "settings": set(),
+    "schedules": set(),
     "losses": {"functional", "kernels", "settings"},
     "metrics": {"functional", "kernels", "settings"},
-    "module": {"losses", "metrics", "functional", "settings"},
+    "module": {"losses", "metrics", "functional", "objects", "settings"},
+    "objects": set(),
     "data": set(),
     "callbacks": {"functional", "kernels", "data"},
     "configs": set(),
-    "runs": {"configs", "callbacks", "module"},
-    "session": {"configs", "runs", "callbacks", "data", "kernels", "module"},
-    "fit": {"configs", "runs", "session"},
+    "checkpoints": {"callbacks"},
+    "launch": {"configs"},
+    "runs": {"configs", "callbacks", "checkpoints", "module", "objects"},
+    "session": {"configs", "runs", "callbacks", "data", "kernels", "launch", "module"},
+    "sweeps": {"configs", "callbacks"},
+    "fit": {"callbacks", "configs", "launch", "runs", "session", "sweeps"},
     "evaluate": {"configs", "runs", "session", "data"},
     "predict": {"configs", "runs", "session", "callbacks", "data", "module"},
     "__init__": {"losses", "metrics", "module"},
@@ -79,4 +84,4 @@ def test_only_commands_and_configs_know_hydra():
         )
         return any("hydra" in ast.unparse(node) for node in imports)
 
-    assert {room(path) for path in FILES if knows_hydra(path)} <= COMMANDS | {"configs"}
+    assert {room(path) for path in FILES if knows_hydra(path)} <= COMMANDS | {"configs", "sweeps"}

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.data import Batch, SegmentationData, SyntheticSource
-from lightning_dice.losses import BoundaryLoss, CompoundLoss, DeepSupervision, FocalLoss, SegmentationLoss
+from lightning_dice.losses import BoundaryLoss, CompoundLoss, DeepSupervision, DiceCELoss, FocalLoss, SegmentationLoss
 from lightning_dice.module import Given
 
 # Some tests train without validation.
@@ -77,18 +77,106 @@ def test_logs_losses_and_the_score_of_every_class():
     torch.testing.assert_close(values["val/dice"], mean)
 
 
-def test_the_logged_score_is_over_the_epoch_not_the_mean_of_batches():
+def test_the_logged_score_is_over_the_epoch_and_the_loss_over_its_images():
     module = multiclass()
     batches = loader(7, classes=3, batch_size=3)
     logged = trainer().test(module, batches, verbose=False)[0]
     score = DiceScore(3, activation="softmax", exclude_classes=[0])
-    losses, count = 0.0, 0
-    for image, mask, _ in batches:
+    losses = []
+    for image, mask, _ in loader(7, classes=3, batch_size=1):
         logits = module(image)
         score.update(logits, mask)
-        losses, count = losses + float(module.loss(logits, mask).detach()) * len(image), count + len(image)
+        # Each image by itself, although the loss has one ratio for all of a batch.
+        losses.append(float(module.loss(logits, mask).detach()))
     assert logged["test/dice"] == pytest.approx(float(score.compute()))
-    assert logged["test/loss"] == pytest.approx(losses / count)
+    assert logged["test/loss"] == pytest.approx(sum(losses) / 7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_the_evaluated_loss_does_not_depend_on_the_batches(batch_size):
+    torch.manual_seed(0)
+    terms = {
+        "dice": DiceLoss(activation="softmax", exclude_classes=[0]),
+        "boundary": BoundaryLoss(activation="softmax", classes=3),
+    }
+    module = SegmentationModule(
+        nn.Conv2d(1, 3, 1), CompoundLoss(terms, {"boundary": 0.1}), DiceScore(3, activation="softmax")
+    )
+    whole = loader(7, classes=3, batch_size=7)
+    image, mask, _ = next(iter(whole))
+    weight = torch.rand(7, 16, 16, generator=torch.Generator().manual_seed(1))
+    annotated = torch.ones(7, 3, dtype=torch.bool)
+    annotated[2, 1] = False
+    maps = {"signed_distance": torch.stack([module.loss.maps["signed_distance"](one) for one in mask]) * 2}
+    given = {"image": image, "mask": mask, "weight": weight, "annotated": annotated, **maps}
+    batches = [
+        {name: values.split(batch_size)[index] for name, values in given.items()}
+        for index in range(-(-7 // batch_size))
+    ]
+    batches = [{**batch, "maps": {"signed_distance": batch.pop("signed_distance")}} for batch in batches]
+    logged = trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]
+    logits = module(image).detach()
+    expected = {"val/loss": [], "val/loss/dice": [], "val/loss/boundary": []}
+    for one in range(7):
+        some = slice(one, one + 1)
+        own = {"maps": {"signed_distance": maps["signed_distance"][some]}, "annotated": annotated[some]}
+        expected["val/loss"].append(float(module.loss(logits[some], mask[some], weight[some], **own)))
+        for name, value in module.loss.values.items():
+            expected[f"val/loss/{name}"].append(float(value))
+    for name, values in expected.items():
+        assert logged[name] == pytest.approx(sum(values) / 7, rel=1e-5), name
+
+
+class NeedsAnImage(nn.Conv2d):
+    def forward(self, image):
+        assert len(image), "no image"
+        return super().forward(image)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_batch_of_no_image_counts_nothing(stage):
+    torch.manual_seed(0)
+    loss = CompoundLoss({"dice": DiceLoss(ignore_index=255), "focal": FocalLoss(ignore_index=255)})
+    module = SegmentationModule(NeedsAnImage(1, 1, 1), loss)
+    full = [Batch(*batch) for batch in loader(5, batch_size=3)]
+    nothing = Batch(full[0].image[:0], full[0].mask[:0], [])
+
+    def result(batches):
+        batches = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+        if stage == "predict":
+            return trainer().predict(module, batches)
+        return getattr(trainer(), stage)(module, batches, verbose=False)[0]
+
+    # The first batch may be the one without an image: what is logged then has the same names.
+    found, expected = result([nothing, *full, nothing]), result(full)
+    if stage == "predict":
+        assert torch.equal(torch.cat(found), torch.cat(expected))
+        assert len(found[0]) == 0
+    else:
+        assert found == expected
+        assert len(found) == 4
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_validation_step_of_no_image_returns_no_logits(soft):
+    loss = DiceCELoss(activation="softmax")
+    module = silent(SegmentationModule(NeedsAnImage(1, 3, 1), loss, CountOf(3)))
+    logged = {}
+    module.log_dict = lambda values, **options: logged.update(values, weight=options["batch_size"])
+    mask = torch.zeros(0, 3, 5, 4) if soft else torch.zeros(0, 5, 4, dtype=torch.uint8)
+    module.eval()
+    returned = module.validation_step((torch.zeros(0, 1, 5, 4), mask), 0)
+    assert returned["logits"].shape == (0, 3, 5, 4)
+    assert returned["loss"] == 0
+    # What the processes with images log too, so that all of them meet.
+    assert logged == {"val/loss": 0, "val/loss/dice": 0, "val/loss/ce": 0, "weight": 0}
+
+
+class CountOf(DiceScore):
+    """Takes any target."""
+
+    def update(self, preds, target):
+        assert len(preds) == len(target)
 
 
 def test_other_metrics_and_losses():
@@ -167,7 +255,8 @@ def test_deep_supervision_adds_the_levels_in_training_alone():
         losses.append(module.loss(level, shares).item())
     expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
     assert module.training_step((image, mask), 0).item() == pytest.approx(expected, rel=1e-6)
-    assert module.validation_step((image, mask), 0)["loss"].item() == pytest.approx(losses[0], rel=1e-6)
+    each = [module.loss(levels[0][[one]], mask[[one]]).item() for one in range(len(mask))]
+    assert module.validation_step((image, mask), 0)["loss"].item() == pytest.approx(sum(each) / len(each), rel=1e-6)
 
 
 def silent(module):
@@ -192,7 +281,9 @@ def test_deep_supervision_with_settings_of_its_own():
     image, mask, _ = next(iter(loader()))
     alone = DiceLoss()(module(image), mask)
     torch.testing.assert_close(module.training_step((image, mask), 0), alone)
-    torch.testing.assert_close(module.validation_step((image, mask), 0)["loss"], alone)
+    logits = module(image)
+    each = torch.stack([DiceLoss()(logits[[one]], mask[[one]]) for one in range(len(mask))])
+    torch.testing.assert_close(module.validation_step((image, mask), 0)["loss"], each.mean())
     assert module.predict_step(image).shape == mask.shape
 
 
@@ -320,6 +411,36 @@ def test_scheduler_steps_and_watches():
     assert run.optimizers[0].param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize(("scaling", "factor"), [(None, 1), ("linear", 4), ("sqrt", 2)])
+def test_the_rate_follows_the_number_of_processes(monkeypatch, scaling, factor):
+    monkeypatch.setattr(L.Trainer, "distributed_sampler_kwargs", {"num_replicas": 4, "rank": 1})
+
+    def groups(parameters):
+        weight, bias = parameters
+        return torch.optim.SGD([{"params": [weight], "lr": 0.5}, {"params": [bias]}], lr=0.125)
+
+    def module(scheduler):
+        return SegmentationModule(nn.Conv2d(1, 1, 1), optimizer=groups, scheduler=scheduler, lr_scaling=scaling)
+
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2)
+    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=9)
+    for scheduler in (None, cosine, plateau):
+        attached = module(scheduler)
+        attached.trainer = trainer()
+        # Asked twice, as for a resumed training, it is scaled once.
+        for configured in (attached.configure_optimizers(), attached.configure_optimizers()):
+            optimizer = configured if scheduler is None else configured["optimizer"]
+            assert [group["lr"] for group in optimizer.param_groups] == [0.5 * factor, 0.125 * factor]
+        if scheduler is cosine:
+            schedule = configured["lr_scheduler"]["scheduler"]
+            optimizer.step()
+            schedule.step()
+            assert schedule.get_last_lr() == pytest.approx([0.25 * factor, 0.0625 * factor])
+        alone = module(scheduler).configure_optimizers()
+        optimizer = alone if scheduler is None else alone["optimizer"]
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.125]
+
+
 def test_frozen_parameters_are_not_optimized():
     module = SegmentationModule(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)))
     module.net[0].requires_grad_(False)
@@ -328,7 +449,11 @@ def test_frozen_parameters_are_not_optimized():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"divisor": 0}, "divisor must be"), ({"threshold": 1.5}, "threshold must be a probability")],
+    [
+        ({"divisor": 0}, "divisor must be"),
+        ({"threshold": 1.5}, "threshold must be a probability"),
+        ({"lr_scaling": "cubic"}, "lr_scaling must be one of 'linear', 'sqrt', None, got 'cubic'"),
+    ],
 )
 def test_refuses_settings(settings, message):
     with pytest.raises(ValueError, match=message):

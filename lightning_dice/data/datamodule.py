@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,7 +46,7 @@ class SegmentationData(lightning.LightningDataModule):
 
     **Evaluation.** Whole images, each at its own size: a batch holds consecutive cases of one size, so nothing is
     padded and no score depends on its neighbours. Several processes share the cases among them, each of
-    which is seen exactly once; the last batches may be shorter.
+    which is seen exactly once; the last batches may be shorter, or empty, so that all processes have equally many.
 
     **Padding.** Inside `augment` a mask holds 1 + label, and 0 where the label is `ignore_index`. Geometric transforms
     fill with 0 what lies outside the image, in crops, rotations and shifts alike, and these pixels come out as
@@ -126,6 +128,8 @@ class SegmentationData(lightning.LightningDataModule):
         self.report: str | None = None
         self._cases: dict[Split, Cases | None] = {}
         self._train_sampler: _TrainSampler | None = None
+        # Of a training that goes on: its seed, and the epoch that was broken off with the batches done in it.
+        self._resumed: dict[str, int] | None = None
 
     def add_maps(self, maps: Maps) -> None:
         """Compute these too, beside what `maps` has already: a module asks for what its loss needs."""
@@ -150,7 +154,7 @@ class SegmentationData(lightning.LightningDataModule):
         """Open the splits that a stage reads: `"fit"`, `"validate"`, `"test"`, `"predict"`, or all of them.
 
         Raises:
-            DataError: if a split has too few cases for the batch size or the number of processes.
+            DataError: if the training split is smaller than one batch for each process, or another one empty.
         """
         for name in STAGES[stage]:
             cases = self.source.split(name)
@@ -159,11 +163,8 @@ class SegmentationData(lightning.LightningDataModule):
                     raise DataError(f"the data has no {name} split, which {stage} needs")
             elif name == "train":
                 self._check_train(cases)
-            elif len(cases) < (world := self._world()[0]):
-                raise DataError(
-                    f"every process needs a case, but the {name} split has {len(cases)} for {world} processes: "
-                    f"add cases, or set trainer.devices={len(cases)}"
-                )
+            elif not len(cases):
+                raise DataError(f"the {name} split must hold at least one case, got none: add cases, or leave it out")
             self._cases[name] = cases
         self._train_sampler = None
 
@@ -174,8 +175,12 @@ class SegmentationData(lightning.LightningDataModule):
             raise DataError("the data has no train split")
         if self._train_sampler is None:
             # A loader made anew for each epoch goes on where the last one stopped.
-            self._train_sampler = _TrainSampler(cases, *self._world(), seed=self._seed())
+            resumed, self._resumed = self._resumed or {}, None
+            self._train_sampler = _TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
+            if resumed:
+                self._train_sampler.skip = resumed["epoch"], resumed["batches"] * self.batch_size
         return self._loader(
+            _LateLoader,
             _TrainItems(cases, self._prepare(self.augment, self.maps)),
             sampler=self._train_sampler,
             batch_size=self.batch_size,
@@ -195,6 +200,25 @@ class SegmentationData(lightning.LightningDataModule):
         """Whole images of the test split; an empty list if there is none."""
         return self._eval_loader("test", None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data are: the seed, and the batches done of an epoch that has not ended."""
+        if self._train_sampler is None or self.trainer is None:
+            return {}
+        loop = self.trainer.fit_loop
+        epoch: Any = loop.epoch_progress.current
+        batch: Any = loop.epoch_loop.batch_progress.current
+        ended = epoch.processed == epoch.ready
+        return {
+            "seed": self._train_sampler.entropy,
+            "epoch": epoch.processed,
+            "batches": 0 if ended else batch.processed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training go on there; the Trainer calls this with what a checkpoint holds."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._resumed = dict(state_dict)
+
     def _eval_loader(self, name: Split, maps: Maps | None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         cases = self._split(name)
         if cases is None:
@@ -202,6 +226,7 @@ class SegmentationData(lightning.LightningDataModule):
         # The sampler yields whole batches and the data set stacks them. Lightning would replace a `batch_sampler`
         # with one that pads the last batches with duplicates.
         return self._loader(
+            DataLoader,
             _EvalBatches(cases, self._prepare(None, maps)),
             sampler=_EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
             batch_size=None,
@@ -222,13 +247,18 @@ class SegmentationData(lightning.LightningDataModule):
             maps=dict(maps or {}),
         )
 
-    def _loader(self, dataset: Dataset[Any], **settings: Any) -> DataLoader[Batch]:
+    def _loader(self, kind: type[DataLoader[Batch]], dataset: Dataset[Any], **settings: Any) -> DataLoader[Batch]:
         workers = self._workers()
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory, **settings
+        return kind(
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_signals,
+            **settings,
         )
 
     def _workers(self) -> int:
@@ -280,38 +310,65 @@ class _TrainSampler(DistributedSampler[tuple[int, int]]):
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, drop_last=True)
         self.cases = len(cases)
         self.entropy = seed
+        # An epoch, and how many of this process's cases in it are done already.
+        self.skip: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # Hashed, as the sum of seed and epoch would give run 1 the order of run 0, one epoch on.
-        words = np.random.SeedSequence([self.entropy, self.epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0]))
+        generator = torch.Generator().manual_seed(mixed_seed(self.entropy, self.epoch))
         order = torch.randperm(self.cases, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.cases,), generator=generator).tolist()
+        skip, self.skip = self.skip, None
+        done = skip[1] if skip is not None and skip[0] == self.epoch else 0
         # A Trainer sets the epoch itself; a bare loop has nobody who would.
         self.epoch += 1
-        mine = range(self.rank, self.total_size, self.num_replicas)
+        mine = range(self.rank, self.total_size, self.num_replicas)[done:]
         return iter([(order[i], seeds[i]) for i in mine])
 
 
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 64 bits: hashed, as the sum of seed and epoch would give run 1 the order of run 0, one epoch on."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class _LateLoader(DataLoader[Batch]):
+    """A loader whose workers begin with the first batch asked for.
+
+    Lightning makes the iterator of a resumed training before it tells the sampler which epoch it is; workers that read
+    ahead would bring the first epoch's cases.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 class _EvalSampler(DistributedSampler[list[int]]):
-    """Batches of consecutive cases of one size; each process takes its own stretch of the cases, none twice."""
+    """Batches of consecutive cases of one size; each process takes its own stretch of the cases, none twice.
+
+    All processes have equally many batches, the last of which may be empty: FSDP sends weights in every forward pass,
+    and DDP the network's buffers, such as those of batch norm, in the first one of a validation.
+    """
 
     def __init__(self, cases: Cases, world: int, rank: int, *, batch_size: int) -> None:
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, shuffle=False)
-        self.batches: list[list[int]] = []
-        sizes = cases.sizes
-        for i in range(rank * len(cases) // world, (rank + 1) * len(cases) // world):
-            last = self.batches[-1] if self.batches else None
-            if last and len(last) < batch_size and sizes[i] == sizes[last[0]]:
-                last.append(i)
-            else:
-                self.batches.append([i])
+        shares = [_batches_of_one_size(cases.sizes, world, other, batch_size) for other in range(world)]
+        most = max(map(len, shares))
+        self.batches = shares[rank] + [[] for _ in range(most - len(shares[rank]))]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def _batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for i in range(rank * len(sizes) // world, (rank + 1) * len(sizes) // world):
+        if batches and len(batches[-1]) < batch_size and sizes[i] == sizes[batches[-1][0]]:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 class _Prepared(NamedTuple):
@@ -380,7 +437,34 @@ class _EvalBatches(Dataset[Batch]):
         return len(self.cases)
 
     def __getitem__(self, key: int | list[int]) -> Batch:
-        return _stack([self.prepare(self.cases[i]) for i in ([key] if isinstance(key, int) else key)])
+        indices = [key] if isinstance(key, int) else key
+        # No image, but of the shape and the maps that one has.
+        batch = _stack([self.prepare(self.cases[i]) for i in indices or [0]])
+        if indices:
+            return batch
+        return Batch(batch.image[:0], batch.mask[:0], [], {name: values[:0] for name, values in batch.maps.items()})
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the training, not its workers, act on what a terminal or a cluster sends to all processes of a job.
+
+    A worker that ends by such a signal would end the training at once, in the middle of a step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    asked = False
+
+    def once(number: int, frame: object) -> None:
+        # The second one is from a training that ends.
+        nonlocal asked
+        if asked:
+            os._exit(128 + number)
+        asked = True
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, once)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _stack(samples: Sequence[_Prepared]) -> Batch:

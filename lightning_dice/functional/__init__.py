@@ -7,7 +7,7 @@ from lightning_dice.functional.hard import hard_prediction, hard_sums, label_sum
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance, TubedSkeleton
 from lightning_dice.functional.micro_batches import micro_batched
 from lightning_dice.functional.outputs import pad_to_multiple, read_logits
-from lightning_dice.functional.pooling import Pool, pool_sums, weighted_mean
+from lightning_dice.functional.pooling import Partial, Pool, complete, of_pooled, pool_sums, weighted_mean
 from lightning_dice.functional.scores import (
     ClassWeighting,
     dice_score,
@@ -22,6 +22,7 @@ __all__ = [
     "AbsentRule",
     "BoundaryWeight",
     "ClassWeighting",
+    "Partial",
     "Pool",
     "RegionMap",
     "Regions",
@@ -29,6 +30,7 @@ __all__ = [
     "TubedSkeleton",
     "coarser_target",
     "coarser_weight",
+    "complete",
     "component_regions",
     "dice_score",
     "generalized_dice_score",
@@ -37,6 +39,7 @@ __all__ = [
     "jaccard_score",
     "label_sums",
     "micro_batched",
+    "of_pooled",
     "pad_target",
     "pad_to_multiple",
     "pool_sums",

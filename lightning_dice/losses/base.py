@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.functional import AbsentPolicy, Pool, pool_sums, weighted_mean
+from lightning_dice.functional import AbsentPolicy, Partial, Pool, complete, of_pooled, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
 from lightning_dice.settings import class_weights_tensor, flag, label, one_of
 
@@ -34,6 +34,10 @@ _SHARED = (
 
 class SegmentationLoss(nn.Module):
     """Base of the losses: a module called with logits and target.
+
+    A subclass defines `partial`, the loss up to what the ranks of a distributed training sum: as a term of another loss
+    it then sends nothing by itself. One that needs nothing of other ranks, or calls a loss that does, may define
+    `forward` instead.
 
     Attributes:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
@@ -72,7 +76,35 @@ class SegmentationLoss(nn.Module):
         Returns:
             A scalar, but with `reduction="none"` where the loss has that; float32 (float64 for float64 logits).
         """
-        raise NotImplementedError
+        (loss,) = complete([self.partial(logits, target, weight, annotated=annotated, maps=maps)])
+        return loss
+
+    def partial(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Partial:
+        """The loss up to what is summed over the ranks of a distributed training; arguments as in `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} must define partial, or forward")
+
+    def as_term(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Partial:
+        """What a loss that is made of others takes of this one; arguments as in `forward`."""
+        if type(self).forward is SegmentationLoss.forward:
+            return self.partial(logits, target, weight, annotated=annotated, maps=maps)
+        # A subclass has its own word on what a call returns.
+        return Partial.of(self(logits, target, weight, annotated=annotated, maps=maps))
 
     def map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
         """The map `name` of every target of a batch: the given one, or computed now."""
@@ -148,11 +180,16 @@ class SumsLoss(SegmentationLoss):
         """Sums it needs beyond the four that are always there."""
         return Wanted()
 
-    def from_sums(self, sums: OverlapSums) -> Tensor:
-        """The loss of sums `(images, classes)`, which may have been added up elsewhere."""
-        raise NotImplementedError
+    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+        """The loss of sums `(images, classes)`, up to what the ranks sum. What a subclass defines."""
+        raise NotImplementedError(f"{type(self).__name__} must define partial_of_sums")
 
-    def forward(
+    def from_sums(self, sums: OverlapSums) -> Tensor:
+        """The loss of sums `(images, classes)` that have been added up elsewhere, over micro-batches for example."""
+        (loss,) = complete([self.partial_of_sums(sums)])
+        return loss
+
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -160,8 +197,8 @@ class SumsLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
         sums = overlap_sums(
             logits,
             target,
@@ -171,7 +208,8 @@ class SumsLoss(SegmentationLoss):
             annotated=annotated,
             wanted=self.wanted,
         )
-        return self.from_sums(sums).to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return self.partial_of_sums(sums).then(lambda loss: loss.to(dtype))
 
 
 class PixelMeanLoss(SumsLoss):
@@ -184,7 +222,8 @@ class PixelMeanLoss(SumsLoss):
         class_weights: one for each class; only their ratios matter. Where classes exclude each other a pixel weighs
             what its class does, and the sum is divided by the weights, as in `torch.nn.CrossEntropyLoss`.
         ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; False: send
+            nothing, so that each process has the mean of its own batch, see `OverlapLoss`.
 
     Raises:
         ValueError: a setting outside its range; in a call, a shape that would broadcast.
@@ -213,9 +252,11 @@ class PixelMeanLoss(SumsLoss):
         """What is divided by the number of pixels, `(images, classes)`."""
         raise NotImplementedError
 
-    def from_sums(self, sums: OverlapSums) -> Tensor:
-        """The mean over the pixels of sums that may have been added up elsewhere."""
-        pooled = pool_sums(sums, self.pool, across_ranks=self.across_ranks)
+    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+        """The mean over the pixels of the sums."""
+        return of_pooled([sums], self.pool, self._mean, across_ranks=self.across_ranks)
+
+    def _mean(self, pooled: OverlapSums) -> Partial:
         classes = pooled.overlap.shape[1]
         weights = class_weights_of(self.class_weights, classes, pooled.overlap)
         # Where classes exclude each other a pixel counts once, for its own class; otherwise in each plane.
@@ -223,9 +264,7 @@ class PixelMeanLoss(SumsLoss):
         above, below = (self.per_class(pooled) * weights).sum(1), (pixels * weights).sum(1)
         kept = below > 0
         mean = above / below.where(kept, 1.0)
-        # Pooled sums are the same on every rank already.
-        spread = self.across_ranks and self.pool == "image"
-        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=spread)
+        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))
 
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:

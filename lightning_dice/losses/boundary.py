@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lightning_dice.functional import weighted_mean
+from lightning_dice.functional import Partial, weighted_mean
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
@@ -48,7 +48,8 @@ class DistanceLoss(SegmentationLoss):
         spacing: the size of a pixel along each axis, in whose units distances then are; 1 by default.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; see
+            `OverlapLoss`.
 
     Raises:
         ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, or a shape
@@ -82,7 +83,7 @@ class DistanceLoss(SegmentationLoss):
         """What the mean is taken of, `(images, classes, pixels)`; `distance` is of the same shape."""
         raise NotImplementedError
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -90,8 +91,11 @@ class DistanceLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"signed_distance"`, of the shape of logits."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+
+        Of maps it takes `"signed_distance"`, of the shape of logits.
+        """
         with full_precision(logits):
             pixels = checked_pixels(
                 logits,
@@ -111,9 +115,11 @@ class DistanceLoss(SegmentationLoss):
                 maps,
             )
             values = self.of_pixels(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
-            return self._mean(values, pixels, counted).to(torch.promote_types(logits.dtype, torch.float32))
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            mean = self._mean(values, pixels, counted).then(lambda loss: loss.to(dtype))
+            return mean if self.across_ranks else mean.local()
 
-    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> Tensor:
+    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> Partial:
         w = pixels.weight
         above = total(values if w is None else values * w)
         below = values.new_full((1, 1), values.shape[2], dtype=wide_dtype(values)) if w is None else total(w)
@@ -121,7 +127,7 @@ class DistanceLoss(SegmentationLoss):
         if pixels.annotated is not None:
             kept = kept & pixels.annotated
         mean = above / below.where(below > 0, 1.0)
-        return weighted_mean(mean[:, counted], kept[:, counted], across_ranks=self.across_ranks)
+        return weighted_mean(mean[:, counted], kept[:, counted])
 
 
 class BoundaryLoss(DistanceLoss):
@@ -276,7 +282,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
         """Of a `CompoundLoss`: each term's in the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -284,8 +290,11 @@ class BoundaryWeightedLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"boundary_weight"`, of the shape of target."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+
+        Of maps it takes `"boundary_weight"`, of the shape of target.
+        """
         # Before the shapes are checked a map cannot be made.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
         own = map_of_batch(
@@ -301,7 +310,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
             own, weight = (one if one.ndim == logits.ndim else one.unsqueeze(1) for one in (own, weight))
             own = own * weight
             own = own.squeeze(1) if own.shape[1] == 1 else own
-        return cast("Tensor", self.loss(logits, target, own, annotated=annotated, maps=maps))
+        return self.loss.as_term(logits, target, own, annotated=annotated, maps=maps)
 
     def settings(self) -> dict[str, object]:
         """The settings by name, as `print(loss)` shows them."""

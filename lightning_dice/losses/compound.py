@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.functional import Partial
 from lightning_dice.kernels import Wanted, overlap_sums
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses import presets
@@ -100,7 +101,7 @@ class CompoundLoss(SegmentationLoss):
                 own[key] = maps[public]
         return own
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -108,10 +109,17 @@ class CompoundLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The weighted sum; see `SegmentationLoss.forward`."""
-        values: dict[str, Tensor] = {}
+    ) -> Partial:
+        """The weighted sum up to what the ranks sum, of all terms together; see `SegmentationLoss.forward`.
+
+        A module that is not of this library sends what it sends by itself.
+        """
+        found: dict[str, Partial] = {}
         active = {name: term for name, term in self.terms.items() if self.weights[name] != 0}
+
+        def of_logits(value: Tensor) -> Tensor:
+            return value.to(torch.promote_types(logits.dtype, torch.float32))
+
         for wanted, group in _passes(active):
             first = next(iter(group.values()))
             sums = overlap_sums(
@@ -123,26 +131,30 @@ class CompoundLoss(SegmentationLoss):
                 annotated=annotated,
                 wanted=wanted,
             )
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            values |= {name: term.from_sums(sums).to(dtype) for name, term in group.items()}
+            found |= {name: term.partial_of_sums(sums).then(of_logits) for name, term in group.items()}
         for name, term in active.items():
-            if name in values:
+            if name in found:
                 continue
             if isinstance(term, SegmentationLoss):
                 own = self._maps_of(name, term, maps or {})
-                values[name] = term(logits, target, weight, annotated=annotated, maps=own)
+                found[name] = term.as_term(logits, target, weight, annotated=annotated, maps=own)
             elif weight is not None or annotated is not None:
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
             else:
                 self._check_ignored(name, term, target)
-                values[name] = call_plain(term, logits, target)
-            if values[name].ndim:
-                raise ValueError(f"term {name!r} must return a scalar, got the shape {tuple(values[name].shape)}")
-        self.values = {name: value.detach() for name, value in values.items()}
-        if not values:
-            # Of no pixel, as a sum of all may be infinite, and 0 times that NaN.
-            return logits[:0].float().sum()
-        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+                found[name] = Partial.of(call_plain(term, logits, target))
+
+        def weighted_sum(*values: Tensor) -> Tensor:
+            for name, value in zip(found, values, strict=True):
+                if value.ndim:
+                    raise ValueError(f"term {name!r} must return a scalar, got the shape {tuple(value.shape)}")
+            self.values = {name: value.detach() for name, value in zip(found, values, strict=True)}
+            if not values:
+                # Of no pixel, as a sum of all may be infinite, and 0 times that NaN.
+                return logits[:0].float().sum()
+            return torch.stack([self.weights[name] * value for name, value in zip(found, values, strict=True)]).sum()
+
+        return Partial.joined(list(found.values()), weighted_sum)
 
     def _check_ignored(self, name: str, term: nn.Module, target: Tensor) -> None:
         """Refuse ignored labels for a module that would take them for labels; on a GPU in the first call only."""
@@ -359,7 +371,7 @@ def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[Wanted, dict[str, Sums
     """Terms that one pass over the pixels can serve, and what it must sum."""
     passes: list[tuple[Wanted, dict[str, SumsLoss]]] = []
     for name, term in terms.items():
-        if not isinstance(term, SumsLoss):
+        if not isinstance(term, SumsLoss) or type(term).forward is not SegmentationLoss.forward:
             continue
         for index, (wanted, group) in enumerate(passes):
             if wanted.agrees(term.wanted):

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.functional import Partial
 from lightning_dice.functional.coarser import Reduce, coarser_target, coarser_weight
 from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_plain
 from lightning_dice.losses.overlap import OverlapLoss
@@ -77,7 +78,7 @@ class DeepSupervision(SegmentationLoss):
         """Of a `CompoundLoss`: each term's at the finest level in the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
-    def forward(
+    def partial(
         self,
         logits: Tensor | Sequence[Tensor],
         target: Tensor,
@@ -85,8 +86,8 @@ class DeepSupervision(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss.
+    ) -> Partial:
+        """The loss up to what the ranks sum, of all levels together.
 
         Args:
             logits: of each level, finest first, `(batch, classes, *space)`; one tensor is one level.
@@ -110,16 +111,17 @@ class DeepSupervision(SegmentationLoss):
                 "weight must have the shape (batch, *space) or (batch, classes, *space) with the space of target, "
                 f"{tuple(target.shape[-axes:])}, got {tuple(weight.shape)}"
             )
-        values: list[Tensor] = []
         # Coarsest first: what a compound loss keeps of its last call is then that of the finest level.
-        for level, share in reversed(list(zip(levels, shares, strict=True))):
-            if share == 0:
-                continue
-            value = self._at(level, target, weight, annotated=annotated, maps=maps)
-            if value.ndim:
-                raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
-            values.append(share * value)
-        return torch.stack(values).sum()
+        counted = [(level, share) for level, share in reversed(list(zip(levels, shares, strict=True))) if share]
+        found = [self._at(level, target, weight, annotated=annotated, maps=maps) for level, _ in counted]
+
+        def mean(*values: Tensor) -> Tensor:
+            for value in values:
+                if value.ndim:
+                    raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
+            return torch.stack([share * value for (_, share), value in zip(counted, values, strict=True)]).sum()
+
+        return Partial.joined(found, mean)
 
     def _at(
         self,
@@ -129,7 +131,7 @@ class DeepSupervision(SegmentationLoss):
         *,
         annotated: Tensor | None,
         maps: Mapping[str, Tensor] | None,
-    ) -> Tensor:
+    ) -> Partial:
         space, classes = tuple(logits.shape[2:]), logits.shape[1]
         own = target
         if tuple(target.shape[-len(space) :]) != space:
@@ -144,12 +146,12 @@ class DeepSupervision(SegmentationLoss):
             maps = self._coarser_maps(target, own, space, classes)
         if isinstance(self.loss, SegmentationLoss):
             weight = None if weight is None else coarser_weight(weight, space)
-            return cast("Tensor", self.loss(logits, own, weight, annotated=annotated, maps=maps))
+            return self.loss.as_term(logits, own, weight, annotated=annotated, maps=maps)
         if weight is not None or annotated is not None:
             raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
         if own.is_floating_point() and self.ignore_index is not None:
             own = own.masked_fill(own == self.ignore_index, 0)
-        return call_plain(self.loss, logits, own)
+        return Partial.of(call_plain(self.loss, logits, own))
 
     def _coarser_maps(
         self, target: Tensor, own: Tensor, space: tuple[int, ...], classes: int

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_dice.functional import weighted_mean
+from lightning_dice.functional import Partial, weighted_mean
 from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, Wanted, checked_pixels, wide_dtype
 from lightning_dice.losses import presets
 from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, class_weights_of
@@ -171,7 +171,8 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             weights, so that with `k=1` this is the `CrossEntropyLoss` of each image.
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
         ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; see
+            `OverlapLoss`.
 
     >>> logits = torch.tensor([[[4.0, 4.0, 4.0, 0.0]]])
     >>> TopKCrossEntropyLoss(k=0.25)(logits, torch.tensor([[[1, 1, 1, 1]]]))
@@ -196,7 +197,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -204,8 +205,8 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
         pixels = checked_pixels(
             logits,
             target,
@@ -215,7 +216,9 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             annotated=annotated,
         )
         cost, weighs = self._weighted(pixels, logits.shape[1])
-        return self._mean_of_hardest(cost, weighs).to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        mean = self._mean_of_hardest(cost, weighs).then(lambda loss: loss.to(dtype))
+        return mean if self.across_ranks else mean.local()
 
     def _weighted(self, pixels: Pixels, classes: int) -> tuple[Tensor, Tensor]:
         """Of each pixel (or of that of each plane) its cost times its weight, and its weight: `(images, entries)`."""
@@ -234,7 +237,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             cost, weights = cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)
         return cost.flatten(1), weights.flatten(1)
 
-    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> Tensor:
+    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> Partial:
         counted = weights > 0
         kept = counted.any(1)
         # In float64, and with a billionth to spare: 0.53 of 100 pixels is 53, not 52.
@@ -245,4 +248,4 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         above = ordered.where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
         below = weights.gather(1, order).where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
         mean = above / below.where(kept, 1.0)
-        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1), across_ranks=self.across_ranks)
+        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))

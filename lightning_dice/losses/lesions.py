@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_dice.functional import Partial
 from lightning_dice.functional.components import RegionMap, Regions
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import checked_pixels
@@ -93,7 +94,7 @@ class LesionWiseLoss(SegmentationLoss):
         )
         self.maps = {"regions": self._regions}
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -101,8 +102,11 @@ class LesionWiseLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"regions"`, `(batch, classes, *space)`."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+
+        Of maps it takes `"regions"`, `(batch, classes, *space)`.
+        """
         with full_precision(logits):
             pixels = checked_pixels(
                 logits,
@@ -125,4 +129,6 @@ class LesionWiseLoss(SegmentationLoss):
         weights = None
         if self.loss.class_weights is not None:
             weights = class_weights_of(self.loss.class_weights, classes, loss)[own_class].unsqueeze(1)
-        return self.loss.reduced(loss, kept, weights).to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        reduced = self.loss.reduced(loss, kept, weights).then(lambda value: value.to(dtype))
+        return reduced if self.loss.across_ranks else reduced.local()

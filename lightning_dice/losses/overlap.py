@@ -8,8 +8,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_dice.functional import AbsentPolicy, AbsentRule, Pool, pool_sums, weighted_mean
-from lightning_dice.functional.pooling import gradient_shares
+from lightning_dice.functional import AbsentPolicy, AbsentRule, Partial, Pool, of_pooled, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted
 from lightning_dice.losses.base import SumsLoss, class_weights_of
 from lightning_dice.settings import class_indices, class_weights_tensor, flag, kept_classes, one_of, smooth_pair
@@ -52,7 +51,10 @@ class OverlapLoss(SumsLoss):
             `lightning_dice.functional.AbsentPolicy`.
         reduction: `"mean"` over images and classes; `"sum"` of the same; `"none"`, `(images, classes)` with NaN for
             what is left out.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give, at the price of
+            one small all-reduce in each forward pass with a gradient. False: send nothing. Each process then has the
+            ratios (or the mean over images) of its own batch, and DDP averages the gradients: the loss is the mean of
+            the processes' losses, which depends on how the images are shared out.
 
     Raises:
         ValueError: a setting outside its range; in a call, a shape that would broadcast.
@@ -110,8 +112,8 @@ class OverlapLoss(SumsLoss):
             squares=self.squared, minimum=self.overlap == "minimum", absent_nll=self.absent.rule == "penalize"
         )
 
-    def from_sums(self, sums: OverlapSums) -> Tensor:
-        """The loss of sums that have been added up elsewhere, over accumulated micro-batches for example."""
+    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+        """The loss of sums `(images, classes)`, up to what the ranks sum."""
         weights = None
         if self.class_weights is not None:
             weights = class_weights_of(self.class_weights, sums.overlap.shape[1], sums.overlap)
@@ -119,8 +121,11 @@ class OverlapLoss(SumsLoss):
             kept_indices = kept_classes(sums.overlap.shape[1], self.exclude_classes)
             sums = sums.map(lambda field: field[:, kept_indices])
             weights = None if weights is None else weights[kept_indices]
-        loss, kept = self.table(pool_sums(sums, self.pool, across_ranks=self.across_ranks))
-        return self.reduced(loss, kept, weights)
+
+        def formula(pooled: OverlapSums) -> Partial:
+            return self.reduced(*self.table(pooled), weights)
+
+        return of_pooled([sums], self.pool, formula, across_ranks=self.across_ranks)
 
     def table(self, sums: OverlapSums) -> tuple[Tensor, Tensor]:
         """The loss of each class `(images, classes)` of pooled sums, and whether it enters the mean."""
@@ -132,16 +137,14 @@ class OverlapLoss(SumsLoss):
             )
         return self.absent.loss(loss, sums), self.absent.kept(loss, sums)
 
-    def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> Tensor:
+    def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> Partial:
         """A table, `(images, classes)`, as one number; weights are `(classes,)` or of the shape of the table."""
-        # Pooled sums are the same on every rank already.
-        spread = self.across_ranks and self.pool == "image"
         if self.reduction == "none":
-            return loss.where(kept, torch.nan)
+            return Partial.of(loss.where(kept, torch.nan))
         if self.reduction == "sum":
             total = (loss.where(kept, 0.0) * (1.0 if weights is None else weights)).sum()
-            return total * gradient_shares() if spread else total
-        return weighted_mean(loss, kept, weights, across_ranks=spread)
+            return Partial((total,), lambda total: total)
+        return weighted_mean(loss, kept, weights)
 
     def _own(self, sums: OverlapSums) -> OverlapSums:
         """The sums with this loss's kind of overlap and of denominator in the usual places."""

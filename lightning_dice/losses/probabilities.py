@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from lightning_dice.functional.pooling import gradient_shares, sum_over_ranks
-from lightning_dice.kernels import Activation, checked_pixels
+from lightning_dice.functional import Partial
+from lightning_dice.kernels import Activation, checked_pixels, wide_dtype
 from lightning_dice.kernels.inputs import full_precision
 from lightning_dice.losses.base import SegmentationLoss
 
@@ -26,6 +25,7 @@ class OnProbabilities(SegmentationLoss):
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
         ignore_index: pixels whose target holds this value count as nothing.
 
+    >>> import torch
     >>> OnProbabilities(nn.SmoothL1Loss())(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
     tensor(0.1250)
     """
@@ -41,7 +41,7 @@ class OnProbabilities(SegmentationLoss):
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.loss = loss
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -49,8 +49,8 @@ class OnProbabilities(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss of probabilities; `weight` and `annotated` are refused."""
+    ) -> Partial:
+        """The loss of probabilities, up to what the ranks sum; `weight` and `annotated` are refused."""
         if weight is not None or annotated is not None:
             raise ValueError(f"{type(self.loss).__name__} takes neither weight nor annotated")
         with full_precision(logits):
@@ -66,14 +66,9 @@ class OnProbabilities(SegmentationLoss):
                 probs, planes = probs[valid], planes[valid]
             # The mean of nothing is NaN.
             value: Tensor = self.loss(probs, planes) if probs.numel() else probs.sum()
-            return value * self._share(probs)
-
-    def _share(self, probs: Tensor) -> float | Tensor:
-        """What a mean of this rank's entries counts of the mean of all, times the ranks over which DDP averages."""
-        ranks = gradient_shares()
-        if ranks == 1:
-            return 1.0
         if getattr(self.loss, "reduction", "mean") == "sum":
-            return float(ranks)
-        entries = torch.tensor(float(probs.numel()), dtype=torch.float64, device=probs.device)
-        return (entries * ranks / sum_over_ranks(entries).clamp(min=1)).to(probs.dtype)
+            return Partial((value,), lambda total: total)
+        # Wide, so that a mean comes back from its sum as it was.
+        entries = probs.new_full((), probs.numel(), dtype=wide_dtype(probs))
+        above = value.to(entries.dtype) * entries
+        return Partial((above, entries), lambda above, entries: (above / entries.clamp(min=1)).to(value.dtype))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.functional import AbsentPolicy, Pool, pool_sums, weighted_mean
+from lightning_dice.functional import AbsentPolicy, Partial, Pool, of_pooled, weighted_mean
 from lightning_dice.functional.maps import TubedSkeleton
 from lightning_dice.functional.targets import map_of_batch
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
@@ -101,7 +101,8 @@ class ClDiceLoss(SegmentationLoss):
         class_weights: one for each class, excluded ones too; only their ratios matter.
         ignore_index: pixels whose target holds this value count as nothing.
         absent: what a class counts that the target does not have: `"smooth"`, the formula; `"skip"`, nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; see
+            `OverlapLoss`.
 
     Raises:
         ValueError: a setting outside its range; in a call, a shape that would broadcast, or other than two or three
@@ -143,7 +144,7 @@ class ClDiceLoss(SegmentationLoss):
         self.across_ranks = flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", class_weights_tensor(class_weights))
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -151,8 +152,8 @@ class ClDiceLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`. It takes no maps."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`. It takes no maps."""
         with full_precision(logits):
             pixels = checked_pixels(
                 logits,
@@ -168,23 +169,26 @@ class ClDiceLoss(SegmentationLoss):
             if self.class_weights is not None:
                 weights = class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
             counted = kept_classes(logits.shape[1], self.exclude_classes)
-            precision, sensitivity = (
-                pool_sums(sums, self.pool, across_ranks=self.across_ranks)
-                for sums in self._sums(pixels, counted, logits, target)
-            )
-            tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
-            tsens = _ratio(sensitivity.overlap, sensitivity.actual, self.smooth)
-            both = tprec + tsens
-            # Of two zeros the harmonic mean is 0; what is NaN stays so.
-            loss = 1 - 2 * tprec * tsens / both.where(both != 0, 1.0)
-            kept = self.absent.kept(loss, precision)
-            if self.smooth[1] == 0:
-                kept = kept & ((precision.predicted != 0) | (sensitivity.actual != 0))
-            # Pooled sums are the same on every rank already.
-            spread = self.across_ranks and self.pool == "image"
             weights = None if weights is None else weights[counted]
-            result = weighted_mean(loss, kept, weights, across_ranks=spread)
-            return result.to(torch.promote_types(logits.dtype, torch.float32))
+            sums = self._sums(pixels, counted, logits, target)
+
+        def formula(precision: OverlapSums, sensitivity: OverlapSums) -> Partial:
+            return self._mean(precision, sensitivity, weights)
+
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        mean = of_pooled(sums, self.pool, formula, across_ranks=self.across_ranks)
+        return mean.then(lambda loss: loss.to(dtype))
+
+    def _mean(self, precision: OverlapSums, sensitivity: OverlapSums, weights: Tensor | None) -> Partial:
+        tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
+        tsens = _ratio(sensitivity.overlap, sensitivity.actual, self.smooth)
+        both = tprec + tsens
+        # Of two zeros the harmonic mean is 0; what is NaN stays so.
+        loss = 1 - 2 * tprec * tsens / both.where(both != 0, 1.0)
+        kept = self.absent.kept(loss, precision)
+        if self.smooth[1] == 0:
+            kept = kept & ((precision.predicted != 0) | (sensitivity.actual != 0))
+        return weighted_mean(loss, kept, weights)
 
     def _sums(self, pixels: Pixels, counted: list[int], logits: Tensor, target: Tensor) -> list[OverlapSums]:
         """The prediction's skeleton with the target, and the prediction with the target's skeleton."""
@@ -238,7 +242,8 @@ class SkeletonRecallLoss(SegmentationLoss):
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter.
         ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; see
+            `OverlapLoss`.
 
     Raises:
         ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, other than
@@ -289,7 +294,7 @@ class SkeletonRecallLoss(SegmentationLoss):
         )
         self.maps = {"skeleton": self._skeleton}
 
-    def forward(
+    def partial(
         self,
         logits: Tensor,
         target: Tensor,
@@ -297,15 +302,17 @@ class SkeletonRecallLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """The loss; see `SegmentationLoss.forward`. Of maps it takes `"skeleton"`, `(batch, classes, *space)`."""
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+
+        Of maps it takes `"skeleton"`, `(batch, classes, *space)`.
+        """
         # Before the shapes are checked a map cannot be made.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
         skeleton = map_of_batch("skeleton", self._skeleton, logits, target, self.map, maps)
         if weight is not None:
             skeleton = skeleton * (weight if weight.ndim == logits.ndim else weight.unsqueeze(1))
-        result: Tensor = self.recall(logits, target, skeleton, annotated=annotated)
-        return result
+        return self.recall.partial(logits, target, skeleton, annotated=annotated)
 
 
 def _ratio(above: Tensor, below: Tensor, smooth: tuple[float, float]) -> Tensor:

@@ -1,7 +1,8 @@
-"""How soon the command answers, against an empty Hydra program."""
+"""How soon the command answers, against an empty Hydra program, and what a second process costs beyond its imports."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,15 +22,69 @@ if __name__ == "__main__": main()
 """
 
 
-def timed(*arguments: str) -> Callable[[], float]:
+# A process that Lightning starts for another device, up to the moment in which it would wait for the first one.
+SECOND = """
+import os, sys
+from lightning_dice import fit, session
+
+def ready(self, checkpoint):
+    if len(sys.argv) > 1:
+        open(sys.argv[1], "w").write(" ".join(sys.modules))
+    os._exit(0)
+
+session.Session.fit = ready
+fit.main()
+"""
+
+IMPORTS = """
+import importlib, os, sys
+for name in open(sys.argv[1]).read().split():
+    try:
+        importlib.import_module(name)
+    except Exception:  # made by another one, and not there by itself
+        pass
+os._exit(0)
+"""
+
+
+def timed(*arguments: str, environment: dict[str, str] | None = None) -> Callable[[], float]:
     """A function that runs Python with these arguments and returns the seconds it took."""
 
     def run() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        line = [sys.executable, *arguments]
+        subprocess.run(line, check=True, capture_output=True, env={**os.environ, **(environment or {})})
         return time.perf_counter() - start
 
     return run
+
+
+def second_process(folder: Path) -> None:
+    """Compare the start of a second process with its imports."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    from lightning_dice.configs import CONF_DIR, RUN_VARIABLE, register_resolvers
+    from lightning_dice.launch import Start
+
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = hydra.compose("fit", overrides=[f"folder={folder}", "device=cpu", "trainer.devices=2"])
+    config.trainer.strategy = "ddp"
+    config.name = "start"
+    told = Start(str(folder), OmegaConf.to_yaml(config, resolve=True)).text()
+    environment = {RUN_VARIABLE: told, "LOCAL_RANK": "1"}
+    second, imports, names = folder / "second.py", folder / "imports.py", folder / "names"
+    second.write_text(SECOND)
+    imports.write_text(IMPORTS)
+    subprocess.run(
+        [sys.executable, str(second), str(names)], check=True, capture_output=True, env={**os.environ, **environment}
+    )
+    variants = {
+        "its imports alone": timed(str(imports), str(names)),
+        "a second process, until it waits for the first": timed(str(second), environment=environment),
+    }
+    table("`trainer.devices=2`", interleaved(variants, 7), "its imports alone")
 
 
 def main() -> None:
@@ -43,6 +98,7 @@ def main() -> None:
                 "lightning_dice.fit": timed("-m", "lightning_dice.fit", *flags),
             }
             table(f"`{' '.join(flags)}`", interleaved(variants, 15), "an empty Hydra program")
+        second_process(Path(folder))
 
 
 if __name__ == "__main__":

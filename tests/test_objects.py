@@ -1,0 +1,176 @@
+"""A trained module from the values in its checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_dice import SegmentationModule
+from lightning_dice.configs import CONF_DIR, register_resolvers
+from lightning_dice.objects import build, locate, without_pretrained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one epoch."""
+    home = tmp_path_factory.mktemp("home")
+    small = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0"]
+    line = [sys.executable, "-m", "lightning_dice.fit", *small, "device=cpu", "trainer.max_epochs=1", "folder=run"]
+    subprocess.run(line, cwd=home, check=True, capture_output=True, timeout=300)
+    return home / "run"
+
+
+class TestFromRun:
+    def test_is_the_trained_one(self, run):
+        module = SegmentationModule.from_run(run)
+        saved = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, saved[name])
+        assert not module.training
+        assert module.class_names == ["object"]
+        assert module.predict_step(torch.zeros(1, 1, 32, 32)).shape == (1, 1, 32, 32)
+
+    def test_scores_what_the_run_scored(self, run):
+        from lightning_dice.runs import load_config
+
+        config = load_config(run)
+        data = hydra.utils.instantiate(config.data.datamodule)
+        data.setup("test")
+        module = SegmentationModule.from_run(run)
+        with torch.no_grad():
+            for batch in data.test_dataloader():
+                module.test_metrics.update(module(batch.image), batch.mask)
+        import csv
+
+        with (run / "cases.csv").open() as file:
+            scores = [float(row["dice"]) for row in csv.DictReader(file) if row["dice"]]
+        assert float(module.test_metrics.compute()["test/dice"]) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+
+    def test_needs_no_hydra(self, run):
+        code = (
+            "import sys; from lightning_dice import SegmentationModule\n"
+            f"SegmentationModule.from_run({str(run)!r})\n"
+            "print([name for name in sys.modules if name.startswith('hydra')])"
+        )
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == "[]"
+
+    def test_by_the_file(self, run):
+        assert SegmentationModule.from_run(run, "checkpoints/last.ckpt")
+        assert SegmentationModule.from_run(run, str(run / "checkpoints/last.ckpt"))
+
+    def test_goes_on_training(self, run):
+        module = SegmentationModule.from_run(run).train()
+        optimizer = module.configure_optimizers()["optimizer"]
+        assert isinstance(optimizer, torch.optim.AdamW)
+
+    def test_a_checkpoint_that_is_not_there(self, run):
+        with pytest.raises(FileNotFoundError, match=r"there is no .*fist\.ckpt; in .* there is best\.ckpt, last\.ckpt"):
+            SegmentationModule.from_run(run, "fist.ckpt")
+
+    def test_a_checkpoint_of_something_else(self, tmp_path):
+        torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match="not a checkpoint that fit has written"):
+            SegmentationModule.from_run(tmp_path, "other.ckpt")
+
+    def test_of_another_class(self, run):
+        class Mine(SegmentationModule):
+            pass
+
+        with pytest.raises(ValueError, match="is of a SegmentationModule, not of a Mine"):
+            Mine.from_run(run)
+
+    def test_runs_no_code_of_a_checkpoint(self, run, tmp_path):
+        class Trap:
+            def __reduce__(self):
+                return print, ("trapped",)
+
+        torch.save({"state_dict": {}, "config": Trap()}, tmp_path / "trap.ckpt")
+        with pytest.raises(Exception, match=r"[Ww]eights.?only"):
+            SegmentationModule.from_run(tmp_path, "trap.ckpt")
+
+
+def composed(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in ("loss", "metrics", "model") for name in composed(group)]
+)
+def test_builds_what_hydra_builds(group, name):
+    register_resolvers()
+    softmax = ["data.activation=softmax", "data.classes=[background,one,two]"] if group == "loss" else []
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = hydra.compose("fit", overrides=[f"{group}={name}", "folder=x", *softmax])
+    node = config[group]
+    try:
+        expected = hydra.utils.instantiate(node)
+    except hydra.errors.InstantiationException as error:
+        pytest.skip(str(error).splitlines()[0])
+    built = build(OmegaConf.to_container(node, resolve=True))
+    assert type(built) is type(expected)
+    assert repr(built) == repr(expected)
+    if isinstance(built, nn.Module):
+        mine, theirs = built.state_dict(), expected.state_dict()
+        assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_directives():
+    assert build({"_target_": "builtins.dict", "a": {"_target_": "builtins.int", "_args_": ["3"]}}) == {"a": 3}
+    assert build([{"_target_": "str"}, 1, None]) == ["", 1, None]
+    raw = {"_target_": "dict", "_recursive_": False, "inner": {"_target_": "int"}}
+    assert build(raw) == {"inner": {"_target_": "int"}}
+    made = build({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5, "_convert_": "all"})
+    assert isinstance(made, partial)
+    assert made.keywords == {"lr": 0.5}
+    assert build({"_target_": "fractions.Fraction.from_float", "_args_": [0.5]}).denominator == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package.Net", "there is no module no_such_package"),
+        ("torch.nn.Conv7d", "torch.nn has no Conv7d"),
+        ("lightning_dice.losses.dice.Dise", "lightning_dice.losses.dice has no Dise"),
+    ],
+)
+def test_a_target_that_is_not_there(name, message):
+    with pytest.raises(ImportError, match=message):
+        locate(name)
+
+
+def test_what_a_targets_module_lacks_is_told(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("import a_missing_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_missing_library"):
+        locate("needy.Net")
+
+
+def test_pretrained_weights_are_not_fetched():
+    config = {
+        "net": {"_target_": "torchvision.models.x", "weights": "DEFAULT", "weights_backbone": "DEFAULT"},
+        "own": {"_target_": "mine.Net", "weights": "even", "pretrained": True, "layers": [{"encoder_weights": "a"}]},
+    }
+    assert without_pretrained(config) == {
+        "net": {"_target_": "torchvision.models.x", "weights": None, "weights_backbone": None},
+        "own": {"_target_": "mine.Net", "weights": "even", "pretrained": False, "layers": [{"encoder_weights": None}]},
+    }
+
+
+def test_every_pretrained_setting_of_the_catalogue_is_known():
+    """A new model's file whose weights are fetched under another name must be added to `objects`."""
+    named = {
+        key
+        for path in Path(CONF_DIR / "model").glob("*.yaml")
+        for key in OmegaConf.load(path)
+        if "weights" in str(key) or "pretrained" in str(key)
+    }
+    assert named <= {"encoder_weights", "weights", "weights_backbone", "pretrained"}
