@@ -144,7 +144,7 @@ activation="sigmoid" for a binary task
         return first
 
     def _check_batch(self, batch: Any) -> None:
-        given = _read(batch)
+        given = read_batch(batch)
         if given is None:
             warnings.warn(
                 f"batches of {type(batch).__name__} are not checked: InputCheck reads (image, mask[, case]), a Batch, "
@@ -267,7 +267,7 @@ activation="sigmoid" for a binary task
 
     def _note(self, split: str, batch: Any) -> None:
         watch = self._watches.get(split)
-        given = _read(batch) if watch is not None else None
+        given = read_batch(batch) if watch is not None else None
         if watch is not None and given is not None:
             watch.add(given.image.detach(), given.mask.detach())
 
@@ -324,7 +324,7 @@ class _Given(NamedTuple):
     case: list[str]
 
 
-def _read(batch: Any) -> _Given | None:
+def read_batch(batch: Any) -> _Given | None:
     """Image, mask and names of a batch in any form that a module takes."""
     if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
         batch = batch._asdict()

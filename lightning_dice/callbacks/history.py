@@ -11,8 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_dice.callbacks.files import number, read_csv, write_csv
 from lightning_dice.callbacks.loggers import log_picture
+from lightning_dice.callbacks.throughput import Throughput
 
-FIRST_COLUMNS = ("epoch", "step", "lr", "seconds", "train/loss", "train/dice", "val/loss", "val/dice")
+FIRST_COLUMNS = (
+    *("epoch", "step", "lr", "seconds", "images_per_second", "memory_gb"),
+    *("train/loss", "train/dice", "val/loss", "val/dice"),
+)
 
 
 class History(Callback):
@@ -20,8 +24,10 @@ class History(Callback):
 
     The table is rewritten whole, under a temporary name, at the end of each epoch. Columns: `epoch` (from 0), `step`
     (optimizer steps so far), `lr` (of the first parameter group, at the epoch's first step), `seconds` (training and
-    validation of the epoch), then every metric logged under `train/` or `val/`. `val/` is empty in an epoch without
-    validation. A resumed run goes on with the table it finds; epochs that are trained again lose their row.
+    validation of the epoch), `images_per_second` (of all processes, while training), `memory_gb` (10⁹ bytes, the most
+    so far: of tensors on the GPU, or of the process; of the process that needs most), then every metric logged under
+    `train/` or `val/`. `val/` is empty in an epoch without validation. The loggers get throughput and memory too. A
+    resumed run goes on with the table it finds; epochs that are trained again lose their row.
 
     Args:
         folder: the run's folder.
@@ -38,7 +44,10 @@ class History(Callback):
         self._open: int | None = None
         self._trained = self._validated = False
         self._lr = float("nan")
+        self._epoch = -1
+        self._resumed: dict[str, Any] = {}
         self._started = time.monotonic()
+        self._throughput = Throughput()
 
     @property
     def table(self) -> Path:
@@ -49,6 +58,14 @@ class History(Callback):
     def picture(self) -> Path:
         """Where the curves are drawn."""
         return self.folder / "curves.png"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learning rate at the epoch's first step, which may have changed when the epoch goes on."""
+        return {"epoch": self._epoch, "lr": self._lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until the epoch goes on."""
+        self._resumed = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the table of a run that is resumed."""
@@ -63,16 +80,29 @@ class History(Callback):
         self._complete(trainer)
         self._begin(trainer)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note that this fit has trained."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that this fit has trained, and on how many images."""
         self._trained = True
+        self._throughput.add(batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the training."""
+        self._throughput.pause(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this epoch's `val/` metrics are its own."""
         self._validated = self._validated or not trainer.sanity_checking
+        self._throughput.go_on()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's row."""
+        self._throughput.pause(trainer)
+        used = self._throughput.of_all(trainer)
+        if self._trained:
+            # The same on every rank; said again so that Lightning need not warn.
+            pl_module.log_dict(used, sync_dist=True)
         # On every rank, whatever is done with it: reading a metric is where Lightning reduces it over the ranks.
         metrics = self._metrics(trainer)
         epoch = trainer.current_epoch
@@ -82,7 +112,8 @@ class History(Callback):
         else:
             seconds = time.monotonic() - self._started
             row = {"epoch": str(epoch), "step": str(trainer.global_step), "lr": number(self._lr)}
-            self._rows[epoch] = row | {"seconds": f"{seconds:.2f}"} | metrics
+            row |= {"seconds": f"{seconds:.2f}"} | {name: number(value) for name, value in used.items()}
+            self._rows[epoch] = row | metrics
             self._open = epoch
         self._write(trainer)
 
@@ -100,7 +131,11 @@ class History(Callback):
 
     def _begin(self, trainer: Trainer) -> None:
         self._started, self._validated = time.monotonic(), False
-        if trainer.optimizers:
+        self._throughput.start()
+        self._epoch, resumed, self._resumed = trainer.current_epoch, self._resumed, {}
+        if resumed.get("epoch") == self._epoch:
+            self._lr = resumed["lr"]
+        elif trainer.optimizers:
             self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def _metrics(self, trainer: Trainer) -> dict[str, str]:

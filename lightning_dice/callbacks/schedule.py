@@ -89,6 +89,22 @@ class LossSchedule(Callback):
             place.check(value)
         self._place = place
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what changes, and when."""
+        if trainer.is_global_zero:
+            print(f"change  {self}", flush=True)
+
+    def __str__(self) -> str:
+        last = self.begin_epoch + self.epochs - 1
+        start, end = (" and ".join(f"{one:g}" for one in _each(value, 1)) for value in (self.start, self.end))
+        when = f"in epoch {last}" if self.epochs == 1 else f"in epochs {self.begin_epoch} to {last}, {self.shape}"
+        return f"{self.setting} of the loss from {start} to {end} {when}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the epoch's value: one that is resumed in its middle does not start again."""
+        if self._place is not None:
+            self._place.set(self.value(trainer.current_epoch))
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set and log the epoch's value."""
         if self._place is None:

@@ -21,7 +21,8 @@ def test_one_row_for_each_epoch(tmp_path, trainer, net, loader):
     assert [row["epoch"] for row in table] == ["0", "1", "2"]
     assert [row["step"] for row in table] == ["2", "4", "6"]
     assert [float(row["lr"]) for row in table] == [0.1, 0.05, 0.025]
-    assert list(table[0])[:6] == ["epoch", "step", "lr", "seconds", "train/loss", "val/loss"]
+    first = ["epoch", "step", "lr", "seconds", "images_per_second", "memory_gb", "train/loss", "val/loss"]
+    assert list(table[0])[:8] == first
     assert float(table[0]["train/loss"]) > float(table[2]["train/loss"])
     assert all(float(row["val/dice"]) == pytest.approx(1 - float(row["val/loss"]), abs=1e-5) for row in table)
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -164,13 +164,11 @@ def test_a_failure_to_save_does_not_hide_what_ended_the_training(tmp_path, train
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path, trainer, net, loader, monkeypatch, capsys):
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    def full_disk(self, state, path, storage_options=None):
+    def full_disk(state, path):
         path.write_text("half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(SingleDeviceStrategy, "save_checkpoint", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     model = net()
     fail(model, 2, RuntimeError("out of luck"))
     with pytest.raises(RuntimeError, match="out of luck"):

@@ -9,13 +9,15 @@ import pytest
 
 from lightning_dice.callbacks import ProgressBar
 
+USE = r"\d+(\.\d|k)? images/s  \d+\.\d GB"
+
 
 def test_a_log_file_gets_one_line_for_each_epoch(trainer, net, loader, capsys):
     trainer(ProgressBar(), max_epochs=3, enable_progress_bar=True).fit(net(), loader(), loader())
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [[f"epoch {i}/2", f"step {2 * i + 2}"] for i in range(3)]
     losses = r"train/loss 0\.\d{4}  val/loss 0\.\d{4}"
-    assert re.fullmatch(rf"epoch 0/2  step 2  {losses}  val/dice -?0\.\d{{4}}  0:0\d", lines[0])
+    assert re.fullmatch(rf"epoch 0/2  step 2  {losses}  val/dice -?0\.\d{{4}}  {USE}  0:0\d", lines[0])
 
 
 def test_a_long_epoch_shows_that_it_lives(trainer, net, loader, capsys):
@@ -43,22 +45,25 @@ class Both(Net):
         self.log("dice", 0.5, prog_bar=True, logger=False)
         return loss
 
-loader = DataLoader(Cases(60), 2, collate_fn=collate)
-kwargs = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
-trainer = pl.Trainer(max_epochs=2, callbacks=[ProgressBar()], **kwargs)
-trainer.fit(Both(), loader, loader)
+epochs, batches = map(int, sys.argv[1:])
+loader = DataLoader(Cases(2 * batches), 2, collate_fn=collate)
+kwargs = dict(accelerator="cpu", num_sanity_val_steps=0, logger=False, enable_checkpointing=False)
+trainer = pl.Trainer(max_epochs=epochs, callbacks=[ProgressBar()], **kwargs)
+trainer.fit(Both(), loader, DataLoader(Cases(2), 2, collate_fn=collate))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(tmp_path, request):
+@pytest.mark.parametrize(("epochs", "batches", "bar"), [(2, 30, "━+ +"), (11, 120, "")], ids=["bar", "no-room"])
+def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(tmp_path, request, epochs, batches, bar):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(tests=str(request.path.parent))))
     master, slave = pty.openpty()
     environment = os.environ | {"COLUMNS": "80", "TERM": "xterm"}
     process = subprocess.Popen(
-        [sys.executable, script], stdout=slave, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path
-    )
+        [sys.executable, script, str(epochs), str(batches)],
+        stdout=slave, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path,
+    )  # fmt: skip
     os.close(slave)
     shown = b""
     while True:
@@ -71,8 +76,11 @@ def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(tmp_path, requ
         shown += part
     assert process.wait(60) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith("Epoch 1/1")]
+    last = f"Epoch {epochs - 1}/{epochs - 1}"
+    bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith(last)]
     assert bars
-    assert re.search(r"30/30 .*loss: 0\.\d+ dice: 0\.500 val/dice: -?0\.\d+\s*$", bars[-1])
+    # Throughput and memory stand before them, and nothing is cut.
+    left = rf"{last} +{bar}{batches}/{batches} +-0:00 +\d+(\.\d|k)?/s \d+\.\dG"
+    assert re.fullmatch(rf"{left} +loss: 0\.\d{{3}} dice: 0\.500 val/dice: -?0\.\d{{3}}\s*", bars[-1]), bars[-1]
     assert max(map(len, bars)) <= 80
     assert "v_num" not in text

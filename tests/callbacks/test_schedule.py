@@ -260,3 +260,42 @@ def test_from_the_command_line(tmp_path):
     assert run.returncode != 0
     assert "must be > 0 with shape='exponential'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (
+            LossSchedule("smooth", 100, 1, epochs=12, shape="exponential"),
+            "smooth of the loss from 100 to 1 in epochs 0 to 11, exponential",
+        ),
+        (
+            LossSchedule("smooth", [0, 2.5], 1, epochs=1, begin_epoch=3),
+            "smooth of the loss from 0 and 2.5 to 1 in epoch 3",
+        ),
+    ],
+)
+def test_it_is_said(trainer, loader, capsys, schedule, expected):
+    trainer(schedule, max_epochs=1).fit(module(DiceLoss()), loader(), loader())
+    assert capsys.readouterr().out == f"change  {expected}\n"
+
+
+def test_going_on_in_the_middle_of_an_epoch(tmp_path, trainer, loader):
+    """Lightning does not call `on_train_epoch_start` then."""
+
+    def saved():
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    class Each(Callback):
+        values = ()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.values += (pl_module.loss.smooth[0],)
+
+    def schedule():
+        return LossSchedule("smooth", 5, 4, epochs=9)
+
+    trainer(schedule(), saved(), max_epochs=1).fit(module(DiceLoss()), loader(8), loader())
+    each, path = Each(), tmp_path / "step=1.ckpt"
+    trainer(schedule(), each, saved(), max_epochs=1).fit(module(DiceLoss()), loader(8), loader(), ckpt_path=path)
+    assert set(each.values) == {5.0}

@@ -1,0 +1,166 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_dice.callbacks import History, throughput
+from lightning_dice.callbacks.throughput import Throughput, batch_size, peak_memory
+
+SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+class Clock:
+    """A time that passes only when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+
+class Takes(Callback):
+    """Two seconds for each training batch, a hundred for each validation batch."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_batch_start(self, *_):
+        self.clock.now += 2
+
+    def on_validation_batch_start(self, *_):
+        self.clock.now += 100
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_images_by_the_seconds_of_training_alone(tmp_path, trainer, net, loader, monkeypatch, interval):
+    clock, logger = Clock(monkeypatch), CSVLogger(tmp_path)
+    fit = trainer(Takes(clock), History(tmp_path), max_epochs=2, val_check_interval=interval, logger=logger)
+    # Batches of 2, 2, 2 and 1.
+    fit.fit(net(), loader(7), loader())
+    assert [float(row["images_per_second"]) for row in rows(tmp_path / "metrics.csv")] == [7 / 8, 7 / 8]
+    logged = [row for row in rows(tmp_path / "lightning_logs/version_0/metrics.csv") if row.get("images_per_second")]
+    assert [float(row["images_per_second"]) for row in logged] == [7 / 8, 7 / 8]
+    assert all(float(row["memory_gb"]) > 0 for row in logged)
+
+
+def test_memory_is_the_peak_of_the_process(tmp_path):
+    code = """
+        import torch
+        from lightning_dice.callbacks.throughput import peak_memory
+        device = torch.device("cpu")
+        before = peak_memory(device)
+        block = torch.ones(100_000_000)
+        during = peak_memory(device)
+        del block
+        print(before, during, peak_memory(device))
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(line, capture_output=True, text=True, check=True)
+    before, during, after = map(float, result.stdout.split())
+    # 0.4 GB of float32, beside what the process did in between.
+    assert during - before == pytest.approx(0.4, abs=0.02)
+    assert after == pytest.approx(during, abs=0.02)
+
+
+def test_memory_where_it_is_not_known(tmp_path, trainer, net, loader, monkeypatch):
+    monkeypatch.setattr(throughput, "_STATUS", tmp_path / "nowhere")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory(torch.device("cpu")) is None
+    trainer(History(tmp_path), max_epochs=1).fit(net(), loader(), loader())
+    assert "memory_gb" not in rows(tmp_path / "metrics.csv")[0]
+
+
+def test_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_500_000_000 if device.index == 1 else 0)
+    assert peak_memory(torch.device("cuda", 1)) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        ((torch.zeros(3, 1, 4, 4), torch.zeros(3, 1, 4, 4)), 3),
+        ({"image": torch.zeros(2, 1, 4, 4), "mask": torch.zeros(2, 4, 4), "case": ["a", "b"]}, 2),
+        (torch.zeros(5, 1, 4, 4), 5),
+        (7, 0),
+    ],
+)
+def test_batch_size(batch, size):
+    assert batch_size(batch) == size
+
+
+def test_no_rate_without_images():
+    one = Throughput()
+    one.start()
+    assert one.rate() is None
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import lightning.pytorch as pl, torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_dice.callbacks import throughput
+
+class Used(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        one = throughput.Throughput()
+        one.images, one.seconds = 10 + trainer.global_rank, 2.0 + trainer.global_rank
+        throughput.peak_memory = lambda device: 4.0 - trainer.global_rank
+        used = one.of_all(trainer)
+        Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps(used))
+
+if __name__ == "__main__":
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, max_steps=1,
+        enable_progress_bar=False, callbacks=[Used()],
+    )
+    trainer.fit(BoringModel())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_of_all_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for rank in (0, 1):
+        used = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert used == {"images_per_second": 21 / 3.0, "memory_gb": 4.0}
+
+
+def test_lightnings_monitors_as_a_command(tmp_path):
+    """With one batch in four that is smaller."""
+    few = [
+        *SMALL,
+        "test=false",
+        "logger=csv",
+        "trainer.max_epochs=2",
+        "trainer.log_every_n_steps=1",
+        "data.batch_size=5",
+    ]
+    line = [sys.executable, "-m", "lightning_dice.fit", *few, "callbacks=[throughput,device_stats]"]
+    line += ["trainer.log_every_n_steps=1", "folder=run"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    table = rows(tmp_path / "run/logs/csv/version_0/metrics.csv")
+    known = {name for row in table for name, value in row.items() if value}
+    assert {"train/samples", "train/device/samples_per_sec", "train/batches"} & known, known
+    assert any("cpu_percent" in name for name in known), known
+    assert [math.isfinite(float(row["images_per_second"])) for row in rows(tmp_path / "run/metrics.csv")] == [True] * 2
