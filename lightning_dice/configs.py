@@ -33,8 +33,19 @@ class UserError(ValueError):
 
 
 def register_resolvers() -> None:
-    """Make `${length:<list>}` known: the number of classes follows from their names."""
+    """Make known what the catalogue computes.
+
+    `${length:<list>}`: the number of classes follows from their names. `${remaining:<total>,<first>}`: the epochs after
+    a warm-up; at least 1, so that a training that ends before its warm-up has a schedule too. `${first:<a>,<b>}`: the
+    first of them that is not null.
+    """
     OmegaConf.register_new_resolver("length", len, replace=True)
+    OmegaConf.register_new_resolver("first", _first, replace=True)
+    OmegaConf.register_new_resolver("remaining", lambda total, first: max(1, total - first), replace=True)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:

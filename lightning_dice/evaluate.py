@@ -63,11 +63,11 @@ def evaluate(config: DictConfig, overrides: list[str]) -> dict[str, float]:
     if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
         raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
     # One device: the results then need no agreement on a folder.
-    run.trainer.update(accelerator=config.trainer.accelerator, devices=1, strategy="auto")
+    run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.logger = {}
     checkpoint = runs.find_checkpoint(config.run, config.checkpoint)
     # The data and the weights are read, and a mistake in them told, before a folder is made.
-    session = Session(run, Path(run.folder))
+    session = Session(run, Path(run.folder), trained=True)
     runs.check_weights(session.module, checkpoint)
     split: Split = config.split or session.last_split
     if session.data.source.split(split) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
+from lightning_dice import launch, sweeps
+from lightning_dice.callbacks.trials import Status, conclude
 from lightning_dice.configs import (
     CONF_DIR,
     RUN_VARIABLE,
@@ -23,8 +26,12 @@ from lightning_dice.configs import (
     split_arguments,
     traces_removed,
 )
+from lightning_dice.launch import Start
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
+
+CHANNEL = launch.Channel(launch.place())
+JOB = launch.Job(sys.argv[1:])
 
 
 def main() -> None:
@@ -33,25 +40,78 @@ def main() -> None:
         print(help_text("fit"))
         return
     register_resolvers()
-    folder = os.environ.get(RUN_VARIABLE)
-    own, overrides = split_arguments(sys.argv[1:], ["resume"])
-    resumed = [argument.removeprefix("resume=") for argument in own if argument.startswith("resume=")]
     with mistakes_told():
-        if folder and os.environ.get("LOCAL_RANK", "0") != "0":
-            from lightning_dice.runs import load_config
+        try:
+            if (start := launch.given()) is not None:
+                train(start)
+            elif CHANNEL.place.rank > 0:
+                for start in CHANNEL.starts():
+                    with traces_removed():
+                        train(start)
+            else:
+                with launch.leading(CHANNEL):
+                    lead(sys.argv[1:])
+        finally:
+            launch.part()
 
-            train(load_config(folder), Path(folder), resume=bool(resumed))
-        elif resumed:
-            # Not through Hydra, which would check the overrides against the default config instead of the run's.
-            resume(resumed[-1], quoted(overrides))
+
+def lead(arguments: list[str]) -> None:
+    """What the first process does: decide what is trained, and train it."""
+    own, overrides = split_arguments(arguments, ["resume", "retry_failed"])
+    resumed = [argument.removeprefix("resume=") for argument in own if argument.startswith("resume=")]
+    earlier = JOB.earlier()
+    if earlier is not None:
+        # The command line is the one that began the run: it goes on as it was.
+        print(f"the job was started again (SLURM_RESTART_COUNT={JOB.restarts}): going on in {earlier}", flush=True)
+        if sweeps.is_sweep(earlier):
+            resume_sweep(str(earlier), [])
         else:
-            sys.argv[1:] = quoted(sys.argv[1:])
-            try:
-                from_command_line()
-            except SystemExit as error:
-                if error.code == 1:  # Hydra's; ours is 2.
-                    explain_typos("fit", sys.argv[1:])
-                raise
+            resume(str(earlier), [])
+    elif resumed and sweeps.is_sweep(resumed[-1]):
+        resume_sweep(resumed[-1], [argument for argument in arguments if not argument.startswith("resume=")])
+    elif resumed:
+        # Not through Hydra, which would check the overrides against the default config instead of the run's.
+        resume(resumed[-1], quoted(overrides))
+    else:
+        # Between overrides, argparse would refuse those behind it.
+        begin(quoted(sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))))
+
+
+def begin(arguments: list[str]) -> None:
+    """Train a run or a sweep, as the command line says."""
+    sys.argv[1:] = arguments
+    if (hint := sweeps.missing_plugin(arguments)) is not None:
+        raise UserError(hint)
+    with sweeps.told():
+        try:
+            from_command_line()
+        except SystemExit as error:
+            if error.code == 1 and not sweeps.begun():  # Hydra's; ours is 2.
+                explain_typos("fit", sys.argv[1:])
+            raise
+
+
+def resume_sweep(folder: str, arguments: list[str]) -> None:
+    """Go on with a sweep where it stopped.
+
+    Args:
+        folder: of the sweep.
+        arguments: `retry_failed=true`, another launcher, more trials.
+
+    Raises:
+        UserError: an argument would change the trials.
+        SystemExit: 1, as a trial failed.
+    """
+    retry = [argument for argument in arguments if argument.startswith("retry_failed=")]
+    if retry and retry[-1] not in ("retry_failed=true", "retry_failed=false"):
+        raise UserError(f"retry_failed must be true or false, got {retry[-1].removeprefix('retry_failed=')}")
+    others = [argument for argument in arguments if argument not in retry]
+    replayed = sweeps.reopened(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
+    if replayed is not None:
+        begin(replayed)
+        return
+    with sweeps.told():
+        pass  # It is done: its table is shown.
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="fit")
@@ -65,44 +125,82 @@ def from_command_line(config: DictConfig) -> float | None:
     with traces_removed(), mistakes_told():
         from lightning_dice import runs
 
-        rank, processes = launched_from_outside()
-        if processes > 1 and config.folder is None:
-            raise UserError("torchrun and srun start processes that must agree on a folder: give folder=<a new one>")
-        trainer = config.trainer
-        if processes > 1 and processes != (_processes(trainer) or processes):
-            raise UserError(
-                f"{processes} processes were started for trainer.devices={trainer.devices}: set trainer.devices to the "
-                "processes of a node, trainer.strategy=ddp, and +trainer.num_nodes for several nodes"
-            )
-        if rank > 0:
-            # The first process makes the folder; what all others train is the config that lies there.
-            folder = Path(config.folder).expanduser().absolute()
-            return train(runs.await_config(folder), folder)
         choices = hydra_config.runtime.choices
         config.name = config.name or f"{choices.get('experiment') or choices['data']}_{choices['model']}"
-        if config.folder is not None:
-            folder = runs.exact_folder(config.folder)
-        elif hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
-            folder = runs.new_folder(hydra_config.sweep.dir, str(hydra_config.job.num), dated=False)
-        else:
-            folder = runs.new_folder(config.runs, config.name)
-        config.folder = str(folder)
-        runs.make_absolute(config)
+        if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
+            sweep = Path(hydra_config.sweep.dir).expanduser().absolute()
+            JOB.began(sweep)
+            folder = sweep / str(hydra_config.job.num)
+            overrides = list(hydra_config.overrides.task)
+            return sweeps.run_trial(folder, overrides, lambda: train_trial(config, folder))
+        check_processes(config.trainer)
+        folder = (
+            runs.new_folder(config.runs, config.name) if config.folder is None else runs.exact_folder(config.folder)
+        )
         try:
+            complete(config, folder)
             runs.save_config(folder, config)
-            return train(runs.load_config(folder), folder)
+            JOB.began(folder)
+            return train(start_of(folder))
         finally:
             # A mistake found before training leaves nothing but its config.
             if {path.name for path in folder.iterdir()} <= {runs.CONFIG, runs.TEMPLATE}:
                 shutil.rmtree(folder)
 
 
-def launched_from_outside() -> tuple[int, int]:
-    """This process's rank and the number of processes, where torchrun or srun has started them; else (0, 1)."""
-    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and processes in os.environ:
-            return int(os.environ[rank]), int(os.environ[processes])
-    return 0, 1
+def complete(config: DictConfig, folder: Path) -> None:
+    """Fill in what a config of a new run leaves open."""
+    from lightning_dice import runs
+
+    config.folder = str(folder)
+    runs.make_absolute(config)
+    if config.seed is None:
+        config.seed = secrets.randbelow(2**32)  # So that the run can be resumed, and told of.
+
+
+def train_trial(config: DictConfig, folder: Path) -> None:
+    """Train one trial of a sweep, or go on with it where it was broken off.
+
+    Args:
+        config: as the sweeper has composed it.
+        folder: of the trial; there may be a config in it, and checkpoints.
+
+    Raises:
+        UserError: what is wrong with the trial.
+        SystemExit: it was interrupted.
+    """
+    from lightning_dice import runs
+
+    check_processes(config.trainer)
+    if CHANNEL.alone and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError(
+            f"a trial is one task, which starts a process for each device, but SLURM started "
+            f"{os.environ['SLURM_NTASKS']}: give hydra.launcher.tasks_per_node=1 and trainer.devices=<devices>"
+        )
+    if (folder / runs.CONFIG).is_file():
+        config = runs.reopen(folder)
+    else:
+        complete(config, folder)
+    runs.save_config(folder, config)
+    if CHANNEL.alone and _processes(config.trainer) != 1:
+        sweeps.in_own_process(folder)
+        return
+    train(start_of(folder, runs.newest_checkpoint(folder)))
+
+
+def check_processes(trainer: DictConfig) -> None:
+    """See that the Trainer's flags ask for the processes that were started from outside.
+
+    Raises:
+        UserError: they ask for others.
+    """
+    there, flags = CHANNEL.place, _processes(trainer)
+    if there.processes is not None and there.processes > 1 and there.processes != (flags or there.processes):
+        raise UserError(
+            f"{there.processes} processes were started for trainer.devices={trainer.devices} trainer.num_nodes="
+            f"{trainer.get('num_nodes', 1)}: set trainer.devices to the processes of a node, trainer.num_nodes to the "
+            "nodes, and trainer.strategy=ddp"
+        )
 
 
 def _processes(trainer: DictConfig) -> int | None:
@@ -126,31 +224,46 @@ def resume(folder: str, overrides: list[str]) -> float | None:
 
     path = Path(folder).expanduser().absolute()
     config = runs.reopen(path, overrides)
-    runs.check_weights(runs.build_module(config), runs.find_checkpoint(path, "last"))
+    check_processes(config.trainer)
+    checkpoint = runs.newest_checkpoint(path)
+    if checkpoint is None:
+        print(f"{path} has no checkpoint yet: training begins anew", flush=True)
+    else:
+        runs.check_weights(runs.build_module(config, trained=True), checkpoint)
     runs.save_config(path, config)
-    return train(runs.load_config(path), path, resume=True)
+    JOB.began(path)
+    return train(start_of(path, checkpoint))
 
 
-def train(config: DictConfig, folder: Path, *, resume: bool = False) -> float | None:
-    """Train, score the best checkpoint and show what came of it: what every process of a run does.
+def start_of(folder: Path, checkpoint: Path | None = None) -> Start:
+    """What all processes of a run start from: the config that lies in its folder."""
+    from lightning_dice import runs
 
-    Args:
-        config: resolved.
-        folder: the run's folder; it exists.
-        resume: go on from the folder's last checkpoint.
-    """
+    text = (folder / runs.CONFIG).read_text(encoding="utf-8")
+    return Start(str(folder), text, None if checkpoint is None else str(checkpoint))
+
+
+def train(start: Start) -> float | None:
+    """Train, score the best checkpoint and show what came of it: what every process of a run does."""
     from lightning_dice.session import Session
 
-    os.environ[RUN_VARIABLE] = str(folder)
-    session = Session(config, folder)
+    os.environ[RUN_VARIABLE] = start.text()  # For the processes that Lightning starts.
+    session = Session.of(start)
     try:
-        session.fit(resume=resume)
-        if config.test:
+        session.check()
+        CHANNEL.tell(start)
+        session.fit(start.checkpoint)
+        if session.config.test and not session.pruned:
             session.score_best()
         session.show()
+        if session.trainer.is_global_zero:
+            ended: Status = "pruned" if session.pruned else "finished"
+            conclude(session.folder, ended, value=session.best_score, epochs=session.epochs, **session.watched)
         return session.best_score
     finally:
-        session.close()
+        if CHANNEL.alone:
+            # The next run of a sweep makes a connection of its own. One made from outside serves all runs.
+            launch.part()
 
 
 if __name__ == "__main__":

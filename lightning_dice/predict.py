@@ -79,7 +79,7 @@ def predict(config: DictConfig, overrides: list[str]) -> list[str]:
     channels = class_folders(run)
     names = {path: [output / folder / f"{path.stem}.png" for folder in channels] for path in images}
     refuse_overwriting(names, output, overwrite=config.overwrite)
-    module = runs.build_module(run)
+    module = runs.build_module(run, trained=True)
     checkpoint = runs.check_weights(module, runs.find_checkpoint(config.run, config.checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
     device = choose_device(config.trainer.accelerator)

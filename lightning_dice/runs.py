@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_dice.callbacks.files import write_atomically
+from lightning_dice.checkpoints import newest_readable, remove_parts
 from lightning_dice.configs import UserError, apply_overrides, instantiate
+from lightning_dice.objects import without_pretrained
 
 if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule
@@ -110,20 +111,6 @@ def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
     return config
 
 
-def await_config(folder: Path, seconds: float = 120) -> DictConfig:
-    """The config that another process is about to write.
-
-    Raises:
-        UserError: it has not come after so many seconds.
-    """
-    end = time.monotonic() + seconds
-    while not (folder / CONFIG).is_file():
-        if time.monotonic() > end:
-            raise UserError(f"{folder / CONFIG} was not written by the first process within {seconds:.0f} s")
-        time.sleep(0.1)
-    return load_config(folder)
-
-
 def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | None = None) -> DictConfig:
     """The config of a run, with its interpolations, wherever its folder lies now.
 
@@ -142,13 +129,20 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
     return config
 
 
-def build_module(config: DictConfig) -> SegmentationModule:
+def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationModule:
     """The module that a run's config describes, with fresh weights.
+
+    Args:
+        config: of the run.
+        trained: whether those of a checkpoint will replace them, so that none need be fetched.
 
     Raises:
         UserError: a setting that it refuses.
     """
-    module: SegmentationModule = instantiate(config.module, "module")
+    described: Any = config.module
+    if trained:
+        described = without_pretrained(OmegaConf.to_container(described, resolve=True))
+    module: SegmentationModule = instantiate(described, "module")
     return module
 
 
@@ -168,6 +162,20 @@ def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
         there = sorted(file.name for file in path.parent.glob("*.ckpt"))
         raise UserError(f"the run has no {path.name}; in {path.parent} there is {', '.join(there) or 'nothing'}")
     return path
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a run goes on from: the last one that is whole; `None` if the run has not saved any.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    checkpoints = Path(folder).expanduser() / CHECKPOINTS
+    remove_parts(checkpoints)
+    try:
+        return newest_readable(checkpoints)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import logging
 import math
 import os
@@ -20,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dice import runs
-from lightning_dice.callbacks import honest_exit, summary_table
+from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, honest_exit, summary_table
 from lightning_dice.callbacks.files import read_csv
 from lightning_dice.configs import UserError, instantiate
 from lightning_dice.data import DataError, SegmentationData, Split
 from lightning_dice.kernels import check_forced
+from lightning_dice.launch import Start
 from lightning_dice.module import SegmentationModule
 
 # Shown by Lightning in every run, and not what its reader can or should act on.
@@ -46,16 +49,32 @@ class Session:
     Args:
         config: resolved, as saved in a run's folder.
         folder: where the files go.
+        trained: whether a checkpoint is read, so that no pretrained weights need be fetched.
 
     Raises:
         UserError: by its attributes: a setting that an object refuses, or something wrong with the data.
     """
 
-    def __init__(self, config: DictConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: DictConfig, folder: Path, *, trained: bool = False) -> None:
+        self.config, self.folder, self.trained = config, folder, trained
         self.scores: dict[str, dict[str, float]] = {}
         quiet()
         L.seed_everything(config.seed, workers=True, verbose=False)
+
+    @classmethod
+    def of(cls, start: Start) -> Session:
+        """What a process is told to train."""
+        config = OmegaConf.create(start.config)
+        assert isinstance(config, DictConfig)
+        return cls(config, Path(start.folder), trained=start.checkpoint is not None)
+
+    def check(self) -> None:
+        """Find mistakes before other processes start: make all objects, and read the data once.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        _ = self.data, self.module, self.trainer
 
     @cached_property
     def data(self) -> SegmentationData:
@@ -70,37 +89,55 @@ class Session:
         """Network, loss, metrics, optimizer and scheduler."""
         with own_mistakes_told():
             check_forced()
-        return runs.build_module(self.config)
+        return runs.build_module(self.config, trained=self.trained)
 
     @cached_property
     def trainer(self) -> L.Trainer:
         """The Trainer with its callbacks and loggers."""
         callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
-        callbacks.append(_ConfigInCheckpoint(_plain(self.config)))
+        callbacks.append(_OneConfig(_plain(self.config)))
+        # Ends a training after a step, which the others must have seen.
+        callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
         loggers = instantiate_each(self.config.logger, "logger")
         trainer: L.Trainer = instantiate(
-            self.config.trainer, "trainer", callbacks=callbacks, logger=loggers or False, enable_model_summary=False
+            self.config.trainer,
+            "trainer",
+            callbacks=callbacks,
+            logger=loggers or False,
+            enable_model_summary=False,
+            plugins=[*instantiate(list(self.config.trainer.get("plugins") or []), "trainer.plugins"), *cluster()],
         )
         return trainer
 
-    def fit(self, *, resume: bool = False) -> None:
-        """Train, from the beginning or from the folder's last checkpoint."""
+    def fit(self, checkpoint: str | Path | None = None) -> None:
+        """Train, from the beginning or from a checkpoint."""
         data, module, trainer = self.data, self.module, self.trainer
-        checkpoint = runs.find_checkpoint(self.folder, "last") if resume else None
         if checkpoint is not None:
-            done = runs.check_weights(module, checkpoint)["epoch"]
-            say(f"going on after epoch {done} of {trainer.max_epochs}, from {checkpoint}")
+            done = runs.check_weights(module, checkpoint)
+            say(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
         say(str(data.report))
         parameters = sum(parameter.numel() for parameter in module.parameters())
         say(f"net     {type(module.net).__name__}, {parameters:,} parameters")
         say(f"loss    {module.loss}")
+        say(f"batch   {self.batch_text()}")
         say(f"folder  {self.folder}")
         with honest_exit(), own_mistakes_told():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
+    def batch_text(self) -> str:
+        """How many images make a step, on all processes, and from which seed they are drawn."""
+        images, processes = self.data.batch_size, self.trainer.world_size
+        accumulated = self.trainer.accumulate_grad_batches
+        factors = [f"{images} images"]
+        if processes > 1:
+            factors.append(f"{processes} processes")
+        if accumulated > 1:
+            factors.append(f"{accumulated} accumulated")
+        total = images * processes * accumulated
+        return " x ".join(factors) + (f" = {total}" if len(factors) > 1 else "") + f" a step, seed {self.config.seed}"
+
     def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
         """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
-        runs.check_weights(self.module, checkpoint)
         run = self.trainer.test if split == "test" else self.trainer.validate
         with honest_exit(), own_mistakes_told():
             logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
@@ -134,10 +171,22 @@ class Session:
         score = None if self.checkpoint is None else self.checkpoint.best_model_score
         return None if score is None or math.isnan(score) else float(score)
 
-    def close(self) -> None:
-        """End the processes' connection: the next run of a sweep makes its own."""
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    @property
+    def watched(self) -> dict[str, str | None]:
+        """What the checkpoint callback watches, and which way: `monitor` and `mode`."""
+        callback = self.checkpoint
+        return {} if callback is None else {"monitor": callback.monitor, "mode": callback.mode}
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the training has had."""
+        return self.trainer.current_epoch
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the training ended because a sweep has better trials."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, MedianPruner) and callback.pruned for callback in callbacks)
 
     def show(self) -> None:
         """Print the scores and where everything is."""
@@ -176,11 +225,14 @@ class Session:
         }
 
 
-class _ConfigInCheckpoint(Callback):
-    """Keep the config beside the weights, as plain values, and tell the loggers."""
+class _OneConfig(Callback):
+    """Keep the config beside the weights, as plain values, tell the loggers, and see that all ranks have the same."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_agreement(OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -195,6 +247,36 @@ class _ConfigInCheckpoint(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+
+
+def check_agreement(config: str) -> None:
+    """See that all ranks train the same: a hash is compared, and only if it differs are the configs sent.
+
+    Raises:
+        UserError: on every rank, with the lines in which it differs from the first.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    configs = [""] * len(digests)
+    dist.all_gather_object(configs, config)
+    told = []
+    for rank, other in enumerate(configs):
+        if other != configs[0]:
+            lines = difflib.unified_diff(configs[0].splitlines(), other.splitlines(), "rank 0", f"rank {rank}", n=1)
+            told.append("\n".join(line.rstrip("\n") for line in lines))
+    raise UserError("the ranks have different configs, and would train different things:\n" + "\n".join(told))
+
+
+def cluster() -> list[Any]:
+    """Lightning's plugin for SLURM, where processes come from there, without what `SaveOnInterrupt` does better."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() else []
 
 
 def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:

@@ -168,9 +168,6 @@ class TestFit:
         processes = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", "-m"]
         distributed = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=1"]
         line = [sys.executable, *processes, "lightning_dice.fit", *SMALL, *distributed]
-        told = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=300, check=False)
-        assert told.returncode != 0
-        assert "must agree on a folder: give folder=" in told.stderr
         subprocess.run([*line, "folder=torchrun"], cwd=home, capture_output=True, timeout=300, check=True)
         assert len(rows(home / "torchrun" / "cases.csv")) == 4
 

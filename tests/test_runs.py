@@ -53,6 +53,13 @@ def test_configs_with_gaps_are_refused(tmp_path, config, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_waits_for_a_config_but_not_for_ever(tmp_path):
-    with pytest.raises(UserError, match="was not written by the first process within 0 s"):
-        runs.await_config(tmp_path, seconds=0.2)
+def test_weights_that_a_checkpoint_replaces_are_not_fetched():
+    net = {
+        "_target_": "segmentation_models_pytorch.Unet",
+        "encoder_name": "resnet18",
+        "encoder_weights": "no such weights",
+    }
+    config = OmegaConf.create({"module": {"_target_": "lightning_dice.SegmentationModule", "net": net}})
+    assert runs.build_module(config, trained=True).net.encoder
+    with pytest.raises(UserError, match="no such weights"):
+        runs.build_module(config)

@@ -1,0 +1,290 @@
+"""Processes that come from torchrun, srun or several machines train one thing: what the first one says."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lightning_dice import launch
+from lightning_dice.configs import UserError
+
+SMALL = [
+    "model=custom",
+    "data.size=[32,32]",
+    "data.cases={train:16,val:5,test:5}",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "device=cpu",
+    "trainer.max_epochs=2",
+    "trainer.strategy=ddp",
+]
+
+
+def start(
+    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    line = [sys.executable, *launcher, "-m", "lightning_dice.fit", *arguments]
+    return subprocess.Popen(
+        line,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*processes: subprocess.Popen[str], status: int = 0) -> list[tuple[str, str]]:
+    told = [process.communicate(timeout=200) for process in processes]
+    for process, (out, err) in zip(processes, told, strict=True):
+        assert process.returncode == status, f"{out}\n{err}"
+    return told
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    measured = ("seconds", "images_per_second", "memory_gb")
+    with path.open() as file:
+        return [{key: value for key, value in row.items() if key not in measured} for row in csv.DictReader(file)]
+
+
+def same_run(one: Path, two: Path) -> None:
+    """Equal but for rounding: torchrun gives each process one thread, which adds up in another order."""
+    for name in ("metrics.csv", "cases.csv"):
+        tables = rows(one / name), rows(two / name)
+        assert [row.keys() for row in tables[0]] == [row.keys() for row in tables[1]]
+        for row, other in zip(*tables, strict=True):
+            for key, value in row.items():
+                if key in ("split", "case") or not value:
+                    assert value == other[key]
+                else:
+                    assert float(value) == pytest.approx(float(other[key]), rel=1e-5, abs=1e-6), (name, key)
+    weights = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def two(home):
+    """A run on two processes, which Lightning has started."""
+    told = ended(start(*SMALL, "trainer.devices=2", "folder=two", cwd=home))
+    assert "batch   4 images x 2 processes = 8 a step, seed 0" in told[0][0]
+    return home / "two"
+
+
+def nodes(home: Path, port: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two "machines" with a process each, over loopback."""
+    return [
+        start(
+            *(*SMALL, "trainer.devices=1", "trainer.num_nodes=2", *arguments),
+            cwd=home,
+            launcher=(
+                *("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"),
+                *("--master-addr=127.0.0.1", f"--master-port={port}"),
+            ),
+        )
+        for rank in (1, 0)
+    ]
+
+
+def test_two_nodes_train_as_one(home, two):
+    told = ended(*nodes(home, 29521, "runs=nodes"))
+    # The first process alone has made a folder, and a name for it that holds the time.
+    (folder,) = (home / "nodes").iterdir()
+    assert str(folder) in told[1][0]
+    same_run(folder, two)
+
+
+def test_a_sweep_on_two_nodes(home, two):
+    ended(*nodes(home, 29522, "runs=swept", "loss.smooth=0.1,1", "-m"))
+    (sweep,) = (home / "swept").iterdir()
+    assert "smooth: 0.1" in (sweep / "0" / "config.yaml").read_text()
+    same_run(sweep / "1", two)
+
+
+def test_started_by_hand_on_each_machine(home, two):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29523"}
+    arguments = [*SMALL, "trainer.devices=1", "trainer.num_nodes=2", "runs=by-hand"]
+    told = ended(*(start(*arguments, cwd=home, environment={**address, "NODE_RANK": str(rank)}) for rank in (1, 0)))
+    (folder,) = (home / "by-hand").iterdir()
+    same_run(folder, two)
+    assert not told[0][0]
+
+
+def slurm(rank: int, port: int, **more: str) -> dict[str, str]:
+    """What srun tells a process: two tasks on one node."""
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "segment",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **more,
+    }
+
+
+def test_srun(home, two):
+    arguments = [*SMALL, "trainer.devices=2", "runs=srun"]
+    cache = str(home / "cache")
+    ended(*(start(*arguments, cwd=home, environment=slurm(rank, 29525, XDG_CACHE_HOME=cache)) for rank in (1, 0)))
+    (folder,) = (home / "srun").iterdir()
+    same_run(folder, two)
+
+
+def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
+    """SIGUSR1, sent to all tasks, saves and requeues; the same command then goes on in the same folder."""
+    calls = tmp_path / "calls"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    scontrol.chmod(0o755)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    arguments = [*SMALL, "trainer.devices=2", "trainer.max_epochs=100000", "runs=requeued"]
+    processes = [start(*arguments, cwd=home, environment=slurm(rank, 29527, **cache)) for rank in (0, 1)]
+    folder = None
+    for _ in range(600):
+        folder = next(iter((home / "requeued").glob("*/metrics.csv")), None)
+        if folder:
+            break
+        time.sleep(0.1)
+    assert folder is not None
+    for process in processes:
+        process.send_signal(signal.SIGUSR1)
+    told = ended(*processes, status=138)
+    assert "Stopped by SIGUSR1" in told[0][1]
+    assert calls.read_text() == "requeue 4711\n"
+    folder = folder.parent
+    done = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"]
+    # Ends it soon, as nothing else would: the command line is the same one.
+    for name in ("config.yaml", "config_unresolved.yaml"):
+        text = (folder / name).read_text().replace("max_epochs: 100000", f"max_epochs: {done + 1}")
+        (folder / name).write_text(text)
+    told = ended(
+        *(start(*arguments, cwd=home, environment=slurm(r, 29529, SLURM_RESTART_COUNT="1", **cache)) for r in (0, 1))
+    )
+    assert "the job was started again (SLURM_RESTART_COUNT=1): going on in" in told[0][0]
+    assert [path.name for path in (home / "requeued").iterdir()] == [folder.name]
+    assert [row["epoch"] for row in rows(folder / "metrics.csv")] == [str(epoch) for epoch in range(done + 1)]
+
+
+def test_a_mistake_ends_all(home):
+    told = ended(*nodes(home, 29531, "loss.smooth=-1", "runs=mistaken"), status=1)  # torchrun's own status
+    assert "smooth must be a number of pixels >= 0" in told[1][1]
+    assert not list((home / "mistaken").iterdir())
+
+
+class TestPlace:
+    @pytest.fixture(autouse=True)
+    def _bare(self, monkeypatch):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "MASTER_ADDR"):
+                monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [
+            ({}, (0, 1, "")),
+            ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8, "torchrun")),
+            ({"RANK": "3", "WORLD_SIZE": "8", **slurm(0, 1)}, (3, 8, "torchrun")),
+            (slurm(1, 1), (1, 2, "srun")),
+            ({**slurm(0, 1), "SLURM_NTASKS": "1"}, (0, 1, "")),
+            ({**slurm(1, 1), "SLURM_JOB_NAME": "bash"}, (0, 1, "")),
+            ({"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, (1, None, "node")),
+            ({"NODE_RANK": "0"}, (0, 1, "")),
+            # Lightning's own child of a process on the second machine.
+            (
+                {"NODE_RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": "1", launch.RUN_VARIABLE: '{"folder": "a"}'},
+                (0, 1, ""),
+            ),
+        ],
+    )
+    def test_where_a_process_is(self, monkeypatch, environment, expected):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        if launch.RUN_VARIABLE in environment:
+            monkeypatch.setenv(launch.RUN_VARIABLE, launch.Start("a", "b").text())
+        assert launch.place() == expected
+
+    def test_a_process_alone_tells_nobody(self):
+        channel = launch.Channel(launch.place())
+        channel.tell(launch.Start("a", "b"))
+        channel.end(0)
+        assert "_store" not in vars(channel)
+
+
+def test_what_is_told_arrives(tmp_path):
+    start = launch.Start("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
+    assert launch.Start.of(start.text()) == start
+
+
+class TestJob:
+    def test_only_a_restarted_job_has_an_earlier_run(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        run = tmp_path / "run"
+        run.mkdir()
+        launch.Job(["a=1"]).began(run)
+        assert launch.Job(["a=1"]).earlier() is None
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert launch.Job(["a=1"]).earlier() == run
+        assert launch.Job(["a=2"]).earlier() is None, "another command of the same job"
+        monkeypatch.setenv("SLURM_JOB_ID", "13")
+        assert launch.Job(["a=1"]).earlier() is None
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        run.rmdir()
+        assert launch.Job(["a=1"]).earlier() is None, "its folder is gone"
+
+    def test_outside_of_slurm_there_is_no_note(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        launch.Job([]).began(tmp_path)
+        assert launch.Job([]).earlier() is None
+        assert not list(tmp_path.iterdir())
+
+
+def agree(rank: int, folder: str, configs: list[str]) -> None:
+    import torch.distributed as dist
+
+    from lightning_dice.session import check_agreement
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(configs))
+    try:
+        check_agreement(configs[rank])
+        told = "agreed"
+    except UserError as error:
+        told = str(error)
+    Path(folder, str(rank)).write_text(told)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_ranks_with_other_configs_are_stopped(tmp_path, differ):
+    configs = ["loss:\n  smooth: 1\nseed: 0\n", f"loss:\n  smooth: {0.419 if differ else 1}\nseed: 0\n"]
+    mp.start_processes(agree, (str(tmp_path), configs), nprocs=2, start_method="spawn")
+    told = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    if not differ:
+        assert told == ["agreed"] * 2
+        return
+    assert told[0] == told[1]
+    for part in ("would train different things", "--- rank 0", "+++ rank 1", "-  smooth: 1", "+  smooth: 0.419"):
+        assert part in told[0]

@@ -1,0 +1,159 @@
+"""The rate's curve against its formula, alone and through a Trainer and a resumed run."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from lightning_dice import SegmentationModule
+from lightning_dice.configs import CONF_DIR, instantiate, register_resolvers
+from lightning_dice.schedules import warmup
+
+SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+
+
+def optimizer(*rates: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates])
+
+
+def rates(schedule, count: int) -> list[list[float]]:
+    seen = []
+    for _ in range(count):
+        seen.append([group["lr"] for group in schedule.optimizer.param_groups])
+        schedule.optimizer.step()
+        schedule.step()
+    return seen
+
+
+def rising(epoch: int, epochs: int, factor: float) -> float:
+    return factor + (1 - factor) * epoch / epochs
+
+
+def cosine(epoch: int, total: int, least: float, rate: float) -> float:
+    return least + (rate - least) * (1 + math.cos(math.pi * epoch / total)) / 2
+
+
+@pytest.mark.parametrize(("epochs", "factor"), [(1, 0.1), (3, 0.01), (4, 1.0)])
+def test_cosine_after_a_warmup(epochs, factor):
+    schedule = warmup(
+        optimizer(0.2, 0.05), partial(CosineAnnealingLR, T_max=6, eta_min=0.01), epochs=epochs, start_factor=factor
+    )
+    for epoch, seen in enumerate(rates(schedule, epochs + 7)):
+        for rate, one in zip((0.2, 0.05), seen, strict=True):
+            expected = rate * rising(epoch, epochs, factor) if epoch < epochs else cosine(epoch - epochs, 6, 0.01, rate)
+            assert one == pytest.approx(expected, rel=1e-9), epoch
+
+
+def test_poly_after_a_warmup():
+    schedule = warmup(optimizer(0.2), partial(PolynomialLR, total_iters=5, power=0.9), epochs=2, start_factor=0.5)
+    expected = [0.1, 0.15, *(0.2 * (1 - epoch / 5) ** 0.9 for epoch in range(6))]
+    assert [one for (one,) in rates(schedule, 8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_a_saved_schedule_goes_on(stop):
+    def make():
+        return warmup(optimizer(0.2), partial(CosineAnnealingLR, T_max=6), epochs=3, start_factor=0.1)
+
+    whole = rates(make(), 8)
+    first, second = make(), make()
+    begun = rates(first, stop)
+    second.load_state_dict(first.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert begun + rates(second, 8 - stop) == whole
+
+
+def test_no_warning_from_torch_releases_that_warn_of_themselves(monkeypatch):
+    def warns(self):
+        warnings.warn("The epoch parameter in `scheduler.step()` was not necessary", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(torch.optim.lr_scheduler.SequentialLR, "step", warns)
+    schedule = warmup(optimizer(0.2), partial(CosineAnnealingLR, T_max=6), epochs=3)
+    schedule.step()  # Warnings are errors in these tests.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
+        ({"epochs": 1, "start_factor": 0}, r"start_factor must be a share of the full rate in \(0, 1\], got 0"),
+        ({"epochs": 1, "start_factor": 1.1}, "start_factor must be"),
+        ({"epochs": 1, "start_factor": math.nan}, "start_factor must be"),
+        ({"epochs": 1, "scheduler": ReduceLROnPlateau}, "scheduler must follow the epochs"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        warmup(**{"optimizer": optimizer(0.1), "scheduler": partial(CosineAnnealingLR, T_max=6)} | settings)
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_by_optimizer_step_with_accumulation():
+    pairs = [(torch.randn(1, 4, 4), torch.zeros(1, 4, 4)) for _ in range(8)]
+    module = SegmentationModule(
+        torch.nn.Conv2d(1, 1, 1),
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        scheduler=partial(warmup, scheduler=partial(PolynomialLR, total_iters=2), epochs=2, start_factor=0.5),
+        interval="step",
+    )
+    seen = Rates()
+    L.Trainer(
+        max_epochs=2, accumulate_grad_batches=2, callbacks=[seen], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, DataLoader(pairs, batch_size=2), DataLoader(pairs, batch_size=2))  # fmt: skip
+    assert seen.seen == pytest.approx([0.5, 0.5, 0.75, 0.75, 1, 1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(("name", "end"), [("warmup_cosine", 1e-6), ("warmup_poly", 0.0)])
+@pytest.mark.parametrize(("total", "epochs"), [(12, 3), (3, 3), (1, 3)])
+def test_the_catalogues_schedules_end_with_the_training(name, end, total, epochs):
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("fit", overrides=[f"scheduler={name}", f"trainer.max_epochs={total}"])
+    schedule = instantiate(config.scheduler, "scheduler")(optimizer(1.0))
+    seen = [one for (one,) in rates(schedule, total + 1)]
+    assert seen[: min(total, epochs)] == pytest.approx([rising(epoch, 3, 0.1) for epoch in range(min(total, epochs))])
+    if total > epochs:
+        assert seen[3] == 1.0
+        assert seen[total] == pytest.approx(end, abs=1e-12)
+
+
+def fit(*arguments: str, cwd: Path) -> None:
+    line = [sys.executable, "-m", "lightning_dice.fit", *arguments]
+    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def learned_rates(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row["lr"]) for row in csv.DictReader(file)]
+
+
+def test_a_resumed_run_follows_the_curve_of_its_new_length(tmp_path):
+    few = [*SMALL, "logger=none", "callbacks=[history,checkpoint]", "test=false", "optimizer.lr=0.01"]
+    fit(*few, "scheduler=warmup_cosine", "trainer.max_epochs=2", "folder=run", cwd=tmp_path)
+    fit("resume=run", "trainer.max_epochs=6", "scheduler.start_factor=0.4", cwd=tmp_path)
+    expected = [0.01 * rising(epoch, 3, 0.1) for epoch in (0, 1)] + [0.01 * rising(2, 3, 0.4)]
+    expected += [cosine(epoch, 3, 1e-6, 0.01) for epoch in range(3)]
+    # Six digits stand in the table.
+    assert learned_rates(tmp_path / "run") == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,492 @@
+"""Sweeps, run as a user runs them: trials that fail, sweeps that are killed and go on, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lightning_dice import sweeps
+from lightning_dice.callbacks import MedianPruner
+from lightning_dice.callbacks.sweep_chart import trials_figure
+from lightning_dice.callbacks.trials import Trial, read_trial, read_trials, write_trial
+from lightning_dice.configs import UserError
+
+SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
+
+# A callback of the user's own: notes each rank's config, fails and kills as the environment says.
+PROBE = """
+import hashlib, json, os, pathlib, signal
+from lightning.pytorch import Callback
+
+class Probe(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.folder = pathlib.Path(trainer.default_root_dir)
+        config = next(c.config for c in trainer.callbacks if hasattr(c, "config"))
+        text = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        (self.folder / f"rank{trainer.global_rank}").write_text(text)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        here = f"{self.folder.name}/{trainer.current_epoch}"
+        if os.environ.get("PROBE_FAIL") == here and trainer.global_rank == trainer.world_size - 1:
+            raise RuntimeError("no luck")
+        if os.environ.get("PROBE_KILL") == here:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+"""
+
+
+def fit(*arguments: str, cwd: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_dice.fit", *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        start_new_session=True,  # So that a trial can kill the sweep and nothing else.
+    )
+    assert result.returncode == status, f"{result.stdout}\n{result.stderr}"
+    return result
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def outcome(sweep: Path) -> list[dict[str, str]]:
+    """The table without what differs from one day to the other."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(sweep / "trials.csv")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    (folder / "probe.py").write_text(PROBE)
+    return folder
+
+
+PROBED = ["+callbacks.probe._target_=probe.Probe"]
+
+
+class TestFailures:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sweep(cls, home):
+        told = fit("-m", *SMALL, *LEAN, "trainer.max_epochs=1", "loss.smooth=0.1,-1,1", "folder=f", cwd=home, status=1)
+        assert "trial 1 failed" in told.stderr
+        assert "best trial" in told.stdout
+        return home / "f"
+
+    def test_are_recorded_and_the_sweep_goes_on(self, sweep):
+        table = rows(sweep / "trials.csv")
+        assert [row["status"] for row in table] == ["finished", "failed", "finished"]
+        assert [row["loss.smooth"] for row in table] == ["0.1", "-1", "1"]
+        assert "smooth must be a number of pixels >= 0" in table[1]["error"]
+        assert "Traceback" in (sweep / "1" / "error.txt").read_text()
+        best = max(float(row["val/dice"]) for row in rows(sweep / "0" / "metrics.csv"))
+        assert float(table[0]["val/dice"]) == pytest.approx(best, abs=1e-6)
+
+    def test_a_sweep_that_is_done_shows_its_table(self, sweep):
+        before = (sweep / "0" / "trial.json").read_bytes()
+        told = fit("resume=f", cwd=sweep.parent, status=1).stdout
+        assert "failed: " in told
+        assert "Launching" not in told
+        assert (sweep / "0" / "trial.json").read_bytes() == before
+
+    def test_are_tried_again_only_when_asked(self, sweep):
+        finished = (sweep / "0" / "trial.json").read_bytes()
+        told = fit("resume=f", "retry_failed=true", cwd=sweep.parent, status=1)
+        assert "trial 1 failed" in told.stderr
+        assert "trial 0 is finished, as recorded" in told.stdout
+        assert read_trial(sweep / "1.1").status == "failed"
+        assert (sweep / "0" / "trial.json").read_bytes() == finished
+        assert [trial.number for trial in read_trials(sweep)] == [0, 1, 2]
+
+    def test_other_overrides_are_refused(self, sweep):
+        told = fit("resume=f", "loss.smooth=3", cwd=sweep.parent, status=2).stderr
+        assert "loss.smooth=3: a sweep goes on as it began" in told
+
+    def test_nothing_is_overwritten(self, sweep):
+        told = fit("-m", *SMALL, "loss.smooth=3,4", "folder=f", cwd=sweep.parent, status=2).stderr
+        assert "exists, and nothing is overwritten" in told
+        assert len(read_trials(sweep)) == 3
+
+    def test_a_typo_leaves_no_folder(self, home):
+        told = fit("-m", *SMALL, "loss.smoth=1,2", "folder=typo", cwd=home, status=1).stderr
+        assert "did you mean smooth?" in told
+        assert not (home / "typo").exists()
+
+
+class TestResuming:
+    SWEEP = ("-m", *SMALL, *LEAN, *PROBED, "trainer.max_epochs=3", "optimizer.lr=0.1,0.01,0.03")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def whole(cls, home):
+        fit(*cls.SWEEP, "folder=whole", cwd=home)
+        return outcome(home / "whole")
+
+    def test_a_killed_sweep_ends_as_the_uninterrupted_one(self, home, whole):
+        fit(*self.SWEEP, "folder=killed", cwd=home, status=-signal.SIGKILL, PROBE_KILL="1/2")
+        assert read_trial(home / "killed" / "1").status == "running"
+        assert not (home / "killed" / "2").exists()
+        told = fit(f"resume={home / 'killed'}", cwd=home.parent).stdout
+        assert "trial 0 is finished, as recorded" in told
+        assert "going on from epoch" in told
+        assert outcome(home / "killed") == whole
+        assert [row["status"] for row in whole] == ["finished"] * 3
+
+    def test_a_trial_without_a_checkpoint_begins_anew(self, home, whole):
+        fit(*self.SWEEP, "folder=early", cwd=home, status=-signal.SIGKILL, PROBE_KILL="0/0")
+        fit("resume=early", cwd=home)
+        assert outcome(home / "early") == whole
+
+    def test_ctrl_c_ends_the_sweep(self, home):
+        command = [sys.executable, "-m", "lightning_dice.fit", "-m", *SMALL, *LEAN]
+        process = subprocess.Popen(
+            [*command, "trainer.max_epochs=100000", "loss.smooth=1,2", "folder=stopped"],
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(600):
+            if (home / "stopped" / "0" / "metrics.csv").is_file():
+                break
+            time.sleep(0.1)
+        # While it runs, nobody else may go on with it.
+        assert "is still running" in fit("resume=stopped", cwd=home, status=2).stderr
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, output
+        assert "go on with: resume=" in output
+        assert [trial.status for trial in read_trials(home / "stopped")] == ["running"]
+
+
+class TestTwoProcesses:
+    def test_killed_in_the_third_trial(self, home):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2", "test=false"]
+        # From the second trial on the sampler learns from what the others reached.
+        search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.n_startup_trials=1"]
+        space = ["loss.smooth=tag(log,interval(1e-5,100))", "loss=dice,tversky"]
+        sweep = ["-m", *SMALL, *LEAN, *PROBED, *two, *search, *space]
+        # In the second trial one of the two processes fails, and Lightning kills the other.
+        fit(*sweep, "folder=optuna", cwd=home, status=1, PROBE_FAIL="1/0")
+        fit(*sweep, "folder=again", cwd=home, status=-signal.SIGKILL, PROBE_FAIL="1/0", PROBE_KILL="2/1")
+        assert [trial.status for trial in read_trials(home / "again")] == ["finished", "failed", "running"]
+        fit("resume=again", cwd=home, status=1)
+        assert outcome(home / "again") == outcome(home / "optuna")
+        table = outcome(home / "again")
+        assert [row["status"] for row in table] == ["finished", "failed", "finished"]
+        assert table[1]["error"] == "RuntimeError: no luck"
+        assert len({row["loss.smooth"] for row in table}) == 3
+        for folder in (home / "optuna", home / "again"):
+            assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2"]
+            for trial in "012":
+                # Both were given the same config, and every trial another one.
+                ranks = {(folder / trial / f"rank{rank}").read_text() for rank in range(2)}
+                assert len(ranks) == 1
+            assert len({(folder / trial / "rank0").read_text() for trial in "012"}) == 3
+        assert (home / "again" / "optuna.db").is_file()
+        assert (home / "again" / "optuna.1.db").is_file()
+
+
+def test_optuna_does_not_look_for_the_worst(home):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    told = fit("-m", *SMALL, "hydra/sweeper=optuna", "loss.smooth=1,2", "folder=worst", cwd=home, status=2).stderr
+    assert "hydra.sweeper.direction must be maximize" in told
+    assert not (home / "worst").exists()
+
+
+@pytest.mark.parametrize("launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda x: x[0])
+def test_trials_side_by_side(home, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].removesuffix('_local')}_launcher")
+    name, *settings = launcher
+    sweep = ["-m", *SMALL, *LEAN, "trainer.max_epochs=1", "loss.smooth=0.1,-1,1", f"folder={name}"]
+    told = fit(*sweep, f"hydra/launcher={name}", *settings, cwd=home, status=1).stdout
+    assert [row["status"] for row in rows(home / name / "trials.csv")] == ["finished", "failed", "finished"]
+    assert "best trial" in told
+    for trial, smooth in (("0", "0.1"), ("2", "1")):
+        assert f"smooth: {smooth}\n" in (home / name / trial / "config.yaml").read_text()
+
+
+def test_a_missing_plugin_is_named(monkeypatch):
+    monkeypatch.setattr(sweeps.importlib.util, "find_spec", lambda name: None)
+    for argument in ("hydra/sweeper=search", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm"):
+        assert "pip install 'lightning-dice[sweep]'" in sweeps.missing_plugin([argument])
+    assert sweeps.missing_plugin(["hydra/launcher=basic", "loss=dice"]) is None
+
+
+class TestRunTrial:
+    def test_a_record_of_another_trial_is_not_overwritten(self, tmp_path):
+        write_trial(tmp_path / "3", Trial(3, ["loss.smooth=1"], "finished", value=0.5))
+        with pytest.raises(UserError, match=r"trial 3 in .* is loss.smooth=1, but the sweeper asks now for loss.smoo"):
+            sweeps.run_trial(tmp_path / "3", ["loss.smooth=2"], lambda: None)
+        assert read_trial(tmp_path / "3").status == "finished"
+
+    @pytest.mark.parametrize(
+        ("status", "value"), [("finished", 0.1 + 0.2), ("pruned", 0.25), ("failed", None)], ids=lambda x: str(x)
+    )
+    def test_what_has_ended_answers_with_its_record(self, tmp_path, status, value):
+        write_trial(tmp_path / "0", Trial(0, ["a=1"], status, value=value))
+        assert sweeps.run_trial(tmp_path / "0", ["a=1"], lambda: pytest.fail("trained again")) == value
+
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (MemoryError("CUDA out of\nmemory"), "MemoryError: CUDA out of"),
+            (UserError("data.root is\nwrong"), "data.root is wrong"),
+            (SystemExit(2), "exit status 2"),
+        ],
+        ids=["exception", "user", "exit"],
+    )
+    def test_failures(self, tmp_path, error, told):
+        def train():
+            raise error
+
+        assert sweeps.run_trial(tmp_path / "0", ["a=1"], train) is None
+        trial = read_trial(tmp_path / "0")
+        assert (trial.status, trial.error) == ("failed", told)
+        assert "in train" in (tmp_path / "0" / "error.txt").read_text()
+        assert rows(tmp_path / "trials.csv")[0]["error"] == told
+
+    @pytest.mark.parametrize(
+        ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["ctrl-c", "sigterm"]
+    )
+    def test_interrupts_end_the_sweep(self, tmp_path, error, code):
+        def train():
+            raise error
+
+        with pytest.raises(SystemExit) as info:
+            sweeps.run_trial(tmp_path / "0", ["a=1"], train)
+        assert info.value.code == code
+        assert read_trial(tmp_path / "0").status == "running"
+
+    def test_a_training_without_a_result_has_failed(self, tmp_path):
+        assert sweeps.run_trial(tmp_path / "0", ["a=1"], lambda: None) is None
+        assert "without a result" in read_trial(tmp_path / "0").error
+
+
+class TestTables:
+    TRIALS = (
+        Trial(0, ["loss=dice", "loss.smooth=1e-5", "seed=0"], "finished", 0.5, "val/dice", "max", 8, 61.04),
+        Trial(1, ["loss=tversky", "loss.smooth=1", "seed=0"], "pruned", 0.25, "val/dice", "max", 2, 10.0),
+        Trial(2, ["loss=dice", "loss.smooth=1000", "seed=0"], "failed", error="no luck, at all"),
+        Trial(3, ["loss=dice", "loss.smooth=10", "seed=0"], "finished", 0.75, "val/dice", "max", 8, 3700.0),
+        Trial(4, ["loss=dice", "loss.smooth=5", "seed=0"], "running", None),
+    )
+
+    @pytest.fixture
+    def sweep(self, tmp_path):
+        for trial in self.TRIALS:
+            write_trial(tmp_path / str(trial.number), trial)
+        write_trial(tmp_path / "2.1", Trial(2, ["loss=dice"], "failed"))  # Set aside.
+        return tmp_path
+
+    def test_csv(self, sweep):
+        sweeps.write_tables(sweep)
+        assert (sweep / "trials.csv").read_text() == (
+            "number,status,val/dice,seconds,epochs,loss,loss.smooth,error\n"
+            "0,finished,0.5,61.0,8,dice,1e-5,\n"
+            "1,pruned,0.25,10.0,2,tversky,1,\n"
+            '2,failed,,0.0,,dice,1000,"no luck, at all"\n'
+            "3,finished,0.75,3700.0,8,dice,10,\n"
+            "4,running,,0.0,,dice,5,\n"
+        )
+
+    def test_what_was_asked_for_has_a_column_also_if_it_does_not_differ(self, sweep):
+        sweeps.Sweep(sweep).save(arguments=[], swept=["seed", "loss"])
+        assert sweeps.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
+
+    def test_picture(self, sweep):
+        sweeps.write_tables(sweep)
+        with Image.open(sweep / "trials.png") as picture:
+            assert picture.width > 1000
+
+    def test_picture_shows_every_trial_against_every_parameter(self):
+        nan = Trial(5, ["loss=dice", "loss.smooth=2"], "finished", float("nan"), "val/dice")
+        figure = trials_figure([*self.TRIALS, nan], ["loss", "loss.smooth"])
+        trials, loss, smooth = [axes for axes in figure.axes if axes.get_visible()]
+
+        def drawn(axes, label):
+            (line,) = [line for line in axes.lines if line.get_label() == label]
+            return [tuple(point) for point in line.get_xydata()]
+
+        assert drawn(trials, "finished") == [(0, 0.5), (3, 0.75)]
+        assert drawn(trials, "pruned") == [(1, 0.25)]
+        assert [place for place, _ in drawn(trials, "failed")] == [2]
+        assert drawn(trials, "best so far") == [(0, 0.5), (1, 0.5), (3, 0.75), (5, 0.75)]
+        assert drawn(smooth, "finished") == [(1e-5, 0.5), (10, 0.75)]
+        assert smooth.get_xscale() == "log"
+        assert [label.get_text() for label in loss.get_xticklabels()] == ["dice", "tversky"]
+        assert [round(place) for place, _ in drawn(loss, "finished")] == [0, 0]
+        assert [round(place) for place, _ in drawn(loss, "pruned")] == [1]
+        assert (trials.get_ylabel(), smooth.get_xlabel()) == ("val/dice", "loss.smooth")
+
+    @pytest.mark.parametrize("trials", [[], [Trial(0, ["a=1"], "failed")], [Trial(0, [], "finished", float("nan"))]])
+    def test_pictures_of_hardly_anything(self, tmp_path, trials):
+        for trial in trials:
+            write_trial(tmp_path / str(trial.number), trial)
+        sweeps.write_tables(tmp_path)
+        assert (tmp_path / "trials.png").stat().st_size > 0
+
+    def test_best_first(self, sweep):
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(sweeps.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
+        told = console.export_text()
+        lines = [line.split() for line in told.splitlines() if line.strip()[:1].isdigit()]
+        assert [line[0] for line in lines] == ["3", "0", "1", "2", "4"]
+        assert lines[0] == ["3", "0.7500", "dice", "10", "8", "1:01:40", "finished"]
+        assert lines[-1][-2:] == ["broken", "off"]
+        assert "failed: no luck, at all" in told
+        assert "best trial" in told
+
+    def test_least_first_where_less_is_better(self):
+        trials = [Trial(n, [], "finished", value, "val/loss", "min") for n, value in enumerate([0.5, 0.25, 0.75])]
+        assert [trial.number for trial in sweeps.best_first(trials)] == [1, 0, 2]
+
+
+def write_history(folder: Path, scores: list[float | None]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{epoch},{'' if score is None else score}" for epoch, score in enumerate(scores)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,val/dice", *lines]) + "\n")
+
+
+def write_finished(sweep: Path, number: int, scores: list[float | None], status: str = "finished") -> None:
+    write_trial(sweep / str(number), Trial(number, [], status))
+    write_history(sweep / str(number), scores)
+
+
+class TestMedianPruner:
+    @pytest.fixture
+    def sweep(self, tmp_path):
+        # At epoch 1: 0.2, 0.4, 0.6; the pruned and the failed one do not count.
+        write_finished(tmp_path, 0, [0.9, 0.2, 0.9])
+        write_finished(tmp_path, 1, [0.9, 0.4, 0.9])
+        write_finished(tmp_path, 2, [0.9, 0.6, None])
+        write_finished(tmp_path, 3, [0.99, 0.99], "pruned")
+        write_finished(tmp_path, 4, [0.99, 0.99], "failed")
+        write_trial(tmp_path / "5", Trial(5, []))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("best", "epoch", "settings", "pruned"),
+        [
+            (0.39, 1, {}, True),
+            (0.4, 1, {}, False),
+            (0.41, 1, {}, False),
+            (0.89, 2, {}, True),
+            (0.1, 3, {}, False),
+            (0.39, 1, {"startup_trials": 4}, False),
+            (0.39, 1, {"warmup_epochs": 2}, False),
+            (0.89, 2, {"warmup_epochs": 2}, True),
+            (0.39, 1, {"mode": "min"}, False),
+            (0.41, 1, {"mode": "min"}, True),
+            (float("nan"), 1, {}, True),
+            (0.1, 1, {"monitor": "val/loss"}, False),
+        ],
+        ids=[
+            *("below", "equal", "above", "those that validated", "longer than the others"),
+            *("too few trials", "warming up", "warm", "less is better", "more is worse", "nan", "nobody has it"),
+        ],
+    )
+    def test_against_the_median_at_the_epoch(self, sweep, best, epoch, settings, pruned):
+        pruner = MedianPruner(sweep / "5", **{"startup_trials": 3, **settings})
+        assert (pruner.reason(epoch, best) is not None) == pruned
+
+    def test_a_run_that_is_no_trial_is_left_alone(self, sweep):
+        (sweep / "6").mkdir()
+        assert MedianPruner(sweep / "6", startup_trials=1).reason(1, 0.0) is None
+
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_is_optunas(self, tmp_path, mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SQLAlchemy's and Optuna's, of themselves.
+            optuna = pytest.importorskip("optuna")
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            import random
+
+            draw = random.Random(0)
+            decisions = []
+            for turn in range(40):
+                sweep = tmp_path / str(turn)
+                pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
+                study = optuna.create_study(direction=f"{mode}imize", pruner=pruner)
+                for number in range(draw.randint(2, 6)):
+                    scores = [round(draw.random(), 2) for _ in range(draw.randint(1, 4))]
+                    state = draw.choice(["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"])
+                    study.add_trial(
+                        optuna.trial.create_trial(
+                            state=optuna.trial.TrialState[state],
+                            value=scores[-1] if state == "COMPLETE" else None,
+                            intermediate_values=dict(enumerate(scores)),
+                        )
+                    )
+                    write_finished(sweep, number, scores, {"COMPLETE": "finished", "FAIL": "failed"}[state])
+                write_trial(sweep / "99", Trial(99, []))
+                ours, theirs = MedianPruner(sweep / "99", mode=mode, startup_trials=3, warmup_epochs=1), study.ask()
+                best = None
+                for epoch in range(4):
+                    score = round(draw.random(), 2)
+                    best = score if best is None else (max if mode == "max" else min)(best, score)
+                    theirs.report(score, epoch)
+                    decisions.append(theirs.should_prune())
+                    assert (ours.reason(epoch, best) is not None) == decisions[-1]
+        assert 10 < sum(decisions) < len(decisions) - 10
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"mode": "best"}, "mode must be 'max' or 'min', got 'best'"),
+            ({"startup_trials": -1}, "startup_trials must be a whole number >= 0, got -1"),
+            ({"warmup_epochs": 0.5}, r"warmup_epochs must be a whole number >= 0, got 0\.5"),
+        ],
+    )
+    def test_refuses(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            MedianPruner("x", **settings)
+
+    def test_remembers_its_best_score(self):
+        one, two = MedianPruner("x"), MedianPruner("x")
+        one._best, one.pruned = 0.5, True
+        two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+        assert (two._best, two.pruned) == (0.5, True)
+
+    def test_a_sweep(self, home):
+        pruning = ["callbacks=[progress_bar,history,checkpoint,case_table,median_pruner]", "logger=none"]
+        settings = [f"callbacks.median_pruner.{name}" for name in ("startup_trials=1", "warmup_epochs=1")]
+        sweep = ["-m", *SMALL, *pruning, *settings, "trainer.max_epochs=5", "scheduler=constant"]
+        told = fit(*sweep, "optimizer.lr=0.1,0", "folder=pruned", cwd=home).stdout
+        assert "pruned: the best val/dice up to epoch 1" in told
+        first, second = rows(home / "pruned" / "trials.csv")
+        assert (first["status"], first["epochs"]) == ("finished", "5")
+        assert (second["status"], second["epochs"]) == ("pruned", "2")
+        assert float(second["val/dice"]) < float(first["val/dice"])
+        # A trial without hope is not scored on the test split.
+        assert (home / "pruned" / "0" / "cases.csv").is_file()
+        assert not (home / "pruned" / "1" / "cases.csv").is_file()
+
+
+def test_the_experiment_sweeps_by_itself(home):
+    shorter = ["device=cpu", "trainer.max_epochs=1", "data.num_workers=0", "data.size=[32,32]", "model=custom", *LEAN]
+    fit("experiment=sweep_smoothing", *shorter, "data.cases={train:16,val:4,test:4}", "folder=smoothing", cwd=home)
+    table = rows(home / "smoothing" / "trials.csv")
+    assert {(row["loss"], float(row["loss.smooth"])) for row in table} == {
+        (loss, smooth) for loss in ("dice", "tversky") for smooth in (1e-5, 1.0, 1000.0)
+    }
+    assert {row["status"] for row in table} == {"finished"}
