@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ def newest_readable(folder: Path) -> Path | None:
     for path in _candidates(folder):
         try:
             torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            with zipfile.ZipFile(path) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {part} is wrong")
         except Exception as error:
             damaged.append(f"{path} ({str(error).splitlines()[0]})")
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,9 +78,18 @@ def quoted(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key in _PATHS and value and value[0] not in "\"'" and value != "null":
-            value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            value = quote(value)
         result.append(f"{key}{equals}{value}")
     return result
+
+
+def quote(value: str) -> str:
+    r"""A value in quotes, as Hydra's grammar has them: backslashes mean something before a quote alone.
+
+    >>> print(quote(r'a\b "c"'))
+    "a\b \"c\""
+    """
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
 
 
 def explain_typos(name: str, arguments: Iterable[str]) -> None:

@@ -132,7 +132,9 @@ def from_command_line(config: DictConfig) -> float | None:
             JOB.began(sweep)
             folder = sweep / str(hydra_config.job.num)
             overrides = list(hydra_config.overrides.task)
-            return sweeps.run_trial(folder, overrides, lambda: train_trial(config, folder))
+            return sweeps.run_trial(
+                folder, overrides, lambda: train_trial(config, folder), shared=lambda: CHANNEL.told == str(folder)
+            )
         check_processes(config.trainer)
         folder = (
             runs.new_folder(config.runs, config.name) if config.folder is None else runs.exact_folder(config.folder)

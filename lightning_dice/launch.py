@@ -108,6 +108,7 @@ class Channel:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._runs = 0
+        self.told: str | None = None  # the folder of the run that the others train
         # torchrun keeps its store when it starts the processes anew.
         self._prefix = f"lightning_dice/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
@@ -138,6 +139,7 @@ class Channel:
         if not self.alone and self.place.rank == 0:
             self._store.set(f"{self._prefix}/{self._runs}", start.text())
             self._runs += 1
+            self.told = start.folder
 
     def end(self, status: int) -> None:
         """Let the others end, with this exit status, and wait a moment until they know."""

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -243,7 +244,8 @@ class _OneConfig(Callback):
         follow_folder(checkpoint, saved.get("folder"), self.config["folder"])
         changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
         if trainer.state.fn == "fit" and changed:
-            follow_settings(checkpoint, pl_module)
+            rates = [(config.get("optimizer") or {}).get("lr") for config in (saved, self.config)]
+            follow_settings(checkpoint, pl_module, rate_changed=rates[0] != rates[1])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
@@ -292,23 +294,34 @@ def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None
     checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
 
 
-def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True) -> None:
     """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
 
     Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
     schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
+
+    Args:
+        checkpoint: changed in place.
+        module: which makes optimizer and schedule.
+        rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
     """
     configured: Any = module.configure_optimizers()
-    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-    scheduler = configured["lr_scheduler"]["scheduler"] if isinstance(configured, dict) else None
-    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+    optimizers, schedulers, _ = _configure_optimizers(configured)  # Lightning's reading of all its forms
+    kept = {"params"}
+    for index, (described, state) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=False)):
+        scheduler = described["scheduler"] if isinstance(described, dict) else described
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not rate_changed:
+                kept.add("lr")  # It has been lowered, perhaps.
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # That the optimizer has not stepped.
-            for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
+            for _ in range(state["last_epoch"]):
                 scheduler.step()
-        checkpoint["lr_schedulers"][0] = scheduler.state_dict()
-    for saved, new in zip(checkpoint["optimizer_states"][0]["param_groups"], optimizer.param_groups, strict=True):
-        saved.update({name: value for name, value in new.items() if name != "params"})
+        checkpoint["lr_schedulers"][index] = scheduler.state_dict()
+    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        for saved, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in new.items() if name not in kept})
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:

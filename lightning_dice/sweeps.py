@@ -41,7 +41,7 @@ from lightning_dice.callbacks.trials import (
     read_trials,
     write_trial,
 )
-from lightning_dice.configs import CONF_DIR, UserError, mistakes_told, register_resolvers
+from lightning_dice.configs import CONF_DIR, UserError, mistakes_told, quote, register_resolvers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +61,8 @@ _PLUGINS = {
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
 _OPTUNA = "hydra_optuna_sweeper"
+# Windows has no SIGUSR1.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Sweep:
@@ -263,7 +265,7 @@ def reopened(folder: str | Path, arguments: Iterable[str] = (), *, retry_failed:
         sys.path[:] = [cwd if path == os.getcwd() else path for path in sys.path]
         os.chdir(cwd)
     _led = sweep
-    place = f'hydra.sweep.dir="{sweep.folder!s}"'
+    place = f"hydra.sweep.dir={quote(str(sweep.folder))}"
     keys = {_key(argument) for argument in (*changed, place)}
     return [*(a for a in settings.arguments if a.startswith("-") or _key(a) not in keys), *changed, place]
 
@@ -324,7 +326,9 @@ def missing_plugin(arguments: Iterable[str]) -> str | None:
     return None
 
 
-def run_trial(folder: Path, overrides: Sequence[str], train: Callable[[], object]) -> float | None:
+def run_trial(
+    folder: Path, overrides: Sequence[str], train: Callable[[], object], *, shared: Callable[[], bool] = lambda: False
+) -> float | None:
     """Train one trial, unless its record says that it has ended.
 
     A trial that fails is recorded, and the sweep goes on.
@@ -334,17 +338,21 @@ def run_trial(folder: Path, overrides: Sequence[str], train: Callable[[], object
         overrides: what it is trained with.
         train: does it, in `folder`; goes on if something is there. It, or the process that it starts, calls
             `callbacks.trials.conclude`.
+        shared: whether processes that others have started train it too. Where such a trial fails they are lost, and the
+            sweep ends with it.
 
     Returns:
         The value that the sweeper learns from; `None` if the trial failed or has none.
 
     Raises:
         UserError: the record is of another trial.
-        SystemExit: the trial was interrupted.
+        SystemExit: the trial was interrupted, or failed on processes that cannot go on.
     """
     trial = read_trial(folder)
     if trial is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        # Of what was being written when the machine stopped, or the process was killed, nothing is kept.
+        lost = (folder / RECORD).is_file() or list(folder.glob(".*.part*"))
+        if not lost and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} exists, and nothing is overwritten: it has no {RECORD}")
         trial = Trial(int(folder.name), list(overrides))
     elif trial.overrides != list(overrides):
@@ -381,6 +389,9 @@ def run_trial(folder: Path, overrides: Sequence[str], train: Callable[[], object
     except OSError as error:
         warnings.warn(f"could not write the table of trials: {error}", stacklevel=2)
     trial = read_trial(folder)
+    if trial is not None and trial.status == "failed" and shared():
+        print("processes that torchrun or srun started end with a trial that fails", file=sys.stderr, flush=True)
+        raise SystemExit(1)
     return None if trial is None or trial.status == "failed" else trial.value
 
 
@@ -428,7 +439,8 @@ def in_own_process(folder: Path) -> None:
         UserError: the trial failed; what its processes said on standard error lies in `error.txt`.
     """
     # Lightning would take SLURM's job of one task for one that has started all processes.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    jobs = ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME")  # by which the trial has it requeued
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in jobs}
     command = [sys.executable, "-m", "lightning_dice.fit", f"resume={folder}"]
     lock = () if _led is None else _led.lock
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, pass_fds=lock)
@@ -461,7 +473,7 @@ def _passed_on(process: subprocess.Popen[bytes], signals: list[int]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {number: signal.signal(number, pass_on) for number in _SIGNALS}
     try:
         yield
     finally:

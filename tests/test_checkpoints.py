@@ -174,6 +174,16 @@ class TestNewest:
         with pytest.warns(UserWarning, match=r"damaged: .*last\.ckpt.*going on from .*last\.former\.ckpt, which is ol"):
             assert newest_readable(folder) == folder / "last.former.ckpt"
 
+    def test_the_one_before_one_that_is_damaged_within(self, folder):
+        path = folder / "last.ckpt"
+        data = bytearray(path.read_bytes())
+        start = bytes(data).index(torch.full((4,), 1.0).numpy().tobytes())
+        data[start : start + 100] = bytes(100)
+        path.unlink()
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match=r"last\.ckpt \(the checksum of .* is wrong\)"):
+            assert newest_readable(folder) == folder / "last.former.ckpt"
+
     def test_any_other_in_the_end(self, folder):
         for name in ("last.ckpt", "last.former.ckpt"):
             (folder / name).write_bytes(b"nothing")

@@ -24,6 +24,10 @@ SETTINGS = {
     "accumulation-with-a-rest": {"accumulate_grad_batches": 3},
     "validation-every-second-epoch": {"check_val_every_n_epoch": 2},
     "no-validation": {"limit_val_batches": 0},
+    "validation-between-accumulated-batches": {"accumulate_grad_batches": 2, "val_check_interval": 1, "epochs": 2},
+    "steps": {"max_steps": 10, "epochs": 4},
+    "steps-alone": {"max_steps": 10, "epochs": -1},
+    "a-logged-metric": {"metric": True, "epochs": 2},
     "plateau": {"schedule": plateau},
     "averaged-weights": {"average": True, "epochs": 2},
     "all": {"workers": 2, "val_check_interval": 0.5, "accumulate_grad_batches": 2, "schedule": plateau},
@@ -41,6 +45,15 @@ def test_from_every_checkpoint(tmp_path, name):
         if not resumed["events"]:
             continue  # The training is finished: nothing is done, and no hook called.
         assert not differences(whole, resumed), path.name
+
+
+def test_with_another_batch_size_no_case_is_seen_twice(tmp_path):
+    whole = train(tmp_path, epochs=1)
+    path = next(path for path in whole["paths"] if "batch-0-2" in path.name)
+    with pytest.warns(UserWarning, match="broken off at 4 images in a batch of all processes, and goes on with 2"):
+        resumed = train(checkpoint=path, epochs=1, batch_size=2)
+    seen = [[case for event in run["events"] if event[0] == "batch" for case in event[4:]] for run in (whole, resumed)]
+    assert seen[0][8:] == seen[1]
 
 
 def test_the_same_without_the_callback_is_not_exact(tmp_path):

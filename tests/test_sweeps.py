@@ -20,7 +20,7 @@ from rich.console import Console
 from lightning_dice import sweeps
 from lightning_dice.callbacks import MedianPruner
 from lightning_dice.callbacks.sweep_chart import trials_figure
-from lightning_dice.callbacks.trials import Trial, read_trial, read_trials, write_trial
+from lightning_dice.callbacks.trials import Trial, conclude, read_trial, read_trials, write_trial
 from lightning_dice.configs import UserError
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
@@ -280,6 +280,53 @@ class TestRunTrial:
     def test_a_training_without_a_result_has_failed(self, tmp_path):
         assert sweeps.run_trial(tmp_path / "0", ["a=1"], lambda: None) is None
         assert "without a result" in read_trial(tmp_path / "0").error
+
+    def test_what_was_lost_in_writing_a_record_begins_anew(self, tmp_path):
+        for number, lost in enumerate((".trial.123.part.json", "trial.json")):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / lost).write_text("")
+
+            def train(folder=folder):
+                conclude(folder, "finished", value=0.5)
+
+            assert sweeps.run_trial(folder, ["a=1"], train) == 0.5
+
+    def test_a_failure_that_takes_other_processes_along_ends_the_sweep(self, tmp_path):
+        def fail():
+            raise RuntimeError("boom")
+
+        with pytest.raises(SystemExit) as caught:
+            sweeps.run_trial(tmp_path / "0", ["a=1"], fail, shared=lambda: True)
+        assert caught.value.code == 1
+        assert read_trial(tmp_path / "0").status == "failed"
+        assert sweeps.run_trial(tmp_path / "1", ["a=1"], fail) is None
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+    def test_signals_reach_the_process_of_a_trial(self, number):
+        code = f"import signal, time; signal.signal({int(number)}, lambda *_: exit(7)); print('ready', flush=True)\n"
+        child = subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)"], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        signals: list[int] = []
+        with sweeps._passed_on(child, signals):
+            os.kill(os.getpid(), number)
+            assert child.wait(timeout=30) == 7
+        assert signals == [number]
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("name", ['a "quoted" one', "a\\b", "with $ and {braces}"])
+def test_a_sweep_in_any_folder_is_reopened(tmp_path, name, monkeypatch):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    monkeypatch.setattr(sweeps, "_led", None)
+    sweep = sweeps.Sweep(tmp_path / name)
+    (tmp_path / name).mkdir()
+    sweep.save(version="0", cwd=None, arguments=["-m", "a=1,2"], finished=False)
+    arguments = sweeps.reopened(tmp_path / name)
+    sweeps._led._lock.close()
+    override = OverridesParser.create().parse_override(arguments[-1])
+    assert override.value() == str(tmp_path / name)
 
 
 class TestTables:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_dice import DiceLoss, SegmentationModule
 from lightning_dice.callbacks import ExactResume
@@ -38,7 +39,7 @@ class Events(L.Callback):
         self.events.append(("epoch's end", trainer.current_epoch))
 
     def on_train_end(self, trainer, pl_module):
-        self._row(trainer, trainer.max_epochs - 1)
+        self._row(trainer, self.events[-1][1])
 
     def _row(self, trainer, epoch):
         if epoch >= 0 and trainer.callback_metrics:
@@ -67,6 +68,20 @@ class SaveEverywhere(L.Callback):
         self._save(trainer, "epoch")
 
 
+class LogsMetric(SegmentationModule):
+    """Logs a metric as an object, whose values Lightning computes."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.mean = MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean(loss.detach())
+        self.log("train/mean", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+
 def plateau(optimizer):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0, threshold=10.0)
 
@@ -86,6 +101,8 @@ def train(
     batch_norm: bool = True,
     seed: int = 7,
     exact: bool = True,
+    batch_size: int = 4,
+    metric: bool = False,
     callbacks: tuple[L.Callback, ...] = (),
     **trainer_settings: Any,
 ) -> dict[str, Any]:
@@ -97,8 +114,10 @@ def train(
     norm = nn.BatchNorm2d(4) if batch_norm else nn.Identity()
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(4, 1, 1))
     torch.manual_seed(seed)
-    data = SegmentationData(SyntheticSource(size=(16, 16), cases=(16, 4, 0)), batch_size=4, num_workers=workers)
-    module = SegmentationModule(
+    data = SegmentationData(
+        SyntheticSource(size=(16, 16), cases=(16, 4, 0)), batch_size=batch_size, num_workers=workers
+    )
+    module = (LogsMetric if metric else SegmentationModule)(
         net, DiceLoss(ignore_index=255), optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), scheduler=schedule
     )
     events = Events()
@@ -117,7 +136,7 @@ def train(
         max_epochs=epochs, callbacks=[*own, *ema, events, *saver, *callbacks], **settings | trainer_settings
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", ".*(ModelSummary|workers|logging interval|LeafSpec|before the epoch ended).*")
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -94,6 +94,9 @@ class SaveOnInterrupt(Callback):
             _tell(trainer, f"Stopped by {_name(reason)}: the weights are not finite, {self.path} was not written.")
         else:
             self._own(trainer)
+            # A cluster's notice is short: a full disk is not waited for.
+            with suppress(AttributeError):
+                trainer.strategy.checkpoint_io.patience = 10.0  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
             self._say_saved(trainer, _name(reason))
         self._saved = True
@@ -161,7 +164,9 @@ class SaveOnInterrupt(Callback):
         self._own(trainer)
         strategy = trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:
-            # Sharded weights can be saved only by all ranks together, in the strategy's own format.
+            if trainer.world_size > 1:
+                # In the strategy's own format, by all ranks together, of which some may not come.
+                raise RuntimeError(f"after an exception a {type(strategy).__name__} cannot save its shards")
             trainer.save_checkpoint(self.path)
         elif trainer.is_global_zero:
             # Not `trainer.save_checkpoint`: its barrier waits for ever if the exception was on this rank alone.

@@ -6,12 +6,14 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -45,15 +47,15 @@ class ExactResume(Callback):
 
     `SegmentationData` goes on with the next batch of the epoch by itself.
 
-    A checkpoint between two optimizer steps (`accumulate_grad_batches`) lacks the gradients so far; none is written
-    there by `SaveOnInterrupt` or by Lightning's `every_n_train_steps`. One that a rank had to write alone, because an
-    exception ended another, holds that rank's metrics only.
+    - Between two optimizer steps (`accumulate_grad_batches`), as at a validation, the gradients so far, on each rank.
+
+    A checkpoint that a rank had to write alone, because an exception ended another, holds that rank's metrics only.
     """
 
     def __init__(self) -> None:
         self.seed: int | None = None
         self._saved: dict[str, Any] | None = None
-        self._epoch_ends = False
+        self._epoch_ends = self._between_epochs = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the global seed, of the first rank: without one, each has another."""
@@ -100,6 +102,12 @@ class ExactResume(Callback):
         mine: dict[str, Any] = {"logged": _logged(trainer)}
         if epoch["processed"] < epoch["ready"]:
             mine |= {"means": _means(trainer), "metrics": _metrics(pl_module)}
+            if trainer.fit_loop.epoch_loop._should_accumulate():
+                mine["gradients"] = {
+                    name: parameter.grad.detach().cpu().clone()
+                    for name, parameter in pl_module.named_parameters()
+                    if parameter.grad is not None
+                }
         together = _together.get() and trainer.world_size > 1 and dist.is_initialized()
         everyone: list[Any] = [None] * trainer.world_size
         if together:
@@ -113,6 +121,14 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it until training starts."""
+        self._between_epochs = False
+        if trainer.state.fn == "fit" and trainer.fit_loop._iteration_based_training():
+            # With max_steps Lightning takes an epoch that has ended for one that goes on.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+            if progress["current"]["processed"] == progress["current"]["ready"]:
+                self._between_epochs = True
+                for counts in progress.values():
+                    counts["completed"] = counts["processed"]
         everyone = checkpoint.get("ranks") or []
         # Another number of ranks has other shares: better no metrics of the epoch's first part than wrong ones.
         known = trainer.state.fn == "fit" and len(everyone) == trainer.world_size
@@ -122,10 +138,16 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it back."""
         saved, self._saved = self._saved, None
+        if self._between_epochs:
+            self._between_epochs = False
+            _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
         if saved:
             if "means" in saved:
-                _restore_means(trainer, saved["means"])
+                _restore_means(trainer, pl_module, saved["means"])
                 _restore_metrics(pl_module, saved["metrics"])
+            for name, parameter in pl_module.named_parameters():
+                if name in saved.get("gradients", {}):
+                    parameter.grad = saved["gradients"][name].to(parameter.device)
             trainer._logger_connector._callback_metrics.update(_on(pl_module.device, saved["logged"]))
         if self._epoch_ends:
             self._epoch_ends = False
@@ -175,40 +197,48 @@ def _means(trainer: Trainer) -> list[dict[str, Any]]:
     for metric in trainer.fit_loop.epoch_loop._results.values():
         meta = metric.meta
         reducible = meta.is_mean_reduction or meta.is_sum_reduction or meta.is_max_reduction or meta.is_min_reduction
-        if not (metric.is_tensor and meta.on_epoch and reducible) or metric.has_reset:
+        if not meta.on_epoch or metric.has_reset or (metric.is_tensor and not reducible):
             continue
         settings = {
             name: getattr(meta, name)
             for name in ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx")
         }
-        row = {
+        row: dict[str, Any] = {
             "settings": settings,
-            "reduce": next(way for way in ("mean", "sum", "max", "min") if getattr(meta, f"is_{way}_reduction")),
             "sync": bool(meta.sync.should),
             "rank_zero_only": bool(meta.sync.rank_zero_only),
+        }
+        rows.append(row)
+        if not metric.is_tensor:
+            # A metric of the module, by the attribute under which it lies there; its state is kept with the others'.
+            row["metric"] = meta.metric_attribute
+            continue
+        row |= {
+            "reduce": next(way for way in ("mean", "sum", "max", "min") if getattr(meta, f"is_{way}_reduction")),
             "value": metric.value.detach().cpu().clone(),
         }
         if meta.is_mean_reduction:
             row["count"] = torch.as_tensor(metric.cumulated_batch_size).cpu().clone()
-        rows.append(row)
     return rows
 
 
-def _restore_means(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
+def _restore_means(trainer: Trainer, module: LightningModule, rows: list[dict[str, Any]]) -> None:
     results = trainer.fit_loop.epoch_loop._results
     for row in rows:
+        settings = {
+            **row["settings"],
+            "sync_dist": row["sync"],
+            "sync_dist_fn": trainer.strategy.reduce,
+            "rank_zero_only": row["rank_zero_only"],
+            "batch_size": 1,
+        }
+        if "metric" in row:
+            metric = attrgetter(row["metric"])(module)
+            results.log(**settings, value=metric, metric_attribute=row["metric"])
+            continue
         value = row["value"].to(trainer.strategy.root_device)
-        settings = dict(row["settings"])
+        results.log(**settings, value=value, reduce_fx=getattr(torch, row["reduce"]))
         name = f"{settings['fx']}.{settings['name']}"
-        results.log(
-            **settings,
-            value=value,
-            reduce_fx=getattr(torch, row["reduce"]),
-            sync_dist=row["sync"],
-            sync_dist_fn=trainer.strategy.reduce,
-            rank_zero_only=row["rank_zero_only"],
-            batch_size=1,
-        )
         results[name].value = value
         if "count" in row:
             results[name].cumulated_batch_size = row["count"].to(value.device)

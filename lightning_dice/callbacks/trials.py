@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -67,7 +68,10 @@ def read_trial(folder: str | Path) -> Trial | None:
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # Of a machine that stopped while it was written: the trial is not known to have ended.
     known = {field.name for field in fields(Trial)}
     return Trial(**{name: value for name, value in values.items() if name in known})
 
@@ -75,7 +79,14 @@ def read_trial(folder: str | Path) -> Trial | None:
 def write_trial(folder: str | Path, trial: Trial) -> None:
     """Write the record; the folder is made if it is not there."""
     text = json.dumps(asdict(trial), indent=2) + "\n"
-    write_atomically(Path(folder) / RECORD, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(Path(folder) / RECORD, write)
 
 
 def read_trials(sweep: str | Path) -> list[Trial]:

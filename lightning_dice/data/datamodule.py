@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast, get_args
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision import tv_tensors
@@ -178,7 +178,7 @@ class SegmentationData(lightning.LightningDataModule):
             resumed, self._resumed = self._resumed or {}, None
             self._train_sampler = _TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
             if resumed:
-                self._train_sampler.skip = resumed["epoch"], resumed["batches"] * self.batch_size
+                self._go_on(self._train_sampler, resumed)
         return self._loader(
             _LateLoader,
             _TrainItems(cases, self._prepare(self.augment, self.maps)),
@@ -212,12 +212,23 @@ class SegmentationData(lightning.LightningDataModule):
             "seed": self._train_sampler.entropy,
             "epoch": epoch.processed,
             "batches": 0 if ended else batch.processed,
+            "step": self.batch_size * self._train_sampler.num_replicas,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training go on there; the Trainer calls this with what a checkpoint holds."""
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resumed = dict(state_dict)
+
+    def _go_on(self, sampler: _TrainSampler, resumed: dict[str, int]) -> None:
+        """Let a sampler pass over what was seen of an epoch, by all processes together."""
+        before, now = resumed["batches"] * resumed["step"], self.batch_size * sampler.num_replicas
+        if before and resumed["step"] != now:
+            rank_zero_warn(
+                f"the epoch was broken off at {resumed['step']} images in a batch of all processes, and goes on with "
+                f"{now}: this epoch is not exact, and may not be validated"
+            )
+        sampler.skip = resumed["epoch"], before // sampler.num_replicas
 
     def _eval_loader(self, name: Split, maps: Maps | None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         cases = self._split(name)
