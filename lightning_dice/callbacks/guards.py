@@ -58,7 +58,7 @@ class GradientGuard(Callback):
     - `action="stop"`: `NonFiniteError` ends the training before the weights change. The message names the cases and
       what to try. `SaveOnInterrupt` leaves the last checkpoint as it is.
     - `action="skip"`: the step is left out on all processes, with a warning, and training goes on with the next batch;
-      after `max_skips` in a row it stops all the same.
+      after `max_skips` in a row it stops all the same. The epoch's `train/loss`, a mean over all steps, is then NaN.
 
     In both, running statistics of batch norm that the batch has changed are set back.
 
