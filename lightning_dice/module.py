@@ -169,6 +169,8 @@ class SegmentationModule(L.LightningModule):
         checkpoints = Path(folder).expanduser() / "checkpoints"
         named = checkpoint in ("best", "last")
         path = checkpoints / f"{checkpoint}.ckpt" if named else Path(folder).expanduser() / checkpoint
+        if not checkpoints.parent.is_dir():
+            raise FileNotFoundError(f"folder must be that of a run, got {folder}, which is none")
         if not path.is_file():
             there = ", ".join(sorted(file.name for file in checkpoints.glob("*.ckpt"))) or "nothing"
             raise FileNotFoundError(f"there is no {path}; in {checkpoints} there is {there}")

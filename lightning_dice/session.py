@@ -116,6 +116,11 @@ class Session:
         if checkpoint is not None:
             done = runs.check_weights(module, checkpoint)
             say(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
+            ended = done["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= ended:
+                say(
+                    f"all {ended} epochs are done, and are scored again: trainer.max_epochs={2 * ended} trains for more"
+                )
         say(str(data.report))
         parameters = sum(parameter.numel() for parameter in module.parameters())
         say(f"net     {type(module.net).__name__}, {parameters:,} parameters")

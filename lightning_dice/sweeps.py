@@ -114,7 +114,10 @@ class Sweep:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"the sweep {self.folder} is still running, or one of its trials is") from None
+                raise UserError(
+                    f"the sweep {self.folder} is still running, or one of its trials is; processes of one that was "
+                    "killed need some seconds to end"
+                ) from None
             except OSError:
                 pass  # A file system without locks.
 

@@ -125,6 +125,12 @@ class TestFit:
             pytest.skip("this machine has a GPU")
         assert "No supported gpu backend found" in refused("fit", *SMALL, "device=gpu", cwd=home)
 
+    def test_a_training_that_diverges_ends_and_says_why(self, home):
+        """Its workers end with it, though they leave other signals to the training."""
+        message = refused("fit", *SMALL, "data.num_workers=1", "optimizer.lr=1e30", "runs=diverged", cwd=home)
+        assert "the steps so far have made weights that are not finite, or enormous" in message
+        assert "lower optimizer.lr" in message
+
     def test_a_sweep_has_a_folder_for_each_trial(self, home):
         two = ["trainer.devices=2", "trainer.strategy=ddp"]
         command("fit", "-m", *SMALL, *two, "trainer.max_epochs=1", "loss.smooth=0.1,1", "runs=swept", cwd=home)

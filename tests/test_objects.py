@@ -76,6 +76,10 @@ class TestFromRun:
         with pytest.raises(FileNotFoundError, match=r"there is no .*fist\.ckpt; in .* there is best\.ckpt, last\.ckpt"):
             SegmentationModule.from_run(run, "fist.ckpt")
 
+    def test_a_folder_that_is_not_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"folder must be that of a run, got .*nope"):
+            SegmentationModule.from_run(tmp_path / "nope")
+
     def test_a_checkpoint_of_something_else(self, tmp_path):
         torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
         with pytest.raises(ValueError, match="not a checkpoint that fit has written"):

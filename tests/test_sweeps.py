@@ -217,7 +217,8 @@ def test_optuna_does_not_look_for_the_worst(home):
 def test_trials_side_by_side(home, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].removesuffix('_local')}_launcher")
     name, *settings = launcher
-    sweep = ["-m", *SMALL, *LEAN, "trainer.max_epochs=1", "loss.smooth=0.1,-1,1", f"folder={name}"]
+    few = ["data.num_workers=1", "trainer.max_epochs=1", f"folder={name}"]
+    sweep = ["-m", *SMALL, *LEAN, *few, "loss.smooth=0.1,-1,1"]
     told = fit(*sweep, f"hydra/launcher={name}", *settings, cwd=home, status=1).stdout
     assert [row["status"] for row in rows(home / name / "trials.csv")] == ["finished", "failed", "finished"]
     assert "best trial" in told

@@ -20,6 +20,9 @@ from lightning_dice.kernels.sums import valid_pixels
 # Images that are normalized have values near 1; bytes, 16 bits and Hounsfield units have not.
 _LARGEST_RMS = 10.0
 
+# No trained weight comes near; float32 ends at 3e38.
+_LARGEST_WEIGHT = 1e15
+
 _ORIENTED_IMAGES = 16
 
 # What changes neither the values' range nor their meaning.
@@ -238,6 +241,17 @@ activation="sigmoid" for a binary task
                 f"{len(self.classes)} classes ({_some(self.classes)}): set the net's number of output channels"
             )
         if not bool(torch.isfinite(logits.detach()).all()):
+            # What a step left, which the gradients of that step need not show.
+            weights = [] if pl_module is None else pl_module.named_parameters()
+            large = next(
+                (name for name, one in weights if not bool((one.detach().abs() < _LARGEST_WEIGHT).all())), None
+            )
+            if large is not None:
+                raise ValueError(
+                    f"the steps so far have made weights that are not finite, or enormous ({large}), and so are the "
+                    f"logits of the first {split} batch: lower optimizer.lr, or limit the steps by "
+                    "trainer.gradient_clip_val=1 or scheduler=warmup_cosine"
+                )
             raise ValueError(
                 f"the net returns logits that are not finite on the first {split} batch: look for a division by "
                 "zero or a logarithm in the net, and try trainer.precision=32-true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -222,7 +223,8 @@ class SegmentationData(lightning.LightningDataModule):
 
     def _go_on(self, sampler: _TrainSampler, resumed: dict[str, int]) -> None:
         """Let a sampler pass over what was seen of an epoch, by all processes together."""
-        before, now = resumed["batches"] * resumed["step"], self.batch_size * sampler.num_replicas
+        now = self.batch_size * sampler.num_replicas
+        before = resumed["batches"] * resumed["step"]
         if before and resumed["step"] != now:
             rank_zero_warn(
                 f"the epoch was broken off at {resumed['step']} images in a batch of all processes, and goes on with "
@@ -269,6 +271,7 @@ class SegmentationData(lightning.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             worker_init_fn=_leave_signals,
+            multiprocessing_context=_start_method() if workers else None,
             **settings,
         )
 
@@ -456,26 +459,35 @@ class _EvalBatches(Dataset[Batch]):
         return Batch(batch.image[:0], batch.mask[:0], [], {name: values[:0] for name, values in batch.maps.items()})
 
 
+def _start_method() -> str | None:
+    """The platform's way to start workers, where this process was started in another that they cannot be (joblib's)."""
+    known = multiprocessing.get_all_start_methods()
+    return None if multiprocessing.get_start_method(allow_none=True) in (None, *known) else known[0]
+
+
 def _leave_signals(worker: int) -> None:
     """Let the training, not its workers, act on what a terminal or a cluster sends to all processes of a job.
 
-    A worker that ends by such a signal would end the training at once, in the middle of a step.
+    A worker that ends by such a signal would end the training at once, in the middle of a step. SIGTERM from the
+    training itself ends it.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    asked = False
-
-    def once(number: int, frame: object) -> None:
-        # The second one is from a training that ends.
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
+    # What was forked has the training's own handler.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # Only Linux tells who has sent a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait(parent: int) -> None:
+        while True:
+            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, args=(os.getppid(),), daemon=True).start()
 
 
 def _stack(samples: Sequence[_Prepared]) -> Batch:

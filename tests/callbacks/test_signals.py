@@ -118,8 +118,9 @@ def test_workers_leave_signals_to_the_training(tmp_path):
             for worker in multiprocessing.active_children():
                 if worker.pid not in self.workers:
                     self.workers.add(worker.pid)
-                    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                        os.kill(worker.pid, number)
+                    # By another process: what comes from the training itself, a worker obeys.
+                    for name in ("INT", "TERM", "USR1"):
+                        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
 
     whole = train(workers=2)
     told = ToWorkers()
