@@ -73,6 +73,11 @@ class History(Callback):
         for row in read_csv(self.table) if trainer.is_global_zero else []:
             epoch = int(row["epoch"])
             (self._rows if epoch < trainer.current_epoch else self._undone)[epoch] = row
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        if progress.ready == progress.processed and trainer.current_epoch - 1 in self._rows:
+            # Its process may have ended before the module's own metrics came into the row.
+            self._open = trainer.current_epoch - 1
+            self._complete(trainer)
         self._begin(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dice.callbacks import SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks import History, SaveOnInterrupt, honest_exit
 
 SCRIPT = """
 import sys, time, warnings
@@ -74,7 +74,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, request, trainer, 
 
     model = net()
     checkpoint = ModelCheckpoint(last.parent, save_last=True)
-    session = trainer(SaveOnInterrupt(tmp_path), checkpoint, max_epochs=3)
+    session = trainer(History(tmp_path), SaveOnInterrupt(tmp_path), checkpoint, max_epochs=3)
     session.fit(model, loader(8), loader(8), ckpt_path=last)
     assert session.global_step == 12
     # The new last checkpoint takes the place of the one that was resumed.

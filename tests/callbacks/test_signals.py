@@ -175,7 +175,7 @@ def test_all_ranks_stop_when_one_is_told(tmp_path):
         [*run, str(tmp_path), str(Path(__file__).parents[1])], capture_output=True, text=True, timeout=200, check=False
     )
     assert told.returncode == 0, told.stderr
-    assert sorted(told.stdout.splitlines()[-2:]) == ["exact on 0", "exact on 1"]
+    assert told.stdout.count("exact on") == 2
     assert told.stderr.count("Stopped by SIGTERM in epoch 1, step 3: saved") == 1
 
 
