@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch.distributed as dist
@@ -65,8 +65,7 @@ class Session:
     @classmethod
     def of(cls, start: Start) -> Session:
         """What a process is told to train."""
-        config = OmegaConf.create(start.config)
-        assert isinstance(config, DictConfig)
+        config = cast("DictConfig", OmegaConf.create(start.config))
         return cls(config, Path(start.folder), trained=start.checkpoint is not None)
 
     def check(self) -> None:

@@ -22,8 +22,6 @@ from lightning_dice.data.datamodule import mixed_seed
 # Whether all ranks save the checkpoint that is being made: a rank alone must not wait for messages of the others.
 _together: ContextVar[bool] = ContextVar("_together", default=True)
 
-_STAGES = ("train", "validate", "test", "predict")
-
 
 @contextmanager
 def saving_alone() -> Iterator[None]:
@@ -70,8 +68,8 @@ class ExactResume(Callback):
         """Go on with the seed of the training that was broken off."""
         self.seed = state_dict["seed"]
 
-    def _seed(self, trainer: Trainer, stage: int, batch: int) -> None:
-        seed = mixed_seed(self.seed or 0, stage, trainer.current_epoch, batch, trainer.global_rank)
+    def _seed(self, trainer: Trainer, stage: int, *place: int) -> None:
+        seed = mixed_seed(self.seed or 0, stage, trainer.current_epoch, *place, trainer.global_rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -82,7 +80,7 @@ class ExactResume(Callback):
 
     def on_validation_batch_start(self, trainer: Trainer, *arguments: Any, **_: Any) -> None:
         """Seed the step."""
-        self._seed(trainer, 1, trainer.global_step * 1_000_003 + int(arguments[2]))
+        self._seed(trainer, 1, trainer.global_step, int(arguments[2]))
 
     def on_test_batch_start(self, trainer: Trainer, *arguments: Any, **_: Any) -> None:
         """Seed the step."""
