@@ -392,12 +392,13 @@ class _Prepared(NamedTuple):
     mask: Tensor
     case: str
     maps: dict[str, Tensor]
+    spacing: tuple[float, ...] | None
 
 
 def _prepared(
     sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None, maps: Maps
 ) -> _Prepared:
-    image, mask, case = sample
+    image, mask, case, spacing = sample
     if augment is not None:
         image, mask = _augmented(augment, image, mask, ignore_index)
     if normalize is not None:
@@ -408,7 +409,7 @@ def _prepared(
                 f"normalize must keep the shape (channels, *space) of an image, {shape}, got {tuple(image.shape)}: "
                 f"give it one value for each of the {shape[0]} channels (data.channels), or choose normalize=image"
             )
-    return _Prepared(image, mask, case, {name: make(mask) for name, make in maps.items()})
+    return _Prepared(image, mask, case, {name: make(mask) for name, make in maps.items()}, spacing)
 
 
 def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
@@ -503,6 +504,7 @@ def _stack(samples: Sequence[_Prepared]) -> Batch:
         default_collate([s.mask for s in samples]),
         [s.case for s in samples],
         {name: default_collate([s.maps[name] for s in samples]) for name in samples[0].maps},
+        [s.spacing for s in samples],
     )
 
 

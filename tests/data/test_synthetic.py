@@ -122,7 +122,7 @@ def test_objects_can_be_seen_and_are_faint():
     cases = source.split("train")
     inside, outside = [], []
     for i in range(40):
-        image, mask, _ = cases[i]
+        image, mask, *_ = cases[i]
         if mask.any():
             inside.append(image[mask == 1].mean())
             outside.append(image[mask == 0].mean())
