@@ -62,4 +62,4 @@ def test_links_lead_somewhere():
 
 def test_the_two_commands_of_the_start():
     assert "pip install -e . && python -m lightning_dice.fit model=unet\n" in blocks("bash")
-    assert "pip install -e '.[dev]' && pytest\n" in blocks("bash")
+    assert "pip install -e '.[dev]' && pytest -n 2\n" in blocks("bash")
