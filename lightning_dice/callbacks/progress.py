@@ -63,7 +63,7 @@ class ProgressBar(RichProgressBar):
         )
         super().__init__(refresh_rate=refresh_rate, theme=theme)
         self.interval = interval
-        self._live = True
+        self._live, self._validated = True, False
         self._shown = self._started = self._printed = 0.0
         self._throughput = Throughput()
         self._use: _Use | None = None
@@ -115,6 +115,7 @@ class ProgressBar(RichProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_epoch_start(trainer, pl_module)
+        self._validated = False
         self._started = self._printed = time.monotonic()
         self._throughput.start()
 
@@ -126,6 +127,7 @@ class ProgressBar(RichProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with it."""
         super().on_validation_end(trainer, pl_module)
+        self._validated = self._validated or not trainer.sanity_checking
         self._throughput.go_on()
 
     def on_train_batch_end(
@@ -156,7 +158,10 @@ class ProgressBar(RichProgressBar):
         shown: dict[str, Any] = {name: float(epoch[name]) for name in losses}
         running = self.get_metrics(trainer, pl_module)
         shown |= {name: value for name, value in running.items() if "/" in name and name not in shown}
-        self._line(trainer, shown or running, f"step {trainer.global_step}")
+        shown = shown or running
+        # Lightning keeps the values of the last validation, which are not this epoch's.
+        shown = {name: value for name, value in shown.items() if self._validated or not name.startswith("val/")}
+        self._line(trainer, shown, f"step {trainer.global_step}")
 
     def _line(self, trainer: Trainer, metrics: dict[str, Any], where: str) -> None:
         if self._live or not super().is_enabled:

@@ -20,6 +20,14 @@ def test_a_log_file_gets_one_line_for_each_epoch(trainer, net, loader, capsys):
     assert re.fullmatch(rf"epoch 0/2  step 2  {losses}  val/dice -?0\.\d{{4}}  {USE}  0:0\d", lines[0])
 
 
+def test_an_epoch_without_validation_shows_none_of_an_earlier_one(trainer, net, loader, capsys):
+    settings = {"max_epochs": 4, "check_val_every_n_epoch": 2, "enable_progress_bar": True}
+    trainer(ProgressBar(), **settings).fit(net(), loader(), loader())
+    lines = capsys.readouterr().out.splitlines()
+    assert ["val/" in line for line in lines] == [False, True, False, True]
+    assert all("train/loss" in line for line in lines)
+
+
 def test_a_long_epoch_shows_that_it_lives(trainer, net, loader, capsys):
     trainer(ProgressBar(interval=0.0), max_epochs=1, enable_progress_bar=True).fit(net(), loader(), loader())
     assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["step 1/2", "step 2/2", "step 2"]
