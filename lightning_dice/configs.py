@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,7 +26,12 @@ CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.paren
 # frozen config there, instead of composing one from a command line that may hold a sweep.
 RUN_VARIABLE = "LIGHTNING_DICE_RUN"
 
-_PATHS = {"data.root", "runs", "folder", "run", "input", "output", "checkpoint", "resume"}
+_PATHS = {"data.root", "runs", "folder", "run", "predictions", "input", "output", "checkpoint", "resume"}
+# Maps whose keys are no settings, but what the user has.
+_MAPS = {
+    *("data.values", "data.splits", "data.categories", "data.train", "data.val", "data.test"),
+    "callbacks.freeze.parts",
+}
 
 
 class UserError(ValueError):
@@ -38,15 +43,56 @@ def register_resolvers() -> None:
 
     `${length:<list>}`: the number of classes follows from their names. `${remaining:<total>,<first>}`: the epochs after
     a warm-up; at least 1, so that a training that ends before its warm-up has a schedule too. `${first:<a>,<b>}`: the
-    first of them that is not null.
+    first of them that is not null. `${nnunet:<folder>,labels}`: what an nnU-Net data set's dataset.json says;
+    `${labels:<labels>,classes}`: what follows from its labels.
     """
     OmegaConf.register_new_resolver("length", len, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
     OmegaConf.register_new_resolver("remaining", lambda total, first: max(1, total - first), replace=True)
+    OmegaConf.register_new_resolver("nnunet", _nnunet, replace=True)
+    OmegaConf.register_new_resolver("labels", _labels, replace=True)
 
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+def _nnunet(root: str, fact: str) -> Any:
+    from lightning_dice.data.nnunet import read_dataset
+
+    return _node(read_dataset(root)[fact])
+
+
+def _labels(labels: Any, fact: str) -> Any:
+    from lightning_dice.data.nnunet import label_facts
+
+    plain = OmegaConf.to_container(labels) if isinstance(labels, DictConfig) else labels
+    return _node(label_facts(cast("dict[str, Any]", plain))[fact])
+
+
+def _node(value: Any) -> Any:
+    """A value in OmegaConf's form, which `OmegaConf.resolve` asks for."""
+    return OmegaConf.create(value) if isinstance(value, (dict, list)) else value
+
+
+def settle(config: DictConfig) -> None:
+    """Put what is read from files of the data into the config, so that a run goes on where these are not.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    data = config.get("data")
+    raw = OmegaConf.to_container(data, resolve=False) if isinstance(data, DictConfig) else {}
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        if isinstance(value, str) and value.startswith("${nnunet:"):
+            try:
+                found = data[key]
+            except (OmegaConfBaseException, ValueError) as error:
+                cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+                missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+                told = f"{missing[1]} has no value: give {missing[1]}=..." if missing else str(cause).splitlines()[0]
+                raise UserError(told) from error
+            data[key] = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
 def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -69,16 +115,23 @@ def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[
 
 
 def quoted(arguments: Iterable[str]) -> list[str]:
-    """Arguments whose value is a path, quoted for Hydra, whose grammar refuses spaces, brackets and many letters.
+    """Arguments as Hydra takes them, so that they mean what they say.
+
+    A path is quoted: Hydra's grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
+    takes the place of the config's: Hydra would merge the two, and refuse the keys that are new.
 
     >>> quoted(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
     ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
+    >>> quoted(["data.values={255:1}"])
+    ['data.values=null', 'data.values={255:1}']
     """
     result = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key in _PATHS and value and value[0] not in "\"'" and value != "null":
             value = quote(value)
+        if key in _MAPS and value.startswith("{"):
+            result.append(f"{key}=null")
         result.append(f"{key}{equals}{value}")
     return result
 
@@ -107,7 +160,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
                 print(f"there is no {choice.key_or_group}={value}; did you mean {close[0]}?", file=sys.stderr)
         groups = [o.input_line for o in chosen if o.input_line]
         config = hydra.compose(name, overrides=groups)
-        for override in overrides:
+        for override in {override.key_or_group: override for override in overrides}.values():
             if override.is_add() or override.package is not None:
                 continue  # Nothing has to be there for it.
             parent, _, leaf = override.key_or_group.rpartition(".")
@@ -130,12 +183,13 @@ def help_text(name: str) -> str:
     defaults = list(itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :]))
     settings = itertools.takewhile(lambda line: line != "hydra:", lines[start + 1 + len(defaults) :])
     chosen = dict(line.removeprefix("  - ").split(": ") for line in defaults if ": " in line and "override" not in line)
+    if "  - fit" in defaults:  # Of a training's choices these decide the data.
+        chosen |= {"data": "synthetic", "experiment": "null"}
     choices = [f"  {group:<11}{', '.join(_files(group, default))}" for group, default in chosen.items()]
     return "\n".join(
         [
             *about,
-            "\nChoices, as in model=unet (default in brackets):",
-            *choices,
+            *(["\nChoices, as in model=unet (default in brackets):", *choices] if choices else []),
             "\nSettings, as in seed=1; those of a choice too, as in loss.smooth=1e-5:",
             *(f"  {line}" for line in "\n".join(settings).strip().splitlines()),
             "\nFlags:",

@@ -23,6 +23,7 @@ from lightning_dice.configs import (
     mistakes_told,
     quoted,
     register_resolvers,
+    settle,
     split_arguments,
     traces_removed,
 )
@@ -146,7 +147,7 @@ def from_command_line(config: DictConfig) -> float | None:
             return train(start_of(folder))
         finally:
             # A mistake found before training leaves nothing but its config.
-            if {path.name for path in folder.iterdir()} <= {runs.CONFIG, runs.TEMPLATE}:
+            if {path.name for path in folder.iterdir()} <= {runs.CONFIG, runs.TEMPLATE, runs.FINGERPRINT}:
                 shutil.rmtree(folder)
 
 
@@ -156,6 +157,7 @@ def complete(config: DictConfig, folder: Path) -> None:
 
     config.folder = str(folder)
     runs.make_absolute(config)
+    settle(config)
     if config.seed is None:
         config.seed = secrets.randbelow(2**32)  # So that the run can be resumed, and told of.
 

@@ -110,7 +110,7 @@ class Channel:
         self._runs = 0
         self.told: str | None = None  # the folder of the run that the others train
         # torchrun keeps its store when it starts the processes anew.
-        self._prefix = f"lightning_dice/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self.prefix = f"lightning_dice/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @property
     def alone(self) -> bool:
@@ -118,7 +118,8 @@ class Channel:
         return self.place.kind == "" or self.place.processes == 1
 
     @cached_property
-    def _store(self) -> Any:
+    def store(self) -> Any:
+        """The store of torch.distributed that all processes reach; the first one waits here for nobody."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         if self.place.kind == "srun":
@@ -137,7 +138,7 @@ class Channel:
     def tell(self, start: Start) -> None:
         """Let the others train the same, if this is the first process."""
         if not self.alone and self.place.rank == 0:
-            self._store.set(f"{self._prefix}/{self._runs}", start.text())
+            self.store.set(f"{self.prefix}/{self._runs}", start.text())
             self._runs += 1
             self.told = start.folder
 
@@ -145,18 +146,18 @@ class Channel:
         """Let the others end, with this exit status, and wait a moment until they know."""
         if self.alone:
             return
-        self._store.set(f"{self._prefix}/{self._runs}", json.dumps({_END: status}))
+        self.store.set(f"{self.prefix}/{self._runs}", json.dumps({_END: status}))
         # Those that have not been heard of yet may still come, and would wait for this process.
         others = None if self.place.processes is None else self.place.processes - 1
         end = time.monotonic() + LINGER
-        while self._store.add(f"{self._prefix}/ended", 0) < (self._known() if others is None else others):
+        while self.store.add(f"{self.prefix}/ended", 0) < (self._known() if others is None else others):
             if time.monotonic() > end:
                 return
             time.sleep(0.05)
 
     def _known(self) -> int:
         """How many others have asked what to train."""
-        return int(self._store.add(f"{self._prefix}/others", 0))
+        return int(self.store.add(f"{self.prefix}/others", 0))
 
     def starts(self) -> Iterator[Start]:
         """What the first process tells, one run after the other.
@@ -170,8 +171,8 @@ class Channel:
         while True:
             try:
                 if not self._runs:
-                    self._store.add(f"{self._prefix}/others", 1)
-                text = self._store.get(f"{self._prefix}/{self._runs}").decode()
+                    self.store.add(f"{self.prefix}/others", 1)
+                text = self.store.get(f"{self.prefix}/{self._runs}").decode()
             except (DistError, RuntimeError) as error:
                 if self._runs:  # It has ended, and the store with it.
                     return
@@ -179,7 +180,7 @@ class Channel:
             self._runs += 1
             message = json.loads(text)
             if _END in message:
-                self._store.add(f"{self._prefix}/ended", 1)
+                self.store.add(f"{self.prefix}/ended", 1)
                 if message[_END]:
                     raise SystemExit(message[_END])
                 return

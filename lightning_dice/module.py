@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,13 +18,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dice.functional import hard_prediction, micro_batched, pad_to_multiple, read_logits
+from lightning_dice.functional import hard_prediction, hard_target, micro_batched, pad_to_multiple, read_logits
 from lightning_dice.functional.coarser import pad_target
 from lightning_dice.functional.outputs import crop_to, resize_to
+from lightning_dice.inference import Decision, Inference, Predictor, find_decision
+from lightning_dice.inference.resizing import resized
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
-from lightning_dice.objects import build, without_pretrained
+from lightning_dice.objects import build, check_targets, without_pretrained
 from lightning_dice.settings import count, one_of
 
 if TYPE_CHECKING:
@@ -31,6 +36,15 @@ Stage = Literal["train", "val", "test"]
 RateScaling = Literal["linear", "sqrt"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+_CERTAIN = 50.0  # A logit; its probability is 1 to rounding, and its exponential far from float32's limits.
+
+# What a file from elsewhere may call.
+_TRUSTED = (
+    *(f"lightning_dice.{room}" for room in ("inference", "losses", "metrics", "models", "module")),
+    *("monai.losses", "monai.networks.nets", "segmentation_models_pytorch"),
+    *("torch.nn", "torchmetrics", "torchvision.models"),
+)
 
 
 class SegmentationModule(L.LightningModule):
@@ -71,6 +85,9 @@ class SegmentationModule(L.LightningModule):
             of whatever loss, at the cost of one more forward pass; see below.
         interval: when the scheduler steps: `"epoch"` or `"step"`.
         monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
+        inference: how evaluation and prediction make logits and labels: windows, flips, thresholds, see
+            `lightning_dice.inference.Inference`; by default the whole image at once, and labels by `threshold`. It has
+            no part in training.
         lr_scaling: how the learning rate of every parameter group follows the number of processes n, each of which has
             a batch of its own: `"linear"`, times n; `"sqrt"`, times the root of n; `None`: not at all. The scheduler
             starts from the scaled rate; rates that it sets itself (`eta_min`, `max_lr`) stay as they are. Accumulated
@@ -78,6 +95,12 @@ class SegmentationModule(L.LightningModule):
 
     Raises:
         ValueError: a setting out of its range.
+
+    In an evaluation logits are resized to the space axes of the mask, where the image was resampled, and with windows
+    or flips images are taken one by one. Where `inference` decides otherwise than by `threshold`, the metrics count the
+    decided labels, whatever thresholds they have, so that they score what `predict` writes. The loss is that of the
+    logits. Processes may have different numbers of windows: a network that communicates in its forward pass, as under
+    FSDP, cannot have them in an evaluation on several processes.
 
     With `micro_batch_size` the memory holds the activations of one micro-batch and the logits of all, since the network
     runs again on each micro-batch when its backward begins. Batch norm normalizes within a micro-batch and updates its
@@ -114,6 +137,7 @@ class SegmentationModule(L.LightningModule):
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/dice",
         lr_scaling: RateScaling | None = None,
+        inference: Inference | None = None,
     ) -> None:
         super().__init__()
         if divisor < 1:
@@ -136,6 +160,7 @@ class SegmentationModule(L.LightningModule):
             for parameter in net.parameters():
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.inference = inference if inference is not None else Inference()
         self.interval = interval
         self.monitor = monitor
         self.lr_scaling: RateScaling | None = one_of("lr_scaling", lr_scaling, ("linear", "sqrt", None))
@@ -152,8 +177,15 @@ class SegmentationModule(L.LightningModule):
         self.test_metrics = collection.clone(prefix="test/")
 
     @classmethod
-    def from_run(cls, folder: str | Path, checkpoint: str = "best", *, map_location: Any = "cpu") -> Self:
-        """The trained module of a run, in evaluation mode, with nothing but its checkpoint.
+    def from_run(
+        cls,
+        folder: str | Path,
+        checkpoint: str = "best",
+        *,
+        map_location: Any = "cpu",
+        calibration: str | Path = "auto",
+    ) -> Self:
+        """The trained module of a run, in evaluation mode, with nothing but its checkpoint and its calibration.
 
         No code is run that a checkpoint may hold; the names in its config are imported and called.
 
@@ -161,10 +193,13 @@ class SegmentationModule(L.LightningModule):
             folder: of the run.
             checkpoint: `"best"`, `"last"`, or the path of a checkpoint file, within `folder` or not.
             map_location: where the weights go, as in `torch.load`.
+            calibration: `"auto"`: the run's `calibration.json`, if it has one; `"none"`; or the path of one. See
+                `lightning_dice.inference.find_decision`.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint; the message says what is there.
-            ValueError: it is no checkpoint of a run, or one of another class than the one that is called.
+            FileNotFoundError: there is no such checkpoint or calibration; the message says what is there.
+            ValueError: it is no checkpoint of a run, or one of another class than the one that is called; or the
+                calibration cannot be read, or is that of another checkpoint.
         """
         checkpoints = Path(folder).expanduser() / "checkpoints"
         named = checkpoint in ("best", "last")
@@ -182,7 +217,96 @@ class SegmentationModule(L.LightningModule):
         if not isinstance(module, cls):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(saved["state_dict"])
+        module.calibrate(find_decision(folder, calibration, path))
         return module.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else module.eval()
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path, *, map_location: str = "cpu", trusted: Sequence[str] = ()) -> Self:
+        """The module of a file that `lightning_dice.export format=safetensors` wrote, in evaluation mode.
+
+        The file holds no code. The config in its header names classes, which are called: those of this library, torch,
+        torchvision, torchmetrics, segmentation-models-pytorch and MONAI's networks, and what you trust.
+
+        Args:
+            path: of the file.
+            map_location: the device for the weights.
+            trusted: packages or modules whose classes may be called too, such as that of your own network.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not such a file, or its config names something that is not trusted.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(Path(path).expanduser(), framework="pt", device=map_location) as file:
+                facts = json.loads((file.metadata() or {}).get("lightning_dice") or "{}")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        if not isinstance(facts.get("module"), dict):
+            raise ValueError(f"{path} was not written by lightning_dice.export: its header holds no config of a module")
+        try:
+            check_targets(facts["module"], (*_TRUSTED, *trusted))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; trusted=[...] adds to these what you trust") from error
+        module = build(without_pretrained(facts["module"]))
+        if not isinstance(module, cls):
+            raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
+        module.load_state_dict(weights)
+        names = {entry.name for entry in dataclasses.fields(Decision)}
+        module.calibrate(Decision(**{key: value for key, value in facts["decision"].items() if key in names}))
+        return module.to(map_location).eval()
+
+    def calibrate(self, decision: Decision) -> None:
+        """Decide by what a calibration has found, wherever `inference` leaves it open."""
+        self.inference = copy(self.inference)
+        self.inference.decision = self.inference.decision.filled(decision)
+
+    def predictor(self, device: torch.device | str | None = None) -> Predictor:
+        """What makes logits and labels of single images by this module's settings.
+
+        Args:
+            device: where the module is; that of its parameters by default.
+
+        Raises:
+            ValueError: there is no activation.
+        """
+        return Predictor(
+            [self],
+            self.inference.window,
+            self.inference.flips,
+            self.inference.decision,
+            activation=self._activation(),
+            threshold=self.threshold,
+            device=self.device if device is None else device,
+        )
+
+    def evaluated(self, image: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        """Logits `(batch, classes, *size)` of images `(batch, channels, *space)`, as `inference` says.
+
+        Args:
+            image: on the module's device, as the logits.
+            size: the space axes of the logits, by linear interpolation; those of the image by default.
+        """
+        space = tuple(image.shape[2:])
+        size = space if size is None else size
+        if not len(image):
+            return self._no_logits(image, size)
+        if self.inference.plain:
+            logits: Tensor = self(image)
+            return logits if size == space else torch.stack([_resized(one, size) for one in logits])
+        predictor = self.predictor(image.device)
+        # Put together where they are wanted: the predictor's slabs may lie on the host.
+        return torch.stack([predictor.logits(one, size).to(image.device) for one in image])
+
+    def _no_logits(self, image: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Logits of no image. The network runs, as `levels` says, on no more than it does otherwise."""
+        window = self.inference.window
+        if window is not None:
+            image = image.new_zeros(0, image.shape[1], *window.size)
+        logits: Tensor = self(image)
+        return logits.new_zeros(0, logits.shape[1], *size)
 
     def levels(self, image: Tensor) -> list[Tensor]:
         """Logits of every output of the network, finest first, the first at the size of the padded image.
@@ -209,25 +333,34 @@ class SegmentationModule(L.LightningModule):
         """Loss and logits of a batch; counts and logs both. What the training, validation and test steps call."""
         given = read_batch(batch)
         image, mask = given.image, given.mask
-        levels = self.levels(image)
-        logits = crop_to(levels[0], tuple(image.shape[2:]))
+        labels: Tensor | None = None
         if stage == "train":
+            levels = self.levels(image)
+            logits = crop_to(levels[0], tuple(image.shape[2:]))
             loss = self._loss_of_levels(levels, given) if len(levels) > 1 else self._call(self.loss, logits, given)
             terms = self._terms()
         else:
+            logits = self.evaluated(image, tuple(mask.shape[mask.ndim - image.ndim + 2 :]))
             loss, terms = self._loss_of_images(logits, given)
+            if len(logits) and self._decides():
+                labels = self._decided(logits, given.spacing)
         logits = logits.detach()
         # A float: Lightning averages the images counted on each rank, and of integers it keeps the whole part.
         images: Any = float(len(image))
         each = {f"{stage}/loss/{name}": value for name, value in terms.items()}
         self.log_dict({f"{stage}/loss": loss, **each}, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
-            values = self.train_metrics(logits, mask)
+            activation = self.activation or getattr(self.loss, "activation", None)
+            values = self.train_metrics(logits, hard_target(mask, activation=activation))
             running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}
             self.log_dict({"loss": loss.detach(), **running}, prog_bar=True, logger=False)
         else:
-            self._metrics(stage).update(logits, mask)
-        return {"loss": loss, "logits": logits}
+            self._metrics(stage).update(logits if labels is None else _logits_of(labels, logits), mask)
+        found = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
+        temperature = self.inference.decision.temperature
+        if stage != "train" and temperature is not None:
+            found["temperature"] = logits.new_tensor(temperature)  # By which they become calibrated probabilities.
+        return found
 
     def setup(self, stage: str) -> None:
         """Have the data module's workers compute what the loss needs of the masks."""
@@ -240,11 +373,11 @@ class SegmentationModule(L.LightningModule):
         return self.shared_step(batch, "train")["loss"]
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """`{"loss", "logits"}` of a batch, for callbacks."""
+        """`{"loss", "logits"}` of a batch, for callbacks; by `inference` also `"labels"` and `"temperature"`."""
         return self.shared_step(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
-        """`{"loss", "logits"}` of a batch, for callbacks."""
+        """`{"loss", "logits"}` of a batch, for callbacks; by `inference` also `"labels"` and `"temperature"`."""
         return self.shared_step(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Any:
@@ -254,8 +387,11 @@ class SegmentationModule(L.LightningModule):
             batch: as in training, or just the images.
             batch_idx: not used.
         """
-        image = batch if isinstance(batch, Tensor) else read_batch(batch).image
-        return hard_prediction(self(image), activation=self._activation(), threshold=self.threshold)
+        given = Given(batch, batch) if isinstance(batch, Tensor) else read_batch(batch)
+        logits = self.evaluated(given.image)
+        if len(logits) and self._decides():
+            return self._decided(logits, given.spacing_of_image())
+        return hard_prediction(logits, activation=self._activation(), threshold=self.threshold)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's metrics."""
@@ -344,6 +480,18 @@ class SegmentationModule(L.LightningModule):
             )
         return activation
 
+    def _decides(self) -> bool:
+        """Whether labels are others than `threshold` alone would make."""
+        decision = self.inference.decision
+        return decision != Decision() and decision.changes(self._activation(), self.threshold)
+
+    def _decided(self, logits: Tensor, spacing: Any) -> Tensor:
+        """Class ids, int64 `(batch, *space)`, or bool planes `(batch, classes, *space)`."""
+        predictor = self.predictor(logits.device)
+        spacings = spacing if spacing is not None else [None] * len(logits)
+        labels = torch.stack([predictor.decide(one, gap) for one, gap in zip(logits, spacings, strict=True)])
+        return labels if labels.dtype == torch.bool else labels.long()
+
     def _metrics(self, stage: Stage) -> MetricCollection:
         return {"train": self.train_metrics, "val": self.val_metrics, "test": self.test_metrics}[stage]
 
@@ -375,6 +523,19 @@ def _mean(value: Tensor) -> Tensor:
     return value.float().nanmean()
 
 
+def _resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Logits of one image at another size, as a predictor makes them."""
+    space = tuple(logits.shape[1:])
+    return torch.cat([part for *_, part in resized([(0, space[0], logits)], space, size)], 1)
+
+
+def _logits_of(labels: Tensor, logits: Tensor) -> Tensor:
+    """Logits that say nothing but the labels, for metrics that take logits: all but certain, and finite."""
+    if labels.dtype == torch.bool:
+        return torch.where(labels, _CERTAIN, -_CERTAIN).to(logits.dtype)
+    return torch.full_like(logits, -_CERTAIN).scatter_(1, labels.unsqueeze(1), _CERTAIN)
+
+
 class Given(NamedTuple):
     """What a batch holds.
 
@@ -385,6 +546,7 @@ class Given(NamedTuple):
         weight: of pixels, or `None`; see `SegmentationLoss.forward`, as for the following.
         annotated: classes that each image says something about, or `None`.
         maps: what the loss needs of the masks, as far as it was computed.
+        spacing: between the mask's pixels, in mm, of each image, or `None`; each may be `None` too.
     """
 
     image: Tensor
@@ -393,6 +555,18 @@ class Given(NamedTuple):
     weight: Tensor | None = None
     annotated: Tensor | None = None
     maps: Mapping[str, Tensor] = MappingProxyType({})
+    spacing: Sequence[Sequence[float] | None] | None = None
+
+    def spacing_of_image(self) -> list[list[float] | None] | None:
+        """Between the image's pixels, in mm, where it was resampled and has others than the mask."""
+        if self.spacing is None or not isinstance(self.mask, Tensor):
+            return None
+        space = self.image.shape[2:]
+        factors = [new / old for new, old in zip(self.mask.shape[-len(space) :], space, strict=True)]
+        return [
+            None if gaps is None else [gap * factor for gap, factor in zip(gaps, factors, strict=True)]
+            for gaps in self.spacing
+        ]
 
     def image_at(self, index: int) -> Given:
         """A batch of one image, without its name."""

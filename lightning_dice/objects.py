@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -65,6 +65,42 @@ def locate(name: str) -> Any:
     if hasattr(builtins, name):
         return getattr(builtins, name)
     raise ImportError(f"there is no module {parts[0]}, for the target {name}")
+
+
+def check_targets(config: Any, trusted: Iterable[str]) -> None:
+    """See that a config from elsewhere names nothing but what it may: `build` imports and calls whatever it says.
+
+    Args:
+        config: plain values, as for `build`.
+        trusted: packages or modules, with all that is defined in them: `"torch.nn"`. What one of them has imported from
+            elsewhere is not.
+
+    Raises:
+        ValueError: names the first target that lies elsewhere.
+
+    >>> check_targets({"_target_": "fractions.Fraction", "_args_": [1, 2]}, ["fractions"])
+    >>> check_targets({"net": {"_target_": "fractions.sys.exit"}}, ["fractions"])
+    Traceback (most recent call last):
+    ValueError: the config calls fractions.sys.exit, which is not in fractions
+    """
+    places = tuple(trusted)
+
+    def within(name: str) -> bool:
+        return any(name == place or name.startswith(f"{place}.") for place in places)
+
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            name = str(config["_target_"])
+            # By the package first, as importing runs code too; then by where it is defined.
+            known = name.partition(".")[0] in {place.partition(".")[0] for place in places}
+            home = getattr(locate(name), "__module__", None) if known else None
+            if not within(str(home)):
+                raise ValueError(f"the config calls {name}, which is not in {', '.join(places)}")
+        for value in config.values():
+            check_targets(value, places)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            check_targets(value, places)
 
 
 def without_pretrained(config: Any) -> Any:

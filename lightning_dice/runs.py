@@ -16,6 +16,7 @@ from torch import nn
 from lightning_dice.callbacks.files import write_atomically
 from lightning_dice.checkpoints import newest_readable, remove_parts
 from lightning_dice.configs import UserError, apply_overrides, instantiate
+from lightning_dice.inference import Decision, find_decision
 from lightning_dice.objects import without_pretrained
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"  # resolved, plain values: all that evaluate and predict need
 TEMPLATE = "config_unresolved.yaml"  # with its interpolations: what `resume=` lets overrides change
 CHECKPOINTS = "checkpoints"
+FINGERPRINT = "fingerprint.json"  # of volumes: what their normalization and spacing come from
 
 
 def new_folder(parent: str | Path, name: str, *, dated: bool = True) -> Path:
@@ -162,6 +164,18 @@ def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
         there = sorted(file.name for file in path.parent.glob("*.ckpt"))
         raise UserError(f"the run has no {path.name}; in {path.parent} there is {', '.join(there) or 'nothing'}")
     return path
+
+
+def find_calibration(folder: str | Path, choice: str | Path, checkpoint: Path | None) -> Decision:
+    """What a command decides by: `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_decision`.
+
+    Raises:
+        UserError: the file is not there, cannot be read, or is that of another checkpoint.
+    """
+    try:
+        return find_decision(folder, choice, checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

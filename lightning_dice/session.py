@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_dice import runs
+from lightning_dice import report, runs
 from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, honest_exit, summary_table
 from lightning_dice.callbacks.files import read_csv
 from lightning_dice.configs import UserError, instantiate
@@ -58,7 +58,9 @@ class Session:
 
     def __init__(self, config: DictConfig, folder: Path, *, trained: bool = False) -> None:
         self.config, self.folder, self.trained = config, folder, trained
+        self.run = folder  # Which an evaluation's folder differs from.
         self.scores: dict[str, dict[str, float]] = {}
+        self.summary: list[report.Line] = []
         quiet()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -147,6 +149,9 @@ class Session:
         with honest_exit(), own_mistakes_told():
             logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
         self.scores[split] = dict(logged[0]) if logged else {}
+        if self.trainer.is_global_zero:
+            facts = scored_facts(self.config, self.run.name, {"run": str(self.run), "checkpoint": str(checkpoint)})
+            self.summary = report.conclude(self.folder, split, facts)
         return self.scores[split]
 
     def score_best(self) -> None:
@@ -210,6 +215,7 @@ class Session:
             "learning curves": self.folder / "curves.png",
             "Dice by class": self.folder / "dice_per_class.png",
             "worst and best cases": self.folder / "overlays.png",
+            "report": self.folder / report.REPORT,
         }
         # Wide enough for the folder, which is there to be copied: a terminal's own wrapping does not break it.
         console = Console(width=max(Console().width, len(str(self.folder)) + 24))
@@ -328,6 +334,27 @@ def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, ra
             saved.update({name: value for name, value in new.items() if name not in kept})
 
 
+def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.Facts:
+    """What a report says of an evaluation.
+
+    Args:
+        config: of the run, or of the data alone.
+        name: of what was scored.
+        made_of: where it lies.
+    """
+    data = config.data
+    source = str(data.datamodule.source.get("_target_", "")).rpartition(".")[2]
+    known = {**made_of, "data": str(data.get("root") or source), "classes": ", ".join(map(str, data.classes))}
+    if data.activation == "sigmoid":
+        known["threshold"] = str(config.module.threshold)
+    table = (config.get("callbacks") or {}).get("case_table") or {}
+    settings: dict[str, Any] = {"tolerance": 2.0, "lesion_iou": 0.0}  # Of a table written before there were any.
+    for key in settings:
+        value = table.get(key, settings[key])
+        settings[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return report.Facts(f"Evaluation of {name}", known, settings)
+
+
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
     """The objects of a group of named configs; one that is `null` is left out."""
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
@@ -350,7 +377,8 @@ def own_mistakes_told() -> Iterator[None]:
 
 def quiet() -> None:
     """Silence what Lightning says in every run; warnings that tell something pass."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+    # MONAI imports MLflow where that is installed, whose database then lists its plug-ins.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +19,7 @@ from lightning_dice.configs import (
     apply_overrides,
     explain_typos,
     instantiate,
+    quoted,
     register_resolvers,
 )
 from lightning_dice.data import SegmentationData
@@ -42,7 +44,10 @@ def choosing(path: Path, folder: Path) -> list[str]:
     """Overrides that choose this file, and give what it leaves open."""
     overrides = [named(path), f"folder={folder}"]
     text = path.read_text()
-    if "root: ???" in text or "/data: folder" in text:
+    if path.stem == "nnunet":
+        facts = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+        (folder / "dataset.json").write_text(json.dumps(facts))
+    if "root: ???" in text or "/data: folder" in text or "/data: volumes" in text or "\n  - folder\n" in text:
         overrides.append(f"data.root={folder}")
     # The rest of the catalogue asks for the default data's one channel; this network takes three.
     return [*overrides, "data.channels=3"] if path.stem.startswith(("torchvision", "imagenet")) else overrides
@@ -51,7 +56,7 @@ def choosing(path: Path, folder: Path) -> list[str]:
 def test_the_catalogue_is_all_yaml():
     assert len(FILES) > 40
     assert not [path for path in CONF_DIR.rglob("*") if path.is_file() and path.suffix != ".yaml"]
-    assert COMMANDS == ["evaluate", "fit", "predict"]
+    assert COMMANDS == ["calibrate", "compare", "evaluate", "export", "fit", "inspect", "plan", "predict"]
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=named)
@@ -102,6 +107,12 @@ def test_facts_of_the_data_reach_everything():
 def test_any_trainer_flag_and_device_is_an_override():
     config = composed("device=multi_gpu", "trainer.devices=4", "trainer.strategy=ddp", "trainer.num_nodes=2")
     assert (config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes) == ("gpu", 4, 2)
+
+
+@pytest.mark.parametrize("base", [["data=folder"], ["experiment=camvid"], ["data=torchvision"]], ids=str)
+def test_a_map_of_the_users_own_takes_the_place_of_the_configs(base):
+    config = composed(*base, *quoted(["data.root=x", "data.values={255:1}"]))
+    assert dict(config.data["values"]) == {255: 1}
 
 
 def test_a_typo_is_refused_with_what_exists():

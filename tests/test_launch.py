@@ -227,7 +227,7 @@ class TestPlace:
         channel = launch.Channel(launch.place())
         channel.tell(launch.Start("a", "b"))
         channel.end(0)
-        assert "_store" not in vars(channel)
+        assert "store" not in vars(channel)
 
 
 def test_what_is_told_arrives(tmp_path):

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_dice.callbacks.orientation import edge_scores, misplaced
 from lightning_dice.callbacks.scores import Activation, step_logits
 from lightning_dice.functional import read_logits
+from lightning_dice.functional.orientation import edge_scores, misplaced
 from lightning_dice.kernels import check_logits, check_values
 from lightning_dice.kernels.sums import valid_pixels
 
@@ -156,7 +156,9 @@ activation="sigmoid" for a binary task
             )
             return
         image, mask = given.image.detach().cpu(), given.mask.detach().cpu()
-        self._check_shapes(image, mask)
+        # Where the spacing is known, images may have been resampled for the net, and masks left as they are.
+        resampled = any(spacing is not None for spacing in getattr(batch, "spacing", None) or [])
+        self._check_shapes(image, mask, resampled=resampled)
         for index, case in enumerate(given.case):
             if not image[index].isfinite().all():
                 raise ValueError(f"the image of case {case!r} has values that are not finite (NaN or infinite)")
@@ -165,8 +167,8 @@ activation="sigmoid" for a binary task
             self._check_values(mask[index], case)
         self._check_scale(image)
 
-    def _check_shapes(self, image: Tensor, mask: Tensor) -> None:
-        space = tuple(image.shape[2:])
+    def _check_shapes(self, image: Tensor, mask: Tensor, *, resampled: bool) -> None:
+        space = tuple(mask.shape[2 - image.ndim :] if resampled else image.shape[2:])
         planes = (image.shape[0], len(self.classes), *space)
         # Floating-point masks are soft labels, one plane for each class under either activation.
         expected = planes if self.activation == "sigmoid" or mask.is_floating_point() else (image.shape[0], *space)

@@ -1,30 +1,18 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Tables and figures, written as files that are either the old one or the new one."""
 
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_dice.files import number, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make the file under a temporary name beside `path`, then put it in its place.
-
-    The temporary file lies in the same folder, because a rename is atomic only within one file system. It keeps the
-    suffix, from which writers tell the format, and is removed if `write` fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+__all__ = ["number", "read_csv", "save_figure", "write_atomically", "write_csv"]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
@@ -45,11 +33,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
-
-
-def number(value: float) -> str:
-    """Six digits, as tables need them; NaN is an empty field."""
-    return "" if value != value else f"{value:.6g}"
 
 
 def save_figure(path: Path, figure: Figure, dpi: float) -> None:

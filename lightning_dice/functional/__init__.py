@@ -3,7 +3,7 @@
 from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
 from lightning_dice.functional.coarser import coarser_target, coarser_weight, pad_target
 from lightning_dice.functional.components import RegionMap, Regions, component_regions
-from lightning_dice.functional.hard import hard_prediction, hard_sums, label_sums
+from lightning_dice.functional.hard import hard_prediction, hard_sums, hard_target, label_sums
 from lightning_dice.functional.maps import BoundaryWeight, SignedDistance, TubedSkeleton
 from lightning_dice.functional.micro_batches import micro_batched
 from lightning_dice.functional.outputs import pad_to_multiple, read_logits
@@ -36,6 +36,7 @@ __all__ = [
     "generalized_dice_score",
     "hard_prediction",
     "hard_sums",
+    "hard_target",
     "jaccard_score",
     "label_sums",
     "micro_batched",

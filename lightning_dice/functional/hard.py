@@ -35,6 +35,28 @@ def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", thres
     return logits > _logit(threshold)
 
 
+def hard_target(target: Tensor, *, activation: Activation = "sigmoid") -> Tensor:
+    """The labels that soft labels stand for: what a hard score can count while training on soft ones.
+
+    Args:
+        target: ids, or planes of 0 and 1, which are returned as they are; or soft labels `(batch, classes, *space)` of
+            floating point, in [0, 1]. Values beyond are labels to be ignored, and stay.
+        activation: `"softmax"`: the class with the greatest label, the lowest of equals; else those of more than 1/2.
+
+    >>> hard_target(torch.tensor([[[0.5, 0.7, 255.0]]]))
+    tensor([[[  0.,   1., 255.]]])
+    >>> hard_target(torch.tensor([[[0.5, 0.1, 255.0], [0.5, 0.9, 255.0]]]), activation="softmax")
+    tensor([[  0,   1, 255]])
+    """
+    if not target.is_floating_point():
+        return target
+    outside = (target < 0) | (target > 1)
+    if activation != "softmax":
+        return target.where(outside, (target > 0.5).to(target.dtype))
+    beyond = target.where(outside, 0).sum(1) / outside.sum(1).clamp(min=1)
+    return beyond.long().where(outside.any(1), target.argmax(1))
+
+
 def hard_sums(
     logits: Tensor,
     target: Tensor,

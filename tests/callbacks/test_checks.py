@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dice import DiceLoss, SegmentationModule
 from lightning_dice.callbacks import InputCheck
-from lightning_dice.callbacks.orientation import misplaced
 from lightning_dice.data import SyntheticSource
 from lightning_dice.data.batch import Batch
+from lightning_dice.functional.orientation import misplaced
 
 IMAGE = torch.zeros(2, 3, 4, 4)
 IDS = torch.tensor([[[0, 1], [2, 255]]], dtype=torch.uint8).repeat(2, 2, 2)
@@ -356,7 +356,7 @@ class Moved(torch.utils.data.Dataset):
         return len(self.cases)
 
     def __getitem__(self, index):
-        image, mask, _ = self.cases[index]
+        image, mask, *_ = self.cases[index]
         mask = self.move(mask)
         axes = [axis for axis, flipped in ((-1, index % 2), (-2, index % 4 > 1)) if self.flips and flipped]
         return image.flip(axes) * 4 - 2, mask.flip(axes)
@@ -427,7 +427,7 @@ import lightning.pytorch as pl, torch
 from torch.utils.data import DataLoader
 from lightning_dice import DiceLoss, SegmentationModule
 from lightning_dice.callbacks import InputCheck
-from lightning_dice.callbacks.orientation import misplaced
+from lightning_dice.functional.orientation import misplaced
 
 class Masks(torch.utils.data.Dataset):
     def __len__(self): return 4

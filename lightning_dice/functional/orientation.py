@@ -37,10 +37,10 @@ def edge_scores(image: Tensor, mask: Tensor, ignore_index: int | None = None) ->
         `(batch, 8)`, the first as it is, then in the order of `ORIENTATIONS`; NaN with too little boundary.
     """
     planes = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    boundary = _boundary(planes, ignore_index).float().unsqueeze(1)
+    boundary = boundary_pixels(planes, ignore_index).float().unsqueeze(1)
     factor = -(-image.shape[-1] // FINEST)
     image, boundary = F.avg_pool2d(image.float(), factor), F.max_pool2d(boundary, factor)
-    rank, boundary = _ranks(_gradient(image)), boundary.squeeze(1)
+    rank, boundary = edge_ranks(image), boundary.squeeze(1)
     pixels = boundary.sum((1, 2))
     moved = [boundary, *(_move(boundary, *move) for row in ORIENTATIONS.values() for move in row)]
     scores = torch.stack([(rank * one).sum((1, 2)) / pixels for one in moved], 1)
@@ -75,11 +75,19 @@ def _move(plane: Tensor, transpose: bool, vertically: bool, horizontally: bool) 
     return plane.flip(axes) if axes else plane
 
 
-def _boundary(planes: Tensor, ignore_index: int | None) -> Tensor:
-    """Pixels beside one of another label, `(batch, *space)`; an ignored pixel has none."""
+def boundary_pixels(planes: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Pixels beside one of another label along some axis, `(batch, *space)`; an ignored pixel has none.
+
+    Args:
+        planes: `(batch, classes, *space)`; ids are one plane.
+        ignore_index: the label of pixels that count as nothing.
+
+    >>> boundary_pixels(torch.tensor([[[0, 0, 1, 1, 1]]])).int()
+    tensor([[0, 1, 1, 0, 0]], dtype=torch.int32)
+    """
     valid = valid_pixels(planes, ignore_index)
     found = torch.zeros_like(planes[:, 0], dtype=torch.bool)
-    for axis in (-1, -2):
+    for axis in range(-1, 1 - planes.ndim, -1):
         length = planes.shape[axis] - 1
         differs = planes.narrow(axis, 0, length) != planes.narrow(axis, 1, length)
         if valid is not None:
@@ -90,17 +98,27 @@ def _boundary(planes: Tensor, ignore_index: int | None) -> Tensor:
     return found
 
 
-def _gradient(image: Tensor) -> Tensor:
-    """Its magnitude, `(batch, *space)`, of the image a little smoothed."""
-    smooth = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    smooth = F.pad(smooth, (1, 1, 1, 1), mode="replicate")
-    across = smooth[..., 1:-1, 2:] - smooth[..., 1:-1, :-2]
-    down = smooth[..., 2:, 1:-1] - smooth[..., :-2, 1:-1]
-    return (across.square() + down.square()).sum(1).sqrt()
+def edge_ranks(image: Tensor) -> Tensor:
+    """The rank of each pixel's gradient among all of its image, in [0, 1], `(batch, *space)`; equal ones share theirs.
+
+    Args:
+        image: `(batch, channels, *space)` with one to three space axes; it is smoothed a little (a mean over 3 pixels
+            along each axis), and the gradient's magnitude is taken over all channels.
+    """
+    axes = image.ndim - 2
+    mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
+    around = (1, 1) * axes
+    smooth = F.pad(mean(F.pad(image, around, mode="replicate"), 3, 1), around, mode="replicate")
+    inner = [slice(None)] * 2 + [slice(1, -1)] * axes
+    energy = torch.zeros_like(image)
+    for axis in range(-1, -axes - 1, -1):
+        sides = [list(inner), list(inner)]
+        sides[0][axis], sides[1][axis] = slice(2, None), slice(None, -2)
+        energy += (smooth[tuple(sides[0])] - smooth[tuple(sides[1])]).square()
+    return _ranks(energy.sum(1).sqrt())
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Of each pixel among those of its image, in [0, 1]; equal ones share theirs."""
     flat = values.flatten(1).contiguous()
     ordered = flat.sort(1).values
     below, above = (torch.searchsorted(ordered, flat, right=right) for right in (False, True))

@@ -1,0 +1,25 @@
+"""From an image of any size to logits and labels: windows, flips, ensembles, thresholds.
+
+`Predictor` does it; `Inference` holds its settings, for a module and its config; `Decision` makes labels of logits, and
+`find_decision` reads the one that `lightning_dice.calibrate` has written for a run.
+"""
+
+from lightning_dice.inference.averaging import Flips, mean_logits
+from lightning_dice.inference.decision import CALIBRATION, Decision, find_decision, pooled
+from lightning_dice.inference.predictor import Inference, Predictor
+from lightning_dice.inference.windows import Net, Slab, Sliceable, SlidingWindow
+
+__all__ = [
+    "CALIBRATION",
+    "Decision",
+    "Flips",
+    "Inference",
+    "Net",
+    "Predictor",
+    "Slab",
+    "Sliceable",
+    "SlidingWindow",
+    "find_decision",
+    "mean_logits",
+    "pooled",
+]

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from lightning_dice.functional import hard_prediction
+from lightning_dice.inference import CALIBRATION, Decision, find_decision, pooled
+
+
+def logits(classes, *space):
+    return torch.randn(classes, *space, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.mark.parametrize(("activation", "threshold"), [("softmax", 0.5), ("sigmoid", 0.5), ("sigmoid", 0.2)])
+def test_without_settings_labels_are_those_of_the_module(activation, threshold):
+    z = logits(3, 9, 8)
+    expected = hard_prediction(z[None], activation=activation, threshold=threshold)[0]
+    found = Decision().labels(z, activation=activation, threshold=threshold)
+    assert torch.equal(found.long(), expected.long())
+    assert not Decision().changes(activation, threshold)
+    assert found.dtype == (torch.uint8 if activation == "softmax" else torch.bool)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
+@pytest.mark.parametrize("thresholds", [None, [0.1, 0.5, 0.8]])
+def test_planes_by_probabilities(temperature, thresholds):
+    z = logits(3, 40).double()
+    decision = Decision(temperature, thresholds)
+    found = decision.labels(z, activation="sigmoid", threshold=0.3)
+    probs = decision.probabilities(z, activation="sigmoid")
+    for c in range(3):
+        limit = 0.3 if thresholds is None else thresholds[c]
+        for pixel in range(40):
+            p = 1 / (1 + math.exp(-float(z[c, pixel]) / (temperature or 1)))
+            assert float(probs[c, pixel]) == pytest.approx(p)
+            assert bool(found[c, pixel]) == (p > limit)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
+def test_ids_by_probabilities(temperature):
+    z, thresholds = logits(3, 60).double(), [0.7, 0.2, 0.4]
+    decision = Decision(temperature, thresholds)
+    found = decision.labels(z, activation="softmax")
+    for pixel in range(60):
+        each = [math.exp(value / (temperature or 1)) for value in z[:, pixel].tolist()]
+        p = [value / sum(each) for value in each]
+        assert decision.probabilities(z, activation="softmax")[:, pixel].tolist() == pytest.approx(p)
+        ratios = [a / b for a, b in zip(p, thresholds, strict=True)]
+        assert int(found[pixel]) == ratios.index(max(ratios))
+
+
+def test_the_threshold_of_two_classes_is_a_probability():
+    z = logits(2, 500).double()
+    found = Decision(2.0, [0.8, 0.2]).labels(z, activation="softmax")
+    assert torch.equal(found.bool(), (z / 2).softmax(0)[1] > 0.2)
+    equal = Decision(thresholds=[0.3, 0.3]).labels(z, activation="softmax")
+    assert torch.equal(equal.long(), z.argmax(0))
+
+
+@pytest.mark.parametrize(
+    ("decision", "activation", "threshold", "changes"),
+    [
+        (Decision(temperature=2), "softmax", 0.5, False),
+        (Decision(temperature=2), "sigmoid", 0.5, False),
+        (Decision(temperature=2), "sigmoid", 0.4, True),
+        (Decision(temperature=1), "sigmoid", 0.4, False),
+        (Decision(thresholds=[0.5]), "sigmoid", 0.5, True),
+        (Decision(smallest=0), "sigmoid", 0.5, False),
+        (Decision(smallest=[0, 3]), "softmax", 0.5, True),
+        (Decision(largest_only=[1]), "softmax", 0.5, True),
+    ],
+)
+def test_whether_labels_change(decision, activation, threshold, changes):
+    assert decision.changes(activation, threshold) is changes
+
+
+def test_components_go_by_pixels_or_millimetres():
+    z = torch.tensor([[5.0, 5.0, -5.0, 5.0, -5.0, 5.0, 5.0, 5.0]])
+    assert Decision(smallest=2).labels(z, activation="sigmoid").int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1]]
+    measured = Decision(smallest=1.5, unit="mm")
+    assert measured.labels(z, activation="sigmoid", spacing=(0.5,)).int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    with pytest.raises(ValueError, match="the spacing of the image is not known"):
+        measured.labels(z, activation="sigmoid")
+    with pytest.raises(ValueError, match="one number for each of the 1 axes"):
+        measured.labels(z, activation="sigmoid", spacing=(0.5, 0.5))
+    two = torch.stack([-z[0], z[0]])
+    assert Decision(smallest=[9, 2]).labels(two, activation="softmax").tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
+    everywhere = Decision(smallest=2, background=None).labels(two, activation="softmax")
+    assert everywhere.tolist() == [1] * 8  # The gaps, of class 0, come first.
+
+
+def test_many_classes_have_ids_that_fit():
+    assert Decision().labels(torch.eye(257), activation="softmax").tolist() == list(range(257))
+
+
+def test_what_the_user_says_goes_first():
+    calibration = Decision(1.5, [0.4], smallest=3, unit="mm", origin="file")
+    own = Decision(smallest=7, largest_only=[1], background=None)
+    expected = Decision(1.5, [0.4], smallest=7, largest_only=[1], background=None)
+    assert own.filled(calibration) == expected
+    assert own.filled(calibration).origin == "file"
+    assert Decision(2.0, [0.9]).filled(calibration) == Decision(2.0, [0.9], smallest=3, unit="mm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0}, "temperature must be a number > 0, got 0"),
+        ({"thresholds": 0.5}, "thresholds must be a list"),
+        ({"thresholds": [0.5, 1.0]}, r"thresholds must be a number in \(0, 1\), got 1.0"),
+        ({"smallest": -1}, "smallest must be a number >= 0"),
+        ({"smallest": "2"}, "smallest must be a number >= 0"),
+        ({"unit": "cm"}, "unit must be one of 'pixels', 'mm'"),
+        ({"largest_only": 1}, "largest_only must be a list of class indices"),
+        ({"background": "0"}, "background must be None or an integer label"),
+    ],
+)
+def test_refuses_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Decision(**settings)
+
+
+def test_refuses_another_number_of_classes():
+    with pytest.raises(ValueError, match="one for each of the 3 classes, got 1 from here"):
+        Decision(thresholds=[0.5], origin="here").labels(logits(3, 4), activation="sigmoid")
+
+
+class TestPooled:
+    def test_equal_ones_are_one(self):
+        assert pooled([Decision(2.0, [0.5])] * 3) == Decision(2.0, [0.5])
+
+    def test_thresholds_are_averaged_and_temperatures_gone(self):
+        found = pooled([Decision(2.0, [0.2, 0.4], smallest=3), Decision(None, None, smallest=3)], 0.5)
+        assert found.temperature is None
+        assert found.thresholds == pytest.approx([0.35, 0.45])
+        assert found.smallest == 3
+
+    def test_refuses_what_does_not_fit(self):
+        with pytest.raises(ValueError, match="must remove the same components"):
+            pooled([Decision(smallest=2), Decision(smallest=3)])
+        with pytest.raises(ValueError, match="different numbers of classes"):
+            pooled([Decision(thresholds=[0.2]), Decision(thresholds=[0.2, 0.3])])
+
+
+class TestFile:
+    full = Decision(1.25, (0.3, 0.6), smallest=(0, 12.5), unit="mm", largest_only=[1], background=None)
+
+    def test_comes_back(self, tmp_path):
+        path = tmp_path / CALIBRATION
+        self.full.save(path, {"cases": 4})
+        assert Decision.load(path) == self.full
+        assert Decision.load(path).origin == str(path)
+        assert json.loads(path.read_text())["cases"] == 4
+        assert [entry.name for entry in tmp_path.iterdir()] == [CALIBRATION]
+
+    def test_is_found(self, tmp_path):
+        checkpoint = tmp_path / "best.ckpt"
+        checkpoint.write_bytes(b"weights")
+        assert find_decision(tmp_path, "auto", checkpoint) == Decision()
+        path = tmp_path / CALIBRATION
+        self.full.save(path, {"checkpoint": {"sha256": hashlib.sha256(b"other weights").hexdigest()}})
+        assert find_decision(tmp_path, "none", checkpoint) == Decision()
+        assert find_decision(tmp_path) == self.full
+        with pytest.raises(ValueError, match=r"was made for another checkpoint .*overwrite=true"):
+            find_decision(tmp_path, "auto", checkpoint)
+        assert find_decision(tmp_path, path, checkpoint) == self.full
+        self.full.save(path, {"checkpoint": {"sha256": hashlib.sha256(b"weights").hexdigest()}})
+        assert find_decision(tmp_path, "auto", checkpoint) == self.full
+        with pytest.raises(FileNotFoundError, match="there is no calibration file"):
+            find_decision(tmp_path, tmp_path / "another.json")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not a calibration file"),
+            ("[]", 'it holds no "decision"'),
+            ('{"version": 1}', 'it holds no "decision"'),
+            ('{"version": 9, "decision": {}}', "has version 9, and this package reads 1"),
+            ('{"version": 1, "decision": {"treshold": 1}}', "a decision has no treshold, only background, "),
+            ('{"version": 1, "decision": {"temperature": -1}}', "temperature must be a number > 0"),
+        ],
+    )
+    def test_is_checked(self, tmp_path, content, message):
+        path = tmp_path / CALIBRATION
+        path.write_text(content)
+        for read in (Decision.load, lambda _: find_decision(tmp_path)):
+            with pytest.raises(ValueError, match=message) as told:
+                read(path)
+            assert str(path) in str(told.value)
