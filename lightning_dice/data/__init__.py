@@ -1,19 +1,30 @@
 """Data sets, their checks and the datamodule."""
 
 from lightning_dice.data.batch import Batch, Sample
+from lightning_dice.data.coco import CocoSource
 from lightning_dice.data.datamodule import SegmentationData
 from lightning_dice.data.folder import FolderSource
 from lightning_dice.data.masks import MaskFormat
+from lightning_dice.data.nnunet import NnunetSource
+from lightning_dice.data.pairs import DatasetSource
+from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.source import Cases, DataError, Source, Split
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.transforms import RandomIntensity, Standardize
+from lightning_dice.data.volume_augment import MonaiAugment
+from lightning_dice.data.volumes import VolumeSource
 
 __all__ = [
     "Batch",
     "Cases",
+    "CocoSource",
     "DataError",
+    "DatasetSource",
     "FolderSource",
     "MaskFormat",
+    "MonaiAugment",
+    "NnunetSource",
+    "PatchSampler",
     "RandomIntensity",
     "Sample",
     "SegmentationData",
@@ -21,4 +32,5 @@ __all__ = [
     "Split",
     "Standardize",
     "SyntheticSource",
+    "VolumeSource",
 ]

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from torchvision import tv_tensors
 
 from lightning_dice.data.batch import Batch, Sample
+from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.source import Cases, DataError, Source, Split
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
@@ -40,10 +41,11 @@ STAGES: dict[str | None, tuple[Split, ...]] = {
 class SegmentationData(lightning.LightningDataModule):
     """Batches for training and evaluation from any `Source`, with a Trainer or without one.
 
-    **Training.** Each case goes through `augment`, then `normalize`; batches are shuffled anew in each epoch and all
-    of one length, the last few cases of an epoch being left out. The order and every random choice of `augment`
-    follow from the global seed (`lightning.seed_everything`, `torch.manual_seed`), the epoch and the case: they are the
-    same with any number of workers, and n processes with a batch of b see together what one with n·b sees.
+    **Training.** Each case, or each of its patches, goes through `augment`, then `normalize`; batches are shuffled
+    anew in each epoch and all of one length, the last few cases of an epoch being left out. The order and every random
+    choice of patches and of `augment` follow from the global seed (`lightning.seed_everything`, `torch.manual_seed`),
+    the epoch and the case: they are the same with any number of workers, and n processes with a batch of b see together
+    what one with n·b sees.
 
     **Evaluation.** Whole images, each at its own size: a batch holds consecutive cases of one size, so nothing is
     padded and no score depends on its neighbours. Several processes share the cases among them, each of
@@ -52,6 +54,7 @@ class SegmentationData(lightning.LightningDataModule):
     **Padding.** Inside `augment` a mask holds 1 + label, and 0 where the label is `ignore_index`. Geometric transforms
     fill with 0 what lies outside the image, in crops, rotations and shifts alike, and these pixels come out as
     ignored instead of as background. With `ignore_index=None` nothing is shifted, and they become label 0.
+    Soft labels, which are of floating point, are shifted in the same way.
 
     The samplers share the work out by themselves, so the Trainer's `use_distributed_sampler` may have either value.
 
@@ -61,11 +64,13 @@ class SegmentationData(lightning.LightningDataModule):
         num_workers: processes that load data, for each loader; `None`: one less than the cores available to each
             training process, at most 8.
         augment: takes an image (`tv_tensors.Image`, `(channels, *space)`) and a mask (`tv_tensors.Mask`, int32, with or
-            without planes) and returns both, as `torchvision.transforms.v2.Compose` does; applied in training alone.
+            without planes; float32 of soft labels) and returns both, as `torchvision.transforms.v2.Compose` does;
+            applied in training alone.
         normalize: takes the image as a plain tensor and returns it; applied everywhere.
         ignore_index: the label of pixels to be ignored.
         eval_batch_size: cases in a batch for validation, test and prediction; `None`: `batch_size`.
         pin_memory: copy batches to page-locked memory; `None`: if the Trainer uses a CUDA GPU.
+        patches: how patches are cut from the training cases, before `augment`; `None`: it gets them whole.
         maps: functions of a mask by name, such as the distances that a loss needs: what they return of the mask of
             each case, after augmentation, comes stacked in `Batch.maps`. They may be set until a loader is made;
             prediction, which has no loss, does without.
@@ -101,6 +106,7 @@ class SegmentationData(lightning.LightningDataModule):
         ignore_index: int | None = None,
         eval_batch_size: int | None = None,
         pin_memory: bool | None = None,
+        patches: PatchSampler | None = None,
         maps: Maps | None = None,
     ) -> None:
         super().__init__()
@@ -125,6 +131,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.normalize = normalize
         self.ignore_index = ignore_index
         self.pin_memory = pin_memory
+        self.patches = patches
         self.maps = maps
         self.report: str | None = None
         self._cases: dict[Split, Cases | None] = {}
@@ -146,7 +153,7 @@ class SegmentationData(lightning.LightningDataModule):
         if self.report is not None:
             return
         report = self.source.check()
-        if (train := self.source.split("train")) is not None:
+        if (train := self._open("train")) is not None:
             self._check_train(train)
         self.report = report
         rank_zero_info(report)
@@ -158,7 +165,7 @@ class SegmentationData(lightning.LightningDataModule):
             DataError: if the training split is smaller than one batch for each process, or another one empty.
         """
         for name in STAGES[stage]:
-            cases = self.source.split(name)
+            cases = self._open(name)
             if cases is None:
                 if stage is not None and name == STAGES[stage][0]:
                     raise DataError(f"the data has no {name} split, which {stage} needs")
@@ -245,6 +252,10 @@ class SegmentationData(lightning.LightningDataModule):
             batch_size=None,
             collate_fn=_unchanged,
         )
+
+    def _open(self, name: Split) -> Cases | None:
+        cases = self.source.split(name)
+        return cases if cases is None or name != "train" or self.patches is None else self.patches.of(cases)
 
     def _split(self, name: Split) -> Cases | None:
         if name not in self._cases:
@@ -364,7 +375,9 @@ class _EvalSampler(DistributedSampler[list[int]]):
 
     def __init__(self, cases: Cases, world: int, rank: int, *, batch_size: int) -> None:
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, shuffle=False)
-        shares = [_batches_of_one_size(cases.sizes, world, other, batch_size) for other in range(world)]
+        # Where images are resampled, masks of other sizes may belong to images of one size.
+        shapes = getattr(cases, "shapes", cases.sizes)
+        shares = [_batches_of_one_size(shapes, world, other, batch_size) for other in range(world)]
         most = max(map(len, shares))
         self.batches = shares[rank] + [[] for _ in range(most - len(shares[rank]))]
 
@@ -413,14 +426,17 @@ def _prepared(
 
 
 def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    # int32 holds 1 + any label, and torchvision's detour over float32 is exact up to 2**24.
-    shifted = mask.to(torch.int32)
+    # int32 holds 1 + any label, and torchvision's detour over float32 is exact up to 2**24. Soft labels are looked up
+    # and not interpolated, as the ignored label must not mix with them; the shift costs them 6e-8.
+    shifted = mask if mask.is_floating_point() else mask.to(torch.int32)
     if ignore_index is not None:
         shifted = (shifted + 1).masked_fill(shifted == ignore_index, 0)
     image, shifted = augment(tv_tensors.Image(image), tv_tensors.Mask(shifted))
     image, shifted = image.as_subclass(Tensor), shifted.as_subclass(Tensor)
     if ignore_index is None:
         return image, shifted.to(mask.dtype)
+    if mask.is_floating_point():
+        return image, (shifted - 1).clamp_(0, 1).masked_fill_(shifted == 0, ignore_index)
     limits = torch.iinfo(mask.dtype)
     dtype = mask.dtype if limits.min <= ignore_index <= limits.max else torch.int64
     return image, (shifted - 1).masked_fill(shifted == 0, ignore_index).to(dtype)
@@ -438,9 +454,8 @@ class _TrainItems(Dataset[_Prepared]):
         if isinstance(key, int):  # from a sampler of Lightning's, which puts one in to overfit a few batches
             return self.prepare(self.cases[key])
         index, seed = key
-        sample = self.cases[index]
-        with _seeded(seed):
-            return self.prepare(sample)
+        with _seeded(seed):  # Cases may draw too: a patch, say.
+            return self.prepare(self.cases[index])
 
 
 class _EvalBatches(Dataset[Batch]):

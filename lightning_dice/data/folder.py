@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_dice.data.batch import Sample
-from lightning_dice.data.layout import Layout, Pair, scan
-from lightning_dice.data.masks import MaskFormat, read_masks
-from lightning_dice.data.readers import Problem, read_picture, read_size, to_image
+from lightning_dice.data.images import ImageFormat
+from lightning_dice.data.layout import Layout, check_splits, scan
+from lightning_dice.data.masks import MaskFormat
+from lightning_dice.data.paired import FolderCases, PairSource
+from lightning_dice.data.patterns import check_pattern, names_files
+from lightning_dice.data.raters import Raters
 from lightning_dice.data.source import Split
-from lightning_dice.data.survey import Survey, error, survey
+
+__all__ = ["FolderCases", "FolderSource"]
 
 
-@dataclass(frozen=True)
-class FolderCases:
-    """The cases of one split of a folder; each is read when it is asked for.
-
-    Attributes:
-        pairs: images and masks.
-        sizes: `(height, width)` of each image, upright.
-        channels: of an image.
-        mask_format: how masks are stored.
-        planes: masks are one file for each class.
-    """
-
-    pairs: Sequence[Pair]
-    sizes: Sequence[tuple[int, ...]]
-    channels: int
-    mask_format: MaskFormat
-    planes: bool
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        picture = read_picture(pair.image)
-        stored = read_masks(picture, pair.masks, self.mask_format)
-        try:
-            mask = self.mask_format.encode(stored, self.planes)
-        except ValueError as wrong:
-            names = ", ".join(map(str, pair.masks))
-            raise Problem(str(wrong), names, "Set data.values or data.classes.") from wrong
-        return Sample(to_image(picture, self.channels), mask, pair.case)
-
-
-class FolderSource:
+class FolderSource(PairSource):
     """Images and masks as people have them: two folders, with or without `train`, `val` and `test` in them.
 
     An image and its mask have the same stem, up to customary endings such as `_mask`, `_gt` or `_image`. PNG, JPEG,
-    BMP and TIFF are read, 8 and 16 bit and floats, gray, RGB, with alpha or a palette. With split folders for train
-    and test alone, val is drawn from train; with none, all splits are drawn. A split without cases is `None`.
+    BMP, TIFF and NumPy files are read, 8 and 16 bit and floats, gray, RGB, with alpha or a palette, and of any number
+    of channels. With split folders for train and test alone, val is drawn from train; with none, all splits are drawn.
+    A split without cases is `None`. Links are followed.
 
-    With `activation="sigmoid"`, a folder of masks may hold one folder for each class, named as in `classes`, with a
-    mask for every image: for labels that overlap.
+    **Patterns.** With `{case}` in them, `images` and `masks` are patterns of files, in which `*` stands for any part of
+    a name: `leftImg8bit/{split}/*/{case}_leftImg8bit.png`. Masks then bear the images' names, without customary
+    endings; the suffix may be left out.
+
+    **A mask for each class.** A folder of masks may hold one folder for each class, named as in `classes`, with a mask
+    for every image; or `{class}` stands for the name in `masks`, as in `masks/{split}/{case}_{class}`. With
+    `activation="sigmoid"` classes may overlap. With `"softmax"` no two may share a pixel, and the background, the
+    first class, may do without. Masks whose channels are the classes: `MaskFormat(stacked=True)`.
+
+    **Several raters.** Each has a folder of his name in that of the masks, or `{rater}` stands for it in `masks`. See
+    `Raters` for what is made of their masks.
 
     Args:
         root: the folder.
@@ -70,6 +46,16 @@ class FolderSource:
         fractions: of the cases for train, val and test, where there are no folders for them.
         seed: of this draw.
         workers: threads that `check` reads with; by default up to 8.
+        lists: text files that name the cases of each split, under `root`: `ImageSets/Segmentation/{split}.txt`. Images
+            that none of them names are left out.
+        splits: what stands for `{split}`, such as `{"train": "train2017", "val": "val2017"}`; a split that is not
+            named, or `None`, is left out.
+        raters: names, where several people have made masks of every image.
+        fusion: what training sees of them, and
+        reference: what evaluation sees, as in `Raters`.
+        bands: which channels the images are, and
+        white: the value that becomes 1, and
+        nodata: that of pixels without an image, as in `ImageFormat`.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -106,72 +92,48 @@ class FolderSource:
         fractions: Sequence[float] = (0.7, 0.15, 0.15),
         seed: int = 0,
         workers: int | None = None,
+        *,
+        lists: str | None = None,
+        splits: Mapping[Split, str | None] | None = None,
+        raters: Sequence[str] | None = None,
+        fusion: str = "mean",
+        reference: str = "majority",
+        bands: Sequence[int] | None = None,
+        white: float | None = None,
+        nodata: float | None = None,
     ) -> None:
-        if not root:
-            raise ValueError(f"root must name a folder, got {root!r}; set data.root=/path/to/folder")
-        if channels < 1:
-            raise ValueError(f"channels must be 1 or more, got {channels}; set data.channels=3 for RGB")
-        shares = tuple(float(part) for part in fractions)
-        if len(shares) != 3 or min(shares) < 0 or shares[0] == 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"fractions must be the shares of train, val and test, which sum to 1, got {list(shares)}; "
-                "for instance 'data.fractions=[0.7,0.15,0.15]'"
-            )
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {workers}")
-        self.root = Path(root).expanduser()
-        self.mask_format = mask_format
-        self.channels = int(channels)
-        self.images, self.masks = str(images), str(masks)
-        self.fractions, self.seed = shares, int(seed)
-        self.workers = max(min(8, os.cpu_count() or 1) if workers is None else workers, 1)
-        self._layout: Layout | None = None
-        self._cases: dict[Split, FolderCases] = {}
-
-    def check(self) -> str:
-        """Read everything once.
-
-        Returns:
-            Cases, sizes and depth of each split, each class's share of pixels and the cases it occurs in, warnings.
-
-        Raises:
-            DataError: with everything that is wrong: file, reason, remedy.
-        """
-        return self.survey().report(self.root)
-
-    def survey(self) -> Survey:
-        """What `check` finds, in numbers.
-
-        Raises:
-            DataError: as in `check`.
-        """
-        layout = self._scan()
-        found = survey(layout, self.channels, self.mask_format, self.workers)
-        problems = [*layout.problems, *found.problems()]
-        if problems:
-            raise error(self.root, problems)
-        return found
-
-    def split(self, name: Split) -> FolderCases | None:
-        """The cases of a split, or `None` where the folder has no such split.
-
-        Raises:
-            DataError: where images and masks do not pair, or a header cannot be read.
-        """
-        layout = self._scan()
-        if layout.problems:
-            raise error(self.root, layout.problems)
-        if name not in layout.pairs:
-            return None
-        if name not in self._cases:
-            pairs = layout.pairs[name]
-            with ThreadPoolExecutor(self.workers) as pool:
-                sizes = list(pool.map(read_size, [pair.image for pair in pairs]))
-            self._cases[name] = FolderCases(pairs, sizes, self.channels, self.mask_format, layout.planes)
-        return self._cases[name]
+        people = None if raters is None else Raters(raters, fusion, reference)
+        image_format = ImageFormat(channels, bands, white, nodata)
+        super().__init__(root, image_format, mask_format, fractions, seed, workers, people)
+        self.images = check_pattern(str(images), "images", ["split", "case"])
+        self.masks = check_pattern(str(masks), "masks", ["split", "case", "class", "rater"])
+        self.lists = None if lists is None else check_pattern(str(lists), "lists", ["split"])
+        self.splits = check_splits(splits)
+        if people is None and "{rater}" in self.masks:
+            raise ValueError(f"raters must name who {{rater}} in masks={self.masks!r} stands for, got none")
+        if people is not None and names_files(self.masks) and "{rater}" not in self.masks:
+            raise ValueError(f"masks must have {{rater}} in it, where it names files of several raters: {self.masks!r}")
+        if mask_format.stacked and "{class}" in self.masks:
+            raise ValueError("stacked masks hold all classes in one file: leave {class} out of masks")
+        if self.lists is not None and "{split}" not in self.lists:
+            raise ValueError(f"lists must have {{split}} in it, got {self.lists!r}")
+        if people is not None and people.fusion == "mean" and mask_format.ignore_index is None:
+            raise ValueError("fusion=mean needs an ignore_index, for what augmentation leaves without a label")
 
     def _scan(self) -> Layout:
-        if self._layout is None:
-            planes = self.mask_format.classes if self.mask_format.activation == "sigmoid" else ()
-            self._layout = scan(self.root, self.images, self.masks, planes, self.fractions, self.seed)
-        return self._layout
+        form, people = self.mask_format, self.raters
+        layout = scan(
+            self.root,
+            self.images,
+            self.masks,
+            () if form.stacked else form.classes,
+            self.fractions,
+            self.seed,
+            background=form.background,
+            raters=() if people is None else people.files,
+            lists=self.lists,
+            splits=self.splits,
+        )
+        if form.stacked:
+            layout.planes = tuple(form.classes)
+        return layout

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,25 @@ from lightning_dice.data.readers import Picture, Problem, read_picture
 
 SHOWN = 8  # values or colours in one message
 CLEAN_GAP = 16  # JPEG's errors are smaller where it is harmless at all
+
+
+class StoredMask(Protocol):
+    """A mask that is no picture file, such as one drawn from outlines."""
+
+    def __str__(self) -> str:
+        """Where it is, for messages."""
+        ...
+
+    def values(self, image: Picture, mask_format: MaskFormat) -> list[NDArray[Any]]:
+        """The stored values, `(height, width)`: ids, or those of each class.
+
+        Raises:
+            DataError: it does not fit the image.
+        """
+        ...
+
+
+MaskFile = Path | StoredMask
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,8 @@ class MaskFormat:
         ignore_index: the label of pixels to be left out of loss and metric; `None` for none.
         values: stored value -> id, such as `{255: 1}`, or `{11: 255}` to ignore the label 11.
         colors: `[red, green, blue]` of each value, in order, for masks painted in colours.
+        stacked: a mask file has a channel for each class, which holds 1 where the class is; with a softmax the
+            background may do without.
 
     Raises:
         ValueError: where the settings contradict each other.
@@ -51,6 +72,7 @@ class MaskFormat:
     ignore_index: int | None = 255
     values: Mapping[int, int] | None = None
     colors: Sequence[Sequence[int]] | None = None
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ("softmax", "sigmoid"):
@@ -75,6 +97,8 @@ class MaskFormat:
             example = "for instance 'data.values={255:1}'"
             raise ValueError(f"values must map stored values to ids, got {pairs!r}; {example}")
         mapped = {_integer(key, "values"): _integer(value, "values") for key, value in pairs.items()}
+        if self.stacked and self.colors is not None:
+            raise ValueError("stacked masks have a channel for each class and no colors: set one of the two")
         object.__setattr__(self, "classes", names)
         object.__setattr__(self, "ignore_index", ignored)
         object.__setattr__(self, "values", mapped)
@@ -124,6 +148,32 @@ class MaskFormat:
         label = self._values.get(value, value)
         return label if label in (range(2) if planes else self.ids) or label == self.ignore_index else None
 
+    @property
+    def background(self) -> str | None:
+        """The class that is where no other one is, and needs no plane of its own."""
+        return self.classes[0] if self.activation == "softmax" else None
+
+    def read_planes(self, picture: Picture) -> list[NDArray[Any]]:
+        """The stored values of a mask file: of ids as one array, of `stacked` classes as one for each.
+
+        Raises:
+            DataError: as in `read`; for stacked classes, another number of channels.
+        """
+        if not self.stacked:
+            return [self.read(picture)]
+        pixels = picture.colors() if picture.palette is not None else picture.pixels
+        channels, classes = pixels.shape[2], len(self.classes)
+        if channels not in (classes, classes - (self.background is not None)):
+            less = f", or {classes - 1} without the background" if self.background is not None else ""
+            what = (
+                f"has {channels} channels ({picture.kind}), data.stacked=true needs one for each of {classes} classes"
+            )
+            raise Problem(
+                what + less, picture.path, "Set data.classes to what the channels are, or data.stacked=false."
+            )
+        plain = replace(picture, alpha=False, palette=None)
+        return [self.read(replace(plain, pixels=pixels[..., index : index + 1])) for index in range(channels)]
+
     def read(self, picture: Picture) -> NDArray[Any]:
         """The stored values of a mask file, `(height, width)`.
 
@@ -160,24 +210,43 @@ class MaskFormat:
         return np.asarray(positions, dtype=np.uint8 if len(listed) <= 256 else np.int32)
 
     def encode(self, stored: Sequence[NDArray[Any]], planes: bool = False) -> Tensor:
-        """Make a mask of what `read` gave: of one file with ids, or with `planes` of one file for each class.
+        """Make a mask of what `read` gave: of one file with ids, or with `planes` of one for each class.
 
         Returns:
             Class ids `(height, width)` for softmax, planes `(classes, height, width)` for sigmoid; uint8 where ids and
             `ignore_index` fit, else int32.
 
         Raises:
-            ValueError: for a value without an id.
+            ValueError: for a value without an id; for softmax, pixels of several planes, or of none where the
+                background has one too.
         """
         labels = [self._labels(part, planes) for part in stored]
         if planes:
-            return torch.from_numpy(np.stack(labels))
+            return torch.from_numpy(self._exclusive(labels) if self.activation == "softmax" else np.stack(labels))
         if self.activation == "softmax":
             return torch.from_numpy(labels[0])
         mask = (labels[0] == np.asarray(self.class_ids).reshape(-1, 1, 1)).astype(labels[0].dtype)
         if self.ignore_index is not None:
             mask[:, labels[0] == self.ignore_index] = self.ignore_index
         return torch.from_numpy(mask)
+
+    def _exclusive(self, labels: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Ids of planes of which each pixel has at most one; ignored where any plane says so."""
+        planes = np.stack(labels)
+        claims = np.count_nonzero(planes == 1, axis=0)
+        ignored = np.zeros(claims.shape, bool)
+        if self.ignore_index is not None:
+            ignored = (planes == self.ignore_index).any(0)
+        required = "a softmax needs exactly one for each pixel"
+        if several := int((claims[~ignored] > 1).sum()):
+            hint = "for classes that overlap set data.activation=sigmoid"
+            raise ValueError(f"holds {several} pixels of several classes, {required}; {hint}")
+        if len(planes) == len(self.classes) and (none := int((claims[~ignored] < 1).sum())):
+            raise ValueError(f"holds {none} pixels of no class, {required}")
+        ids = np.asarray(planes.argmax(0) + len(self.classes) - len(planes), dtype=planes.dtype)
+        ids[claims < 1] = 0
+        ids[ignored] = self.ignore_index if self.ignore_index is not None else 0
+        return ids
 
     def _labels(self, stored: NDArray[Any], planes: bool) -> NDArray[Any]:
         if stored.dtype in (np.uint8, np.uint16):  # One look-up per pixel, no sorting.
@@ -214,24 +283,37 @@ class MaskFormat:
         return f"the values {shown}{more}, which are not ids: required 0 to {ids[-1]}{ignored}"
 
 
-def read_masks(image: Picture, paths: Sequence[Path], mask_format: MaskFormat) -> list[NDArray[Any]]:
+def read_masks(image: Picture, files: Sequence[MaskFile], mask_format: MaskFormat) -> list[NDArray[Any]]:
     """The stored values of an image's masks, whose sizes must be the image's.
 
     Raises:
         DataError: naming the mask.
     """
     stored = []
-    for path in paths:
-        picture = read_picture(path)
-        if picture.size != image.size:
-            (height, width), (tall, wide) = picture.size, image.size
-            turned = " after the turn that its orientation tag asks for" if image.turned else ""
-            swapped = ", transposed" if (height, width) == (wide, tall) else ""
-            its = f"its image {image.path.name} is {tall}x{wide}{turned}{swapped}"
-            remedy = "Give the mask the image's size; resize with nearest neighbour."
-            raise Problem(f"is {height}x{width} (height x width), but {its}", path, remedy)
-        stored.append(mask_format.read(picture))
+    for file in files:
+        if not isinstance(file, Path):
+            stored += file.values(image, mask_format)
+            continue
+        picture = read_picture(file)
+        check_size(picture.size, image, file)
+        stored += mask_format.read_planes(picture)
     return stored
+
+
+def check_size(size: tuple[int, int], image: Picture, where: Path | str) -> None:
+    """See that a mask has its image's size.
+
+    Raises:
+        DataError: naming the mask.
+    """
+    if size == image.size:
+        return
+    (height, width), (tall, wide) = size, image.size
+    turned = " after the turn that its orientation tag asks for" if image.turned else ""
+    swapped = ", transposed" if (height, width) == (wide, tall) else ""
+    its = f"its image {image.path.name} is {tall}x{wide}{turned}{swapped}"
+    remedy = "Give the mask the image's size; resize with nearest neighbour."
+    raise Problem(f"is {height}x{width} (height x width), but {its}", where, remedy)
 
 
 def count_values(stored: NDArray[Any]) -> dict[int, int]:

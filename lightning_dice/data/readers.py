@@ -23,11 +23,12 @@ from torch import Tensor
 
 from lightning_dice.data.source import DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # by content: a GIF or WebP that is named .png is read, too
 LOSSY = ("JPEG", "MPO", "WEBP")
 COLORS = {1: "gray", 2: "gray+alpha", 3: "RGB", 4: "RGBA"}
 PNG = b"\x89PNG\r\n\x1a\n"
+NUMPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274  # the tag of EXIF and of TIFF
 
@@ -56,7 +57,7 @@ class Picture:
     Attributes:
         pixels: `(height, width, channels)` as stored: bool, unsigned or signed integers, or floats.
         path: where it came from, for messages.
-        white: the value of full brightness; `None` where the type has none (floats, 32-bit integers).
+        white: the value of full brightness; `None` where the type has none (floats, signed and 32-bit integers).
         alpha: the last channel is opacity.
         palette: `(colors, 3)` where the pixels are indices into it.
         lossy: compressed in a way that changes values.
@@ -65,7 +66,7 @@ class Picture:
 
     pixels: NDArray[Any]
     path: Path
-    white: int | None
+    white: float | None
     alpha: bool = False
     palette: NDArray[np.uint8] | None = None
     lossy: bool = False
@@ -79,12 +80,13 @@ class Picture:
     @property
     def kind(self) -> str:
         """Depth and colour in words, such as `16-bit RGB`."""
-        depth = f"{self.white.bit_length()}-bit" if self.white else str(self.pixels.dtype)
+        plain = isinstance(self.white, int) and self.pixels.dtype.kind in "bu"
+        depth = f"{int(self.white or 0).bit_length()}-bit" if plain else str(self.pixels.dtype)
         channels = self.pixels.shape[2]
         if self.palette is not None:
             return f"{depth} palette"
-        plain = channels in COLORS and self.alpha == (channels in (2, 4))
-        return f"{depth} {COLORS[channels] if plain else f'{channels}-channel'}"
+        known = channels in COLORS and self.alpha == (channels in (2, 4))
+        return f"{depth} {COLORS[channels] if known else f'{channels}-channel'}"
 
     def colors(self) -> NDArray[Any]:
         """The pixels, looked up in the palette if there is one; a palette of grays gives one channel."""
@@ -96,7 +98,11 @@ class Picture:
 
 
 def read_picture(path: Path, data: bytes | None = None) -> Picture:
-    """Decode a PNG, JPEG, BMP or TIFF file, known by its content and not by its name.
+    """Decode a PNG, JPEG, BMP, TIFF or NumPy file, known by its content and not by its name.
+
+    An array is `(height, width)`, or has channels as its first or last axis, whichever is the shorter one. A TIFF of
+    several pages is one image if ImageJ's or OME's metadata call the pages channels (`CYX`); other pages may be a stack
+    or a film, and are refused.
 
     Args:
         path: the file.
@@ -108,6 +114,8 @@ def read_picture(path: Path, data: bytes | None = None) -> Picture:
     data = read_bytes(path) if data is None else data
     read_size(path, data)  # A bomb must be met before it is decoded.
     try:
+        if data.startswith(NUMPY):
+            return _read_array(path, data)
         picture = _read_tiff(path, data) if data[:4] in TIFF else _read_pillow(path, data)
     except Problem:
         raise
@@ -122,7 +130,9 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Problem(f"cannot be opened ({error.strerror})", path) from error
+        link = path.is_symlink() and not path.exists()
+        what = f"is a link to {path.readlink()}, which is not there" if link else f"cannot be opened ({error.strerror})"
+        raise Problem(what, path) from error
     if not data:
         raise Problem("is empty (0 bytes)", path, "Copy it again or remove it.")
     return data
@@ -138,9 +148,14 @@ def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
             with tifffile.TiffFile(file) as tiff:
                 page = tiff.pages.first
                 height, width = page.imagelength, page.imagewidth
+        elif magic == NUMPY[:4]:
+            with path.open("rb") if data is None else BytesIO(data) as header:
+                _, height, width = _array_shape(path, *_array_header(header))
         else:
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
+    except Problem:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error)) from error
     except OSError as error:
@@ -180,11 +195,11 @@ def to_image(picture: Picture, channels: int) -> Tensor:
         asked = f"has {found} channel{'s' * (found != 1)} ({picture.kind}), data.channels={channels} was asked for"
         raise Problem(asked, picture.path, f"Set data.channels={found}, or convert the file.")
     if picture.white is None and pixels.dtype.kind != "f":
-        remedy = "Save it as unsigned 8 or 16 bit, or as float with the range that the net shall see."
+        remedy = "Set data.white to the value of full brightness."
         raise Problem(f"holds {pixels.dtype} values, which have no agreed white", picture.path, remedy)
     with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused below.
         values = np.array(pixels.transpose(2, 0, 1), dtype=np.float32, order="C")
-    if picture.white is None and not np.isfinite(values).all():
+    if pixels.dtype.kind == "f" and not np.isfinite(values).all():
         count = int(values.size - np.isfinite(values).sum())
         raise Problem(f"holds {count} values that are not finite (NaN or infinite)", picture.path, "Fill them first.")
     # NumPy divides and repeats: torch would wake its threads for each small image, from every reading thread.
@@ -227,30 +242,80 @@ def _read_tiff(path: Path, data: bytes) -> Picture:
     with tifffile.TiffFile(BytesIO(data)) as file:
         # Reduced copies (overviews) and transparency masks come along as pages of their own: bits 0 and 2.
         pages: list[Any] = [page for page in file.pages if not int(getattr(page, "subfiletype", 0)) & 0b101]
-        if len(pages) != 1 or pages[0].imagedepth != 1:
+        channels = len(pages) > 1 and file.series[0].axes == "CYX" and len(file.series[0].pages) == len(pages)
+        if not pages or (len(pages) > 1 and not channels) or pages[0].imagedepth != 1:
             raise _frames(path, len(pages) * (pages[0].imagedepth if pages else 1))
         page = pages[0]
-        ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        spans = [
+            (start, count) for one in pages for start, count in zip(one.dataoffsets, one.databytecounts, strict=True)
+        ]
+        ends = [start + count for start, count in spans]
         if not ends or max(ends) > len(data):  # A truncated JPEG strip decodes without a word.
             what = f"is truncated: {max(ends, default=0)} bytes expected, {len(data)} found"
             raise Problem(what, path, "Copy it again.")
-        photometric = tifffile.PHOTOMETRIC(page.photometric)
-        jpeg = page.compression in (6, 7, 33003, 33005, 34712)
-        known = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE")
-        if photometric.name not in known and not (photometric.name == "YCBCR" and jpeg):
-            raise _colors(path, photometric.name)
         pixels = page.asarray()
+        if channels:
+            pixels = np.stack([pixels, *(one.asarray() for one in pages[1:])], axis=-1)
+            return page_picture(path, page, pixels)
         pixels = np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else _with_channels(pixels)
-        white = 2**page.bitspersample - 1 if pixels.dtype.kind in "bu" and page.bitspersample <= 16 else None
-        if photometric.name == "MINISWHITE" and white is not None:
-            pixels = ~pixels if pixels.dtype == bool else white - pixels
-        palette = None
-        if photometric.name == "PALETTE":
-            palette = np.zeros((65536 if pixels.dtype == np.uint16 else 256, 3), np.uint8)
-            stored = np.asarray(page.colormap)
-            palette[: stored.shape[1]] = (stored.T >> 8).astype(np.uint8)
-        alpha = len(page.extrasamples) > 0 and page.extrasamples[-1] in (1, 2)
-        return Picture(pixels, path, white=white, alpha=alpha, palette=palette, lossy=jpeg)
+        return page_picture(path, page, pixels)
+
+
+def page_picture(path: Path, page: Any, pixels: NDArray[Any]) -> Picture:
+    """Pixels of a page of a TIFF, all of them or a window, with what the page's tags say of their meaning.
+
+    Args:
+        path: of the file.
+        page: a `tifffile.TiffPage`.
+        pixels: `(height, width, samples)`, as decoded.
+
+    Raises:
+        DataError: for colours that are none of gray, palette and RGB.
+    """
+    photometric = tifffile.PHOTOMETRIC(page.photometric)
+    jpeg = page.compression in (6, 7, 33003, 33005, 34712)
+    known = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE")
+    if photometric.name not in known and not (photometric.name == "YCBCR" and jpeg):
+        raise _colors(path, photometric.name)
+    white = 2**page.bitspersample - 1 if pixels.dtype.kind in "bu" and page.bitspersample <= 16 else None
+    if photometric.name == "MINISWHITE" and white is not None:
+        pixels = ~pixels if pixels.dtype == bool else white - pixels
+    palette = None
+    if photometric.name == "PALETTE":
+        palette = np.zeros((65536 if pixels.dtype == np.uint16 else 256, 3), np.uint8)
+        stored = np.asarray(page.colormap)
+        palette[: stored.shape[1]] = (stored.T >> 8).astype(np.uint8)
+    alpha = len(page.extrasamples) > 0 and page.extrasamples[-1] in (1, 2)
+    return Picture(pixels, path, white=white, alpha=alpha, palette=palette, lossy=jpeg)
+
+
+def _array_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _array_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bool, int, int]:
+    """Whether channels come first, height and width of an array."""
+    form = "arrays must be (height, width), (height, width, channels) or (channels, height, width)"
+    if dtype.kind not in "buif":
+        raise Problem(f"holds {dtype}, numbers are required", path, "Save it as integers or floats.")
+    if len(shape) == 2:
+        return False, shape[0], shape[1]
+    if len(shape) != 3 or shape[0] == shape[2]:
+        raise Problem(f"has the shape {shape}: {form}, with fewer channels than pixels", path, "Save it so.")
+    first = shape[0] < shape[2]
+    return (True, shape[1], shape[2]) if first else (False, shape[0], shape[1])
+
+
+def _read_array(path: Path, data: bytes) -> Picture:
+    first, _, _ = _array_shape(path, *_array_header(BytesIO(data)))
+    pixels = np.load(BytesIO(data), allow_pickle=False)
+    whites = {"b1": 1, "u1": 255, "u2": 65535}
+    return Picture(
+        np.moveaxis(pixels, 0, -1) if first else _with_channels(pixels), path, white=whites.get(pixels.dtype.str[1:])
+    )
 
 
 def _with_channels(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -262,6 +327,8 @@ def _orientation(path: Path, data: bytes | None) -> int:
     file = BytesIO(data) if data is not None else path
     with path.open("rb") if data is None else BytesIO(data[:4]) as start:
         magic = start.read(4)
+    if magic == NUMPY[:4]:
+        return 1
     if magic in TIFF:
         with tifffile.TiffFile(file) as tiff:
             found = tiff.pages.first.tags.valueof(ORIENTATION, default=1)
@@ -290,7 +357,7 @@ def _undecodable(path: Path, data: bytes, error: Exception) -> Problem:
     if data.startswith(b"version https://git-lfs"):
         return Problem("is a Git LFS pointer, not the image", path, "Fetch the images with `git lfs pull`.")
     if isinstance(error, UnidentifiedImageError):
-        what = f"is not a PNG, JPEG, BMP or TIFF image: it begins with {data[:12]!r}"
+        what = f"is not a PNG, JPEG, BMP, TIFF or NumPy image: it begins with {data[:12]!r}"
         return Problem(what, path, "Remove or replace it.")
     return Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again or remove it.")
 
@@ -301,7 +368,8 @@ def _too_large(path: Path, reason: str) -> Problem:
 
 
 def _frames(path: Path, frames: int) -> Problem:
-    return Problem(f"holds {frames} frames, one is required", path, "Save each frame as a file of its own.")
+    remedy = "Save each frame as a file of its own; if they are channels, with tifffile's planarconfig='separate'."
+    return Problem(f"holds {frames} frames, one is required", path, remedy)
 
 
 def _colors(path: Path, found: str) -> Problem:

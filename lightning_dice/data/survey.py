@@ -9,14 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, Pair
 from lightning_dice.data.masks import MaskFormat, count_values, read_masks, suggest
-from lightning_dice.data.readers import Problem, read_bytes, read_picture, to_image
-from lightning_dice.data.source import DataError, Split
+from lightning_dice.data.readers import Picture, Problem, read_bytes, read_picture
+from lightning_dice.data.source import DataErrors, Split
 
 LISTED = 20  # files in one error
 NAMED = 5  # files in one warning
+LEVELS = 16  # values of an image that may be a mask
+PICTURE = 64  # values of a mask that is none
 
 
 @dataclass
@@ -27,14 +34,17 @@ class Facts:
         pair: the case.
         size: height and width.
         kind: the image's depth and colour.
+        levels: how many values the image holds; 0 if more than a mask does.
         digest: of the image file's content.
-        counts: pixels of each stored value, for each mask file.
+        counts: pixels of each stored value, for each mask: of ids one, or one for each plane; of several raters, those
+            of each in turn.
         problems: what is wrong.
     """
 
     pair: Pair
     size: tuple[int, int] = (0, 0)
     kind: str = ""
+    levels: int = 0
     digest: bytes = b""
     counts: list[dict[int, int]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -59,67 +69,89 @@ class Survey:
 
     Attributes:
         facts: of each split's cases.
-        planes: masks are one file for each class.
+        planes: the classes of a mask's planes; empty for masks of ids.
         mask_format: how masks are stored.
+        raters: who made masks; empty where there is one of each image.
+        notes: what is to be told beside.
     """
 
     facts: Mapping[Split, Sequence[Facts]]
-    planes: bool
+    planes: Sequence[str]
     mask_format: MaskFormat
+    raters: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def shares(self, splits: Iterable[Split]) -> dict[str | None, Share]:
-        """The share of each class in some splits, and under `None` that of ignored pixels."""
+        """The share of each class in some splits, and under `None` that of ignored pixels; the mean over raters."""
         pixels: Counter[str | None] = Counter()
         cases: Counter[str | None] = Counter()
         total = 0
+        background = self.mask_format.background
         names: dict[int | None, str | None] = {self.mask_format.ignore_index: None}
         names.update(zip(self.mask_format.class_ids, self.mask_format.classes, strict=True))
         for facts in (facts for split in splits for facts in self.facts[split]):
-            total += facts.size[0] * facts.size[1]
+            size = facts.size[0] * facts.size[1] * max(len(self.raters), 1)
+            total += size
             here: Counter[str | None] = Counter()
             for position, counts in enumerate(facts.counts):
                 if self.planes:
-                    names = {self.mask_format.ignore_index: None, 1: self.mask_format.classes[position]}
+                    names = {self.mask_format.ignore_index: None, 1: self._class_of(facts, position)}
                 for value, count in counts.items():
-                    label = self.mask_format.label(value, self.planes)
+                    label = self.mask_format.label(value, bool(self.planes))
                     if label in names:
                         here[names[label]] += count
+            if self.planes and background is not None and background not in here and facts.counts:
+                ignored = here.get(None, 0)
+                rest = size - sum(here.values()) + ignored - ignored // len(self.planes)
+                here.update({background: rest} if rest > 0 else {})
             pixels.update(here)
             cases.update(here.keys())
         if self.planes:
-            pixels[None] //= len(self.mask_format.classes)
+            pixels[None] //= len(self.planes)
         return {name: Share(pixels[name] / max(total, 1), cases[name]) for name in (*self.mask_format.classes, None)}
+
+    def _class_of(self, facts: Facts, position: int) -> str:
+        """The class of a plane: of the first one, the background, there may be none."""
+        each = len(facts.counts) // max(len(self.raters), 1)
+        return self.mask_format.classes[position % each - each]
 
     def problems(self) -> list[Problem]:
         """All that is wrong, the values of masks judged over all cases."""
         everything = [facts for part in self.facts.values() for facts in part]
         found = [problem for facts in everything for problem in facts.problems]
-        for position in range(len(self.mask_format.classes) if self.planes else 1):
-            found += self._value_problems([facts for facts in everything if facts.counts], position)
+        for position in range(max((len(facts.counts) for facts in everything), default=0)):
+            found += self._value_problems([facts for facts in everything if len(facts.counts) > position], position)
         return found
 
     def _value_problems(self, everything: Sequence[Facts], position: int) -> list[Problem]:
         """Values without an id, or a set of masks in 0 and 255 of which nothing but the ignored label is left."""
         form = self.mask_format
         values = {value for facts in everything for value in facts.counts[position]}
-        wrong = [(facts, form.describe(facts.counts[position], self.planes)) for facts in everything]
+        wrong = [(facts, form.describe(facts.counts[position], bool(self.planes))) for facts in everything]
         wrong = [(facts, what) for facts, what in wrong if what]
+        pictures = [facts for facts, _ in wrong if len(facts.counts[position]) > PICTURE]
+        if pictures and len(pictures) < len(everything):
+            # The values of photographs say nothing about those of the masks.
+            strange = [_picture(facts, position) for facts in pictures]
+            return strange + self._value_problems([one for one in everything if one not in pictures], position)
+        if pictures:
+            return [_picture(facts, position) for facts in pictures]
         if wrong:
             remedy = suggest(values, range(2) if self.planes else form.ids, form.ignore_index)
-            return [Problem(f"holds {what}", facts.pair.masks[position], remedy) for facts, what in wrong]
+            return [Problem(f"holds {what}", _mask_at(facts, position), remedy) for facts, what in wrong]
         unannotated = self.planes and 0 not in values  # of this class, which is no reason to refuse the others
         if unannotated or not self._doubtful(values):
             return []
         label = form.ignore_index
         what = f"all masks hold {' and '.join(map(str, sorted(values)))} alone, and {label} is the ignored label"
-        where = everything[0].pair.masks[position].parent
+        where = Path(_mask_at(everything[0], position)).parent
         remedy = f"If {label} is foreground, set 'data.values={{{label}:1}}'."
         return [Problem(f"{what}: no foreground would be left to learn", where, remedy)]
 
     def _doubtful(self, values: Collection[int]) -> bool:
         """Whether the ignored label is there as stored, and no foreground."""
         form = self.mask_format
-        labels = {form.label(value, self.planes) for value in values}
+        labels = {form.label(value, bool(self.planes)) for value in values}
         stored = form.ignore_index in values and form.ignore_index not in (form.values or {})
         return stored and labels <= {0, form.ignore_index}
 
@@ -147,7 +179,8 @@ class Survey:
     def report(self, root: Path) -> str:
         """The survey as a text to show."""
         cases = sum(map(len, self.facts.values()))
-        stored = "one mask file for each class" if self.planes else "masks of ids"
+        stored = "one mask for each class" if self.planes else "masks of ids"
+        stored += f" by {len(self.raters)} raters" if self.raters else ""
         rows = [("split", "cases", "height x width", "images")]
         for split, part in self.facts.items():
             kinds = Counter(facts.kind for facts in part).most_common()
@@ -160,21 +193,21 @@ class Survey:
                 cells = (f"{100 * part[name].fraction:.3g}% ({part[name].cases})" for part in shares.values())
                 table.append(("(ignored)" if name is None else name, *cells))
         heading = f"{root}: {cases} cases, {stored}, {self.mask_format.activation}"
-        warnings = [f"Warning: {line}" for line in self.warnings()]
+        warnings = [*(f"Note: {line}" for line in self.notes), *(f"Warning: {line}" for line in self.warnings())]
         return "\n".join([heading, "", *_align(rows), "", *_align(table), *([""] if warnings else []), *warnings])
 
 
-def survey(layout: Layout, channels: int, mask_format: MaskFormat, workers: int) -> Survey:
+def survey(layout: Layout, image_format: ImageFormat, mask_format: MaskFormat, workers: int) -> Survey:
     """Read every file of a layout once."""
     with ThreadPoolExecutor(workers) as pool:
         facts = {
-            split: list(pool.map(lambda pair: _inspect(pair, channels, mask_format), pairs))
+            split: list(pool.map(lambda pair: _inspect(pair, image_format, mask_format, layout), pairs))
             for split, pairs in layout.pairs.items()
         }
-    return Survey(facts, layout.planes, mask_format)
+    return Survey(facts, layout.planes, mask_format, layout.raters, tuple(layout.notes))
 
 
-def error(root: Path, problems: Sequence[Problem]) -> DataError:
+def error(root: Path, problems: Sequence[Problem]) -> DataErrors:
     """One error of many problems: grouped by their remedy, the first files of each by name."""
     groups: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
@@ -191,10 +224,10 @@ def error(root: Path, problems: Sequence[Problem]) -> DataError:
         if remedy:
             lines.append(f"  {remedy}")
     text = "\n".join(lines).replace(f"{root}{os.sep}", "")
-    return DataError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {root}:\n{text}")
+    return DataErrors(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {root}:\n{text}", problems)
 
 
-def _inspect(pair: Pair, channels: int, mask_format: MaskFormat) -> Facts:
+def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, layout: Layout) -> Facts:
     facts = Facts(pair)
     try:
         data = read_bytes(pair.image)
@@ -203,20 +236,83 @@ def _inspect(pair: Pair, channels: int, mask_format: MaskFormat) -> Facts:
     except Problem as problem:
         facts.problems.append(problem)
         return facts
+    look_at(facts, picture, image_format)
+    look_at_masks(facts, picture, mask_format, layout)
+    return facts
+
+
+def look_at(facts: Facts, picture: Picture, image_format: ImageFormat) -> None:
+    """Note what a decoded image shows."""
     facts.size, facts.kind = picture.size, picture.kind
+    first = picture.pixels[..., 0]
+    if len(np.unique(first[:: max(1, first.shape[0] // 64), :: max(1, first.shape[1] // 64)])) <= LEVELS:
+        levels = len(np.unique(first))
+        facts.levels = levels if levels <= LEVELS else 0
     try:
-        to_image(picture, channels)
+        image_format.image(picture)
     except Problem as problem:
         facts.problems.append(problem)
+
+
+def look_at_masks(facts: Facts, picture: Picture, mask_format: MaskFormat, layout: Layout) -> None:
+    """Note what the masks of an image hold."""
     counts = []
-    for path in pair.masks:
+    stored: list[NDArray[Any]] = []
+    sound = True
+    for file in facts.pair.masks:
         try:
-            counts += [count_values(stored) for stored in read_masks(picture, [path], mask_format)]
+            here = read_masks(picture, [file], mask_format)
         except Problem as problem:
-            facts.problems.append(problem)
-    if len(counts) == len(pair.masks):
-        facts.counts = counts
-    return facts
+            exchanged = facts.levels > 1 and _has_colors(file)
+            facts.problems.append(_exchanged(facts, str(file)) if exchanged else problem)
+            sound = False
+            continue
+        counts += [count_values(part) for part in here]
+        if mask_format.background is not None and layout.planes:
+            stored += here
+    if not sound:
+        return
+    facts.counts = counts
+    # Planes that exclude each other can be judged together alone, once each is sound.
+    step = len(stored) // max(len(layout.raters), 1)
+    for start in range(0, len(stored), step or 1):
+        rater = stored[start : start + step]
+        if not any(mask_format.describe(found, True) for found in counts[start : start + step]):
+            try:
+                mask_format.encode(rater, planes=True)
+            except ValueError as wrong:
+                facts.problems.append(Problem(str(wrong), _mask_at(facts, start)))
+
+
+def _picture(facts: Facts, position: int) -> Problem:
+    """What is wrong with a mask of more values than a mask has."""
+    where = _mask_at(facts, position)
+    if facts.levels > 1:
+        return _exchanged(facts, where)
+    what = f"looks like a picture, or numbers objects: it holds {len(facts.counts[position])} values, ids are required"
+    return Problem(what, where, "Put a mask there; of a map of instances make one of classes.")
+
+
+def _has_colors(file: object) -> bool:
+    """Whether a mask that was refused is a picture in colours."""
+    if not isinstance(file, Path):
+        return False
+    try:
+        pixels = read_picture(file).pixels
+    except Problem:
+        return False
+    return pixels.shape[2] > 1 and len(np.unique(pixels)) > PICTURE
+
+
+def _exchanged(facts: Facts, mask: str) -> Problem:
+    what = f"looks like a picture, and its image {facts.pair.image.name} like a mask: it holds {facts.levels} values"
+    return Problem(what, mask, "Exchange the two files, or data.images and data.masks.")
+
+
+def _mask_at(facts: Facts, position: int) -> str:
+    """The file of a mask: several planes may stand in one."""
+    masks = facts.pair.masks
+    return str(masks[position * len(masks) // max(len(facts.counts), 1)])
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> str:

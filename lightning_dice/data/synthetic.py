@@ -12,6 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
+from lightning_dice.data.images import ImageFormat
+from lightning_dice.data.masks import MaskFormat
+from lightning_dice.data.pictures import PictureReader
+from lightning_dice.data.reader import Reader
 from lightning_dice.data.source import Cases, Split
 
 Floats = NDArray[np.float32]
@@ -136,6 +140,19 @@ class SyntheticSource:
     def size(self) -> tuple[int, ...]:
         """Space axes of every image, in pixels."""
         return self._scene.size
+
+    @property
+    def reader(self) -> Reader:
+        """Reads files as if they were such cases: pictures, or NIfTI volumes as they are stored, and writes ids."""
+        if len(self.size) == 2:
+            return PictureReader(
+                MaskFormat(self.classes, self.activation, self.ignore_index), ImageFormat(self.channels)
+            )
+        from lightning_dice.data.volume_labels import LabelMap
+        from lightning_dice.data.volume_reader import Preparation, VolumeReader
+
+        labels = LabelMap.of_ids(self.classes, self.activation, self.ignore_index)
+        return VolumeReader(labels, self.channels, lambda: Preparation(("nonorm",) * self.channels))
 
     def check(self) -> str:
         """Draw some cases of each split.

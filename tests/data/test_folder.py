@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -148,6 +152,116 @@ def test_long_lists_are_cut_and_hide_no_other_kind(tmp_path):
     assert "- images/alone.png: has no mask" in text
     assert "- and 11 more of this kind\n  Give the mask the image's size" in text
     assert text.count("\n- ") == 21
+
+
+def gif(path: Path) -> None:
+    Image.fromarray(MASK[..., None].repeat(3, 2) * 90).save(path, format="GIF")
+
+
+def bomb(path: Path) -> None:
+    """A PNG's header of a billion pixels, in a file of a few bytes."""
+    start = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    path.write_bytes(start + struct.pack(">I", zlib.crc32(start[12:])) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+
+
+FAULTS = {
+    "empty": (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be decoded"),
+    "text": (lambda path: path.write_text("not found"), "is not a PNG, JPEG, BMP, TIFF or NumPy image"),
+    "bomb": (bomb, "may be a decompression bomb"),
+    "broken-link": (lambda path: (path.unlink(), path.symlink_to("nowhere.png")), "is a link to nowhere.png, which is"),
+    "circle": (lambda path: (path.unlink(), path.symlink_to(path.name)), "is a link to|cannot be opened"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), None),
+}
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_bad_files_are_all_in_one_report(tmp_path, kind):
+    names = {name: f"{name} (1) größe" for name in FAULTS if name != "folder"}
+    pairs(tmp_path, "good", "other", *names.values(), split="train")
+    for name, stem in names.items():
+        FAULTS[name][0](tmp_path / kind / "train" / f"{stem}.png")
+    text = refusal(FolderSource(tmp_path, TWO))
+    assert text.startswith(f"{len(names)} problems in {tmp_path}:")
+    for name, stem in names.items():
+        assert re.search(rf"- {kind}/train/{re.escape(stem)}\.png: ({FAULTS[name][1]})", text), name
+
+
+def test_what_a_file_is_counts_and_not_its_name(tmp_path):
+    pairs(tmp_path, "a", "b")
+    gif(tmp_path / "images/a.png")
+    pairs(tmp_path / "elsewhere", "c")
+    for kind in ("images", "masks"):  # Links are followed, out of the folder too.
+        (tmp_path / kind / "c.png").symlink_to(tmp_path / "elsewhere" / kind / "c.png")
+    source = FolderSource(tmp_path, TWO, fractions=(1, 0, 0), masks="images/../masks")
+    source.check()
+    assert [sample.case for sample in source.split("train")] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+@pytest.mark.parametrize("fault", ["empty", "truncated", "folder", "broken-link"])
+def test_a_file_that_changes_after_the_check_is_named(tmp_path, kind, fault):
+    pairs(tmp_path, "a", "b")
+    source = FolderSource(tmp_path, TWO, fractions=(1, 0, 0))
+    source.check()
+    cases = source.split("train")
+    FAULTS[fault][0](tmp_path / kind / "a.png")
+    with pytest.raises(DataError, match=rf"{kind}/a\.png: (is empty|cannot be|is a link)"):
+        cases[0]
+    assert cases[1].case == "b"
+
+
+def test_a_mask_of_another_size_after_the_check_is_named(tmp_path):
+    pairs(tmp_path, "a")
+    cases = FolderSource(tmp_path, TWO).split("train")
+    write(tmp_path, "masks/a.png", mask=[[0, 1]])
+    with pytest.raises(DataError, match=r"masks/a\.png: is 1x2 .*but its image a\.png is 2x3"):
+        cases[0]
+
+
+# Other ways to store a mask
+
+
+def test_channels_that_are_classes(tmp_path):
+    pairs(tmp_path, "a", "b")
+    stacked = np.stack([MASK, 1 - MASK])
+    for case in "ab":
+        (tmp_path / f"masks/{case}.png").unlink()
+    np.save(tmp_path / "masks/a.npy", stacked)
+    tifffile.imwrite(tmp_path / "masks/b.tif", stacked[1:], photometric="minisblack")
+    form = MaskFormat(["artery", "vein"], "softmax", stacked=True)
+    source = FolderSource(tmp_path, form, fractions=(1, 0, 0))
+    report = source.check()
+    assert "2 cases, one mask for each class, softmax" in report
+    assert [sample.mask.tolist() for sample in source.split("train")] == [(1 - MASK).tolist()] * 2
+    shares = source.survey().shares(["train"])
+    assert (shares["artery"].fraction, shares["vein"].fraction) == (0.5, 0.5)
+    assert (shares["artery"].cases, shares["vein"].cases) == (2, 2)
+
+
+def test_a_folder_for_each_class_of_a_softmax(tmp_path):
+    planes(tmp_path, "vein", "artery")
+    source = FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
+    text = refusal(source)
+    assert "2 problems" in text
+    assert "masks/train/artery/a.png: holds 3 pixels of several classes" in text
+    for case in "ab":
+        write(tmp_path, f"masks/train/vein/{case}.png", mask=[[1, 0, 0], [0, 0, 0]])
+    write(tmp_path, "masks/train/artery/b.png", mask=MASK)
+    source = FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
+    source.check()
+    expected = MASK.copy()
+    expected[0, 0] = 2
+    assert [sample.mask.tolist() for sample in source.split("train")] == [expected.tolist()] * 2
+    shares = source.survey().shares(["train"])
+    assert [shares[name].fraction for name in ("background", "artery", "vein")] == pytest.approx([1 / 3, 1 / 2, 1 / 6])
+
+
+def test_a_class_of_a_softmax_that_holds_no_ids(tmp_path):
+    planes(tmp_path, "vein", "artery")
+    write(tmp_path, "masks/train/vein/a.png", mask=MASK * 7)
+    text = refusal(FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"])))
+    assert "masks/train/vein/a.png: holds the values 7 (3 pixels), which are not ids: required 0 to 1" in text
 
 
 @pytest.mark.parametrize(

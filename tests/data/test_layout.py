@@ -216,3 +216,214 @@ def test_what_does_not_fit_together(tmp_path, make, expected):
         assert part in str(caught.value)
     with pytest.raises(DataError):
         source.check()
+
+
+# Patterns, lists, names of splits
+
+
+def pairing(root: Path, *, planes=(), **settings) -> dict[str, dict[str, list[str]]]:
+    """The files of each case of each split, below the root."""
+    arguments = {"images": "images", "masks": "masks", "fractions": (1, 0, 0), "seed": 0, **settings}
+    layout = scan(root, planes=planes, **arguments)
+    assert not layout.problems
+    return {
+        split: {pair.case: [path.relative_to(root).as_posix() for path in (pair.image, *pair.masks)] for pair in part}
+        for split, part in layout.pairs.items()
+    }
+
+
+PATTERNS = {
+    "cityscapes": (
+        {"images": "left/{split}/*/{case}_left.png", "masks": "gt/{split}/*/{case}_gt_ids.png"},
+        [
+            *("left/train/bonn/b_1_left.png", "gt/train/bonn/b_1_gt_ids.png", "gt/train/bonn/b_1_gt_color.png"),
+            *("left/val/ulm/u_1_left.png", "gt/val/ulm/u_1_gt_ids.png", "left/val/ulm/u_1_left.json"),
+        ],
+        {
+            "train": {"b_1": ["left/train/bonn/b_1_left.png", "gt/train/bonn/b_1_gt_ids.png"]},
+            "val": {"u_1": ["left/val/ulm/u_1_left.png", "gt/val/ulm/u_1_gt_ids.png"]},
+        },
+    ),
+    "classes-beside-each-other": (
+        {"masks": "masks/{case}_{class}", "planes": ("upper", "left_upper")},
+        ["images/a.png", "masks/a_upper.png", "masks/a_left_upper.PNG"],
+        {"train": {"a": ["images/a.png", "masks/a_upper.png", "masks/a_left_upper.PNG"]}},
+    ),
+    "classes-in-the-images-folder": (
+        {"images": "all/{case}", "masks": "all/{case}_{class}.png", "planes": ("artery", "vein")},
+        ["all/a (1).jpg", "all/a (1)_vein.png", "all/a (1)_artery.png"],
+        {"train": {"a (1)": ["all/a (1).jpg", "all/a (1)_artery.png", "all/a (1)_vein.png"]}},
+    ),
+    "a-folder-for-each-case": (
+        {"images": "{case}/{case}_image.tif", "masks": "{case}/{class}", "planes": ("artery", "vein")},
+        ["a/b_image.tif", *(f"{c}/{name}" for c in "ab" for name in (f"{c}_image.tif", "artery.png", "vein.png"))],
+        None,
+    ),
+    "raters": (
+        {"masks": "masks/{split}", "raters": ("r1", "r2"), "planes": ("artery", "vein")},
+        ["images/train/a.png", *(f"masks/train/{r}/{c}/a.png" for r in ("r2", "r1") for c in ("vein", "artery"))],
+        {
+            "train": {
+                "a": [
+                    "images/train/a.png",
+                    *(f"masks/train/{r}/{c}/a.png" for r in ("r1", "r2") for c in ("artery", "vein")),
+                ]
+            }
+        },
+    ),
+    "raters-by-name": (
+        {"masks": "masks/{case}.{rater}", "raters": ("r1", "r2")},
+        ["images/a.png", "masks/a.r2.png", "masks/a.r1.png"],
+        {"train": {"a": ["images/a.png", "masks/a.r1.png", "masks/a.r2.png"]}},
+    ),
+    "rater-before-split": (
+        {"masks": "masks/{rater}/{split}", "raters": ("r1", "r2")},
+        ["images/train/a.png", "masks/r1/train/a.png", "masks/r2/train/a_mask.png"],
+        {"train": {"a": ["images/train/a.png", "masks/r1/train/a.png", "masks/r2/train/a_mask.png"]}},
+    ),
+    "other-words": (
+        {"splits": {"train": "train2017", "val": "val2017", "test": None}},
+        [f"{kind}/{place}.png" for place in ("train2017/a", "val2017/b", "test/c") for kind in ("images", "masks")],
+        {
+            "train": {"a": ["images/train2017/a.png", "masks/train2017/a.png"]},
+            "val": {"b": ["images/val2017/b.png", "masks/val2017/b.png"]},
+        },
+    ),
+    "no-background": (
+        {"planes": ("background", "vein"), "background": "background"},
+        ["images/a.png", "masks/vein/a.png"],
+        {"train": {"a": ["images/a.png", "masks/vein/a.png"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "files", "expected"), PATTERNS.values(), ids=PATTERNS.keys())
+def test_patterns(tmp_path, settings, files, expected):
+    write(tmp_path, *files)
+    found = pairing(tmp_path, **settings)
+    if expected is None:
+        expected = {"train": {c: [f"{c}/{c}_image.tif", f"{c}/artery.png", f"{c}/vein.png"] for c in "ab"}}
+    assert found == expected
+
+
+def voc(root: Path, **lists: str) -> None:
+    write(root, *(f"JPEGImages/{name}.jpg" for name in ("a", "b c", "d", "extra")))
+    write(root, *(f"Masks/{name}.png" for name in ("a", "b c", "d", "nobody's")))
+    (root / "Sets").mkdir()
+    for split, text in lists.items():
+        (root / f"Sets/{split}.txt").write_text(text)
+
+
+VOC = {"images": "JPEGImages", "masks": "Masks", "lists": "Sets/{split}.txt"}
+
+
+def test_lists_of_cases(tmp_path):
+    voc(tmp_path, train="a\nb c\n\n", val="# names\n/some/where/d.jpg /masks/d.png 1\n", trainval="a\nb c\nd")
+    found = pairing(tmp_path, **VOC)
+    assert {split: list(part) for split, part in found.items()} == {"train": ["a", "b c"], "val": ["d"]}
+    found = pairing(tmp_path, **VOC, splits={"train": "trainval"})
+    assert list(found["train"]) == ["a", "b c", "d"]
+
+
+def test_what_is_wrong_with_lists(tmp_path):
+    voc(tmp_path, train="a\nb c\nmissing\na", val="a\nd")
+    problems = scan(tmp_path, **VOC, planes=(), fractions=(1, 0, 0), seed=0).problems
+    text = "\n".join(map(str, problems))
+    assert len(problems) == 3
+    assert "train.txt: names 'missing', of which there is no image" in text
+    assert "train.txt: names 'a', twice" in text
+    assert "val.txt: names 'a', which the list of train names too" in text
+    (tmp_path / "Masks/d.png").unlink()
+    problems = scan(tmp_path, **VOC, planes=(), fractions=(1, 0, 0), seed=0).problems
+    assert any("d.jpg: has no mask in" in str(problem) for problem in problems)
+
+
+MISFITS = {
+    "no-image-of-the-pattern": (
+        ["images/a.png", "masks/a.png"],
+        {"images": "images/{case}_rgb"},
+        ["images/{case}_rgb: no file has such a name", "Set data.images"],
+    ),
+    "no-mask-of-the-pattern": (
+        ["images/a.png", "masks/a.png"],
+        {"masks": "masks/{case}_gt"},
+        ["masks/{case}_gt: no file has such a name", "Set data.masks"],
+    ),
+    "no-masks-of-a-class": (
+        ["images/a.png", "masks/a_vein.png"],
+        {"masks": "masks/{case}_{class}", "mask_format": MaskFormat(["artery", "vein"], "sigmoid")},
+        ["masks/{case}_artery: no mask has such a name"],
+    ),
+    "one-mask-of-a-class-missing": (
+        ["images/a.png", "images/b.png", *(f"masks/{n}.png" for n in ("a_artery", "a_vein", "b_vein", "c_vein"))],
+        {"masks": "masks/{case}_{class}", "mask_format": MaskFormat(["artery", "vein"], "sigmoid")},
+        ["images/b.png: has no mask in masks/{case}_artery", "masks/c_vein.png: has no image"],
+    ),
+    "one-name-in-two-cities": (
+        ["images/x/a.png", "images/y/a.png", "masks/a.png"],
+        {"images": "images/*/{case}"},
+        ["several images have one stem: a.png, a.png"],
+    ),
+    "no-such-rater": (
+        ["images/a.png", "masks/one/a.png"],
+        {"raters": ["one", "two"]},
+        ["masks: has no folder for the rater two; masks holds one/"],
+    ),
+    "a-background-by-one-rater-alone": (
+        ["images/a.png", "masks/one/background/a.png", *(f"masks/{r}/lesion/a.png" for r in ("one", "two"))],
+        {"raters": ["one", "two"]},
+        ["images: raters have masks of different classes: one: background, lesion; two: lesion"],
+    ),
+    "two-lists": (
+        ["images/a.png", "masks/a.png", "sets/val.txt", "sets/valid.txt", "sets/train.txt"],
+        {"lists": "sets/{split}.txt"},
+        ["cases of the split val are in several lists: val.txt, valid.txt"],
+    ),
+    "no-such-split": (
+        ["images/train/a.png", "masks/train/a.png"],
+        {"splits": {"train": "train", "val": "val2017"}},
+        ["images: there is nothing for the split val, which data.splits calls 'val2017'"],
+    ),
+    "no-list": (
+        ["images/a.png", "masks/a.png"],
+        {"lists": "sets/{split}.txt"},
+        ["there is no list of cases; looked for sets/train.txt"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "settings", "expected"), MISFITS.values(), ids=MISFITS.keys())
+def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
+    write(tmp_path, *files)
+    source = FolderSource(tmp_path, **{"mask_format": TWO, **settings})
+    with pytest.raises(DataError) as caught:
+        source.split("train")
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masks": "masks/{spilt}"}, r"masks must be a place .*\{split\}, \{case\}, .*got 'masks/\{spilt\}'"),
+        ({"images": "images/*"}, r"with \* in it, it must name files by \{case\}"),
+        ({"masks": "masks/{rater}"}, "raters must name who"),
+        ({"masks": "masks/{case}", "raters": ["a", "b"]}, r"masks must have \{rater\} in it"),
+        ({"lists": "train.txt"}, r"lists must have \{split\} in it"),
+        ({"splits": {"training": "x"}}, "splits must say what stands for train, val and test"),
+        ({"splits": {"val": "x"}}, "at least for train"),
+        ({"raters": ["a"]}, "raters must be a list of at least two names"),
+        ({"raters": ["a", "mean"]}, "must differ from each other and from mean"),
+        ({"raters": ["a", "b"], "fusion": "vote"}, "fusion must be mean, majority, random or one of"),
+        ({"raters": ["a", "b"], "reference": "mean"}, "a score needs one hard mask"),
+        (
+            {"raters": ["a", "b"], "mask_format": MaskFormat(["x"], "sigmoid", None)},
+            "fusion=mean needs an ignore_index",
+        ),
+        ({"nodata": 0, "mask_format": MaskFormat(["x"], "sigmoid", None)}, "nodata needs an ignore_index"),
+        ({"masks": "m/{case}_{class}", "mask_format": MaskFormat(["a", "b"], stacked=True)}, "leave {class} out"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FolderSource(**{"root": "data", "mask_format": TWO, **settings})

@@ -165,3 +165,61 @@ def test_settings_that_contradict(settings, message):
 )
 def test_suggestions(values, ids, expected):
     assert expected in suggest(values, range(ids), 255)
+
+
+# A plane for each class
+
+
+def exclusive(*planes: object, classes: tuple[str, ...] = ("background", "cell", "nucleus"), **settings: object):
+    mask_format = MaskFormat(classes, **settings)
+    return mask_format.encode([np.asarray(plane, np.uint8) for plane in planes], planes=True)
+
+
+@pytest.mark.parametrize(
+    ("planes", "expected"),
+    [
+        ([[[0, 1, 0, 0]], [[0, 0, 1, 0]]], [[0, 1, 2, 0]]),
+        ([[[1, 0, 0, 1]], [[0, 1, 0, 0]], [[0, 0, 1, 0]]], [[0, 1, 2, 0]]),
+        ([[[0, 1, 255, 255]], [[0, 255, 0, 255]]], [[0, 255, 255, 255]]),
+    ],
+    ids=["without-background", "with-background", "ignored-by-any"],
+)
+def test_planes_that_exclude_each_other_become_ids(planes, expected):
+    mask = exclusive(*planes)
+    assert mask.tolist() == expected
+    assert mask.dtype == torch.uint8
+
+
+def test_planes_of_0_and_255():
+    assert exclusive([[0, 255]], [[255, 0]], values={255: 1}).tolist() == [[2, 1]]
+
+
+def test_planes_that_overlap_or_leave_holes_are_refused():
+    with pytest.raises(ValueError, match=r"holds 2 pixels of several classes.*data\.activation=sigmoid"):
+        exclusive([[1, 1, 1, 0, 1]], [[1, 1, 0, 1, 255]])
+    with pytest.raises(ValueError, match="holds 1 pixels of no class"):
+        exclusive([[1, 0]], [[0, 0]], [[0, 0]])
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_channels_that_are_classes(activation):
+    mask_format = MaskFormat(["a", "b", "c"], activation, values={255: 1}, stacked=True)
+    pixels = np.eye(3, dtype=np.uint8)[np.array([[0, 1, 2, 2]])] * 255
+    stored = mask_format.read_planes(picture_of(pixels))
+    expected = [[[1, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 0, 1, 1]]] if activation == "sigmoid" else [[0, 1, 2, 2]]
+    assert mask_format.encode(stored, planes=True).tolist() == expected
+    if activation == "softmax":
+        assert mask_format.encode(mask_format.read_planes(picture_of(pixels[..., 1:])), True).tolist() == expected
+    with pytest.raises(DataError, match=r"has 1 channels .*needs one for each of 3 classes"):
+        mask_format.read_planes(picture_of(pixels[..., :1]))
+
+
+def test_alpha_may_be_a_class():
+    mask_format = MaskFormat(["a", "b", "c", "d"], "sigmoid", stacked=True)
+    stored = mask_format.read_planes(picture_of(np.ones((1, 1, 4)), alpha=True))
+    assert mask_format.encode(stored, planes=True).tolist() == [[[1]]] * 4
+
+
+def test_stacked_masks_have_no_colors():
+    with pytest.raises(ValueError, match="stacked masks have a channel for each class and no colors"):
+        MaskFormat(TWO, stacked=True, colors=[[0, 0, 0], [1, 1, 1]])
