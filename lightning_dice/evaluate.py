@@ -1,8 +1,9 @@
-"""Score a run again: `python -m lightning_dice.evaluate run=<folder>`."""
+"""Score a run again, or masks in files: `python -m lightning_dice.evaluate run=<folder>`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from lightning_dice.configs import (
     CONF_DIR,
     UserError,
     help_text,
+    instantiate,
     mistakes_told,
     quoted,
     register_resolvers,
@@ -20,9 +22,12 @@ from lightning_dice.configs import (
 )
 
 if TYPE_CHECKING:
+    from lightning_dice import report
+    from lightning_dice.callbacks import CaseTable, Overlays
     from lightning_dice.data import Split
+    from lightning_dice.session import Session
 
-SETTINGS = ("run", "checkpoint", "split", "output", "device")
+SETTINGS = ("run", "predictions", "checkpoint", "calibration", "split", "missing", "output", "device")
 
 
 def main() -> None:
@@ -41,24 +46,39 @@ def main() -> None:
     from_command_line()
 
 
-def evaluate(config: DictConfig, overrides: list[str]) -> dict[str, float]:
-    """Score a run's checkpoint; write the case table and the pictures to a new folder and show the scores.
+def evaluate(config: DictConfig, overrides: list[str]) -> None:
+    """Score a run's checkpoint, or predictions in files, and write the scores and the report to a new folder.
 
     Args:
         config: as of `conf/evaluate.yaml`.
-        overrides: of the run's config, in Hydra's syntax: `data.root=elsewhere`, `module.threshold=0.3`.
-
-    Returns:
-        The metrics.
+        overrides: of the run's config, in Hydra's syntax: `data.root=elsewhere`, `module.threshold=0.3`; without a run,
+            of the config of `fit`, whose data they choose.
 
     Raises:
-        UserError: the run, its checkpoint, the data or a setting is not as it should be.
+        UserError: the run, its checkpoint, the predictions, the data or a setting is not as it should be.
     """
-    from lightning_dice import runs
-    from lightning_dice.session import Session, say
-
     if config.split not in (None, "val", "test"):
         raise UserError(f"split must be val or test, got {config.split}")
+    if config.missing not in ("error", "skip"):
+        raise UserError(f"missing must be error or skip, got {config.missing}")
+    if config.predictions is not None:
+        score_files(config, overrides)
+    elif config.run is not None:
+        score_run(config, overrides)
+    else:
+        raise UserError("run has no value: give run=<folder of a run>, or predictions=<folder of masks>")
+
+
+def score_run(config: DictConfig, overrides: list[str]) -> None:
+    """Let a run's network predict, and score it.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    from lightning_dice import runs
+    from lightning_dice.inference import find_decision
+    from lightning_dice.session import Session, say
+
     run = runs.reopen(config.run, overrides)
     if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
         raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
@@ -69,9 +89,12 @@ def evaluate(config: DictConfig, overrides: list[str]) -> dict[str, float]:
     # The data and the weights are read, and a mistake in them told, before a folder is made.
     session = Session(run, Path(run.folder), trained=True)
     runs.check_weights(session.module, checkpoint)
-    split: Split = config.split or session.last_split
-    if session.data.source.split(split) is None:
-        raise UserError(f"the data have no {split} split")
+    try:
+        decision = find_decision(config.run, config.calibration, checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    session.module.calibrate(decision)
+    split = _split(config, session)
     if config.output is not None:
         session.folder = runs.exact_folder(config.output)
     else:
@@ -79,9 +102,133 @@ def evaluate(config: DictConfig, overrides: list[str]) -> dict[str, float]:
     run.folder = str(session.folder)
     runs.save_config(session.folder, run)
     say(f"{checkpoint} on {split}")
-    scores = session.evaluate(split, checkpoint)
+    if decision.origin:
+        say(f"calibrated by {decision.origin}: {decision}")
+    session.evaluate(split, checkpoint)
+    _show(session.summary, session.folder)
     session.show()
-    return scores
+
+
+def score_files(config: DictConfig, overrides: list[str]) -> None:
+    """Score masks that lie in files, by the code that scores a network.
+
+    Raises:
+        UserError: as `evaluate`; all cases without a prediction, and all predictions that cannot be scored, are named.
+    """
+    from rich.progress import Progress
+
+    from lightning_dice import report, runs
+    from lightning_dice.report.predictions import score_predictions
+    from lightning_dice.session import Session, own_mistakes_told, say, scored_facts
+
+    if config.checkpoint != "best" or config.calibration != "auto":
+        raise UserError("checkpoint and calibration decide what a network predicts: leave them out with predictions=")
+    folder = Path(config.predictions).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"predictions {folder} is not a folder")
+    run = _config_of_data(config, overrides)
+    # The masks' own folder, and what it holds, stay as they are.
+    output = None if config.output is None else Path(config.output).expanduser().absolute()
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists, and nothing is overwritten: choose a new folder")
+    session = Session(run, folder)
+    split = _split(config, session)
+    table, overlays = _recorders(run, folder)
+    cases, reader = session.data.source.split(split), getattr(session.data.source, "reader", None)
+    if reader is None:
+        raise UserError(f"a {type(session.data.source).__name__} has no reader, so that it reads no predictions")
+    with own_mistakes_told(), Progress(transient=True) as progress:
+        bar = progress.add_task("scoring", total=None if cases is None else len(cases))
+        scored = score_predictions(
+            session.data,
+            reader,
+            folder,
+            split,
+            table,
+            overlays,
+            skip_missing=config.missing == "skip",
+            each=lambda: progress.advance(bar),
+        )
+    made = runs.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False) if output is None else output
+    table.folder = made
+    table.write(split)
+    if overlays is not None:
+        overlays.folder = made
+        overlays.draw(split)
+    lines = report.conclude(made, split, scored_facts(run, folder.name, _origin(config, folder, scored.missing)))
+    _tell_files(scored.missing, scored.leftover, split)
+    say(f"{scored.cases} {split} cases of {folder}")
+    _show(lines, made)
+    say(f"folder  {made}\nreport  {made / report.REPORT}")
+
+
+def _split(config: DictConfig, session: Session) -> Split:
+    split: Split = config.split or session.last_split
+    if session.data.source.split(split) is None:
+        raise UserError(f"the data have no {split} split")
+    return split
+
+
+def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config of a run, or, without one, that of a run that would train on these data."""
+    from hydra.errors import HydraException
+
+    from lightning_dice import runs
+
+    if config.run is not None:
+        return runs.reopen(config.run, overrides)
+    if not any(override.partition("=")[0] in ("data", "experiment") for override in overrides):
+        raise UserError(
+            "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
+        )
+    try:
+        composed = hydra.compose("fit", overrides=overrides)
+    except HydraException as error:
+        raise UserError(str(error)) from error
+    runs.make_absolute(composed)
+    return composed
+
+
+def _recorders(run: DictConfig, folder: Path) -> tuple[CaseTable, Overlays | None]:
+    """The callbacks that write a run's table and pictures, as its config has them."""
+    from lightning_dice.callbacks import CaseTable
+
+    described = run.get("callbacks") or {}
+    if described.get("case_table"):
+        table: CaseTable = instantiate(described["case_table"], "callbacks.case_table", folder=str(folder))
+    else:
+        facts = {"ignore_index": run.data.ignore_index, "exclude_classes": list(run.data.exclude_classes)}
+        table = CaseTable(folder, list(run.data.classes), run.data.activation, **facts)
+    if not described.get("overlays"):
+        return table, None
+    return table, instantiate(described["overlays"], "callbacks.overlays", folder=str(folder))
+
+
+def _origin(config: DictConfig, folder: Path, missing: list[str]) -> Mapping[str, str]:
+    """What is known of the predictions."""
+    known = {"predictions": str(folder)}
+    if config.run is not None:
+        known["run"] = str(Path(config.run).expanduser().absolute())
+    if missing:
+        known["not predicted, and not scored"] = ", ".join(missing)
+    return known
+
+
+def _tell_files(missing: list[str], leftover: list[str], split: Split) -> None:
+    told = {f"{split} cases without a prediction, left out": missing, "files of no case, passed over": leftover}
+    for what, files in told.items():
+        if files:
+            some = ", ".join(files[:8]) + (" ..." if len(files) > 8 else "")
+            print(f"{what} ({len(files)}): {some}", file=sys.stderr)
+
+
+def _show(lines: list[report.Line], folder: Path) -> None:
+    from rich.console import Console
+
+    from lightning_dice import report
+
+    console = Console(width=max(Console().width, 112, len(str(folder)) + 24))
+    console.print(report.summary_of_scores(lines))
 
 
 if __name__ == "__main__":

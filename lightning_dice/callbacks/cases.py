@@ -1,44 +1,66 @@
-"""A score for each case: what two runs are compared by."""
+"""A row of scores for each case: what two runs are compared by."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_dice.callbacks.files import number, read_csv, write_csv
 from lightning_dice.callbacks.loggers import log_picture
 from lightning_dice.callbacks.scores import (
     Activation,
-    CaseScore,
     evaluated_split,
     gather,
-    score_cases,
+    step_labels,
     step_logits,
+    step_temperature,
 )
 from lightning_dice.data.batch import Batch
+from lightning_dice.scoring import CaseScore, Reliability, Scoring, reliability, score_case
+from lightning_dice.scoring import table as tables
+from lightning_dice.settings import count
+
+RELIABILITY = ("split", "class", "lower", "upper", "pixels", "confidence", "right")
 
 
 class CaseTable(Callback):
-    """Write the scores of each case to `cases.csv` and their distribution to `dice_per_class.png`.
+    """Write the scores of each case to `cases.csv` and the distribution of Dice to `dice_per_class.png`.
 
     Columns: `split` (`val` or `test`), `case`, `dice` (mean over the classes that are scored and have a score),
-    `dice/<class>`, and for every class `actual/<class>` and `predicted/<class>`, in pixels. A class that is neither
-    predicted nor there has no score: its field is empty. A case that a distributed sampler repeats is written once.
-    Rows of the other split that are already in the table are kept.
+    `dice/<class>`, and for every class `actual/<class>` and `predicted/<class>`, in pixels. Then, for every class that
+    is scored, what `lightning_dice.scoring.score_case` says of it: `jaccard`, `surface_dice`, `hd95`,
+    `mean_surface_distance`, `volume_difference`, `volume_error`, `lesion_precision`, `lesion_recall`, `lesion_f1`,
+    `lesions_actual`, `lesions_predicted`. `spacing` holds the mm by which distances and volumes were measured; where it
+    is empty, they are in pixels. A score that is not defined is an empty field: that of a class neither predicted nor
+    there, and the distance between a surface and none. Columns without any value are left out.
 
-    The evaluation step must return `{"logits": (batch, classes, *space)}`.
+    Where the step returns logits, there is the expected calibration error too, `ece/<class>` for overlapping classes
+    and `ece` (of the most probable class) for those that exclude each other; and `reliability.csv`, the pixels of all
+    cases by confidence.
+
+    A case that a distributed sampler repeats is written once. Rows of the other split that are already in the table are
+    kept. The evaluation step must return `{"logits": (batch, classes, *space)}`, or the masks it has decided on as
+    `"labels"`, or both; a `"temperature"`, by which logits are divided, has a part in the calibration error alone.
 
     Args:
-        folder: where the two files go.
+        folder: where the files go.
         classes: names of the logits' channels.
         activation: what turns logits into probabilities.
         threshold: a probability; with `"softmax"` it has no part.
         ignore_index: the label of pixels that do not count.
         exclude_classes: indices of classes that are not scored, such as the background.
-        during_fit: record the validations within a fit too; each replaces the one before.
+        during_fit: record the validations within a fit too, without surfaces, lesions and calibration; each replaces
+            the one before.
+        surfaces: this and the following as in `lightning_dice.scoring.Scoring`.
+        tolerance: of surface Dice, in mm, or in pixels where the spacing is not known.
+        lesions: score connected components.
+        lesion_iou: what two lesions must have more of to match; with 0 any overlap will do.
+        calibration_bins: of the confidence; 0: no calibration error.
     """
 
     def __init__(
@@ -50,11 +72,25 @@ class CaseTable(Callback):
         ignore_index: int | None = None,
         exclude_classes: Collection[int] = (),
         during_fit: bool = False,
+        surfaces: bool = True,
+        tolerance: float | Sequence[float] = 2.0,
+        lesions: bool = True,
+        lesion_iou: float = 0.0,
+        calibration_bins: int = 15,
     ) -> None:
-        self.folder, self.classes, self.activation = Path(folder), list(classes), activation
-        self.threshold, self.ignore_index, self.during_fit = threshold, ignore_index, during_fit
-        self.exclude_classes = frozenset(exclude_classes)
-        self._cases: dict[str, CaseScore] = {}
+        self.folder, self.threshold, self.during_fit = Path(folder), threshold, during_fit
+        self.scoring = Scoring(
+            classes,
+            activation,
+            ignore_index,
+            exclude_classes,
+            surfaces=surfaces,
+            tolerance=tolerance,
+            lesions=lesions,
+            lesion_iou=lesion_iou,
+        )
+        self.calibration_bins = count("calibration_bins", calibration_bins, 0)
+        self._cases: dict[str, tuple[CaseScore, Reliability | None]] = {}
 
     @property
     def table(self) -> Path:
@@ -65,6 +101,63 @@ class CaseTable(Callback):
     def picture(self) -> Path:
         """Where the distribution is drawn."""
         return self.folder / "dice_per_class.png"
+
+    @property
+    def reliability(self) -> Path:
+        """Where pixels are counted by confidence."""
+        return self.folder / "reliability.csv"
+
+    def add(
+        self,
+        case: str,
+        predicted: Tensor,
+        mask: Tensor,
+        spacing: Sequence[float] | None = None,
+        logits: Tensor | None = None,
+        *,
+        brief: bool = False,
+    ) -> CaseScore:
+        """Score a case, for the next `write`.
+
+        Args:
+            case: its name.
+            predicted: class ids `(*space)`, or planes `(classes, *space)`.
+            mask: of the same shape.
+            spacing: of its pixels, in mm.
+            logits: `(classes, *space)`, for the calibration error.
+            brief: without surfaces, lesions and calibration.
+
+        Raises:
+            ValueError: as `score_case`; the message names the case.
+        """
+        scoring = replace(self.scoring, surfaces=False, lesions=False) if brief else self.scoring
+        try:
+            score = score_case(predicted, mask, scoring, spacing)
+        except ValueError as error:
+            raise ValueError(f"case {case}: {error}") from error
+        sure = None
+        if logits is not None and self.calibration_bins and not brief:
+            facts = {"activation": scoring.activation, "ignore_index": scoring.ignore_index}
+            sure = reliability(logits, mask, bins=self.calibration_bins, **facts)  # type: ignore[arg-type]
+        self._cases[case] = score, sure
+        return score
+
+    def write(self, split: str) -> None:
+        """Write what was added as the rows of a split, and the pictures; then forget it."""
+        cases, self._cases = self._cases, {}
+        if not cases:
+            return
+        classes, scored = self.scoring.classes, self.scoring.scored
+        known = tables.columns(classes, scored)
+        rows = [row for row in read_csv(self.table) if row.get("split") != split and set(row) <= set(known)]
+        for case, (score, sure) in cases.items():
+            rows.append(tables.row(split, case, score, classes, scored, self._errors(sure)))
+        filled = {key for row in rows for key in row}
+        always = tables.columns(classes, scored)[: 3 + len(scored) + 2 * len(classes)]
+        columns = [key for key in known if key in filled or key in always]
+        write_csv(self.table, columns, sorted(rows, key=lambda row: (row["split"], row["case"])))
+        self._write_reliability(split, {case: sure for case, (_, sure) in cases.items() if sure is not None})
+        self._draw(split, {case: score for case, (score, _) in cases.items()})
 
     def on_validation_epoch_start(self, *_: Any) -> None:
         """Start with no case."""
@@ -84,18 +177,18 @@ class CaseTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Score the cases of the batch."""
-        logits = step_logits(outputs)
-        if logits is None or evaluated_split(trainer, during_fit=self.during_fit) is None:
+        if evaluated_split(trainer, during_fit=self.during_fit) is None:
             return
-        scores = score_cases(
-            logits,
-            batch.mask,
-            activation=self.activation,
-            threshold=self.threshold,
-            ignore_index=self.ignore_index,
-            exclude_classes=self.exclude_classes,
-        )
-        self._cases.update(zip(batch.case, scores, strict=True))
+        labels, logits = step_labels(outputs, self.scoring.activation, self.threshold), step_logits(outputs)
+        if labels is None:
+            return
+        if logits is not None and (temperature := step_temperature(outputs)) != 1:
+            logits = logits / temperature
+        brief = trainer.state.fn == "fit"
+        for index, case in enumerate(batch.case):
+            if case not in self._cases:
+                of_case = None if logits is None else logits[index]
+                self.add(case, labels[index], batch.mask[index], batch.spacing[index], of_case, brief=brief)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -104,39 +197,57 @@ class CaseTable(Callback):
         split = evaluated_split(trainer, during_fit=self.during_fit)
         if split is None:
             return
-        cases: dict[str, CaseScore] = {}
-        for part in gather(trainer, self._cases):
-            cases.update(part)
-        if cases:
-            self._write(split, cases)
-            self._draw(trainer, split, cases)
+        parts, self._cases = gather(trainer, self._cases), {}
+        for part in parts:
+            self._cases.update(part)
+        if self._cases:
+            self.write(split)
+            log_picture(trainer, f"{split}/dice_per_class", self.picture)
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _write(self, split: str, cases: dict[str, CaseScore]) -> None:
-        scored = [index for index in range(len(self.classes)) if index not in self.exclude_classes]
-        columns = ["split", "case", "dice", *(f"dice/{self.classes[index]}" for index in scored)]
-        columns += [f"{side}/{name}" for name in self.classes for side in ("actual", "predicted")]
-        rows = [row for row in read_csv(self.table) if row.get("split") != split and set(row) <= set(columns)]
-        for case, score in cases.items():
-            row = {"split": split, "case": case, "dice": number(score.mean)}
-            row |= {f"dice/{self.classes[index]}": number(score.dice[index]) for index in scored}
-            row |= {f"actual/{name}": str(pixels) for name, pixels in zip(self.classes, score.actual, strict=True)}
-            row |= {
-                f"predicted/{name}": str(pixels) for name, pixels in zip(self.classes, score.predicted, strict=True)
-            }
-            rows.append(row)
-        write_csv(self.table, columns, sorted(rows, key=lambda row: (row["split"], row["case"])))
+    def _errors(self, sure: Reliability | None) -> dict[int | None, float]:
+        """Calibration errors by class; by `None`, that of the most probable one."""
+        if sure is None:
+            return {}
+        errors = sure.error()
+        if self.scoring.activation == "softmax":
+            return {None: errors[0]}
+        return {index: errors[index] for index in self.scoring.scored}
 
-    def _draw(self, trainer: Trainer, split: str, cases: dict[str, CaseScore]) -> None:
+    def _write_reliability(self, split: str, cases: dict[str, Reliability]) -> None:
+        # Those of this split are replaced even by none: they would be of another prediction.
+        old = read_csv(self.reliability)
+        rows = [row for row in old if row.get("split") != split and set(row) <= set(RELIABILITY)]
+        if not cases and len(rows) == len(old):
+            return
+        if cases:
+            # In the order of their names: sums of floats then are the same on any number of processes.
+            first, *others = (cases[name] for name in sorted(cases))
+            total = first
+            for other in others:
+                total = total.plus(other)
+            softmax = self.scoring.activation == "softmax"
+            bins = total.pixels.shape[1]
+            for place in [0] if softmax else self.scoring.scored:
+                for index in range(bins):
+                    pixels = int(total.pixels[place, index])
+                    texts = {"lower": index / bins, "upper": (index + 1) / bins}
+                    if pixels:
+                        texts["confidence"] = float(total.confidence[place, index]) / pixels
+                        texts["right"] = int(total.right[place, index]) / pixels
+                    name = "" if softmax else self.scoring.classes[place]
+                    row = {key: number(value) for key, value in texts.items()}
+                    rows.append({"split": split, "class": name, "pixels": str(pixels), **row})
+        write_csv(self.reliability, RELIABILITY, rows)
+
+    def _draw(self, split: str, cases: dict[str, CaseScore]) -> None:
         from lightning_dice.callbacks.curves import draw_distribution
 
         scores = {
-            name: [score.dice[index] for score in cases.values()]
-            for index, name in enumerate(self.classes)
-            if index not in self.exclude_classes
+            self.scoring.classes[index]: [score.classes[index].dice for score in cases.values()]
+            for index in self.scoring.scored
         }
         if len(scores) > 1:
             scores = {"mean of classes": [score.mean for score in cases.values()]} | scores
         draw_distribution(self.picture, scores, f"Dice of {len(cases)} {split} cases")
-        log_picture(trainer, f"{split}/dice_per_class", self.picture)

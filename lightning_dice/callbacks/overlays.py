@@ -15,8 +15,9 @@ from torch import Tensor
 from lightning_dice.callbacks.colors import class_colors
 from lightning_dice.callbacks.loggers import log_picture
 from lightning_dice.callbacks.records import Record, make_record
-from lightning_dice.callbacks.scores import Activation, evaluated_split, gather, score_cases, step_logits
+from lightning_dice.callbacks.scores import Activation, evaluated_split, gather, step_labels
 from lightning_dice.data.batch import Batch
+from lightning_dice.scoring import Scoring, score_case
 
 # The typical cases are found without keeping all of them: among some drawn at random, for data in an order of their
 # scores, and some that were next to the median of the cases so far, for all other data.
@@ -74,6 +75,8 @@ class Overlays(Callback):
         self.threshold, self.ignore_index, self.during_fit = threshold, ignore_index, during_fit
         self.exclude_classes = sorted(exclude_classes)
         self.colors = class_colors(len(self.classes), colors, self.exclude_classes)
+        facts = (self.classes, activation, ignore_index, self.exclude_classes)
+        self._scoring = Scoring(*facts, surfaces=False, lesions=False)
         self.mean, self.std = mean, std
         self.count, self.typical, self.best, self.size = count, typical, best, size
         self._reset()
@@ -109,24 +112,28 @@ class Overlays(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch's cases that may be drawn."""
-        logits = step_logits(outputs)
-        if logits is None or evaluated_split(trainer, during_fit=self.during_fit) is None:
+        if evaluated_split(trainer, during_fit=self.during_fit) is None:
             return
-        scores = score_cases(
-            logits,
-            batch.mask,
-            activation=self.activation,
-            threshold=self.threshold,
-            ignore_index=self.ignore_index,
-            exclude_classes=self.exclude_classes,
-        )
+        labels = step_labels(outputs, self.activation, self.threshold)
+        if labels is None:
+            return
         for index, case in enumerate(batch.case):
-            if case not in self._scores:
-                self._offer(case, scores[index].mean, batch.image[index], batch.mask[index], logits[index])
+            self.offer(case, batch.image[index], batch.mask[index], labels[index])
 
     on_test_batch_end = on_validation_batch_end
 
-    def _offer(self, case: str, score: float, image: Tensor, mask: Tensor, logits: Tensor) -> None:
+    def offer(self, case: str, image: Tensor, mask: Tensor, predicted: Tensor) -> None:
+        """Keep a case, for the next `draw`, if it may be among those that are drawn.
+
+        Args:
+            case: its name; one that was seen before is passed over.
+            image: `(channels, *space)`, normalized or not.
+            mask: class ids `(*space)`, or planes `(classes, *space)`.
+            predicted: of the same shape.
+        """
+        if case in self._scores:
+            return
+        score = score_case(predicted, mask, self._scoring).mean
         self._scores[case] = score
         ends = self._ends | {case: score}
         self._ends = {name: ends[name] for name in self._extremes(ends)}
@@ -146,9 +153,8 @@ class Overlays(Callback):
                 score,
                 image,
                 mask,
-                logits,
+                predicted,
                 activation=self.activation,
-                threshold=self.threshold,
                 ignore_index=self.ignore_index,
                 exclude_classes=self.exclude_classes,
                 mean=self.mean,
@@ -169,15 +175,23 @@ class Overlays(Callback):
         split = evaluated_split(trainer, during_fit=self.during_fit)
         if split is None:
             return
-        scores: dict[str, float] = {}
-        kept: dict[str, Record] = {}
-        for part, records in gather(trainer, (self._scores, self._kept)):
-            scores.update(part)
-            kept.update(records)
+        parts = gather(trainer, (self._scores, self._kept))
+        self._reset()
+        for part, records in parts:
+            self._scores.update(part)
+            self._kept.update(records)
+        if self.draw(split):
+            log_picture(trainer, f"{split}/overlays", self.picture)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def draw(self, split: str) -> bool:
+        """Draw the picture of what was offered, then forget it; whether there was anything to draw."""
+        scores, kept = self._scores, self._kept
         self._reset()
         shown = self._choose(scores, kept)
         if not shown:
-            return
+            return False
         from lightning_dice.callbacks.panels import draw_overlays
 
         draw_overlays(
@@ -189,9 +203,7 @@ class Overlays(Callback):
             title=f"{len(shown)} of {len(scores)} {split} cases, from the worst mean Dice to the best",
             labels=self._labels(scores, [record.case for record in shown]),
         )
-        log_picture(trainer, f"{split}/overlays", self.picture)
-
-    on_test_epoch_end = on_validation_epoch_end
+        return True
 
     def _labels(self, scores: dict[str, float], shown: list[str]) -> dict[str, str]:
         ranked = _ranked(scores)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.callbacks.scores import Activation
-from lightning_dice.functional import hard_prediction
+from lightning_dice.scoring.settings import Activation
 
 Codes = NDArray[np.uint16]
 
@@ -48,10 +48,9 @@ def make_record(
     score: float,
     image: Tensor,
     mask: Tensor,
-    logits: Tensor,
+    predicted: Tensor,
     *,
     activation: Activation,
-    threshold: float = 0.5,
     ignore_index: int | None = None,
     exclude_classes: Collection[int] = (),
     mean: Sequence[float] | None = None,
@@ -60,7 +59,8 @@ def make_record(
 ) -> Record | None:
     """What is drawn of a case; None if it has fewer than two space axes.
 
-    Of a volume, the slice with the most foreground in mask and prediction. Margins of ignored pixels, which pad an
+    Of a volume, the slice with the most errors; of slices with equally many, the one with the most foreground in mask
+    and prediction. An image of another size than the mask is resized to it. Margins of ignored pixels, which pad an
     image to a size that the net can take, are cut off. An image of more than `size` pixels on a side is reduced by a
     whole number, such that no lone error is lost; one that would be reduced more than fourfold is cropped to where the
     most errors are.
@@ -70,9 +70,8 @@ def make_record(
         score: its mean Dice.
         image: `(channels, *space)`.
         mask: `(*space)` ids or `(classes, *space)` planes.
-        logits: `(classes, *space)`.
-        activation: what turns logits into probabilities.
-        threshold: a probability; with `"softmax"` it has no part.
+        predicted: as mask.
+        activation: `"softmax"`: masks are ids; `"sigmoid"`: planes.
         ignore_index: the label of pixels that do not count.
         exclude_classes: indices of classes that are not painted, such as the background.
         mean: of each channel, that was taken off the image; None if none was.
@@ -81,32 +80,46 @@ def make_record(
     """
     if image.ndim < 3:
         return None
-    predicted = hard_prediction(logits.unsqueeze(0), activation=activation, threshold=threshold)[0]
+    predicted = predicted.to(mask.device)
     paint = _paint_ids if activation == "softmax" else _paint_planes
     skipped = torch.tensor(sorted(exclude_classes), device=mask.device, dtype=torch.int64)
     note = []
     for _ in range(image.ndim - 3):
-        index = _fullest_slice(mask, predicted, activation, ignore_index, skipped, image.ndim - 1)
-        note.append(f"slice {index + 1} of {image.shape[1]}")
         axis = 0 if activation == "softmax" else 1
-        image, mask, predicted = image[:, index], mask.select(axis, index), predicted.select(axis, index)
+        slices = mask.shape[axis]
+        index = _worst_slice(mask, predicted, activation, ignore_index, skipped)
+        note.append(f"slice {index + 1} of {slices}")
+        # The middles of both slices lie at the same place.
+        image = image[:, int((index + 0.5) * image.shape[1] / slices)]
+        mask, predicted = mask.select(axis, index), predicted.select(axis, index)
+    if image.shape[1:] != mask.shape[-2:]:
+        image = F.interpolate(image[None].float(), size=mask.shape[-2:], mode="bilinear", align_corners=False)[0]
     picture = _three_channels(_denormalize(image.float().cpu(), mean, std)).numpy()
     codes = paint(mask.cpu().long().numpy(), predicted.cpu().long().numpy(), ignore_index, skipped.cpu().numpy())
     return _fit(case, score, picture, codes, note, size)
 
 
-def _fullest_slice(
-    mask: Tensor, predicted: Tensor, activation: Activation, ignore_index: int | None, skipped: Tensor, space: int
+def _worst_slice(
+    mask: Tensor, predicted: Tensor, activation: Activation, ignore_index: int | None, skipped: Tensor
 ) -> int:
-    def foreground(labels: Tensor) -> Tensor:
-        if activation == "softmax":
-            painted = ~torch.isin(labels, skipped) if len(skipped) else labels != 0
-            kept = painted if ignore_index is None else painted & (labels != ignore_index)
-            return kept.flatten(1).sum(1)
-        return (labels == 1).transpose(0, 1).flatten(1).sum(1)
+    if activation == "softmax":
+        painted = [~torch.isin(labels, skipped) if len(skipped) else labels != 0 for labels in (mask, predicted)]
+        known = torch.ones_like(painted[0]) if ignore_index is None else mask != ignore_index
+        wrong, axis = (mask != predicted) & known, 0
+    else:
+        painted = [labels == 1 for labels in (mask, predicted)]
+        known = torch.ones_like(painted[0]) if ignore_index is None else mask != ignore_index
+        if len(skipped):
+            known.index_fill_(0, skipped, False)
+        wrong, axis = (painted[0] != painted[1]) & known, 1
 
-    counts = foreground(mask.long()) + foreground(predicted.long())
-    best = (counts == counts.max()).nonzero().flatten()
+    def in_slices(where: Tensor) -> Tensor:
+        return where.movedim(axis, 0).flatten(1).sum(1)
+
+    errors = in_slices(wrong)
+    foreground = in_slices(painted[0] & known) + in_slices(painted[1] & known)
+    foreground = foreground.where(errors == errors.max(), -1)
+    best = (foreground == foreground.max()).nonzero().flatten()
     # Of equals the middle one: an empty volume shows its centre.
     return int(best[len(best) // 2])
 

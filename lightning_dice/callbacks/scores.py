@@ -1,71 +1,40 @@
-"""Scores of single cases, from what a step returns."""
+"""What an evaluation step says of its cases, and what of it is to be recorded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_dice.functional import dice_score, hard_sums
+from lightning_dice.functional import hard_prediction
+from lightning_dice.scoring.settings import Activation
 
-Activation = Literal["sigmoid", "softmax"]
-
-
-class CaseScore(NamedTuple):
-    """What a prediction reaches on one case.
-
-    Attributes:
-        dice: of each class, in [0, 1]; NaN for a class that is neither predicted nor there.
-        mean: over the classes that are scored and have a score; NaN if none has.
-        actual: pixels of each class in the mask.
-        predicted: pixels of each class in the prediction.
-    """
-
-    dice: list[float]
-    mean: float
-    actual: list[int]
-    predicted: list[int]
-
-
-def score_cases(
-    logits: Tensor,
-    mask: Tensor,
-    *,
-    activation: Activation,
-    threshold: float = 0.5,
-    ignore_index: int | None = None,
-    exclude_classes: Collection[int] = (),
-) -> list[CaseScore]:
-    """Score each image of a batch by itself.
-
-    Args:
-        logits: `(batch, classes, *space)`.
-        mask: as in `lightning_dice.data.batch.Batch`.
-        activation: what turns logits into probabilities.
-        threshold: a probability; with `"softmax"` it has no part.
-        ignore_index: the label of pixels that do not count.
-        exclude_classes: indices of the classes left out of the mean.
-    """
-    sums = hard_sums(logits, mask, activation=activation, threshold=threshold, ignore_index=ignore_index)
-    # One transfer for the three tables: each would wait for the GPU.
-    table = torch.stack([dice_score(sums).double(), sums.actual.double(), sums.predicted.double()]).cpu()
-    dice, actual, predicted = table.tolist()
-    cases = []
-    for scores, there, said in zip(dice, actual, predicted, strict=True):
-        scored = [s for i, s in enumerate(scores) if i not in exclude_classes and not math.isnan(s)]
-        mean = sum(scored) / len(scored) if scored else math.nan
-        cases.append(CaseScore(scores, mean, [int(n) for n in there], [int(n) for n in said]))
-    return cases
+__all__ = ["Activation", "evaluated_split", "gather", "step_labels", "step_logits", "step_temperature"]
 
 
 def step_logits(outputs: Any) -> Tensor | None:
     """The logits that an evaluation step returned, if it did."""
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     return logits if isinstance(logits, Tensor) else None
+
+
+def step_labels(outputs: Any, activation: Activation, threshold: float) -> Tensor | None:
+    """The masks that an evaluation step decided on, `(batch, *space)` ids or `(batch, classes, *space)` planes.
+
+    Those that it returned as `labels`; else those that its logits stand for; `None` if it returned neither.
+    """
+    labels = outputs.get("labels") if isinstance(outputs, dict) else None
+    if isinstance(labels, Tensor):
+        return labels
+    logits = step_logits(outputs)
+    return None if logits is None else hard_prediction(logits, activation=activation, threshold=threshold)
+
+
+def step_temperature(outputs: Any) -> float:
+    """By what the step's logits are to be divided to become those of calibrated probabilities; 1 if it does not say."""
+    return float(outputs["temperature"]) if isinstance(outputs, dict) and "temperature" in outputs else 1.0
 
 
 def evaluated_split(trainer: Trainer, *, during_fit: bool) -> str | None:

@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_dice.callbacks import CaseTable, Overlays
-from lightning_dice.callbacks.scores import score_cases
 from lightning_dice.data.batch import Batch
 
 
@@ -50,20 +49,6 @@ def table(folder, **kwargs):
     return CaseTable(folder, **facts | {"exclude_classes": [0]} | kwargs)
 
 
-def test_scores_of_cases_by_hand():
-    scores = score_cases(
-        torch.stack([PERFECT[0], HALF[0], EMPTY[0]]),
-        torch.stack([PERFECT[1], HALF[1], EMPTY[1]]),
-        activation="softmax",
-        ignore_index=255,
-        exclude_classes=[0],
-    )
-    assert scores[0].dice == [1, 1, 1]
-    assert scores[1].dice[:2] == pytest.approx([2 / 3, 2 / 3])
-    assert [s.mean for s in scores] == pytest.approx([1, 2 / 3, math.nan], nan_ok=True)
-    assert (scores[1].actual, scores[1].predicted) == ([2, 1, 0], [1, 2, 0])
-
-
 def test_table_of_cases(tmp_path, trainer):
     # A sampler that pads repeats a case, and the order is the sampler's.
     trainer(table(tmp_path)).test(Answers(), batches([PERFECT, EMPTY], [HALF], [PERFECT]), verbose=False)
@@ -72,11 +57,68 @@ def test_table_of_cases(tmp_path, trainer):
     assert {row["split"] for row in found} == {"test"}
     names = ("background", "cell", "core")
     pixels = [f"{side}/{name}" for name in names for side in ("actual", "predicted")]
-    assert list(found[0]) == ["split", "case", "dice", "dice/cell", "dice/core", *pixels]
+    before = ["split", "case", "dice", "dice/cell", "dice/core", *pixels]
+    assert list(found[0])[: len(before)] == before
     assert [row["dice"] for row in found] == ["0.666667", "1", ""]
     assert [row["dice/core"] for row in found] == ["", "1", ""]
+    assert [row["actual/cell"] for row in found] == ["1", "1", "0"]
     assert [row["predicted/cell"] for row in found] == ["2", "1", "0"]
+    assert [row["jaccard/cell"] for row in found] == ["0.5", "1", ""]
+    assert [row["volume_difference/cell"] for row in found] == ["1", "0", ""]
+    assert [row["lesion_recall/core"] for row in found] == ["", "1", ""]
+    assert not any(key.endswith("/background") for key in found[0] if key not in pixels)
     assert (tmp_path / "dice_per_class.png").stat().st_size > 5_000
+
+
+def test_distances_are_in_the_unit_of_the_spacing(tmp_path, trainer):
+    there, said = torch.zeros(2, 1, 8, 8)
+    there[0, 2:6, 2:6], said[0, 2:6, 4:8] = 1, 1
+    batch = Batch((said * 2 - 1)[None].repeat(2, 1, 1, 1), there.byte()[None].repeat(2, 1, 1, 1), ["mm", "pixels"])
+    batch.spacing[0] = (3.0, 0.5)
+    callback = CaseTable(tmp_path, ["object"], "sigmoid", tolerance=1.0)
+    trainer(callback).test(Answers(), DataLoader([batch], batch_size=None), verbose=False)
+    by_mm, by_pixels = rows(tmp_path)
+    assert (by_mm["spacing"], by_pixels["spacing"]) == ("3 0.5", "")
+    assert (by_mm["hd95/object"], by_pixels["hd95/object"]) == ("1", "2")
+    assert by_mm["surface_dice/object"] == "1"
+    assert float(by_pixels["surface_dice/object"]) < 0.7
+    assert by_mm["dice/object"] == by_pixels["dice/object"] == "0.5"
+
+
+def test_labels_that_the_step_has_decided_on_are_scored(tmp_path, trainer):
+    class Decided(Answers):
+        def test_step(self, batch, batch_idx):
+            return {"logits": batch.image, "labels": batch.mask.where(batch.mask != 255, 0)}
+
+    trainer(table(tmp_path), Overlays(tmp_path, ["a", "b", "c"], "softmax", ignore_index=255)).test(
+        Decided(), batches([HALF]), verbose=False
+    )
+    assert rows(tmp_path)[0]["dice"] == "1"
+    # Calibration is a matter of the logits: of three pixels that count, one is predicted wrongly, with 0.576.
+    assert float(rows(tmp_path)[0]["ece"]) == pytest.approx(2 / 3 - 0.5761, abs=1e-4)
+
+
+def test_reliability_adds_up_the_cases(tmp_path, trainer):
+    trainer(table(tmp_path)).test(Answers(), batches([PERFECT, HALF], [PERFECT]), verbose=False)
+    with (tmp_path / "reliability.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 15
+    (filled,) = [row for row in found if row["pixels"] != "0"]
+    assert (filled["pixels"], filled["right"], filled["split"]) == ("7", f"{5 / 7 + 1 / 7:.6g}", "test")
+    assert float(filled["confidence"]) == pytest.approx(math.e / (math.e + 2), abs=1e-5)
+    assert float(filled["lower"]) < float(filled["confidence"]) < float(filled["upper"])
+
+
+def test_the_costly_scores_can_be_left_out(tmp_path, trainer):
+    lean = table(tmp_path, surfaces=False, lesions=False, calibration_bins=0)
+    trainer(lean).test(Answers(), batches([PERFECT]), verbose=False)
+    assert not [key for key in rows(tmp_path)[0] if key.startswith(("hd95", "surface", "lesion", "ece"))]
+    assert not (tmp_path / "reliability.csv").exists()
+
+
+def test_a_label_that_no_class_has_is_told_with_the_case(tmp_path, trainer):
+    with pytest.raises(ValueError, match="case a bad: target must hold class ids from 0 to 2"):
+        trainer(table(tmp_path)).test(Answers(), batches([(ids(0, 1), labels(0, 7), "a bad")]), verbose=False)
 
 
 def test_each_split_replaces_its_own_rows(tmp_path, trainer):
@@ -95,6 +137,7 @@ def test_validation_within_a_fit_is_recorded_only_if_asked_for(tmp_path, trainer
     assert (tmp_path / "overlays.png").exists() is during_fit
     if during_fit:
         assert len(rows(tmp_path)) == 3
+        assert "hd95/object" not in rows(tmp_path)[0]  # That would slow every epoch down.
 
 
 def test_steps_that_return_no_logits_write_nothing(tmp_path, trainer):

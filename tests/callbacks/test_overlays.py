@@ -9,6 +9,8 @@ from lightning_dice.callbacks import Overlays
 from lightning_dice.callbacks.colors import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, class_colors, parse_color
 from lightning_dice.callbacks.panels import draw_overlays
 from lightning_dice.callbacks.records import CONFUSED, HIT, IGNORED, MISSED, NOTHING, SPURIOUS, VOID, make_record
+from lightning_dice.functional import hard_prediction
+from lightning_dice.scoring import CaseScore
 
 
 def planes(*rows):
@@ -17,7 +19,9 @@ def planes(*rows):
 
 
 def record(image, mask, logits, **kwargs):
-    return make_record("case", 0.5, image, mask, logits, **{"activation": "sigmoid"} | kwargs)
+    facts = {"activation": "sigmoid"} | kwargs
+    predicted = hard_prediction(logits[None], activation=facts["activation"])[0]
+    return make_record("case", 0.5, image, mask, predicted, **facts)
 
 
 def test_errors_of_planes():
@@ -86,7 +90,7 @@ def test_images_of_any_number_of_channels(channels):
     assert (result.image[..., 0] == result.image[..., 1]).all() == (channels < 3)
 
 
-def test_a_volume_is_shown_by_its_fullest_slice():
+def test_a_volume_is_shown_by_the_slice_with_the_most_errors():
     mask = torch.zeros(9, 8, 8, dtype=torch.uint8)
     mask[5, 2:6, 2:6] = 1
     mask[2, 0, 0] = 1
@@ -97,22 +101,46 @@ def test_a_volume_is_shown_by_its_fullest_slice():
     assert record(torch.zeros(1, 9, 8, 8), mask * 0, logits, **facts).note == "slice 5 of 9"
     as_planes = record(torch.zeros(1, 9, 8, 8), mask[None], -torch.ones(1, 9, 8, 8))
     assert as_planes.note == "slice 6 of 9"
+    # The fullest slice is all right, and so are two more pixels of another one that are ignored.
+    logits = torch.stack([torch.zeros(9, 8, 8), (mask == 1).float() - 0.5])
+    logits[1, 2, 0, 0] = logits[1, 3, 0, :2] = -1
+    mask[3, 0, :2] = 255
+    logits[1, 3, 0, :2] = 1
+    shown = record(torch.zeros(1, 9, 8, 8), mask, logits, ignore_index=255, **facts)
+    assert (shown.note, (shown.errors == MISSED).sum()) == ("slice 3 of 9", 1)
+    without = torch.tensor([1, 0]).view(2, 1, 1, 1) * mask
+    planes = record(torch.zeros(1, 9, 8, 8), without, logits[:1] - 0.5, ignore_index=255, exclude_classes=[0])
+    assert planes.note == "slice 5 of 9"
+
+
+def test_an_image_of_another_size_is_shown_at_the_masks():
+    """Volumes are resampled for the network alone."""
+    mask = torch.zeros(10, 8, 12, dtype=torch.uint8)
+    mask[6, 2:6, 2:6] = 1
+    image = torch.zeros(1, 5, 4, 6)
+    image[0, 3] = torch.linspace(0, 1, 6)
+    shown = record(image, mask[None], -torch.ones(1, 10, 8, 12))
+    assert shown.note == "slice 7 of 10"
+    assert shown.image.shape == (8, 12, 3)
+    assert shown.image.std() > 50
 
 
 def test_signals_have_no_picture():
     assert record(torch.zeros(1, 50), torch.zeros(1, 50), torch.zeros(1, 50)) is None
 
 
-def offer(overlays, scores):
-    mask, logits = torch.zeros(1, 40, 40, dtype=torch.uint8), -torch.ones(1, 40, 40)
+def offer(overlays, monkeypatch, scores):
+    """Cases of these scores: what the masks would give is not what is tested."""
+    empty = torch.zeros(1, 40, 40, dtype=torch.uint8)
     for case, score in scores.items():
-        overlays._offer(case, score, torch.zeros(1, 40, 40), mask, logits)
+        monkeypatch.setattr("lightning_dice.callbacks.overlays.score_case", lambda *_, it=score: CaseScore(it, []))
+        overlays.offer(case, torch.zeros(1, 40, 40), empty, empty)
 
 
-def test_worst_typical_and_best_are_kept_and_no_more(tmp_path):
+def test_worst_typical_and_best_are_kept_and_no_more(tmp_path, monkeypatch):
     overlays = Overlays(tmp_path, ["object"], "sigmoid", count=4, typical=2, best=2)
     scores = {f"case{i:03}": (i * 37 % 500) / 500 for i in range(500)}
-    offer(overlays, scores | {"nothing": math.nan})
+    offer(overlays, monkeypatch, scores | {"nothing": math.nan})
     assert len(overlays._kept) <= 4 + 2 + 2 * 12
     shown = [r.score for r in overlays._choose(overlays._scores, overlays._kept)]
     assert shown[:4] == [0, 0.002, 0.004, 0.006]
@@ -122,18 +150,18 @@ def test_worst_typical_and_best_are_kept_and_no_more(tmp_path):
     assert shown == sorted(shown)
 
 
-def test_typical_cases_of_data_in_the_order_of_their_scores(tmp_path):
+def test_typical_cases_of_data_in_the_order_of_their_scores(tmp_path, monkeypatch):
     overlays = Overlays(tmp_path, ["object"], "sigmoid", count=1)
-    offer(overlays, {f"case{i:03}": i / 300 for i in range(300)})
+    offer(overlays, monkeypatch, {f"case{i:03}": i / 300 for i in range(300)})
     shown = [r.score for r in overlays._choose(overlays._scores, overlays._kept)]
     assert shown[1:3] == pytest.approx([0.5, 0.5], abs=0.2)
 
 
-def test_cases_without_a_score_are_drawn_only_if_there_are_no_others(tmp_path):
+def test_cases_without_a_score_are_drawn_only_if_there_are_no_others(tmp_path, monkeypatch):
     overlays = Overlays(tmp_path, ["object"], "sigmoid", count=2)
-    offer(overlays, {"a": math.nan, "b": math.nan, "c": math.nan})
+    offer(overlays, monkeypatch, {"a": math.nan, "b": math.nan, "c": math.nan})
     assert [r.case for r in overlays._choose(overlays._scores, overlays._kept)][:2] == ["a", "b"]
-    offer(overlays, {"d": 0.9})
+    offer(overlays, monkeypatch, {"d": 0.9})
     assert [r.case for r in overlays._choose(overlays._scores, overlays._kept)] == ["d"]
 
 

@@ -1,0 +1,153 @@
+"""Scores of masks that lie in files, whoever made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_dice.callbacks import CaseTable, Overlays
+from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.data.reader import Reader
+
+FORMATS = (None, "png", "tiff", "nifti")
+# What `predict` writes beside the masks, and what no mask is called.
+BESIDE = {"probabilities", "overlays"}
+SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+LISTED = 50
+
+
+class Scored(NamedTuple):
+    """What there was to score.
+
+    Attributes:
+        cases: that were scored.
+        missing: cases of the split that have no prediction.
+        leftover: files that belong to no case of the split.
+    """
+
+    cases: int
+    missing: list[str]
+    leftover: list[str]
+
+
+def score_predictions(
+    data: SegmentationData,
+    reader: Reader,
+    folder: Path,
+    split: Split,
+    table: CaseTable,
+    overlays: Overlays | None = None,
+    *,
+    skip_missing: bool = False,
+    each: Callable[[], Any] = lambda: None,
+) -> Scored:
+    """Score every case of a split by its prediction's file, against its mask; to be written by `table.write`.
+
+    As soon as something is wrong, no more cases are scored, but all are looked at, so that one message names them all.
+
+    Args:
+        data: the data set, checked.
+        reader: of the predictions.
+        folder: of the predictions, as `predict` writes it.
+        split: of the data.
+        table: gets the scores.
+        overlays: gets the pictures.
+        skip_missing: leave cases without a prediction out, instead of refusing.
+        each: called after every case, for a progress bar.
+
+    Raises:
+        DataError: names every case without a prediction, or with one that cannot be read or is of another size.
+    """
+    data.setup("test" if split == "test" else "validate")
+    batches: Any = data.test_dataloader() if split == "test" else data.val_dataloader()
+    expected: set[str] = set()
+    missing: list[str] = []
+    wrong: list[str] = []
+    scored = 0
+    for batch in batches:
+        for index, case in enumerate(batch.case):
+            files = _files(reader, case)
+            expected |= {_stem(name.as_posix()) for name in files}
+            try:
+                predicted = reader.load(folder, case)
+                _check_size(case, predicted, batch.mask[index])
+            except DataError as error:
+                if any((folder / name).is_file() for name in files):
+                    wrong.append(str(error))
+                else:
+                    missing.append(case)
+            else:
+                if not wrong and (skip_missing or not missing):
+                    _add(table, overlays, case, batch, index, predicted)
+                    scored += 1
+            each()
+    if wrong or (missing and not skip_missing):
+        raise DataError(_message(folder, split, wrong, [] if skip_missing else missing))
+    if not scored:
+        raise DataError(f"{folder} holds no prediction of any of the {len(missing)} {split} cases")
+    return Scored(scored, missing, _leftover(folder, expected))
+
+
+def _add(table: CaseTable, overlays: Overlays | None, case: str, batch: Any, index: int, predicted: Tensor) -> None:
+    table.add(case, predicted, batch.mask[index], batch.spacing[index])
+    if overlays is not None:
+        overlays.offer(case, batch.image[index], batch.mask[index], predicted)
+
+
+def _files(reader: Reader, case: str) -> list[Path]:
+    """All files that a case's prediction may lie in."""
+    files = []
+    for format in FORMATS:
+        try:
+            files += reader.names(case, format)
+        except DataError:
+            continue  # A format that these masks are not written in.
+    return files
+
+
+def _check_size(case: str, predicted: Tensor, mask: Tensor) -> None:
+    if predicted.shape != mask.shape:
+        raise DataError(
+            f"the prediction of {case} is of the size {_size(predicted)}, its mask of {_size(mask)}: predictions must "
+            "be in the geometry of the images"
+        )
+
+
+def _size(labels: Tensor) -> str:
+    return " x ".join(map(str, labels.shape))
+
+
+def _message(folder: Path, split: Split, wrong: list[str], missing: list[str]) -> str:
+    parts = []
+    if missing:
+        inside = folder / split
+        hint = f", or predictions={inside}" if inside.is_dir() else ""
+        listed = "\n  ".join(missing[:LISTED])
+        more = f"\n  and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        parts.append(
+            f"{folder} lacks the predictions of {len(missing)} {split} cases; missing=skip scores the others{hint}:"
+            f"\n  {listed}{more}"
+        )
+    if wrong:
+        parts.append(f"{len(wrong)} predictions cannot be scored:\n  " + "\n  ".join(wrong[:LISTED]))
+    return "\n".join(parts)
+
+
+def _leftover(folder: Path, expected: set[str]) -> list[str]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or inside.parts[0] in BESIDE or not path.name.endswith(SUFFIXES) or not path.is_file():
+            continue
+        if _stem(inside.as_posix()) not in expected:
+            found.append(inside.as_posix())
+    return found
+
+
+def _stem(name: str) -> str:
+    """A file's name without the suffix of a mask."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)

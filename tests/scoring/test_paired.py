@@ -1,0 +1,105 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_dice.scoring.paired import adjusted, check_same, common, compare, holm
+from lightning_dice.scoring.summary import ALL
+from lightning_dice.scoring.table import Cases
+
+
+def cases(actual=None, split="test", unit="pixels", **scores):
+    """A table of scores by class, `a=[...]`, of `dice` or `hd95`, whatever is asked for."""
+    count = len(next(iter(scores.values())))
+    values = {f"{score}/{name}": np.array(v, float) for name, v in scores.items() for score in ("dice", "hd95")}
+    values |= {f"actual/{name}": np.array(actual or [5] * count, float) for name in scores}
+    return Cases(split, [f"c{n}" for n in range(count)], list(scores), values, unit)
+
+
+def test_a_difference_by_hand():
+    (line,) = compare(cases(a=[0.5, 0.7, 0.9, 0.4]), cases(a=[0.6, 0.9, 0.8, 0.4]))
+    assert (line.name, line.cases, line.wins, line.losses, line.ties) == ("a", 4, 2, 1, 1)
+    assert (line.mean_a, line.mean_b, line.mean) == pytest.approx((0.625, 0.675, 0.05))
+    assert line.differences == pytest.approx([0.1, 0.2, -0.1, 0])
+
+
+def test_less_is_better_of_distances():
+    (line,) = compare(cases(a=[5, 7, 9]), cases(a=[4, 8, 2]), "hd95")
+    assert (line.wins, line.losses) == (2, 1)
+    assert line.mean == pytest.approx(-7 / 3)
+
+
+def test_p_values_are_exact_for_few_cases():
+    random = np.random.default_rng(0)
+    one = random.uniform(size=9)
+    other = one + random.normal(0.1, 0.15, 9)
+    (line,) = compare(cases(a=one), cases(a=other))
+    differences = other - one
+    signs = np.array(list(itertools.product((1, -1), repeat=9)))
+    flipped = np.abs((signs * differences).mean(1))
+    # The share of all sign flips whose mean is at least as far from 0.
+    assert line.permutation == pytest.approx((flipped >= abs(differences.mean()) - 1e-12).mean())
+    assert line.wilcoxon == pytest.approx(stats.wilcoxon(other, one, method="exact").pvalue)
+
+
+def test_many_cases_with_ties():
+    random = np.random.default_rng(1)
+    one = random.uniform(size=80).round(1)
+    other = (one + random.normal(0.03, 0.1, 80)).round(1)
+    (line,) = compare(cases(a=one), cases(a=other))
+    expected = stats.wilcoxon(np.round(other - one, 9), zero_method="pratt", method="asymptotic").pvalue
+    assert line.wilcoxon == pytest.approx(expected)
+    assert line.permutation == pytest.approx(stats.ttest_rel(other, one).pvalue, abs=0.03)
+    assert line.low < line.mean < line.high
+
+
+def test_without_a_difference_nothing_is_significant():
+    for count in (1, 5):
+        (line,) = compare(cases(a=[0.5] * count), cases(a=[0.5] * count))
+        assert (line.mean, line.wilcoxon, line.permutation, line.ties) == (0, 1, 1, count)
+
+
+def test_cases_that_one_has_no_score_of_are_counted_apart():
+    nan = math.nan
+    first, second = cases(a=[nan, 0, 1, nan], b=[1, 1, 0, nan]), cases(a=[0, nan, 0.5, nan], b=[0.5, 1, 1, nan])
+    whole, a, _ = compare(first, second, resamples=100)
+    assert (a.cases, a.only_a, a.only_b, a.mean) == (1, 1, 1, -0.5)
+    # Of each case the mean is over the classes that both have: b, b, both, none.
+    assert (whole.name, whole.cases) == (ALL, 3)
+    assert whole.differences == pytest.approx([-0.5, 0, 0.25, nan], nan_ok=True)
+
+
+def test_holm():
+    values = [0.01, 0.04, 0.03, 0.5]
+    assert holm(values) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([0.2]) == [0.2]
+
+
+def test_p_values_are_adjusted_over_classes_and_pairs():
+    random = np.random.default_rng(2)
+    table = {name: random.uniform(size=12) for name in "ab"}
+    others = [{name: values + random.normal(0.05, 0.1, 12) for name, values in table.items()} for _ in range(2)]
+    lines = [line for other in others for line in compare(cases(**table), cases(**other))]
+    found = adjusted(lines)
+    single = [place for place, line in enumerate(lines) if line.name != ALL]
+    assert [found[p].wilcoxon_holm for p in single] == holm([lines[p].wilcoxon for p in single])
+    whole = [place for place, line in enumerate(lines) if line.name == ALL]
+    assert [found[p].permutation_holm for p in whole] == holm([lines[p].permutation for p in whole])
+
+
+def test_other_cases_or_masks_are_refused():
+    one = cases(a=[1, 1, 1])
+    fewer = cases(a=[1, 1])
+    with pytest.raises(ValueError, match=r"new lacks 1 of the test cases, such as c2.*cases=common"):
+        check_same(one, fewer, ("old", "new"))
+    with pytest.raises(ValueError, match="old lacks 1 of the test cases"):
+        check_same(fewer, one, ("old", "new"))
+    with pytest.raises(ValueError, match="old scores the classes a; new, a, b"):
+        check_same(one, cases(a=[1, 1, 1], b=[1, 1, 1]), ("old", "new"))
+    with pytest.raises(ValueError, match="of 2 cases, such as c1, actual/a is 5 pixels in old and 6 in new"):
+        check_same(one, cases(actual=[5, 6, 7], a=[1, 1, 1]), ("old", "new"))
+    assert common(one, fewer)[0].names == ["c0", "c1"]
+    check_same(*common(one, fewer), ("old", "new"))

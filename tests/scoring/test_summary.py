@@ -1,0 +1,134 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lightning_dice.metrics import DiceScore
+from lightning_dice.scoring import Scoring, score_case
+from lightning_dice.scoring.summary import ALL, TOP, resampled_means, summarize
+from lightning_dice.scoring.table import columns, read, row
+
+CLASSES = ["background", "a", "b/c"]
+
+
+def table(dice, **others):
+    """Rows of a table with these scores of one class, `object`."""
+    rows = []
+    for place, value in enumerate(dice):
+        extra = {key: str(values[place]) for key, values in others.items() if values[place] is not None}
+        score = {} if value is None else {"dice": str(value), "dice/object": str(value)}
+        rows.append(
+            {"split": "test", "case": f"c{place}", "actual/object": "9", "predicted/object": "9"} | score | extra
+        )
+    return rows
+
+
+def test_a_table_is_read_as_it_was_written():
+    scoring = Scoring(CLASSES, "softmax", exclude_classes=[0])
+    torch.manual_seed(0)
+    masks = [(torch.randint(0, 3, (5, 6)), torch.randint(0, 3, (5, 6))) for _ in range(4)]
+    cases = {f"case {n}": score_case(*pair, scoring, (0.5, 2)) for n, pair in enumerate(masks)}
+    rows = [row("val", name, case, CLASSES, scoring.scored, {None: 0.25}) for name, case in cases.items()]
+    found = read(rows)
+    assert (found.split, found.classes, found.unit, found.axes) == ("val", ["a", "b/c"], "mm", 2)
+    assert found.names == list(cases)
+    assert set(found.values) <= set(columns(CLASSES, scoring.scored))
+    for place, case in enumerate(cases.values()):
+        for index, name in ((1, "a"), (2, "b/c")):
+            assert found.values[f"hd95/{name}"][place] == pytest.approx(case.classes[index].hd95, rel=1e-5)
+            assert found.of("dice")[place, index - 1] == pytest.approx(case.classes[index].dice, rel=1e-5)
+            assert found.values[f"lesion_f1/{name}"][place] == pytest.approx(case.classes[index].lesions.f1, rel=1e-5)
+    assert found.unit_of("hd95") == "mm"
+    assert found.unit_of("volume_difference") == "mm²"
+    assert found.unit_of("dice") == ""
+
+
+def test_the_mean_of_classes_is_that_of_the_metric():
+    scoring = Scoring(CLASSES, "softmax", exclude_classes=[0])
+    metric = DiceScore(3, activation="softmax", exclude_classes=[0])
+    torch.manual_seed(1)
+    rows = []
+    for place in range(12):
+        mask, logits = torch.randint(0, 3, (4, 5)), torch.randn(3, 4, 5)
+        if place % 3 == 0:
+            mask[mask == 1], logits[1] = 0, -9  # A class that is nowhere in these.
+        metric.update(logits[None], mask[None])
+        rows.append(row("test", str(place), score_case(logits.argmax(0), mask, scoring), CLASSES, scoring.scored))
+    lines = {(line.score, line.name): line for line in summarize(read(rows), resamples=50)}
+    assert lines["dice", ALL].mean == pytest.approx(metric.compute().item(), abs=1e-6)
+    assert (lines["dice", "a"].cases, lines["dice", "a"].absent, lines["dice", "b/c"].cases) == (8, 4, 12)
+
+
+def test_intervals_are_scipys():
+    random = np.random.default_rng(2)
+    values = random.beta(5, 2, 40)
+    (line,) = summarize(read(table(values)))
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", random_state=np.random.default_rng(3)
+    ).confidence_interval
+    # Two draws of 10000: the ends differ by their own error.
+    assert (line.low, line.high) == pytest.approx((expected.low, expected.high), abs=0.003)
+    assert (line.mean, line.median) == pytest.approx((values.mean(), np.median(values)), abs=1e-6)
+    assert line == summarize(read(table(values)))[0]
+    assert line != summarize(read(table(values)), seed=1)[0]
+
+
+def test_resampled_means_leave_out_what_is_missing():
+    values = np.array([[0.2, math.nan], [0.4, 1.0], [math.nan, 3.0]])
+    means = resampled_means({"x": values}, 4000, 0)["x"]
+    # Each column is resampled as its own cases would be: of two, with the chances 1/4, 1/2, 1/4 and fewer.
+    assert set(np.round(means[np.isfinite(means[:, 1]), 1], 9)) <= {1, 3, 2, round(5 / 3, 9), round(7 / 3, 9)}
+    assert np.nanmean(means[:, 0]) == pytest.approx(0.3, abs=0.01)
+    assert np.isnan(means[:, 0]).mean() == pytest.approx((1 / 3) ** 3, abs=0.02)
+
+
+def test_no_score_is_ever_left_out_without_a_word():
+    rows = table([1, 0.5, 0, None], **{"hd95/object": [0, 3, None, None]})
+    rows[2] |= {"predicted/object": "0"}
+    rows[3] |= {"actual/object": "0", "predicted/object": "0"}
+    dice, distance = summarize(read(rows), resamples=100)
+    assert (dice.cases, dice.undefined, dice.absent) == (3, 0, 1)
+    assert (distance.cases, distance.undefined, distance.absent) == (2, 1, 1)
+    assert (dice.mean, distance.mean) == (0.5, 1.5)
+    assert dice.worst == [("c2", 0.0), ("c1", 0.5), ("c0", 1.0)]
+    assert distance.worst == [("c1", 3.0), ("c0", 0.0)]
+
+
+def test_of_volumes_the_worst_are_farthest_from_zero():
+    lines = summarize(read(table([1, 1, 1], **{"volume_error/object": [0.1, -0.8, 0.5]})), resamples=100, worst=2)
+    assert lines[-1].worst == [("c1", -0.8), ("c2", 0.5)]
+
+
+def test_one_case_has_no_interval():
+    (line,) = summarize(read(table([0.7])))
+    assert (line.mean, line.cases) == (0.7, 1)
+    assert math.isnan(line.low)
+
+
+def test_the_calibration_error_of_the_most_probable_class_has_a_line():
+    assert [(line.score, line.name) for line in summarize(read(table([1, 1], ece=[0.1, 0.3])), resamples=100)] == [
+        ("dice", "object"),
+        ("ece", TOP),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "split", "message"),
+    [
+        ([], None, "no cases of the val split; there is nothing"),
+        (table([1]), "val", "no cases of the val split; there is test"),
+        (table(["x"]), None, "column dice of the table: could not convert"),
+    ],
+)
+def test_a_table_that_is_none(rows, split, message):
+    with pytest.raises(ValueError, match=message):
+        read(rows, split)
+
+
+def test_units_are_mixed_where_some_spacings_are_unknown():
+    rows = table([1, 1], **{"hd95/object": [1, 2], "spacing": ["1 1 3", None]})
+    assert read(rows).unit == "mixed"
+    assert read(rows[:1]).unit_of("volume_difference") == "ml"
+    assert read(rows[1:]).unit == "pixels"
