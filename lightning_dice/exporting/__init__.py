@@ -1,0 +1,32 @@
+"""From a trained module to files that run without this package: the graph, its facts, their check, the card.
+
+`capture` makes a graph of a module, `FORMATS` are the files that hold it, `describe` says what a user of such a file
+must know, `compare` runs the file on real cases beside the module, and `model_card` and `script` write it down.
+"""
+
+from lightning_dice.exporting.agreement import Agreement, Case, compare
+from lightning_dice.exporting.card import model_card
+from lightning_dice.exporting.facts import SCHEMA, SCHEMA_VERSION, describe
+from lightning_dice.exporting.formats import FORMATS, Format, MissingExtra
+from lightning_dice.exporting.graph import Captured, Deployed, Graph, NotExportable, capture, takes_batches
+from lightning_dice.exporting.script import script
+
+__all__ = [
+    "FORMATS",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "Agreement",
+    "Captured",
+    "Case",
+    "Deployed",
+    "Format",
+    "Graph",
+    "MissingExtra",
+    "NotExportable",
+    "capture",
+    "compare",
+    "describe",
+    "model_card",
+    "script",
+    "takes_batches",
+]

@@ -1,0 +1,203 @@
+"""What is in a data set, and what is wrong with it: `python -m lightning_dice.inspect data=folder data.root=...`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_dice.configs import (
+    CONF_DIR,
+    UserError,
+    explain_typos,
+    help_text,
+    instantiate,
+    mistakes_told,
+    quoted,
+    register_resolvers,
+)
+
+if TYPE_CHECKING:
+    from lightning_dice.data import Source
+    from lightning_dice.doctor.examination import Examination
+    from lightning_dice.doctor.finding import Finding
+
+PAGE, TABLE, FINDINGS = "inspection.html", "cases.csv", "findings.json"
+
+
+def main() -> None:
+    """Entry point of `python -m lightning_dice.inspect` and `dice-inspect`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text("inspect"))
+        return
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        print("\nerror: inspect looks at one data set at a time, without --multirun", file=sys.stderr)
+        raise SystemExit(2)
+    register_resolvers()
+    sys.argv[1:] = quoted(sys.argv[1:])
+
+    inspected: list[Finding] = []
+    strict = False
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="inspect")
+    def from_command_line(config: DictConfig) -> None:
+        nonlocal strict
+        with mistakes_told():
+            strict = bool(config.strict)
+            inspected.extend(inspect(config))
+
+    try:
+        from_command_line()
+    except SystemExit as stop:
+        if stop.code == 1:  # Hydra's.
+            explain_typos("inspect", sys.argv[1:])
+        raise
+    grave = {"error", "warning"} if strict else {"error"}
+    if any(finding.severity in grave for finding in inspected):
+        raise SystemExit(1)
+
+
+def inspect(config: DictConfig) -> list[Finding]:
+    """Read a data set once, show what was found, and write it to a new folder.
+
+    `inspection.html` has the findings, tables and pictures; `cases.csv` the numbers of each case; `findings.json` what
+    was found, for programs.
+
+    Args:
+        config: as of `conf/inspect.yaml`.
+
+    Returns:
+        The findings; those accepted are notes.
+
+    Raises:
+        UserError: a setting is not as it should be, or the folder cannot be made; before the data are read.
+    """
+    from lightning_dice import runs
+    from lightning_dice.doctor.finding import KINDS
+    from lightning_dice.session import quiet
+
+    quiet()
+    if unknown := [kind for kind in config.accept if kind not in KINDS]:
+        raise UserError(f"accept: there is no finding {', '.join(unknown)}, only {', '.join(KINDS)}")
+    for name, least in (("thumbnails", 0), ("workers", 1)):
+        value = config[name]
+        if not (isinstance(value, int) and value >= least) and not (name == "workers" and value is None):
+            raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
+    runs.make_absolute(config)
+    OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)  # Before a folder is made.
+    choice = data_choice()
+    if config.output is not None:
+        folder = runs.exact_folder(config.output)
+    else:
+        folder = runs.new_folder(config.runs, f"inspect_{choice}")
+    try:
+        config.folder = str(folder)
+        source: Source = instantiate(config.data.datamodule.source, "data")
+        found = examine(source, config)
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    return conclude(source, found, config, folder)
+
+
+def data_choice() -> str:
+    """Which file of the group `data` was chosen; `data` outside of a command."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return str(HydraConfig.get().runtime.choices.get("data")) if HydraConfig.initialized() else "data"
+
+
+def examine(source: Source, config: DictConfig) -> Examination:
+    """Read and measure all cases, with a bar."""
+    import os
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lightning_dice.doctor.examination import examine
+    from lightning_dice.doctor.measures import Task
+
+    data = config.data
+    task = Task(
+        [str(name) for name in data.classes], data.activation, data.ignore_index, [int(i) for i in data.exclude_classes]
+    )
+    of_each = int(data.get("patches_per_case") or 1)
+    facts = {
+        "batch_size": -(-int(data.batch_size) // of_each),
+        "channels": int(data.channels),
+        "size": list(data.get("size") or ()),
+        "root": data.get("root"),
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        shown = bar.add_task("checking the files", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(shown, description="looking at cases", completed=done, total=total)
+
+        return examine(
+            source,
+            task,
+            workers=config.workers or min(8, cores),
+            thumbnails=config.thumbnails,
+            facts=facts,
+            advance=advance,
+        )
+
+
+def conclude(source: Source, found: Examination, config: DictConfig, folder: Path) -> list[Finding]:
+    """Judge what was measured, show it, and write the files."""
+    import dataclasses
+    import datetime
+    import json
+    from importlib.metadata import version
+
+    from rich.console import Console
+
+    from lightning_dice.callbacks.files import write_csv
+    from lightning_dice.doctor.contents import cases_in_words
+    from lightning_dice.doctor.examination import draw_missing
+    from lightning_dice.doctor.finding import SEVERITIES
+    from lightning_dice.doctor.findings import judge
+    from lightning_dice.doctor.page import page, pictured
+    from lightning_dice.doctor.tables import case_columns, case_row, shown
+    from lightning_dice.files import write_atomically
+
+    findings = judge(found, accept=list(config.accept))
+    root = str(config.data.get("root") or "")
+    draw_missing(source, found, pictured(findings))
+    made_of = {
+        "data": f"{data_choice()} {root}".strip(),
+        "classes": ", ".join(found.task.classes),
+        "activation": found.task.activation,
+        "ignored label": str(found.task.ignore_index),
+        "accepted": ", ".join(config.accept) or "none",
+        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "version": f"lightning-dice {version('lightning-dice')}",
+    }
+    text = page(found, findings, f"Inspection of {Path(root).name or data_choice()}", made_of)
+    write_atomically(folder / PAGE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_csv(folder / TABLE, case_columns(found), [case_row(case, found) for case in found.cases])
+    plain: dict[str, Any] = {
+        **made_of,
+        "cases": found.sizes,
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
+    told = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(folder / FINDINGS, lambda part: part.write_text(told, encoding="utf-8"))
+    console = Console(width=max(Console().width, 110))
+    for part in shown(found, findings):
+        console.print(part)
+        console.print()
+    counts = (sum(finding.severity == severity for finding in findings) for severity in SEVERITIES)
+    told_counts = (cases_in_words(count, name) for count, name in zip(counts, SEVERITIES, strict=True))
+    print(f"{', '.join(told_counts)}: {folder / PAGE}")
+    return findings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""`python -m lightning_dice.inspect`, as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doctor.planted import sound
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
+from lightning_dice.inspect import inspect
+
+
+def command(*arguments: str, cwd: Path, status: int) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_dice.inspect", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == status, f"{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def config(*overrides: str):
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("inspect", overrides=list(overrides))
+
+
+def saved(root: Path) -> Path:
+    """Sound data as files."""
+    for split, part in sound().items():
+        for sample in part:
+            for kind, values in (("images", sample.image[0] * 255), ("masks", sample.mask[0])):
+                path = root / kind / split / f"{sample.case}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values.numpy().round().astype(np.uint8)).save(path)
+    return root
+
+
+FOLDER = ["data=folder", "data.channels=1", "data.classes=[object]", "data.size=[32,32]"]
+
+
+def test_what_is_wrong_is_named_and_the_status_says_so(tmp_path):
+    root = saved(tmp_path / "my data")
+    for kind in ("images", "masks"):
+        (root / kind / "test/test-0001.png").write_bytes((root / kind / "train/train-0003.png").read_bytes())
+    (root / "masks/train/train-0005.png").unlink()
+    result = command(*FOLDER, f"data.root={root}", "output=seen", cwd=tmp_path, status=1)
+    assert "error: images/train/train-0005.png: has no mask in masks/train" in result.stdout
+    assert "error: 1 image stands in two splits  [duplicates-across-splits]" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("2 errors, 0 warnings, 0 notes: ")
+    told = json.loads((tmp_path / "seen/findings.json").read_text())
+    assert [finding["kind"] for finding in told["findings"]] == ["refused", "duplicates-across-splits"]
+    assert told["cases"] == {"train": 13, "val": 6, "test": 6}
+    text = (tmp_path / "seen/inspection.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)|@import|url\(|https?://", text)  # Nothing to be fetched.
+    assert "equal to test/test-0001" in text
+
+
+def test_sound_data(tmp_path):
+    root = saved(tmp_path / "data")
+    command(*FOLDER, f"data.root={root}", "strict=true", cwd=tmp_path, status=0)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("_inspect_folder")
+    with (folder / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 26
+    for row in rows:
+        mask = np.asarray(Image.open(root / "masks" / row["split"] / f"{row['case']}.png"))
+        image = np.asarray(Image.open(root / "images" / row["split"] / f"{row['case']}.png")) / 255
+        assert int(row["pixels/object"]) == mask.sum()
+        assert float(row["mean"]) == pytest.approx(image.mean(), rel=1e-4)
+        assert row["kind"] == "8-bit gray"
+
+
+def test_mistakes_are_told_and_leave_no_folder(tmp_path):
+    told = command("data=folder", cwd=tmp_path, status=2).stderr
+    assert "data.root has no value" in told
+    told = command("data=folder", "data.rot=x", cwd=tmp_path, status=1).stderr
+    assert "did you mean root?" in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("data"))
+
+
+class TestInProcess:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("accept=[duplicate]", "accept: there is no finding duplicate, only absent-classes"),
+            ("thumbnails=-1", "thumbnails must be an integer of at least 0, got -1"),
+            ("workers=0", "workers must be an integer of at least 1, got 0"),
+            ("data.channels=0", "channels must be 1 or more"),
+        ],
+    )
+    def test_refuses(self, root, tmp_path, override, message):
+        with pytest.raises(UserError, match=message):
+            inspect(config(*FOLDER, f"data.root={root}", f"runs={tmp_path}", override))
+        assert not list(tmp_path.iterdir())
+
+    def test_overwrites_nothing(self, root, tmp_path):
+        with pytest.raises(UserError, match="exists, and nothing is overwritten"):
+            inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path}"))
+
+    def test_a_folder_that_is_not_there(self, tmp_path):
+        (finding,) = inspect(config(*FOLDER, f"data.root={tmp_path / 'none'}", f"output={tmp_path / 'out'}"))
+        assert (finding.kind, finding.severity) == ("refused", "error")
+        assert "does not exist" in finding.title
+
+    def test_names_cannot_break_the_page(self, root, tmp_path):
+        inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.classes=['<b>&']"))
+        text = (tmp_path / "out/inspection.html").read_text()
+        assert "&lt;b&gt;&amp;" in text
+        assert "<b>&" not in text
+
+    def test_pictures_are_few_if_asked_for_few(self, root, tmp_path):
+        for count in (0, 4):
+            inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / str(count)}", f"thumbnails={count}"))
+            text = (tmp_path / str(count) / "inspection.html").read_text()
+            assert text.count("data:image/jpeg") == count
+            assert f"Pictures of {count} of them" in text
+
+    def test_large_data_keep_the_page_small(self, root, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_dice.doctor.page.MOST_ROWS", 10)
+        inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.size=[32,80]"))
+        text = (tmp_path / "out/inspection.html").read_text()
+        table = text[text.index('id="cases"') :].partition("</table>")[0]
+        assert table.count("<tr>") == 11
+        assert table.count("smaller-than-crops") == 20  # Those that something was found about stand first.
+        assert "10 of 26 cases; all are in cases.csv" in text
