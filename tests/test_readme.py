@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lightning_dice import configs, evaluate, predict
+from lightning_dice import calibrate, compare, configs, evaluate, export, plan, predict
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,10 +42,19 @@ def test_commands_compose(line):
     name = module.removeprefix("lightning_dice.")
     # What resumes a run is not composed: its overrides are checked against that run's config.
     arguments = [argument for argument in arguments if not argument.startswith("resume=")]
-    settings = {"evaluate": evaluate.SETTINGS, "predict": predict.SETTINGS}
-    if name in settings:
-        arguments, overrides = configs.split_arguments(arguments, settings[name])
-        assert all("." in override for override in overrides)
+    # What is not a setting of such a command is an override of a run's config, or of a training's.
+    with_overrides = {"calibrate": calibrate, "evaluate": evaluate, "export": export, "plan": plan, "predict": predict}
+    if name in with_overrides:
+        arguments, overrides = configs.split_arguments(arguments, with_overrides[name].SETTINGS)
+        if name == "plan" or not any(a.startswith("run=") for a in arguments):
+            with initialize_config_dir(str(configs.CONF_DIR), version_base="1.3"):
+                assert compose("fit", overrides=overrides)
+        else:
+            assert all("." in override for override in overrides)
+    if name == "compare":
+        arguments = compare.arguments(arguments)
+    if "--config-dir" in arguments:
+        arguments = []  # They are in files that are not here.
     configs.register_resolvers()
     sweep = "-m" in arguments
     arguments = [argument for argument in arguments if argument != "-m"]

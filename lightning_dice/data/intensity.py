@@ -121,6 +121,5 @@ def normalized(values: NDArray[np.float32], scheme: str, intensities: Intensitie
 def _standardized(values: NDArray[np.float32]) -> NDArray[np.float32]:
     mean = float(values.mean(dtype=np.float64))
     std = float(values.std(dtype=np.float64))
-    # The mean of equal numbers may differ from them in the last digit, which must not be blown up to ±1.
-    flat = std <= 4 * np.finfo(np.float32).eps * abs(mean)
-    return np.asarray((values - np.float32(mean)) / np.float32(1 if flat else max(std, 1e-8)), np.float32)
+    # In float64, and back: the mean of equal numbers is that number, whose zeros nothing blows up.
+    return np.asarray((values - np.float32(mean)) / np.float32(max(std, 1e-8)), np.float32)

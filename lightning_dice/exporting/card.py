@@ -73,11 +73,12 @@ def _input(facts: Mapping[str, Any]) -> str:
     if given["spacing"] is not None:
         lines.append(f"spacing: {given['spacing']} mm along each axis")
     transform = normalization["transform"]
-    how = "none" if transform is None else f"`{_call(transform)}`"
-    if normalization["inside"]:
-        lines.append(f"normalization: {how}, done by the model itself, by the values of each image that it is given")
+    if transform is None:
+        lines.append("normalization: none")
+    elif normalization["inside"]:
+        lines.append(f"normalization: `{_call(transform)}`, done by the model itself, of each image that it is given")
     else:
-        lines.append(f"normalization: {how}" + (", to be done before" if transform is not None else ""))
+        lines.append(f"normalization: `{_call(transform)}`, to be done before")
     if normalization["intensities"] is not None:
         lines.append(f"intensities: normalized by {normalization['intensities']}, to be done before")
     if facts["divisor"]["pixels"] > 1:

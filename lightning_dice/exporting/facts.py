@@ -189,7 +189,8 @@ def _training(run: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: Pat
 
 def _transform(config: Any) -> Any:
     """The config of a normalization; `None` for one that changes nothing."""
-    return None if isinstance(config, Mapping) and config.get("_target_") == "torch.nn.Identity" else _plain(config)
+    same = isinstance(config, Mapping) and str(config.get("_target_")).endswith(".Identity")
+    return None if same else _plain(config)
 
 
 def _channel_names(data: Mapping[str, Any], channels: int, ndim: int) -> list[str] | None:

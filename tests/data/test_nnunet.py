@@ -131,6 +131,9 @@ class TestSplits:
         assert [pair.case for pair in source.split("test").pairs] == ["t7"]
         assert "1 of the 2 images of imagesTs have no mask" in source.check()
         assert len(source.split("train")) == 3
+        (root / "splits_final.json").write_text(json.dumps([{"train": ["c0", "c1"], "val": ["c2"]}]))
+        source = NnunetSource(root)
+        assert [[pair.case for pair in source.split(split).pairs] for split in ("val", "test")] == [["c2"], ["t7"]]
 
 
 def test_what_is_missing_is_told(tmp_path):

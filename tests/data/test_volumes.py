@@ -76,6 +76,7 @@ def test_a_mask_is_written_as_it_was_stored(tmp_path, name, suffix):
         assert np.array_equal(found.header[field], original[field])
     assert torch.equal(source.reader.load(tmp_path / "out", item.case), sample.mask)
     again = (tmp_path / "out" / written).read_bytes()
+    assert again[4:8] == bytes(4)  # gzip's time
     source.reader.write(tmp_path / "out", item.case, sample.mask, scan)
     assert (tmp_path / "out" / written).read_bytes() == again
     assert [p.name for p in (tmp_path / "out" / "sub").iterdir()] == ["a.nii.gz"]
