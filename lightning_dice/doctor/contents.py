@@ -344,7 +344,7 @@ def _blank_masks(found: Examination) -> Iterator[Finding]:
     full = [
         case
         for case in cases
-        if any(case.objects[index].pixels >= case.pixels - case.ignored > 0 for index in task.objects)
+        if any(case.objects[index].pixels >= case.pixels - case.ignored for index in task.objects)
     ]
     if full:
         yield Finding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,20 +92,21 @@ def by_size(cases: Cases, score: str = "dice") -> str:
     """A score of each case against the size of what there is; empty where no case has anything."""
     names = cases.classes[:CLASSES]
     figure, axes = _chart(7.2, 3.6)
-    drawn = False
+    smallest, largest = math.inf, 0.0
     for place, name in enumerate(names):
         sizes, values = cases.values[f"actual/{name}"], cases.of(score)[:, place]
         kept = np.isfinite(values) & (sizes > 0)
         if kept.any():
-            drawn = True
+            smallest, largest = min(smallest, sizes[kept].min()), max(largest, sizes[kept].max())
             color = PALETTE[place % len(PALETTE)] if len(names) > 1 else POINT
             alpha = min(0.85, max(0.15, 200 / kept.sum()))
             axes.plot(
                 sizes[kept], values[kept], "o", color=color, markersize=4.5, markeredgewidth=0, alpha=alpha, label=name
             )
-    if not drawn:
+    if not largest:
         return ""
-    axes.set_xscale("log")
+    if largest > 10 * smallest:  # Within a decade a logarithmic axis has labels that run into each other.
+        axes.set_xscale("log")
     axes.set_xlabel("pixels of the class in the mask")
     axes.set_ylabel(_label(cases, score))
     axes.set_ylim(-0.02, 1.02)
