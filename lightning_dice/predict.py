@@ -181,8 +181,8 @@ def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the output folder {output}: {error.strerror}") from error
-    go_on = begin(output, about, files, overwrite=config.overwrite)
-    waiting = [item for item in items if not (go_on and finished_already(method, item, output))]
+    begin(output, about, files, overwrite=config.overwrite)
+    waiting = [item for item in items if not finished_already(method, item, output)]
     return {
         "waiting": [[item.case, [str(path) for path in item.files]] for item in waiting],
         "images": len(items) + len(skipped),

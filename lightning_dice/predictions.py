@@ -60,17 +60,14 @@ class Manifest:
             raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
 
 
-def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]], *, overwrite: bool = False) -> bool:
-    """Make the folder ready for the masks of some images.
+def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]], *, overwrite: bool = False) -> None:
+    """Make the folder ready for the masks of some images; those that it then holds are of these settings and images.
 
     Args:
         folder: for the masks.
         manifest: of this command, with one input.
         files: for each case, the masks that it may have.
         overwrite: remove the masks of these cases that are there, whatever they were made by.
-
-    Returns:
-        Whether masks that are there are of the same settings and images, so that they are done.
 
     Raises:
         UserError: there are masks of other settings or images, or of an unknown origin; or the folder cannot be made.
@@ -84,13 +81,13 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
         except OSError as error:
             raise UserError(f"cannot remove {path}: {error.strerror}") from error
         manifest.write(folder)
-        return False
+        return
     old = Manifest.read(folder)
     if old is None:
         if there:
             raise UserError(f"{len(there)} masks exist, such as {there[0]}; choose another output, or overwrite=true")
         manifest.write(folder)
-        return False
+        return
     changed = differences(old.settings, manifest.settings)
     if changed:
         told = "\n  ".join([*changed[:SHOWN], *([f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
@@ -98,8 +95,7 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
             f"the masks in {folder} were made by something else; choose another output, or overwrite=true:\n  {told}"
         )
     if manifest.inputs[0] in old.inputs:
-        manifest.inputs = old.inputs
-        return True
+        return
     if there:
         raise UserError(
             f"{len(there)} masks exist, such as {there[0]}, of the images in {', '.join(old.inputs)} and not in "
@@ -107,7 +103,6 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
         )
     manifest.inputs = [*old.inputs, *manifest.inputs]
     manifest.write(folder)
-    return True
 
 
 def finished(masks: Iterable[Sequence[Path]], images: Iterable[Path]) -> bool:
