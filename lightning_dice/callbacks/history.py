@@ -43,6 +43,7 @@ class History(Callback):
         self._undone: dict[int, dict[str, str]] = {}
         self._open: int | None = None
         self._trained = self._validated = False
+        self._before: dict[str, str] = {}
         self._lr = float("nan")
         self._epoch = -1
         self._resumed: dict[str, Any] = {}
@@ -115,11 +116,13 @@ class History(Callback):
             # A checkpoint saved at an epoch's end ends that epoch again, without its metrics.
             self._rows[epoch] = self._undone[epoch]
         else:
+            metrics = self._of_this_epoch(metrics)
             seconds = time.monotonic() - self._started
             row = {"epoch": str(epoch), "step": str(trainer.global_step), "lr": number(self._lr)}
             row |= {"seconds": f"{seconds:.2f}"} | {name: number(value) for name, value in used.items()}
             self._rows[epoch] = row | metrics
-            self._open = epoch
+        # Ended again or not: what the module logs now may not be in the row that was read.
+        self._open = epoch
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,12 +134,13 @@ class History(Callback):
         """Draw the curves as far as they go."""
         if trainer.state.fn == "fit":
             if trainer.world_size == 1:  # The other ranks may be gone.
-                self._complete(trainer)
+                self._complete(trainer, logged=False)
             self._draw(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         self._started, self._validated = time.monotonic(), False
         self._throughput.start()
+        self._before = self._metrics(trainer)
         self._epoch, resumed, self._resumed = trainer.current_epoch, self._resumed, {}
         if resumed.get("epoch") == self._epoch:
             self._lr = resumed["lr"]
@@ -151,9 +155,20 @@ class History(Callback):
         aliases = {name + way for name in metrics for way in ("_step", "_epoch")}
         return {key: number(float(value)) for key, value in metrics.items() if key not in aliases}
 
-    def _complete(self, trainer: Trainer) -> None:
-        """Fetch what the module logged in its own `on_train_epoch_end`, which runs after ours."""
+    def _of_this_epoch(self, metrics: dict[str, str]) -> dict[str, str]:
+        """Without what the module has yet to log in its own `on_train_epoch_end`, which runs after ours.
+
+        Lightning keeps the value of the epoch before until then. One that has not changed is left out too: it comes
+        when the row is completed.
+        """
+        before = {name: value for name, value in self._before.items() if name.startswith("train/")}
+        return {name: value for name, value in metrics.items() if before.get(name) != value}
+
+    def _complete(self, trainer: Trainer, *, logged: bool = True) -> None:
+        """Fetch what the module logged in its own `on_train_epoch_end`, if it came to that."""
         metrics = self._metrics(trainer)
+        if not logged:
+            metrics = self._of_this_epoch(metrics)
         epoch, self._open = self._open, None
         if epoch is None:
             return

@@ -1,9 +1,9 @@
 import csv
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_dice.callbacks import History
+from lightning_dice.callbacks import ExactResume, History
 
 
 def rows(folder):
@@ -69,6 +69,42 @@ def test_an_epoch_that_a_checkpoint_only_ends_again_keeps_its_metrics(tmp_path, 
     after = rows(tmp_path)
     assert [row["epoch"] for row in after] == ["0", "1", "2"]
     assert after[:2] == before
+
+
+class Killed(BaseException):
+    """Nobody has the time to react."""
+
+
+class KillsAfterTheRow(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise Killed
+
+
+@pytest.mark.parametrize("reacts", [True, False], ids=["raised", "killed"])
+def test_a_row_never_has_what_an_epoch_before_logged(tmp_path, trainer, net, loader, monkeypatch, reacts):
+    if not reacts:
+        monkeypatch.setattr(History, "on_exception", lambda *_: None)
+    broken = trainer(History(tmp_path), KillsAfterTheRow(), max_epochs=3)
+    with pytest.raises(Killed):
+        broken.fit(net(late_train_dice=True), loader(), loader())
+    table = rows(tmp_path)
+    assert [row["train/dice"] for row in table] == ["0.25", ""]
+    assert all(row["train/loss"] and row["val/dice"] for row in table)
+
+
+def test_a_row_that_a_killed_process_left_incomplete_is_completed(tmp_path, trainer, net, loader, monkeypatch):
+    def callbacks():
+        return ExactResume(), History(tmp_path), checkpoint(tmp_path, every_n_train_steps=1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(History, "on_exception", lambda *_: None)
+        broken = trainer(*callbacks(), KillsAfterTheRow(), max_epochs=3)
+        with pytest.raises(Killed):
+            broken.fit(net(late_train_dice=True), loader(), loader())
+    last = tmp_path / "checkpoints/last.ckpt"
+    trainer(*callbacks(), max_epochs=3).fit(net(late_train_dice=True), loader(), loader(), ckpt_path=last)
+    assert [float(row["train/dice"]) for row in rows(tmp_path)] == [0.25, 0.5, 0.75]
 
 
 def test_curves_are_drawn_when_training_breaks_off(tmp_path, trainer, net, loader):
