@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    split_arguments,
-)
+from lightning_dice.configs import UserError, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,18 +24,11 @@ MEMORY = 2**29
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.calibrate` and `dice-calibrate`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("calibrate"))
-        return
-    register_resolvers()
-    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="calibrate")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            calibrate(config, overrides)
+    def act(config: DictConfig, overrides: list[str]) -> None:
+        calibrate(config, overrides)
 
-    from_command_line()
+    run_command("calibrate", act, SETTINGS)
 
 
 def calibrate(config: DictConfig, overrides: list[str]) -> Decision:

@@ -7,18 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    mistakes_told,
-    quote,
-    quoted,
-    register_resolvers,
-)
+from lightning_dice.configs import UserError, quote, quoted, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,18 +22,8 @@ TABLE, PICTURE = "compare.csv", "compare.png"
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.compare` and `dice-compare`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("compare"))
-        return
-    register_resolvers()
     sys.argv[1:] = arguments(sys.argv[1:])
-
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="compare")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            compare(config)
-
-    from_command_line()
+    run_command("compare", lambda config, _: compare(config))
 
 
 def arguments(given: Sequence[str]) -> list[str]:

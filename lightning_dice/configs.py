@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -206,6 +206,36 @@ def _files(group: str, default: str) -> list[str]:
     return [f"[{name}]" if name == default else name for name in names]
 
 
+def run_command(
+    name: str, act: Callable[[DictConfig, list[str]], int | None], settings: Iterable[str] | None = None
+) -> None:
+    """Answer `--help`, or compose a command's config from the command line and act.
+
+    Args:
+        name: of the command, and of its config.
+        act: called with the config, and with what is to override another one; returns the exit status, if not 0. A
+            `UserError` is told, with exit status 2.
+        settings: the names of the command's own settings: what is not among them overrides the config of the run that
+            the command works on. `None`: all arguments are its own, and are in Hydra's grammar already.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(name))
+        return
+    register_resolvers()
+    overrides: list[str] = []
+    if settings is not None:
+        sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), settings)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
+    def from_command_line(config: DictConfig) -> None:
+        with mistakes_told():
+            status = act(config, overrides)
+        if status:
+            raise SystemExit(status)
+
+    from_command_line()
+
+
 @contextmanager
 def mistakes_told() -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2."""
@@ -231,6 +261,19 @@ def traces_removed() -> Iterator[None]:
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
+
+
+def composed(name: str, overrides: Iterable[str]) -> DictConfig:
+    """Another config than the command's own, composed within it.
+
+    Raises:
+        UserError: what Hydra refuses.
+    """
+    try:
+        return hydra.compose(name, overrides=list(overrides))
+    except HydraException as error:
+        explain_typos(name, overrides)
+        raise UserError(str(error).splitlines()[0]) from error
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
@@ -280,7 +323,7 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
         headline = str(error).splitlines()[0].removesuffix(":")
         if isinstance(cause, ImportError):
             missing = getattr(cause, "name", None) or str(cause)
-            extra = {"monai": "monai", "wandb": "loggers", "mlflow": "loggers"}.get(str(missing).split(".")[0])
+            extra = {"wandb": "loggers", "mlflow": "loggers"}.get(str(missing).split(".")[0])
             hint = f"; pip install 'lightning-dice[{extra}]'" if extra else ""
             raise UserError(f"{what}: {headline}{hint}") from error
         detail = f": {cause}" if cause is not None else ""

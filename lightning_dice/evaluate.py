@@ -7,19 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 from omegaconf import DictConfig
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    instantiate,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    split_arguments,
-)
+from lightning_dice.configs import UserError, composed, instantiate, run_command
 
 if TYPE_CHECKING:
     from lightning_dice import report
@@ -32,18 +22,11 @@ SETTINGS = ("run", "predictions", "checkpoint", "calibration", "split", "missing
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.evaluate` and `dice-evaluate`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("evaluate"))
-        return
-    register_resolvers()
-    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            evaluate(config, overrides)
+    def act(config: DictConfig, overrides: list[str]) -> None:
+        evaluate(config, overrides)
 
-    from_command_line()
+    run_command("evaluate", act, SETTINGS)
 
 
 def evaluate(config: DictConfig, overrides: list[str]) -> None:
@@ -171,8 +154,6 @@ def _split(config: DictConfig, session: Session) -> Split:
 
 def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The config of a run, or, without one, that of a run that would train on these data."""
-    from hydra.errors import HydraException
-
     from lightning_dice import runs
 
     if config.run is not None:
@@ -181,12 +162,9 @@ def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
         raise UserError(
             "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
         )
-    try:
-        composed = hydra.compose("fit", overrides=overrides)
-    except HydraException as error:
-        raise UserError(str(error)) from error
-    runs.make_absolute(composed)
-    return composed
+    run = composed("fit", overrides)
+    runs.make_absolute(run)
+    return run
 
 
 def _recorders(run: DictConfig, folder: Path) -> tuple[CaseTable, Overlays | None]:

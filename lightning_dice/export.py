@@ -10,19 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    instantiate,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    split_arguments,
-)
+from lightning_dice.configs import UserError, instantiate, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,21 +41,15 @@ NOISE = 2  # images, where there is no case to compare on
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.export` and `dice-export`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("export"))
-        return
-    register_resolvers()
-    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="export")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            disagreement = export(config, overrides)
-        if disagreement is not None:
-            print(f"\nerror: {disagreement}", file=sys.stderr)
-            raise SystemExit(1)
+    def act(config: DictConfig, overrides: list[str]) -> int:
+        disagreement = export(config, overrides)
+        if disagreement is None:
+            return 0
+        print(f"\nerror: {disagreement}", file=sys.stderr)
+        return 1
 
-    from_command_line()
+    run_command("export", act, SETTINGS)
 
 
 class Target(NamedTuple):

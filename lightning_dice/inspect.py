@@ -6,19 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    explain_typos,
-    help_text,
-    instantiate,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-)
+from lightning_dice.configs import UserError, explain_typos, instantiate, quoted, run_command
 
 if TYPE_CHECKING:
     from lightning_dice.data import Source
@@ -30,34 +20,24 @@ PAGE, TABLE, FINDINGS = "inspection.html", "cases.csv", "findings.json"
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.inspect` and `dice-inspect`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("inspect"))
-        return
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         print("\nerror: inspect looks at one data set at a time, without --multirun", file=sys.stderr)
         raise SystemExit(2)
-    register_resolvers()
     sys.argv[1:] = quoted(sys.argv[1:])
+    composed = False
 
-    inspected: list[Finding] = []
-    strict = False
-
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="inspect")
-    def from_command_line(config: DictConfig) -> None:
-        nonlocal strict
-        with mistakes_told():
-            strict = bool(config.strict)
-            inspected.extend(inspect(config))
+    def act(config: DictConfig, _: list[str]) -> int:
+        nonlocal composed
+        composed = True
+        grave = {"error", "warning"} if config.strict else {"error"}
+        return int(any(finding.severity in grave for finding in inspect(config)))
 
     try:
-        from_command_line()
+        run_command("inspect", act)
     except SystemExit as stop:
-        if stop.code == 1:  # Hydra's.
+        if stop.code == 1 and not composed:  # Hydra's.
             explain_typos("inspect", sys.argv[1:])
         raise
-    grave = {"error", "warning"} if strict else {"error"}
-    if any(finding.severity in grave for finding in inspected):
-        raise SystemExit(1)
 
 
 def inspect(config: DictConfig) -> list[Finding]:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    instantiate,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    settle,
-    split_arguments,
-)
+from lightning_dice.configs import UserError, composed, instantiate, run_command, settle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,18 +21,11 @@ LEAST_LEVELS = 3  # of MONAI's DynUNet
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.plan` and `dice-plan`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("plan"))
-        return
-    register_resolvers()
-    sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), SETTINGS)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="plan")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            plan(config, overrides)
+    def act(config: DictConfig, overrides: list[str]) -> None:
+        plan(config, overrides)
 
-    from_command_line()
+    run_command("plan", act, SETTINGS)
 
 
 def plan(config: DictConfig, overrides: list[str]) -> Path:
@@ -98,14 +79,9 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
 
 
 def _composed(overrides: list[str]) -> DictConfig:
-    from hydra.errors import HydraException
-
     from lightning_dice import runs
 
-    try:
-        run = hydra.compose("fit", overrides=overrides)
-    except HydraException as error:
-        raise UserError(str(error)) from error
+    run = composed("fit", overrides)
     runs.make_absolute(run)
     settle(run)
     missing = sorted(OmegaConf.missing_keys(run))

@@ -15,19 +15,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_dice.configs import (
-    CONF_DIR,
-    UserError,
-    help_text,
-    instantiate,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    split_arguments,
-)
+from lightning_dice.configs import UserError, instantiate, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,21 +46,8 @@ _PREVIEW = 2048  # pixels along the longer axis of an overlay of a picture that 
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.predict` and `dice-predict`."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text("predict"))
-        return
-    register_resolvers()
     arguments = sys.argv[1:]
-    sys.argv[1:], overrides = split_arguments(quoted(arguments), SETTINGS)
-
-    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="predict")
-    def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
-            status = predict(config, overrides, arguments)
-        if status:
-            raise SystemExit(status)
-
-    from_command_line()
+    run_command("predict", lambda config, overrides: predict(config, overrides, arguments), SETTINGS)
 
 
 def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] = ()) -> int:

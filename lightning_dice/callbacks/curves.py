@@ -11,9 +11,11 @@ from lightning_dice.callbacks.colors import PALETTE
 from lightning_dice.callbacks.files import save_figure
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
-TRAIN, VAL, POINT, INK = "#9A9A9A", "#000000", "#0072B2", "#404040"
+TRAIN, VAL, POINT, INK, MEAN = "#9A9A9A", "#000000", "#0072B2", "#404040", "#D55E00"
 DPI = 144
 
 
@@ -82,6 +84,28 @@ def _mark_best(
     )
 
 
+def draw_cases(axes: Axes, place: float, known: NDArray[np.float64], random: np.random.Generator) -> None:
+    """A line of a chart: each case as a point, of five or more the quartiles as a box, the mean as a diamond.
+
+    Args:
+        axes: of matplotlib.
+        place: of the line, along y.
+        known: scores of cases, at least one.
+        random: by which points are spread across the line.
+    """
+    import numpy as np
+
+    heights = place + random.uniform(-0.24, 0.24, len(known))
+    alpha = min(0.8, max(0.1, 60 / len(known)))
+    axes.plot(known, heights, "o", color=POINT, markersize=4, markeredgewidth=0, alpha=alpha, zorder=2)
+    if len(known) > 4:
+        low, middle, high = np.quantile(known, [0.25, 0.5, 0.75])
+        box: dict[str, Any] = {"height": 0.6, "facecolor": "none", "edgecolor": INK, "linewidth": 1, "zorder": 3}
+        axes.barh(place, high - low, left=low, **box)
+        axes.plot([middle, middle], [place - 0.3, place + 0.3], color=INK, linewidth=1.6, zorder=3)
+    axes.plot(known.mean(), place, "D", color=MEAN, markersize=7, markeredgecolor="white", zorder=4)
+
+
 def draw_distribution(path: Path, scores: Mapping[str, Sequence[float]], title: str) -> None:
     """The scores of the cases: every one as a point, quartiles as a box, the mean as a diamond.
 
@@ -103,15 +127,7 @@ def draw_distribution(path: Path, scores: Mapping[str, Sequence[float]], title: 
         if not len(known):
             axes.text(0.5, place, "in no case", ha="center", va="center", color=INK, fontsize=9)
             continue
-        height = place + random.uniform(-0.24, 0.24, len(known))
-        alpha = min(0.8, max(0.1, 60 / len(known)))
-        axes.plot(known, height, "o", color=POINT, markersize=4, markeredgewidth=0, alpha=alpha, zorder=2)
-        if len(known) > 4:
-            low, middle, high = np.quantile(known, [0.25, 0.5, 0.75])
-            box: dict[str, Any] = {"height": 0.6, "facecolor": "none", "edgecolor": INK, "linewidth": 1, "zorder": 3}
-            axes.barh(place, high - low, left=low, **box)
-            axes.plot([middle, middle], [place - 0.3, place + 0.3], color=INK, linewidth=1.6, zorder=3)
-        axes.plot(known.mean(), place, "D", color="#D55E00", markersize=7, markeredgecolor="white", zorder=4)
+        draw_cases(axes, place, known, random)
         axes.annotate(
             f"{known.mean():.3f}",
             (1, place),
@@ -125,7 +141,7 @@ def draw_distribution(path: Path, scores: Mapping[str, Sequence[float]], title: 
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.set_title("mean", loc="right", fontsize=9, color="#D55E00")
+    axes.set_title("mean", loc="right", fontsize=9, color=MEAN)
     axes.set_xlabel("Dice of a case: point; quartiles: box; mean: diamond", fontsize=9)
     _plain(axes)
     axes.grid(axis="x", color="0.92")

@@ -86,8 +86,8 @@ def _ignoring(mask: Tensor, where: Tensor, mask_format: MaskFormat) -> Tensor:
     return (mask if fits else mask.int()).masked_fill(where, label)
 
 
-class PairSource(ABC):
-    """A source of images and masks that are files; what finds them is another class's business.
+class PictureSource(ABC):
+    """A source of pictures: what is said of them, and what reads further ones.
 
     Attributes:
         root: the folder.
@@ -96,7 +96,6 @@ class PairSource(ABC):
         fractions: of the cases for train, val and test, where there is nothing that says so.
         seed: of this draw.
         workers: threads that read.
-        raters: who made the masks, if several people did.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -110,25 +109,14 @@ class PairSource(ABC):
         fractions: Sequence[float],
         seed: int,
         workers: int | None,
-        raters: Raters | None = None,
     ) -> None:
         if not root:
             raise ValueError(f"root must name a folder, got {root!r}; set data.root=/path/to/folder")
-        if image_format.nodata is not None and mask_format.ignore_index is None:
-            raise ValueError("nodata needs an ignore_index, by which masks say so; set data.ignore_index=255")
         self.root = Path(root).expanduser()
         self.image_format = image_format
         self.mask_format = mask_format
         self.fractions, self.seed = checked_fractions(fractions), int(seed)
         self.workers = count_workers(workers)
-        self.raters = raters
-        self._layout: Layout | None = None
-        self._cases: dict[Split, FolderCases] = {}
-        self._kinds: dict[tuple[Split, str], str] = {}
-
-    @abstractmethod
-    def _scan(self) -> Layout:
-        """Find the files; called once."""
 
     @property
     def channels(self) -> int:
@@ -150,6 +138,47 @@ class PairSource(ABC):
             DataError: with everything that is wrong: file, reason, remedy.
         """
         return self.survey().report(self.root)
+
+    @abstractmethod
+    def survey(self) -> Survey:
+        """What `check` finds, in numbers.
+
+        Raises:
+            DataError: as in `check`.
+        """
+
+
+class PairSource(PictureSource):
+    """A source of images and masks that are files; what finds them is another class's business.
+
+    Attributes:
+        raters: who made the masks, if several people did.
+
+    Raises:
+        ValueError: for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_format: ImageFormat,
+        mask_format: MaskFormat,
+        fractions: Sequence[float],
+        seed: int,
+        workers: int | None,
+        raters: Raters | None = None,
+    ) -> None:
+        super().__init__(root, image_format, mask_format, fractions, seed, workers)
+        if image_format.nodata is not None and mask_format.ignore_index is None:
+            raise ValueError("nodata needs an ignore_index, by which masks say so; set data.ignore_index=255")
+        self.raters = raters
+        self._layout: Layout | None = None
+        self._cases: dict[Split, FolderCases] = {}
+        self._kinds: dict[tuple[Split, str], str] = {}
+
+    @abstractmethod
+    def _scan(self) -> Layout:
+        """Find the files; called once."""
 
     def survey(self) -> Survey:
         """What `check` finds, in numbers.

@@ -19,8 +19,7 @@ from lightning_dice.data.batch import Sample
 from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, Pair, complete
 from lightning_dice.data.masks import MaskFormat, check_size
-from lightning_dice.data.paired import checked_fractions, count_workers
-from lightning_dice.data.pictures import PictureReader
+from lightning_dice.data.paired import PictureSource
 from lightning_dice.data.readers import Picture, Problem
 from lightning_dice.data.source import DataError, Split
 from lightning_dice.data.survey import Facts, Survey, error, look_at, look_at_masks
@@ -84,7 +83,7 @@ class DatasetCases:
             return list(pool.map(lambda index: self.pictures(index)[0].size, range(len(self))))
 
 
-class DatasetSource:
+class DatasetSource(PictureSource):
     """Map-style data sets of pairs of image and mask, one for each split: torchvision's, or anyone's.
 
     Images and masks are pictures of Pillow, arrays `(height, width)` or `(height, width, channels)`, or tensors
@@ -143,12 +142,8 @@ class DatasetSource:
     ) -> None:
         if not callable(dataset):
             raise ValueError(f"dataset must be a class, or what else makes data sets, got {dataset!r}")
-        if not root:
-            raise ValueError(f"root must name a folder, got {root!r}; set data.root=/path/to/folder")
+        super().__init__(root, ImageFormat(channels, bands, white), mask_format, fractions, seed, workers)
         self.dataset = dataset
-        self.root = Path(root).expanduser()
-        self.mask_format = mask_format
-        self.image_format = ImageFormat(channels, bands, white)
         self.arguments: dict[Split, dict[str, Any]] = {}
         splits: dict[Split, Mapping[str, Any] | None] = {"train": train, "val": val, "test": test}
         for split, given in splits.items():
@@ -158,30 +153,7 @@ class DatasetSource:
                 raise ValueError(f"{split} must be the arguments of the data set for this split, got {given!r}")
             self.arguments[split] = {str(name): value for name, value in given.items()}
         self.download = download
-        self.fractions, self.seed = checked_fractions(fractions), int(seed)
-        self.workers = count_workers(workers)
         self._cases: dict[Split, DatasetCases] | None = None
-
-    @property
-    def channels(self) -> int:
-        """Of the images as the network sees them."""
-        return self.image_format.channels
-
-    @property
-    def reader(self) -> PictureReader:
-        """Reads picture files as these are read, and writes masks as these are stored."""
-        return PictureReader(self.mask_format, self.image_format)
-
-    def check(self) -> str:
-        """Read everything once.
-
-        Returns:
-            Cases, sizes and depth of each split, each class's share of pixels and the cases it occurs in, warnings.
-
-        Raises:
-            DataError: with everything that is wrong: case, reason, remedy.
-        """
-        return self.survey().report(self.root)
 
     def survey(self) -> Survey:
         """What `check` finds, in numbers.

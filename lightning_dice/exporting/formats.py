@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dice.exporting.graph import Captured, NotExportable, axes
 
@@ -163,14 +163,7 @@ class Program:
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
         """By torch, on the CPU."""
         with _quiet():
-            module = torch.export.load(path).module()
-
-        def run(image: Tensor) -> Tensor:
-            with torch.no_grad():
-                result: Tensor = module(image)
-            return result
-
-        return run
+            return _without_gradients(torch.export.load(path).module())
 
     def facts(self, path: Path) -> dict[str, Any]:
         """From the extra file."""
@@ -208,14 +201,7 @@ class Weights:
         """By the module that is made of the file."""
         from lightning_dice.module import SegmentationModule
 
-        module = SegmentationModule.from_safetensors(path)
-
-        def run(image: Tensor) -> Tensor:
-            with torch.no_grad():
-                result: Tensor = module(image)
-            return result
-
-        return run
+        return _without_gradients(SegmentationModule.from_safetensors(path))
 
     def facts(self, path: Path) -> dict[str, Any]:
         """From the header."""
@@ -227,6 +213,15 @@ class Weights:
 
 
 FORMATS: dict[str, Callable[..., Format]] = {"onnx": Onnx, "torch_export": Program, "safetensors": Weights}
+
+
+def _without_gradients(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = module(image)
+        return result
+
+    return run
 
 
 def _require(*packages: str, extra: str | None = None) -> None:

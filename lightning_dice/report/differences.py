@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_dice.callbacks.curves import INK, MEAN, POINT
 from lightning_dice.callbacks.files import save_figure
-from lightning_dice.report.plots import DPI, INK, MEAN, POINT
+from lightning_dice.report.plots import DPI
 from lightning_dice.scoring.table import SCORES
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_dice.callbacks.colors import PALETTE
+from lightning_dice.callbacks.curves import POINT, draw_cases
 from lightning_dice.scoring.table import SCORES, Cases
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, POINT, MEAN = "#404040", "#0072B2", "#D55E00"
 DPI = 130
 CLASSES = 12  # in one chart; a page with more of them would be one long chart
 
@@ -68,14 +68,7 @@ def distribution(cases: Cases, score: str) -> str:
         known = values[np.isfinite(values[:, place]), place]
         if not len(known):
             continue
-        heights = place + random.uniform(-0.22, 0.22, len(known))
-        alpha = min(0.8, max(0.1, 60 / len(known)))
-        axes.plot(known, heights, "o", color=POINT, markersize=4, markeredgewidth=0, alpha=alpha, zorder=2)
-        if len(known) > 4:
-            low, middle, high = np.quantile(known, [0.25, 0.5, 0.75])
-            axes.barh(place, high - low, left=low, height=0.6, facecolor="none", edgecolor=INK, zorder=3)
-            axes.plot([middle, middle], [place - 0.3, place + 0.3], color=INK, linewidth=1.6, zorder=3)
-        axes.plot(known.mean(), place, "D", color=MEAN, markersize=6, markeredgecolor="white", zorder=4)
+        draw_cases(axes, place, known, random)
     counts = np.isfinite(values).sum(0)
     labels = [f"{name}  (n={count})" for name, count in zip(names, counts, strict=True)]
     axes.set_yticks(range(len(names)), labels, parse_math=False)
