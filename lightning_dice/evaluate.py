@@ -59,7 +59,6 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
         UserError: as `evaluate`.
     """
     from lightning_dice import runs
-    from lightning_dice.inference import find_decision
     from lightning_dice.session import Session, say
 
     run = runs.reopen(config.run, overrides)
@@ -72,11 +71,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     # The data and the weights are read, and a mistake in them told, before a folder is made.
     session = Session(run, Path(run.folder), trained=True)
     runs.check_weights(session.module, checkpoint)
-    try:
-        decision = find_decision(config.run, config.calibration, checkpoint)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
-    session.module.calibrate(decision)
+    calibration = runs.calibrate(session.module, config.run, config.calibration, checkpoint)
     split = _split(config, session)
     if config.output is not None:
         session.folder = runs.exact_folder(config.output)
@@ -85,8 +80,8 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     run.folder = str(session.folder)
     runs.save_config(session.folder, run)
     say(f"{checkpoint} on {split}")
-    if decision.origin:
-        say(f"calibrated by {decision.origin}: {decision}")
+    if calibration is not None:
+        say(calibration)
     session.evaluate(split, checkpoint)
     _show(session.summary, session.folder)
     session.show()

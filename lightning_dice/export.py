@@ -125,7 +125,9 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
         module = runs.build_module(run, trained=True)
         checkpoint = runs.check_weights(module, checkpoint_path)
         module.load_state_dict(checkpoint["state_dict"])
-        decide(module, config, checkpoint_path)
+        calibration = runs.calibrate(module, config.run, config.calibration, checkpoint_path)
+        if calibration is not None:
+            print(calibration, flush=True)
         module.eval()
         normalize: Any = instantiate(run.normalize, "normalize")
         checked = find_cases(run, config, channels := int(run.data.channels))
@@ -254,23 +256,6 @@ def made_folder(config: DictConfig, suffix: str) -> Iterator[Target]:
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-
-
-def decide(module: SegmentationModule, config: DictConfig, checkpoint: Path) -> None:
-    """Let the module decide by the run's calibration.
-
-    Raises:
-        UserError: it cannot be read, or is of another checkpoint.
-    """
-    from lightning_dice.inference import find_decision
-
-    try:
-        decision = find_decision(config.run, config.calibration, checkpoint)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if decision.origin is not None:
-        print(f"decision by {decision.origin}: {decision}", flush=True)
-    module.calibrate(decision)
 
 
 def check_windows(module: SegmentationModule, config: DictConfig, ndim: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_dice.callbacks.files import write_atomically
 from lightning_dice.checkpoints import newest_readable, remove_parts
 from lightning_dice.configs import UserError, apply_overrides, instantiate
-from lightning_dice.inference import Decision, find_decision
+from lightning_dice.inference import find_decision
 from lightning_dice.objects import without_pretrained
 
 if TYPE_CHECKING:
@@ -166,16 +166,21 @@ def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
     return path
 
 
-def find_calibration(folder: str | Path, choice: str | Path, checkpoint: Path | None) -> Decision:
-    """What a command decides by: `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_decision`.
+def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path, checkpoint: Path) -> str | None:
+    """Let a module decide by `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_decision`.
+
+    Returns:
+        By what it now decides, to be told; `None` if there is no calibration.
 
     Raises:
-        UserError: the file is not there, cannot be read, or is that of another checkpoint.
+        UserError: the file is not there, cannot be read, is that of another checkpoint, or does not fit the module.
     """
     try:
-        return find_decision(folder, choice, checkpoint)
+        decision = find_decision(folder, choice, checkpoint)
+        module.calibrate(decision)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
+    return f"calibrated by {decision.origin}: {decision}" if decision.origin else None
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

@@ -132,7 +132,7 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     assert SegmentationModule.from_run(run, other, calibration="none").inference.decision == Decision()
     assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.decision != Decision()
     with pytest.raises(UserError, match="calibrate again"):
-        runs.find_calibration(run, "auto", other)
+        runs.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
 
 
 @pytest.mark.parametrize(

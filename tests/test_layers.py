@@ -42,9 +42,9 @@ BELOW = {
     "planning": set(),
     "plan": {"configs", "data", "files", "models", "planning", "runs"},
     "predictions": {"configs", "files"},
-    "predict": {
-        *("callbacks", "configs", "data", "files", "inference", "module", "predictions", "runs", "session", "shares"),
-    },
+    "method": {"callbacks", "configs", "data", "files", "inference", "module", "runs", "session"},
+    "progress": {"shares"},
+    "predict": {"configs", "data", "method", "predictions", "progress", "shares"},
     "exporting": {"callbacks", "functional", "inference", "module", "scoring", "settings"},
     "export": {"configs", "data", "exporting", "files", "inference", "module", "runs", "scoring", "session"},
     "doctor": {"callbacks", "data", "functional", "report"},

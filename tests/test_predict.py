@@ -152,7 +152,7 @@ class TestMasks:
             run_predict(f"run={calibrated}", f"input={pictures}", f"output={output}", f"calibration={choice}")
             probs = logits_of(run, pixels_of(pictures / "a.png"))[0].sigmoid()
             assert np.array_equal(pixels_of(output / "a.png"), probs > threshold)
-            assert ("calibration of" in capsys.readouterr().err) == (choice == "auto")
+            assert ("calibrated by" in capsys.readouterr().err) == (choice == "auto")
 
 
 class TestGoingOn:
