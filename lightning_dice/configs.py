@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -88,7 +90,10 @@ def settle(config: DictConfig) -> None:
             try:
                 found = data[key]
             except (OmegaConfBaseException, ValueError) as error:
-                cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+                # OmegaConf puts its own words, several times, around what a resolver has said.
+                cause: BaseException = error
+                while isinstance(cause, OmegaConfBaseException) and cause.__context__ is not None:
+                    cause = cause.__context__
                 missing = re.search(r"Missing mandatory value: (\S+)", str(error))
                 told = f"{missing[1]} has no value: give {missing[1]}=..." if missing else str(cause).splitlines()[0]
                 raise UserError(told) from error
@@ -145,12 +150,33 @@ def quote(value: str) -> str:
     return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
 
 
+def refuse_misspelt(overrides: Iterable[str], settings: Iterable[str]) -> None:
+    """See that no override is a setting of the command itself with a letter wrong.
+
+    Raises:
+        UserError: names the setting.
+
+    >>> refuse_misspelt(["spilt=val"], ["run", "split"])
+    Traceback (most recent call last):
+    lightning_dice.configs.UserError: spilt=val: there is no such setting; did you mean split?
+    """
+    # What stands at the top of every run's config.
+    known = {path.stem for path in CONF_DIR.iterdir()} | {str(key) for key in OmegaConf.load(CONF_DIR / "fit.yaml")}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.isidentifier() and key not in known and (close := difflib.get_close_matches(key, settings, 1)):
+            raise UserError(f"{override}: there is no such setting; did you mean {close[0]}?")
+
+
 def explain_typos(name: str, arguments: Iterable[str]) -> None:
     """After Hydra has refused an override of a setting that is not there: print which there are."""
-    import difflib
-
+    # Within a command Hydra has been set up.
+    ready = GlobalHydra.instance().is_initialized()
     # A hint behind an error that has been told: it must not bring up one of its own.
-    with suppress(Exception), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with (
+        suppress(Exception),
+        nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
+    ):
         overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
         chosen = [o for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
         for choice in chosen:
@@ -225,6 +251,8 @@ def run_command(
     overrides: list[str] = []
     if settings is not None:
         sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), settings)
+        with mistakes_told():
+            refuse_misspelt(overrides, settings)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
     def from_command_line(config: DictConfig) -> None:
@@ -293,9 +321,10 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
             parent, _, leaf = key.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
             if not isinstance(place, DictConfig) or not (override.is_add() or leaf in list(place.keys())):
-                raise UserError(
-                    f"{text}: {parent or 'the config'} has no {leaf}, only {', '.join(map(str, place or []))}"
-                )
+                names = [str(name) for name in place] if isinstance(place, DictConfig) else []
+                close = difflib.get_close_matches(leaf, names, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{text}: {parent or 'the config'} has no {leaf}, only {', '.join(names)}{hint}")
             # Replaced, not merged: a map of values would keep the old ones.
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         except (HydraException, OmegaConfBaseException) as error:

@@ -158,7 +158,7 @@ def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
             "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
         )
     run = composed("fit", overrides)
-    runs.make_absolute(run)
+    runs.settle_data(run)
     return run
 
 

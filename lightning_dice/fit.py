@@ -23,7 +23,6 @@ from lightning_dice.configs import (
     mistakes_told,
     quoted,
     register_resolvers,
-    settle,
     split_arguments,
     traces_removed,
 )
@@ -156,8 +155,7 @@ def complete(config: DictConfig, folder: Path) -> None:
     from lightning_dice import runs
 
     config.folder = str(folder)
-    runs.make_absolute(config)
-    settle(config)
+    runs.settle_data(config)
     if config.seed is None:
         config.seed = secrets.randbelow(2**32)  # So that the run can be resumed, and told of.
 

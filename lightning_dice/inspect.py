@@ -66,7 +66,7 @@ def inspect(config: DictConfig) -> list[Finding]:
         value = config[name]
         if not (isinstance(value, int) and value >= least) and not (name == "workers" and value is None):
             raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
-    runs.make_absolute(config)
+    runs.settle_data(config)
     OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)  # Before a folder is made.
     choice = data_choice()
     if config.output is not None:

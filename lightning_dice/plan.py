@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import UserError, composed, instantiate, run_command, settle
+from lightning_dice.configs import UserError, composed, instantiate, run_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,8 +82,7 @@ def _composed(overrides: list[str]) -> DictConfig:
     from lightning_dice import runs
 
     run = composed("fit", overrides)
-    runs.make_absolute(run)
-    settle(run)
+    runs.settle_data(run)
     missing = sorted(OmegaConf.missing_keys(run))
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")

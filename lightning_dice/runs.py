@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_dice.callbacks.files import write_atomically
 from lightning_dice.checkpoints import newest_readable, remove_parts
-from lightning_dice.configs import UserError, apply_overrides, instantiate
+from lightning_dice.configs import UserError, apply_overrides, instantiate, settle
 from lightning_dice.inference import find_decision
 from lightning_dice.objects import without_pretrained
 
@@ -68,10 +68,15 @@ def exact_folder(path: str | Path) -> Path:
     return path
 
 
-def make_absolute(config: DictConfig) -> None:
-    """Let the data be found from any folder: `data.root` as an absolute path, where there is one."""
+def settle_data(config: DictConfig) -> None:
+    """Let the data be found from any folder, and keep what their files say of them: see `configs.settle`.
+
+    Raises:
+        UserError: a file that says something of the data cannot be read.
+    """
     if "data" in config and not OmegaConf.is_missing(config.data, "root") and config.data.get("root"):
         config.data.root = str(Path(config.data.root).expanduser().absolute())
+    settle(config)
 
 
 def save_config(folder: Path, config: DictConfig) -> None:
@@ -126,7 +131,7 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
     """
     config = load_config(folder, TEMPLATE)
     apply_overrides(config, overrides)
-    make_absolute(config)
+    settle_data(config)
     config.folder = str(output if output is not None else Path(folder).expanduser().absolute())
     return config
 

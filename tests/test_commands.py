@@ -283,7 +283,8 @@ class TestEvaluate:
             ("split=train", "split must be val or test"),
             ("checkpoint=beste", "checkpoint must be best, last or the path of a file"),
             ("data.root=x", "data has no root, only channels"),
-            ("splitt=val", "the config has no splitt, only module"),
+            ("splitt=val", "splitt=val: there is no such setting; did you mean split"),
+            ("module.treshold=0.3", "did you mean threshold"),
             ("model.out_channels=2", "of another architecture or number of classes"),
         ],
     )

@@ -58,7 +58,7 @@ def make_run(folder: Path, *overrides: str) -> Path:
     """The folder that fit would leave, of a convolution with random weights."""
     folder.mkdir(parents=True)
     config = composed("fit", "model=custom", f"folder={folder}", "device=cpu", *overrides)
-    runs.make_absolute(config)
+    runs.settle_data(config)
     runs.save_config(folder, config)
     torch.manual_seed(0)
     module = runs.build_module(config)

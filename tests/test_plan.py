@@ -111,6 +111,11 @@ class TestCommand:
         refused = self.run(tmp_path, *data, status=2).stderr
         assert "plan.yaml exists; choose another output, or overwrite=true" in refused
 
+    def test_a_typo_is_told_as_in_fit(self, tmp_path):
+        told = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr
+        assert "; did you mean root?" in told
+        assert "Could not override 'data.rot'" in told
+
 
 SMALL = {
     "monai_unet": ["model.channels=[4,8]", "model.strides=[2]", "module.divisor=2"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -193,5 +194,5 @@ class TestConfig:
     def test_what_is_missing_is_told(self, tmp_path):
         with pytest.raises(UserError, match=r"data\.root has no value: give data\.root="):
             settle(self.composed())
-        with pytest.raises(UserError, match=r"dataset\.json: there is no such file"):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/dataset\.json: there is no such file"):
             settle(self.composed(f"data.root={tmp_path}"))
