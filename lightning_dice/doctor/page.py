@@ -98,7 +98,8 @@ def pictured(findings: Iterable[Finding]) -> list[str]:
 def _summary(found: Examination) -> str:
     unread = sum(found.sizes.values()) - len(found.cases)
     splits = ", ".join(f"{split} {count}" for split, count in found.sizes.items())
-    text = f"{sum(found.sizes.values())} cases ({splits}), {len(found.task.classes)} classes, {found.task.activation}"
+    count = len(found.task.classes)
+    text = f"{sum(found.sizes.values())} cases ({splits}), {count} class{'es' * (count != 1)}, {found.task.activation}"
     return text + (f"; {unread} cases could not be read" if unread else "")
 
 

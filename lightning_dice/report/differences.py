@@ -63,9 +63,10 @@ def draw(path: Path, names: Sequence[str], groups: Sequence[Sequence[Difference]
     second = names[1] if len(groups) == 1 else "each run"
     better = {"high": "right", "low": "left", "zero": ""}[SCORES[score].better]
     side = f"; {better} of 0 {second} is better" if better else ""
-    title = f"{SCORES[score].title}{f' ({unit})' if unit else ''} of {second} less {names[0]}"
+    title = f"{SCORES[score].title}{f' ({unit})' if unit else ''} of {second}\nless {names[0]}"
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11, parse_math=False)
-    axes.set_title("wins : losses : ties", loc="right", fontsize=9, color=INK)
+    # Over its column: beside the title there is no room for the names of runs.
+    axes.annotate("wins : losses : ties", (1, 1), (6, 4), "axes fraction", "offset points", fontsize=9, color=INK)
     note = f"case: point; mean and its 95% interval: diamond and bar{side}"
     axes.set_xlabel(note, fontsize=9, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
