@@ -23,6 +23,7 @@ from torchvision import tv_tensors
 from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.source import Cases, DataError, Source, Split
+from lightning_dice.data.transforms import normalization_of
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
 Normalize = Callable[[Tensor], Tensor]
@@ -66,7 +67,8 @@ class SegmentationData(lightning.LightningDataModule):
         augment: takes an image (`tv_tensors.Image`, `(channels, *space)`) and a mask (`tv_tensors.Mask`, int32, with or
             without planes; float32 of soft labels) and returns both, as `torchvision.transforms.v2.Compose` does;
             applied in training alone.
-        normalize: takes the image as a plain tensor and returns it; applied everywhere.
+        normalize: takes the image as a plain tensor and returns it; applied everywhere. Where it has a method `of`, as
+            `Standardize` does, it is `normalize.of(image)`, of the image before `augment`, that is applied after it.
         ignore_index: the label of pixels to be ignored.
         eval_batch_size: cases in a batch for validation, test and prediction; `None`: `batch_size`.
         pin_memory: copy batches to page-locked memory; `None`: if the Trainer uses a CUDA GPU.
@@ -413,6 +415,8 @@ def _prepared(
 ) -> _Prepared:
     image, mask, case, spacing = sample
     if augment is not None:
+        # A crop of an image is to look as it does in the whole, which evaluation sees.
+        normalize = normalize and normalization_of(normalize, image)
         image, mask = _augmented(augment, image, mask, ignore_index)
     if normalize is not None:
         shape, image = tuple(image.shape), normalize(image)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 
 class Standardize(nn.Module):
@@ -15,7 +16,8 @@ class Standardize(nn.Module):
     .. math:: y = \frac{x - \operatorname{mean}(x)}{\operatorname{std}(x)}
 
     over the pixels of the channel, `std` being the uncorrected one. It needs no statistics of a data set, so that
-    an image seen later is treated as those in training were. A constant channel becomes zeros.
+    an image seen later is treated as those in training were, whose crops have the statistics of the whole image. A
+    constant channel becomes zeros.
 
     >>> Standardize()(torch.tensor([[[1.0, 3.0], [3.0, 1.0]], [[7.0, 7.0], [7.0, 7.0]]]))
     tensor([[[-1.,  1.],
@@ -34,17 +36,50 @@ class Standardize(nn.Module):
         Raises:
             ValueError: for an image of integers or without space axes.
         """
+        return self.of(image)(image)
+
+    def of(self, image: Tensor) -> Callable[[Tensor], Tensor]:
+        """What standardizes an image, for its parts: a crop comes out as it lies in the whole.
+
+        Args:
+            image: floating point, `(channels, *space)`.
+
+        Raises:
+            ValueError: for an image of integers or without space axes.
+
+        >>> image = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
+        >>> Standardize().of(image)(image[..., :1])
+        tensor([[[-1.],
+                 [ 1.]]])
+        """
         if not image.is_floating_point():
             raise ValueError(f"image must be of floating point, got {image.dtype}")
         if image.ndim < 2:
             raise ValueError(f"image must be (channels, *space), got {tuple(image.shape)}")
         pixels = image.flatten(1)
         mean = pixels.mean(1, keepdim=True)
-        centered = pixels - mean
-        std = centered.square().mean(1, keepdim=True).sqrt()
+        std = (pixels - mean).square().mean(1, keepdim=True).sqrt()
         # The mean of equal numbers may differ from them in the last digit, which must not be blown up to ±1.
         flat = std <= 4 * torch.finfo(image.dtype).eps * mean.abs()
-        return (centered / std).masked_fill(flat, 0).view_as(image)
+        width = std.masked_fill(flat, torch.inf)
+        return lambda part: ((part.flatten(1) - mean) / width).view_as(part)
+
+
+def normalization_of(normalize: Callable[[Tensor], Tensor], image: Tensor) -> Callable[[Tensor], Tensor]:
+    """What `normalize` does to an image, as a function that may be given a part of it, or a changed one.
+
+    A normalization by an image's own statistics has a method `of(image)` that returns such a function, as `Standardize`
+    does; others treat every pixel alike, and are returned as they are.
+    """
+    if isinstance(normalize, v2.Compose):
+        parts = []
+        for part in normalize.transforms:
+            parts.append(normalization_of(part, image))
+            image = parts[-1](image)
+        whole: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return whole
+    of: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = getattr(normalize, "of", None)
+    return normalize if of is None else of(image)
 
 
 class RandomIntensity(nn.Module):

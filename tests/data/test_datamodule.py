@@ -609,3 +609,35 @@ def test_samplers_are_left_in_place():
     data = ready(Source(train=[(4, 4)] * 4, val=[(4, 4)] * 4))
     assert isinstance(data.train_dataloader().sampler, DistributedSampler)
     assert isinstance(data.val_dataloader().sampler, DistributedSampler)
+
+
+class Ramp(Cases):
+    """One image whose pixels all differ."""
+
+    def __getitem__(self, index):
+        image = torch.linspace(0, 1, 32 * 32).view(1, 32, 32) ** 2
+        return Sample(image, (image[0] > 0.5).byte(), f"{self.prefix}-{index}")
+
+
+class RampSource(Source):
+    def split(self, name):
+        return Ramp(self.splits[name], name)
+
+
+def test_a_crop_is_normalized_as_evaluation_sees_it():
+    source = RampSource(train=[(32, 32)] * 2, val=[(32, 32)])
+    data = ready(source, augment=v2.RandomCrop(8), normalize=Standardize())
+    whole = next(iter(data.val_dataloader())).image[0]
+    values = set(whole.flatten().tolist())
+    crops = next(iter(data.train_dataloader())).image
+    assert crops.shape == (2, 1, 8, 8)
+    assert set(crops.flatten().tolist()) <= values
+
+
+def test_normalization_does_not_undo_an_augmentation_of_brightness():
+    source = RampSource(train=[(32, 32)] * 2, val=[(32, 32)])
+    data = ready(source, augment=lambda image, mask: (image + 0.2, mask), normalize=Standardize())
+    whole = next(iter(data.val_dataloader())).image[0]
+    brighter = next(iter(data.train_dataloader())).image[0]
+    std = (torch.linspace(0, 1, 32 * 32) ** 2).std(correction=0)
+    assert torch.allclose(brighter - whole, 0.2 / std, atol=1e-5)

@@ -7,9 +7,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from lightning_dice.data.datamodule import _augmented
-from lightning_dice.data.transforms import RandomIntensity, Standardize
+from lightning_dice.data.transforms import RandomIntensity, Standardize, normalization_of
 
 FLIPS = """
 _target_: torchvision.transforms.v2.Compose
@@ -74,6 +75,16 @@ def test_standardize_refuses():
         Standardize()(torch.zeros(1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=re.escape("image must be (channels, *space), got (4,)")):
         Standardize()(torch.zeros(4))
+
+
+def test_a_part_is_standardized_as_in_the_whole():
+    image = torch.linspace(0, 1, 2 * 6 * 8).view(2, 6, 8) ** 2
+    image[1] = 0.3
+    assert torch.equal(Standardize().of(image)(image[:, 2:5, 1:4]), Standardize()(image)[:, 2:5, 1:4])
+    both = v2.Compose([v2.Normalize([0.5], [0.1]), Standardize(), v2.Normalize([1.0], [2.0])])
+    assert torch.equal(normalization_of(both, image)(image[:, 2:5, 1:4]), both(image)[:, 2:5, 1:4])
+    fixed = v2.Normalize([0.5], [0.1])
+    assert normalization_of(fixed, image) is fixed
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (5, 8, 8), (2, 4, 8, 8)])
