@@ -72,3 +72,13 @@ def test_links_lead_somewhere():
 def test_the_two_commands_of_the_start():
     assert "pip install -e . && python -m lightning_dice.fit model=unet\n" in blocks("bash")
     assert "pip install -e '.[dev]' && pytest -n 2\n" in blocks("bash")
+
+
+def test_extras_that_are_named_exist():
+    texts = [
+        README,
+        *(path.read_text() for part in ("lightning_dice", "conf") for path in (ROOT / part).rglob("*.*[ly]")),
+    ]
+    named = set(re.findall(r"(?:lightning-dice|'\.)\[(\w+)\]", "\n".join(texts)))
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    assert {"dev", "export", "loggers", "sweep"} <= named <= set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE))

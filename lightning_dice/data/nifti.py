@@ -27,7 +27,8 @@ EXTENSIONS = (".nii.gz", ".nii")
 MAX_VOXELS = 2**31  # in one file: 8 GiB of float32; a header may ask for any number
 GRID_TOLERANCE = 0.1  # voxels, by which the corners of two files that lie on each other may differ
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
-_MILLIMETERS = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+WHOLE = 1e-3  # by which a label may miss a whole number: a header's slope and intercept are rounded
+_MILLIMETERS = {1: 1000.0, 3: 0.001}  # by the unit's code: metres, micrometres; all others are mm, or not known
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Geometry:
 
         Axes stored in another order, or the other way round, make no difference where the affine tells of it.
         """
+        if self.size != other.size and self.shape == other.shape:
+            return f"has axes along {self.axes} by its affine, but {other.path.name} along {other.axes}"
         if self.size != other.size:
             mine, its = "x".join(map(str, self.shape)), "x".join(map(str, other.shape))
             return f"is {mine}, but {other.path.name} is {its}"
@@ -146,13 +149,25 @@ def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
     """
     values, geometry = read_volume(path)
     if values.dtype.kind == "f":
-        strange = ~np.isfinite(values) | (values != np.rint(np.nan_to_num(values)))
+        whole = np.rint(np.nan_to_num(values))
+        strange = ~np.isfinite(values) | (np.abs(values - whole) > WHOLE)
         if strange.any():
-            shown = ", ".join(f"{value:g}" for value in np.unique(values[strange])[:4])
+            shown = ", ".join(f"{value:.9g}" for value in np.unique(values[strange])[:4])
             what = f"holds {int(strange.sum())} voxels that are no whole numbers ({shown}), labels are required"
             raise Problem(what, path, "Resample masks by nearest neighbour, and save whole numbers.")
-        values = values.astype(np.int64)
+        values = whole.astype(np.int64)
     return values, geometry
+
+
+def turned(values: NDArray[Any], own: Geometry, other: Geometry) -> NDArray[Any]:
+    """Values of a file of geometry `own`, in canonical orientation, as they would be read with the affine of `other`.
+
+    The shapes, as stored, must be equal.
+    """
+    from nibabel.orientations import apply_orientation, ornt_transform
+
+    stored = apply_orientation(values, ornt_transform(_RAS, own.orientation))
+    return np.asarray(apply_orientation(stored, other.orientation))
 
 
 def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
@@ -242,7 +257,7 @@ def _header(path: Path) -> tuple[Geometry, Nifti1Image]:
         path,
         space,
         tuple(tuple(row) for row in affine.tolist()),
-        _MILLIMETERS.get(image.header.get_xyzt_units()[0], 1.0),
+        _MILLIMETERS.get(int(image.header["xyzt_units"]) & 7, 1.0),
         str(dtype.newbyteorder("=")),
     )
     fine = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lightning_dice.data.fingerprint import SAMPLED, CaseFacts, Stamp
 from lightning_dice.data.masks import count_values
-from lightning_dice.data.nifti import Geometry, read_labels, read_volume
+from lightning_dice.data.nifti import Geometry, read_labels, read_volume, turned
 from lightning_dice.data.readers import Problem
 from lightning_dice.data.source import Split
 from lightning_dice.data.volume_labels import LabelMap
@@ -69,18 +69,18 @@ def read_mask(path: Path, geometry: Geometry, *, check_affine: bool = True) -> N
     Args:
         path: of the mask.
         geometry: of the image.
-        check_affine: whether the affines must agree; if not, equal shapes do.
+        check_affine: whether the affines must agree; if not, equal shapes do, and voxels belong together as stored.
 
     Raises:
         DataError: it cannot be read, holds fractions, or lies elsewhere than the image.
     """
     values, own = read_labels(path)
     what = own.differs(geometry)
-    if what and not check_affine and own.size == geometry.size:
-        what = ""
+    if what and not check_affine and own.shape == geometry.shape:
+        return turned(values, own, geometry)
     if what:
         remedy = "Resample the mask to its image by nearest neighbour."
-        if own.size == geometry.size:
+        if own.shape == geometry.shape:
             remedy = "Give the mask its image's affine; if they fit voxel by voxel, set data.check_affine=false."
         raise Problem(what, path, remedy)
     return values

@@ -101,7 +101,7 @@ class VolumeSet:
         fingerprint: the file that keeps what `check` finds. Once there it is not written again: the training cases'
             spacing and intensities are facts of the network. Without one, or where its folder does not exist, it is
             kept in memory.
-        check_affine: whether the affine of a mask must be its image's.
+        check_affine: whether the affine of a mask must be its image's; if not, the image's holds for a mask of its shape.
         workers: threads that `check` reads with, each of which holds a volume; by default up to 4.
 
     Raises:
