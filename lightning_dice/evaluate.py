@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,8 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     from rich.progress import Progress
 
     from lightning_dice import report, runs
+    from lightning_dice.data.volume_reader import VolumeReader
+    from lightning_dice.data.volumes import VolumeCases
     from lightning_dice.report.predictions import score_predictions
     from lightning_dice.session import Session, own_mistakes_told, say, scored_facts
 
@@ -115,6 +118,8 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     cases, reader = session.data.source.split(split), getattr(session.data.source, "reader", None)
     if reader is None:
         raise UserError(f"a {type(session.data.source).__name__} has no reader, so that it reads no predictions")
+    if isinstance(reader, VolumeReader) and isinstance(cases, VolumeCases):
+        reader = replace(reader, stored=cases.stored)
     with own_mistakes_told(), Progress(transient=True) as progress:
         bar = progress.add_task("scoring", total=None if cases is None else len(cases))
         scored = score_predictions(

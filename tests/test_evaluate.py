@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from scipy import ndimage
+from volume_files import AFFINES, blob, folders, write
 
 from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
 from lightning_dice.evaluate import evaluate
@@ -136,3 +137,16 @@ def test_the_masks_need_data(home):
         config = compose("evaluate", overrides=[f"predictions={home / 'predictions'}"])
         with pytest.raises(UserError, match="predictions need masks to be compared with"):
             evaluate(config, ["module.threshold=0.3"])
+
+
+def test_volumes_must_lie_where_their_images_do(tmp_path, capsys):
+    """An affine that a tool has lost, or moved, would compare other voxels, and score them without a word."""
+    folders(tmp_path / "data", {"train": 2, "val": 2}, AFFINES["LPS"])
+    data = ["data=volumes", f"data.root={tmp_path / 'data'}", "data.classes=[background,front,back]"]
+    files = [f"predictions={tmp_path / 'lost'}", "split=val"]
+    for index, affine in enumerate((np.eye(4), AFFINES["LPS"])):
+        write(tmp_path / f"lost/val{index}.nii.gz", blob(100 + index)[1], affine)
+    with pytest.raises(UserError, match=r"lost/val0.nii.gz: lies elsewhere than val0.nii.gz: .*check_affine=false"):
+        run(tmp_path, *files, *data)
+    run(tmp_path, *files, *data, "data.check_affine=false")
+    assert [row["dice"] for row in rows(tmp_path / "lost_scores_val/cases.csv")] == ["1", "1"]

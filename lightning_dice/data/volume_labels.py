@@ -136,7 +136,7 @@ class LabelMap:
 
     def describe(self, counts: Mapping[int, int], planes: bool = False) -> str:
         """The values without a meaning among `counts`, in words; empty if there is none."""
-        known = self._plane_values if planes else self.known
+        known = frozenset(self._plane) if planes else self.known
         strange = {value: count for value, count in counts.items() if value not in known}
         if not strange:
             return ""
@@ -148,7 +148,8 @@ class LabelMap:
         """Class ids `(*space)` (softmax) or planes `(classes, *space)` (sigmoid), uint8 where they fit, else int32.
 
         Args:
-            stored: label values of one file, or 0 and 1 of a file for each class.
+            stored: label values of one file; or of a file for each class, where the values of the first class, 1 and
+                those that are mapped to it, say where a class is.
 
         Raises:
             ValueError: a value belongs to no class.
@@ -158,8 +159,7 @@ class LabelMap:
             np.uint8 if max(ids[-1], self.ignore_index or 0) < 256 and (self.ignore_index or 0) >= 0 else np.int32
         )
         if len(stored) > 1:
-            rules = [({0: 0, 1: 1, **dict.fromkeys(self.ignored, self.ignore_index or 0)}, part) for part in stored]
-            return torch.from_numpy(np.stack([_looked_up(part, rule, dtype) for rule, part in rules]))
+            return torch.from_numpy(np.stack([_looked_up(part, self._plane, dtype) for part in stored]))
         ignored = dict.fromkeys(self.ignored, self.ignore_index or 0)
         if self.activation == "softmax":
             table = {value: index for index in ids for value in self.values[index]} | ignored
@@ -197,14 +197,17 @@ class LabelMap:
             stored: voxels of each value in a file.
             planes: the class that the file is of, where each has one.
         """
-        parts = list(zip(self.classes, self.values, strict=True)) if planes is None else [(self.classes[planes], (1,))]
+        parts = list(zip(self.classes, self.values, strict=True))
+        parts = parts if planes is None else [(self.classes[planes], self.values[0])]
         found: dict[str | None, int] = {name: sum(stored.get(value, 0) for value in values) for name, values in parts}
         found[None] = sum(stored.get(value, 0) for value in self.ignored)
         return found
 
     @property
-    def _plane_values(self) -> frozenset[int]:
-        return frozenset((0, 1, *self.ignored))
+    def _plane(self) -> dict[int, int]:
+        """What the values of a file that is of one class become."""
+        ignored = dict.fromkeys(self.ignored, self.ignore_index or 0)
+        return {**dict.fromkeys(self.background, 0), **dict.fromkeys(self.values[0], 1), **ignored}
 
 
 def _looked_up(stored: NDArray[Any], table: Mapping[int, int], dtype: Any) -> NDArray[Any]:

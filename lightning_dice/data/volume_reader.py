@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dice.data.intensity import Intensities, normalized
-from lightning_dice.data.nifti import EXTENSIONS, Geometry, read_labels, stem, volume_files, write_volume
+from lightning_dice.data.nifti import EXTENSIONS, Geometry, read_labels, read_volume, stem, volume_files, write_volume
 from lightning_dice.data.reader import Item, Scan
 from lightning_dice.data.readers import Problem
 from lightning_dice.data.resampling import Interpolation, zoomed_image, zoomed_size
@@ -57,6 +57,10 @@ class Preparation:
         return zoomed_image(torch.stack(parts), self.size(geometry.size, geometry.spacing), self.interpolation)
 
 
+def _wherever(case: str, path: Path) -> NDArray[Any]:
+    return read_labels(path)[0]
+
+
 @dataclass(frozen=True)
 class VolumeReader:
     """Reads NIfTI files as training does, and writes masks that lie on them in any viewer.
@@ -68,11 +72,13 @@ class VolumeReader:
         labels: the classes, and the values that they are written as.
         channels: files of a case.
         prepare: gives what is done to an image; called when the first is read, as it may need the fingerprint.
+        stored: reads the label values of a case's mask that `load` asks for; by default wherever the mask lies.
     """
 
     labels: LabelMap
     channels: int
     prepare: Callable[[], Preparation]
+    stored: Callable[[str, Path], NDArray[Any]] = _wherever
 
     def find(self, path: Path) -> list[Item]:
         """The cases of a folder and its sub-folders, or of a file, whose further channels are looked for beside it.
@@ -145,17 +151,31 @@ class VolumeReader:
         write_volume(path, np.moveaxis(probs.cpu().numpy().astype(np.float32), 0, -1), scan.origin)
         return [path]
 
+    def load_probabilities(self, folder: Path, case: str) -> Tensor | None:
+        """What `write_probabilities` wrote, in canonical orientation: float32 `(classes, *size)`; `None`: nothing.
+
+        Raises:
+            DataError: it cannot be read, or has another number of classes.
+        """
+        path = folder / f"{case}.nii.gz"
+        if not path.is_file():
+            return None
+        values, _ = read_volume(path, channels=True)
+        if len(values) != len(self.labels.classes):
+            raise Problem(f"holds {len(values)} classes, {len(self.labels.classes)} are required", path)
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
     def load(self, folder: Path, case: str) -> Tensor:
         """A mask that `write` wrote: class ids or planes, in canonical orientation.
 
         Raises:
-            DataError: it is not there, or holds what no class is written as.
+            DataError: it is not there, or holds what no class is written as, or `stored` refuses it.
         """
-        stored: list[NDArray[Any]] = []
+        stored = []
         for name in self.names(case):
             found = [folder / name.with_name(Path(case).name + ending) for ending in EXTENSIONS]
             path = next((path for path in found if path.exists()), folder / name)
-            stored.append(read_labels(path)[0])
+            stored.append(self.stored(case, path))
         try:
             return self.labels.encode(stored)
         except ValueError as wrong:

@@ -112,7 +112,7 @@ def inspect(
     kind = f"{geometry.kind} {geometry.axes}"
     found.facts = CaseFacts(split, pair.case, stamps(pair, root), geometry.size, geometry.spacing, kind, counts)
     if split == "train":
-        values = (1,) if planes else tuple(labels.foreground)
+        values = labels.values[0] if planes else tuple(labels.foreground)
         inside = np.logical_or.reduce([np.isin(part, values) for part in stored])
         found.voxels = _sample(channels, inside, pair.case)
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.fingerprint import CaseFacts, Fingerprint, changed
@@ -75,6 +76,15 @@ class VolumeCases:
             spacing = self.preparation.spacing
         return Sample(image, mask, pair.case, spacing)
 
+    def stored(self, case: str, path: Path) -> NDArray[Any]:
+        """The label values of a file, which must lie where a case's image does, as its mask must.
+
+        Raises:
+            DataError: it does not, or cannot be read.
+        """
+        image = next(pair.images[0] for pair in self.pairs if pair.case == case)
+        return read_mask(path, read_geometry(image), check_affine=self.check_affine)
+
     def stamp(self, index: int) -> str:
         """What the sample depends on: files with their sizes and times, and settings."""
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._files(index)]
@@ -101,7 +111,8 @@ class VolumeSet:
         fingerprint: the file that keeps what `check` finds. Once there it is not written again: the training cases'
             spacing and intensities are facts of the network. Without one, or where its folder does not exist, it is
             kept in memory.
-        check_affine: whether the affine of a mask must be its image's; if not, the image's holds for a mask of its shape.
+        check_affine: whether the affine of a mask must be its image's; if not, the image's holds for every mask of its
+            shape.
         workers: threads that `check` reads with, each of which holds a volume; by default up to 4.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from volume_files import AFFINES, blob, folders, nnunet, write
 
 from lightning_dice.data import SegmentationData
-from lightning_dice.data.nifti import read_geometry, read_volume
+from lightning_dice.data.nifti import read_geometry, read_labels, read_volume
 from lightning_dice.data.reader import Item
 from lightning_dice.data.resampling import zoomed_image, zoomed_mask
 from lightning_dice.data.source import DataError
@@ -112,6 +112,9 @@ def test_units_are_millimeters(tmp_path):
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "a.nii")
     assert read_geometry(tmp_path / "a.nii").spacing == (0.25, 0.5, 1.0)
+    image.header["xyzt_units"] = 5  # no code of NIfTI's
+    nib.save(image, tmp_path / "b.nii")
+    assert read_geometry(tmp_path / "b.nii").spacing == (250, 500, 1000)
 
 
 def test_overlapping_classes_have_a_folder_each(tmp_path):
@@ -259,6 +262,48 @@ def test_labels_stored_as_floats_or_elsewhere_are_fine(tmp_path):
     with pytest.raises(DataError, match=r"data\.check_affine=false"):
         VolumeSource(tmp_path, THREE).check()
     assert torch.equal(VolumeSource(tmp_path, THREE, check_affine=False).split("val")[0].mask, expected)
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_without_check_affine_voxels_belong_together_as_stored(tmp_path, name):
+    """A mask whose affine some tool has lost is turned as its image is, by the image's affine."""
+    folders(tmp_path, {"train": 1, "val": 1}, AFFINES[name])
+    expected = VolumeSource(tmp_path, THREE).split("val")[0].mask
+    write(tmp_path / "masks/val/val0.nii.gz", blob(100)[1], np.diag([-1, 1, 1, 1]))
+    what = "has axes along LAS by its affine" if name == "permuted" else "lies elsewhere"
+    with pytest.raises(DataError, match=rf"(?s){what}.*data\.check_affine=false"):
+        VolumeSource(tmp_path, THREE).check()
+    source = VolumeSource(tmp_path, THREE, check_affine=False)
+    assert torch.equal(source.split("val")[0].mask, expected)
+    source.check()
+
+
+def test_labels_that_a_header_scales_are_fine(tmp_path):
+    """Nibabel stores floats as uint8 by a slope, of single precision: 3 is read as 3.00000006."""
+    labels = np.random.default_rng(0).integers(0, 4, (6, 7, 8))
+    image = nib.Nifti1Image(labels.astype(np.float32), np.eye(4))
+    image.header.set_data_dtype(np.uint8)
+    nib.save(image, tmp_path / "scaled.nii.gz")
+    assert (nib.load(tmp_path / "scaled.nii.gz").get_fdata() != labels).any()
+    found = read_labels(tmp_path / "scaled.nii.gz")[0]
+    assert np.array_equal(found, labels)
+    assert found.dtype == np.int64
+
+
+def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
+    """0 and 255, as many tools write masks; 128 is ignored."""
+    mask = np.random.default_rng(0).choice([0, 128, 255], (6, 7, 8)).astype(np.uint8)
+    for split in ("train", "val"):
+        write(tmp_path / f"images/{split}/{split}.nii.gz", mask)
+        for name, values in (("front", mask), ("back", 255 - mask)):
+            write(tmp_path / f"masks/{split}/{name}/{split}.nii.gz", values)
+    source = VolumeSource(tmp_path, THREE[1:], "sigmoid", values={255: 1, 127: 255, 128: 255})
+    share = source.survey().shares("train")
+    assert share["front"] == (pytest.approx((mask == 255).mean()), 1)
+    assert share["back"] == (pytest.approx((mask == 0).mean()), 1)
+    expected = [np.where(part == 255, 1, np.where(part == 0, 0, 255)) for part in (mask, 255 - mask)]
+    assert np.array_equal(source.split("val")[0].mask, np.stack(expected))
+    assert source.fingerprint().intensities[0].maximum == 255
 
 
 class TestResampling:
