@@ -156,7 +156,7 @@ def calibration_error(calibrator: Calibrator, temperature: float) -> float:
 
     total = None
     for logits, target in calibrator.samples():
-        part = reliability(logits / temperature, target, activation=calibrator.activation, ignore_index=-1)
+        part = reliability(logits, target, activation=calibrator.activation, ignore_index=-1, temperature=temperature)
         total = part if total is None else total.plus(part)
     errors = [] if total is None else [error for error in total.error() if not math.isnan(error)]
     return sum(errors) / len(errors) if errors else math.nan

@@ -359,7 +359,9 @@ class SegmentationModule(L.LightningModule):
         found = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
         temperature = self.inference.decision.temperature
         if stage != "train" and temperature is not None:
-            found["temperature"] = logits.new_tensor(temperature)  # By which they become calibrated probabilities.
+            found["temperature"] = torch.tensor(
+                temperature, dtype=torch.float64
+            )  # By which they become calibrated probabilities.
         return found
 
     def setup(self, stage: str) -> None:

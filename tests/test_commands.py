@@ -271,6 +271,11 @@ class TestEvaluate:
         found, expected = rows(home / "drawn-scores" / "cases.csv"), rows(run / "cases.csv")
         # Calibration is a matter of probabilities, which masks do not have.
         assert found == [{key: value for key, value in row.items() if not key.startswith("ece")} for row in expected]
+        command("predict", f"run={run}", "input=drawn", "output=drawn-sure", "probabilities=true", cwd=home)
+        command("evaluate", f"run={run}", "predictions=drawn-sure", "output=drawn-sure-scores", cwd=home)
+        assert rows(home / "drawn-sure-scores" / "cases.csv") == expected
+        test = [row for row in rows(run / "reliability.csv") if row["split"] == "test"]
+        assert rows(home / "drawn-sure-scores" / "reliability.csv") == test
 
     def test_again_in_another_folder(self, home, run):
         command("evaluate", f"run={run}", "split=val", "checkpoint=last", cwd=home)

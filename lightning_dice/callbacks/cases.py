@@ -115,6 +115,8 @@ class CaseTable(Callback):
         spacing: Sequence[float] | None = None,
         logits: Tensor | None = None,
         *,
+        temperature: float = 1.0,
+        probs: Tensor | None = None,
         brief: bool = False,
     ) -> CaseScore:
         """Score a case, for the next `write`.
@@ -125,6 +127,8 @@ class CaseTable(Callback):
             mask: of the same shape.
             spacing: of its pixels, in mm.
             logits: `(classes, *space)`, for the calibration error.
+            temperature: by which logits are divided to become those of calibrated probabilities.
+            probs: probabilities `(classes, *space)` instead of logits.
             brief: without surfaces, lesions and calibration.
 
         Raises:
@@ -135,10 +139,17 @@ class CaseTable(Callback):
             score = score_case(predicted, mask, scoring, spacing)
         except ValueError as error:
             raise ValueError(f"case {case}: {error}") from error
-        sure = None
-        if logits is not None and self.calibration_bins and not brief:
-            facts = {"activation": scoring.activation, "ignore_index": scoring.ignore_index}
-            sure = reliability(logits, mask, bins=self.calibration_bins, **facts)  # type: ignore[arg-type]
+        sure, sureness = None, logits if probs is None else probs
+        if sureness is not None and self.calibration_bins and not brief:
+            sure = reliability(
+                sureness,
+                mask,
+                activation=scoring.activation,
+                ignore_index=scoring.ignore_index,
+                bins=self.calibration_bins,
+                temperature=temperature,
+                are_probabilities=probs is not None,
+            )
         self._cases[case] = score, sure
         return score
 
@@ -182,13 +193,20 @@ class CaseTable(Callback):
         labels, logits = step_labels(outputs, self.scoring.activation, self.threshold), step_logits(outputs)
         if labels is None:
             return
-        if logits is not None and (temperature := step_temperature(outputs)) != 1:
-            logits = logits / temperature
+        temperature = step_temperature(outputs)
         brief = trainer.state.fn == "fit"
         for index, case in enumerate(batch.case):
             if case not in self._cases:
                 of_case = None if logits is None else logits[index]
-                self.add(case, labels[index], batch.mask[index], batch.spacing[index], of_case, brief=brief)
+                self.add(
+                    case,
+                    labels[index],
+                    batch.mask[index],
+                    batch.spacing[index],
+                    of_case,
+                    temperature=temperature,
+                    brief=brief,
+                )
 
     on_test_batch_end = on_validation_batch_end
 

@@ -110,20 +110,24 @@ def read_geometry(path: Path) -> Geometry:
     return _header(path)[0]
 
 
-def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
+def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geometry]:
     """The values of a file, scaled as its header says, in canonical orientation, and its geometry.
 
     A compressed file is read to its end, so that its checksum is compared.
 
+    Args:
+        path: of the file.
+        channels: it may have a fourth axis.
+
     Returns:
-        Integers or floats, `(*space)`, and the geometry.
+        Integers or floats, `(*space)`, with channels `(channels, *space)`, and the geometry.
 
     Raises:
         DataError: names the file, where it is empty, truncated, damaged, no NIfTI, not of three axes or too large.
     """
     from nibabel.orientations import apply_orientation
 
-    geometry, image = _header(path)
+    geometry, image = _header(path, channels)
     proxy: Any = image.dataobj
     wanted = proxy.offset + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
     try:
@@ -133,12 +137,13 @@ def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
                 file.read(1)  # At its end, gzip compares the checksum.
         if len(data) < wanted:
             raise Problem(f"is truncated: {wanted} bytes of data expected, {len(data)} found", path, "Copy it again.")
-        values = np.asanyarray(type(image).from_bytes(data).dataobj).reshape(geometry.shape)
+        values = np.asanyarray(type(image).from_bytes(data).dataobj).reshape(*geometry.shape, -1)
     except Problem:
         raise
     except Exception as error:  # zlib.error, EOFError, OSError ...
         raise _unreadable(path, error) from error
-    return np.asarray(apply_orientation(values, geometry.orientation)), geometry
+    values = np.moveaxis(apply_orientation(values, geometry.orientation), -1, 0)
+    return np.asarray(values if channels else values[0]), geometry
 
 
 def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
@@ -220,7 +225,7 @@ def volume_files(folder: Path) -> list[Path]:
     return [path for path in (folder / name for name in names) if not path.is_dir()]
 
 
-def _header(path: Path) -> tuple[Geometry, Nifti1Image]:
+def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
     import nibabel
     from nibabel.nifti1 import Nifti1Image
 
@@ -240,7 +245,7 @@ def _header(path: Path) -> tuple[Geometry, Nifti1Image]:
     shape = tuple(int(length) for length in image.shape)
     shown = "x".join(map(str, shape))
     space = shape[:3]
-    if len(shape) < 3 or any(length != 1 for length in shape[3:]):
+    if len(shape) < 3 or any(length != 1 for length in shape[3 + channels :]):
         remedy = "Save each channel or time as a file of its own: case_0000.nii.gz, case_0001.nii.gz."
         raise Problem(f"has {len(shape)} axes ({shown}), a volume of 3 is required", path, remedy)
     if min(space) < 2:

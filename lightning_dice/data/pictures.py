@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import imagecodecs
 import numpy as np
 import tifffile
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -219,6 +220,24 @@ class PictureReader:
 
         write_atomically(path, save)
         return [path]
+
+    def load_probabilities(self, folder: Path, case: str) -> Tensor | None:
+        """What `write_probabilities` wrote, float32 `(classes, height, width)`; `None`: nothing.
+
+        Raises:
+            DataError: it cannot be decoded, or has another number of classes.
+        """
+        path = folder / _place(case, ".tif")
+        if not path.is_file():
+            return None
+        try:
+            stored = tifffile.imread(path)
+        except Exception as error:  # tifffile raises whatever a damaged file brings up.
+            raise Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
+        planes = stored.reshape(-1, *stored.shape[-2:])
+        if len(planes) != len(self.mask_format.classes):
+            raise Problem(f"holds {len(planes)} planes, {len(self.mask_format.classes)} are required", path)
+        return torch.from_numpy(np.ascontiguousarray(planes, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
         """A mask that `write` wrote: class ids `(height, width)` or planes `(classes, height, width)`.

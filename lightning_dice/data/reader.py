@@ -81,6 +81,14 @@ class Reader(Protocol):
         """Write probabilities `(classes, *size)`, float32, in the file's own geometry; returns the files."""
         ...
 
+    def load_probabilities(self, folder: Path, case: str) -> Tensor | None:
+        """What `write_probabilities` wrote there, `(classes, *size)`; `None`: nothing.
+
+        Raises:
+            DataError: it cannot be read, or has another number of classes.
+        """
+        ...
+
     def load(self, folder: Path, case: str) -> Tensor:
         """A mask that `write` wrote, in any of its formats: class ids `(*size)` or planes `(classes, *size)`.
 

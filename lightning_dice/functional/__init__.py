@@ -1,6 +1,7 @@
 """Formulas on sums: scores, the policy for absent classes, pooling and means."""
 
 from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
+from lightning_dice.functional.activations import probabilities
 from lightning_dice.functional.coarser import coarser_target, coarser_weight, pad_target
 from lightning_dice.functional.components import RegionMap, Regions, component_regions
 from lightning_dice.functional.hard import hard_prediction, hard_sums, hard_target, label_sums
@@ -45,6 +46,7 @@ __all__ = [
     "pad_to_multiple",
     "pool_sums",
     "power",
+    "probabilities",
     "read_logits",
     "tversky_score",
     "weighted_mean",

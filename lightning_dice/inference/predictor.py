@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_dice.functional.activations import probabilities
 from lightning_dice.functional.outputs import read_logits, resize_to
 from lightning_dice.inference.averaging import Flips, flipped, mean_logits
 from lightning_dice.inference.decision import Decision, pooled
@@ -200,7 +201,7 @@ class Predictor:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The probabilities, after the temperature, of logits that `logits` made."""
-        return self.decision.probabilities(logits, activation=self.activation)
+        return probabilities(logits, self.activation, self.decision.scale)
 
     def _whole(self, image: Sliceable) -> Iterator[Slab]:
         batch = torch.as_tensor(image[(slice(None),) * len(image.shape)]).unsqueeze(0).to(self.device)

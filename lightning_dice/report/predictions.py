@@ -14,7 +14,8 @@ from lightning_dice.data.reader import Reader
 
 FORMATS = (None, "png", "tiff", "nifti")
 # What `predict` writes beside the masks, and what no mask is called.
-BESIDE = {"probabilities", "overlays"}
+PROBABILITIES = "probabilities"
+BESIDE = {PROBABILITIES, "overlays"}
 SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
 LISTED = 50
 
@@ -51,7 +52,8 @@ def score_predictions(
     Args:
         data: the data set, checked.
         reader: of the predictions.
-        folder: of the predictions, as `predict` writes it.
+        folder: of the predictions, as `predict` writes it. Where it wrote probabilities beside the masks, the
+            calibration error is of these.
         split: of the data.
         table: gets the scores.
         overlays: gets the pictures.
@@ -74,6 +76,11 @@ def score_predictions(
             try:
                 predicted = reader.load(folder, case)
                 _check_size(case, predicted, batch.mask[index])
+                probs = reader.load_probabilities(folder / PROBABILITIES, case)
+                if probs is not None and probs.shape[1:] != batch.mask[index].shape[-probs.ndim + 1 :]:
+                    raise DataError(
+                        f"the probabilities of {case} are {_size(probs)}, its mask {_size(batch.mask[index])}"
+                    )
             except DataError as error:
                 if any((folder / name).is_file() for name in files):
                     wrong.append(str(error))
@@ -81,7 +88,7 @@ def score_predictions(
                     missing.append(case)
             else:
                 if not wrong and (skip_missing or not missing):
-                    _add(table, overlays, case, batch, index, predicted)
+                    _add(table, overlays, case, batch, index, predicted, probs)
                     scored += 1
             each()
     if wrong or (missing and not skip_missing):
@@ -91,8 +98,16 @@ def score_predictions(
     return Scored(scored, missing, _leftover(folder, expected))
 
 
-def _add(table: CaseTable, overlays: Overlays | None, case: str, batch: Any, index: int, predicted: Tensor) -> None:
-    table.add(case, predicted, batch.mask[index], batch.spacing[index])
+def _add(
+    table: CaseTable,
+    overlays: Overlays | None,
+    case: str,
+    batch: Any,
+    index: int,
+    predicted: Tensor,
+    probs: Tensor | None,
+) -> None:
+    table.add(case, predicted, batch.mask[index], batch.spacing[index], probs=probs)
     if overlays is not None:
         overlays.offer(case, batch.image[index], batch.mask[index], predicted)
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dice.functional import probabilities
 from lightning_dice.scoring.settings import Activation
 
 # Pixels that are looked at in one piece, so that a volume's probabilities are never there as a whole.
@@ -54,6 +55,8 @@ def reliability(
     activation: Activation,
     ignore_index: int | None = None,
     bins: int = 15,
+    temperature: float = 1.0,
+    are_probabilities: bool = False,
 ) -> Reliability:
     """Count the pixels of an image by confidence, in bins of equal width.
 
@@ -63,6 +66,8 @@ def reliability(
         activation: what turns logits into probabilities.
         ignore_index: pixels whose target holds this value are not counted.
         bins: from 0 to 1; a confidence on an edge belongs to the bin above.
+        temperature: by which logits are divided before.
+        are_probabilities: `logits` are probabilities already.
 
     >>> found = reliability(torch.tensor([[2.0, 2.0, -2.0]]), torch.tensor([[1, 0, 0]]), activation="sigmoid", bins=2)
     >>> found.pixels.tolist(), found.right.tolist(), [round(value, 3) for value in found.error()]
@@ -73,12 +78,14 @@ def reliability(
     flat = logits.reshape(len(logits), -1)
     truth = target.reshape(1 if activation == "softmax" else len(target), -1)
     for start in range(0, flat.shape[1], CHUNK):
-        part, labels = flat[:, start : start + CHUNK].float(), truth[:, start : start + CHUNK]
+        probs, labels = flat[:, start : start + CHUNK], truth[:, start : start + CHUNK]
+        if not are_probabilities:
+            probs = probabilities(probs, activation, temperature)
         if activation == "softmax":
-            best, ids = part.max(0, keepdim=True)
-            confidence, right = (best - part.logsumexp(0, keepdim=True)).exp(), ids == labels
+            confidence, ids = probs.max(0, keepdim=True)
+            right = ids == labels
         else:
-            confidence, right = part.sigmoid(), labels == 1
+            confidence, right = probs, labels == 1
         known = torch.ones_like(right) if ignore_index is None else labels != ignore_index
         # Counted on the CPU: sums by bin on a GPU come in another order each time.
         for row, (values, hits, kept) in enumerate(zip(confidence.cpu(), right.cpu(), known.cpu(), strict=True)):

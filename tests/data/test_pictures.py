@@ -147,6 +147,14 @@ class TestWritten:
             stored = tiff.asarray()
         assert stored.dtype == np.float32
         assert np.array_equal(stored.reshape(probs.shape), probs.numpy())
+        assert torch.equal(reader.load_probabilities(tmp_path / "p", "sub/a"), probs)
+        assert reader.load_probabilities(tmp_path / "p", "a") is None
+        with pytest.raises(DataError, match=rf"a\.tif: holds {classes} planes, 2 are required"):
+            PictureReader(MaskFormat(["x", "y"], "sigmoid"), GRAY).load_probabilities(tmp_path / "p", "sub/a")
+        whole = (tmp_path / "p" / "sub" / "a.tif").read_bytes()
+        (tmp_path / "p" / "sub" / "a.tif").write_bytes(whole[:100])
+        with pytest.raises(DataError, match=r"a\.tif: cannot be decoded"):
+            reader.load_probabilities(tmp_path / "p", "sub/a")
 
     @pytest.mark.parametrize("case", ["../a", "/a", "a/../../b", ""])
     def test_nothing_is_written_elsewhere(self, case):

@@ -94,6 +94,11 @@ def test_probabilities_are_the_fourth_axis(tmp_path):
     for channel in range(3):
         one = write(tmp_path / f"{channel}.nii.gz", np.asarray(found.dataobj)[..., channel], found.affine)
         assert np.array_equal(read_volume(one)[0], probs[channel].numpy())
+    assert torch.equal(reader().load_probabilities(tmp_path / "p", "a"), probs)
+    assert reader().load_probabilities(tmp_path / "p", "b") is None
+    write(tmp_path / "p/c.nii.gz", np.zeros((3, 4, 5, 2), np.float32), np.eye(4))
+    with pytest.raises(DataError, match=r"c.nii.gz: holds 2 classes, 3 are required"):
+        reader().load_probabilities(tmp_path / "p", "c")
 
 
 def test_a_scaled_image_gives_an_unscaled_mask(tmp_path):

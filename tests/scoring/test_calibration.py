@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from lightning_dice.functional import activations
 from lightning_dice.scoring import calibration, reliability
 
 
@@ -45,7 +46,10 @@ def test_a_volume_is_counted_in_pieces_and_cases_add_up(monkeypatch):
     halves = [reliability(logits[:, part], target[part], activation="softmax") for part in (slice(4), slice(4, 10))]
     monkeypatch.setattr(calibration, "CHUNK", 7)
     pieces = reliability(logits, target, activation="softmax")
-    for other in (pieces, halves[0].plus(halves[1])):
+    monkeypatch.setattr(activations, "CHUNK", 11)
+    probs = activations.probabilities(logits, "softmax")
+    of_probs = reliability(probs, target, activation="softmax", are_probabilities=True)
+    for other in (pieces, halves[0].plus(halves[1]), of_probs):
         for one, two in zip(whole, other, strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-12)
 
@@ -55,3 +59,17 @@ def test_certain_pixels_and_none():
     assert reliability(logits, torch.tensor([[1, 0]]), activation="sigmoid").error() == [0]
     nothing = reliability(logits, torch.tensor([[255, 255]]), activation="sigmoid", ignore_index=255)
     assert math.isnan(nothing.error()[0])
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_above():
+    found = reliability(torch.zeros(1, 3), torch.ones(1, 3).long(), activation="sigmoid", bins=2)
+    assert found.pixels.tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_halves_are_summed_as_floats(activation):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, generator=generator).bfloat16()
+    target = torch.randint(0, 2, (3, 50) if activation == "sigmoid" else (50,), generator=generator)
+    found, expected = (reliability(values, target, activation=activation) for values in (logits, logits.float()))
+    np.testing.assert_array_equal(found.confidence, expected.confidence)
