@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, Pair, check_splits, complete, contents, no_folder, split_words
-from lightning_dice.data.masks import MaskFormat, check_size
+from lightning_dice.data.masks import MaskFormat, Sized, check_size
 from lightning_dice.data.paired import PairSource
 from lightning_dice.data.patterns import check_pattern
-from lightning_dice.data.readers import Picture, Problem
+from lightning_dice.data.readers import Problem
 from lightning_dice.data.source import Split
 
 NAMED = 8  # categories or images in one message
@@ -61,7 +61,7 @@ class Instances:
     def __str__(self) -> str:
         return f"{self.file}: {self.image}"
 
-    def values(self, image: Picture, mask_format: MaskFormat) -> list[NDArray[Any]]:
+    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
         """Ids, or with a sigmoid 0, 1 and the ignored label for each class.
 
         Raises:
@@ -161,6 +161,7 @@ class CocoSource(PairSource):
         bands: which channels the images are, and
         white: the value that becomes 1, and
         nodata: that of pixels without an image, as in `ImageFormat`.
+        tile: as in `FolderSource`.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -182,8 +183,10 @@ class CocoSource(PairSource):
         bands: Sequence[int] | None = None,
         white: float | None = None,
         nodata: float | None = None,
+        tile: int | None = None,
     ) -> None:
-        super().__init__(root, ImageFormat(channels, bands, white, nodata), mask_format, fractions, seed, workers)
+        image_format = ImageFormat(channels, bands, white, nodata)
+        super().__init__(root, image_format, mask_format, fractions, seed, workers, tile=tile)
         if mask_format.values or mask_format.colors is not None or mask_format.stacked:
             raise ValueError(
                 "values, colors and stacked are of mask files, which COCO's annotations are not; leave them"

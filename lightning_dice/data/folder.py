@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_dice.data.cases import FolderCases
 from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, check_splits, scan
 from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.paired import FolderCases, PairSource
+from lightning_dice.data.paired import PairSource
 from lightning_dice.data.patterns import check_pattern, names_files
 from lightning_dice.data.raters import Raters
 from lightning_dice.data.source import Split
@@ -56,6 +57,8 @@ class FolderSource(PairSource):
         bands: which channels the images are, and
         white: the value that becomes 1, and
         nodata: that of pixels without an image, as in `ImageFormat`.
+        tile: pixels; images for validation and test of more rows or columns are cut into cases of their own, whose
+            names end with the row and the column of their first pixel: `scene@4096-0`.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -101,10 +104,11 @@ class FolderSource(PairSource):
         bands: Sequence[int] | None = None,
         white: float | None = None,
         nodata: float | None = None,
+        tile: int | None = None,
     ) -> None:
         people = None if raters is None else Raters(raters, fusion, reference)
         image_format = ImageFormat(channels, bands, white, nodata)
-        super().__init__(root, image_format, mask_format, fractions, seed, workers, people)
+        super().__init__(root, image_format, mask_format, fractions, seed, workers, people, tile)
         self.images = check_pattern(str(images), "images", ["split", "case"])
         self.masks = check_pattern(str(masks), "masks", ["split", "case", "class", "rater"])
         self.lists = None if lists is None else check_pattern(str(lists), "lists", ["split"])

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dice.data.readers import Picture, Problem, to_image
+
+
+class Blockwise(Protocol):
+    """A picture, decoded or not, that is looked at in blocks of rows: `Picture` or `LargePicture`."""
+
+    def blocks(self) -> Iterable[slice]:
+        """The rows of each."""
+        ...
+
+    def window(self, rows: slice, columns: slice) -> Picture:
+        """A part of it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,18 +74,35 @@ class ImageFormat:
             raise ValueError(f"white must be a stored value above 0, got {self.white}")
         object.__setattr__(self, "channels", int(self.channels))
 
-    def image(self, picture: Picture) -> Tensor:
+    def image(self, picture: Picture, fill: NDArray[np.float64] | float | None = None) -> Tensor:
         """A float32 tensor `(channels, height, width)`.
+
+        Args:
+            picture: a whole one, or a window.
+            fill: what pixels without an image get, for each channel: of a window the `means` of the whole picture. By
+                default those of this one.
 
         Raises:
             DataError: for another number of channels, an integer type without a white, or a value that is not finite.
         """
+        holes, whole = self.missing(picture), picture
         picture = self._chosen(picture)
-        if self.nodata is not None:
-            picture = self._filled(picture)
+        if holes is not None:
+            picture = _filled(picture, holes, np.asarray(self.means(whole) if fill is None else fill))
         if self.white is not None:
             picture = replace(picture, pixels=picture.colors(), palette=None, white=float(self.white))
         return to_image(picture, self.channels)
+
+    def means(self, picture: Blockwise) -> NDArray[np.float64]:
+        """The mean of each stored channel over the pixels that show something, in float64; 0 where none does."""
+        count, total = 0, np.zeros(1)
+        for rows in picture.blocks():
+            pixels = self._chosen(picture.window(rows, slice(None))).pixels
+            seen = pixels[~self._holes(pixels).any(-1)]
+            # Sums of whole numbers are exact in any order; those of floats agree to rounding.
+            total = total + seen.sum(0, dtype=np.float64)
+            count += len(seen)
+        return total / max(count, 1)
 
     def missing(self, picture: Picture) -> NDArray[np.bool_] | None:
         """Where pixels show nothing, `(height, width)`; `None`: nowhere."""
@@ -85,9 +114,10 @@ class ImageFormat:
     def _chosen(self, picture: Picture) -> Picture:
         if self.bands is None and (self.nodata is None or picture.palette is None):
             return picture
-        pixels = picture.colors()
         if self.bands is None:
-            return replace(picture, pixels=pixels, palette=None)
+            return replace(picture, pixels=picture.colors(), palette=None)
+        # All three colours, also of a window that shows grays alone.
+        pixels = picture.pixels if picture.palette is None else picture.palette[picture.pixels[..., 0]]
         if max(self.bands) > pixels.shape[2]:
             what = f"has {pixels.shape[2]} channels ({picture.kind}), data.bands={list(self.bands)} was asked for"
             raise Problem(what, picture.path, "Bands are counted from 1.")
@@ -98,12 +128,9 @@ class ImageFormat:
         nodata = math.nan if self.nodata is None else self.nodata
         return np.isnan(pixels) if math.isnan(nodata) else np.asarray(pixels == nodata)
 
-    def _filled(self, picture: Picture) -> Picture:
-        holes = self._holes(picture.pixels).any(-1)
-        if not holes.any():
-            return picture
-        pixels = picture.pixels.copy()
-        for channel in range(pixels.shape[2]):
-            seen = pixels[..., channel][~holes]
-            pixels[holes, channel] = seen.mean(dtype=np.float64) if seen.size else 0
-        return replace(picture, pixels=pixels)
+
+def _filled(picture: Picture, holes: NDArray[np.bool_], fill: NDArray[np.float64]) -> Picture:
+    # A window of a palette may show grays alone, in one channel.
+    pixels = np.repeat(picture.pixels, max(1, fill.size // picture.pixels.shape[2]), axis=2)
+    pixels[holes] = fill
+    return replace(picture, pixels=pixels)

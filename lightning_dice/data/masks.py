@@ -13,9 +13,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dice.data.readers import Picture, Problem, read_picture
+from lightning_dice.data.tiffs import LargePicture, open_windows
 
 SHOWN = 8  # values or colours in one message
 CLEAN_GAP = 16  # JPEG's errors are smaller where it is harmless at all
+
+
+class Sized(Protocol):
+    """A picture, decoded or not, as far as its mask must fit: `Picture` or `LargePicture`."""
+
+    @property
+    def path(self) -> Path:
+        """Where it came from."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
+
+    @property
+    def turned(self) -> bool:
+        """Its orientation tag asked for a turn or a flip, which was made."""
+        ...
 
 
 class StoredMask(Protocol):
@@ -25,7 +45,7 @@ class StoredMask(Protocol):
         """Where it is, for messages."""
         ...
 
-    def values(self, image: Picture, mask_format: MaskFormat) -> list[NDArray[Any]]:
+    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
         """The stored values, `(height, width)`: ids, or those of each class.
 
         Raises:
@@ -283,24 +303,53 @@ class MaskFormat:
         return f"the values {shown}{more}, which are not ids: required 0 to {ids[-1]}{ignored}"
 
 
-def read_masks(image: Picture, files: Sequence[MaskFile], mask_format: MaskFormat) -> list[NDArray[Any]]:
-    """The stored values of an image's masks, whose sizes must be the image's.
+class OpenMask:
+    """A mask of which windows are read: a file with ids or with one class, or what is no picture file.
+
+    Args:
+        image: what the mask belongs to, whose size it must have.
+        file: where it is.
+        mask_format: how masks are stored.
+        whole: decode it now, whatever its size; else of a large TIFF windows are decoded as they are asked for.
 
     Raises:
         DataError: naming the mask.
     """
-    stored = []
-    for file in files:
+
+    def __init__(self, image: Sized, file: MaskFile, mask_format: MaskFormat, whole: bool = False) -> None:
+        self.mask_format = mask_format
+        self._picture: Picture | LargePicture | None = None
+        self._planes: list[NDArray[Any]] = []
         if not isinstance(file, Path):
-            stored += file.values(image, mask_format)
-            continue
-        picture = read_picture(file)
-        check_size(picture.size, image, file)
-        stored += mask_format.read_planes(picture)
-    return stored
+            self._planes = file.values(image, mask_format)
+            return
+        self._picture = None if whole else open_windows(file)
+        if self._picture is None:
+            self._picture = read_picture(file)
+        check_size(self._picture.size, image, file)
+
+    def planes(self, rows: slice, columns: slice) -> list[NDArray[Any]]:
+        """The stored values of a window, `(height, width)`: of ids as one array, of several classes as one for each.
+
+        Raises:
+            DataError: as by `MaskFormat.read_planes`.
+        """
+        if self._picture is None:
+            return [plane[rows, columns] for plane in self._planes]
+        return self.mask_format.read_planes(self._picture.window(rows, columns))
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept in memory."""
+        return sum(plane.nbytes for plane in self._planes) + (self._picture.nbytes if self._picture is not None else 0)
+
+    def forget(self) -> None:
+        """Free what the last windows have left."""
+        if self._picture is not None:
+            self._picture.forget()
 
 
-def check_size(size: tuple[int, int], image: Picture, where: Path | str) -> None:
+def check_size(size: tuple[int, int], image: Sized, where: Path | str) -> None:
     """See that a mask has its image's size.
 
     Raises:

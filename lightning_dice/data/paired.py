@@ -7,83 +7,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from PIL import Image
 
-from lightning_dice.data.batch import Sample
+from lightning_dice.data.cases import FolderCases, TiledCases
 from lightning_dice.data.images import ImageFormat
-from lightning_dice.data.layout import Layout, Pair
-from lightning_dice.data.masks import MaskFormat, read_masks
+from lightning_dice.data.layout import Layout
+from lightning_dice.data.masks import MaskFormat
 from lightning_dice.data.pictures import PictureReader
-from lightning_dice.data.raters import Raters, fuse
-from lightning_dice.data.readers import Picture, Problem, read_picture, read_size
+from lightning_dice.data.raters import Raters
+from lightning_dice.data.readers import Problem, read_size
 from lightning_dice.data.source import DataError, Split
 from lightning_dice.data.survey import Survey, error, survey
-
-
-@dataclass(frozen=True)
-class FolderCases:
-    """The cases of one split of pairs of files; each is read when it is asked for.
-
-    Attributes:
-        pairs: images and masks.
-        sizes: `(height, width)` of each image, upright.
-        image_format: how images are stored.
-        mask_format: how masks are stored.
-        planes: the classes of a mask's planes; empty for masks of ids.
-        raters: who made the masks, if several people did.
-        way: what is made of their masks: `fusion` or `reference` of `Raters`.
-    """
-
-    pairs: Sequence[Pair]
-    sizes: Sequence[tuple[int, ...]]
-    image_format: ImageFormat
-    mask_format: MaskFormat
-    planes: Sequence[str] = ()
-    raters: Raters | None = None
-    way: str = "majority"
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        picture = read_picture(pair.image)
-        mask = self._mask(pair, picture)
-        missing = self.image_format.missing(picture)
-        if missing is not None:
-            mask = _ignoring(mask, torch.from_numpy(missing), self.mask_format)
-        return Sample(self.image_format.image(picture), mask, pair.case)
-
-    def _mask(self, pair: Pair, picture: Picture) -> Tensor:
-        if self.raters is None:
-            return self._one(pair, picture, 0, 1)
-        count = len(self.raters.files)
-        masks = [self._one(pair, picture, index, count) for index in self.raters.chosen(self.way)]
-        if len(masks) == 1:
-            return masks[0]
-        return fuse(masks, "mean" if self.way == "mean" else "majority", self.mask_format)
-
-    def _one(self, pair: Pair, picture: Picture, index: int, count: int) -> Tensor:
-        """The mask of one of several raters."""
-        each = len(pair.masks) // count
-        files = pair.masks[index * each : (index + 1) * each]
-        stored = read_masks(picture, files, self.mask_format)
-        try:
-            return self.mask_format.encode(stored, bool(self.planes))
-        except ValueError as wrong:
-            raise Problem(str(wrong), ", ".join(map(str, files)), "Set data.values or data.classes.") from wrong
-
-
-def _ignoring(mask: Tensor, where: Tensor, mask_format: MaskFormat) -> Tensor:
-    label = mask_format.ignore_index
-    if label is None:
-        raise ValueError("nodata needs an ignore_index, by which masks say so; set data.ignore_index=255")
-    fits = mask.is_floating_point() or torch.iinfo(mask.dtype).min <= label <= torch.iinfo(mask.dtype).max
-    return (mask if fits else mask.int()).masked_fill(where, label)
 
 
 class PictureSource(ABC):
@@ -153,6 +90,8 @@ class PairSource(PictureSource):
 
     Attributes:
         raters: who made the masks, if several people did.
+        tile: pixels; images for validation and test of more rows or columns are cut into cases of their own, as
+            `TiledCases` does. `None`: none are.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -167,13 +106,17 @@ class PairSource(PictureSource):
         seed: int,
         workers: int | None,
         raters: Raters | None = None,
+        tile: int | None = None,
     ) -> None:
         super().__init__(root, image_format, mask_format, fractions, seed, workers)
+        if tile is not None and (not isinstance(tile, int) or tile < 1):
+            raise ValueError(f"tile must be None or pixels, at least 1, got {tile!r}")
+        self.tile = tile
         if image_format.nodata is not None and mask_format.ignore_index is None:
             raise ValueError("nodata needs an ignore_index, by which masks say so; set data.ignore_index=255")
         self.raters = raters
         self._layout: Layout | None = None
-        self._cases: dict[Split, FolderCases] = {}
+        self._cases: dict[Split, FolderCases | TiledCases] = {}
         self._kinds: dict[tuple[Split, str], str] = {}
 
     @abstractmethod
@@ -190,17 +133,21 @@ class PairSource(PictureSource):
         found = survey(layout, self.image_format, self.mask_format, self.workers)
         self._kinds = {(split, one.pair.case): one.kind for split, part in found.facts.items() for one in part}
         problems = [*layout.problems, *found.problems()]
+        for split, part in found.facts.items():
+            problems += [self._beyond(one.pair.image, one.size) for one in part if self._is_beyond(split, one.size)]
         if problems:
             raise error(self.root, problems)
         return found
 
-    def split(self, name: Split) -> FolderCases | None:
+    def split(self, name: Split) -> FolderCases | TiledCases | None:
         """The cases of a split, or `None` where there is no such split.
 
-        Of several raters, train has their masks as `fusion` says, the other splits as `reference` does.
+        Of several raters, train has their masks as `fusion` says, the other splits as `reference` does. Of the other
+        splits large images are cut as `tile` says.
 
         Raises:
-            DataError: where images and masks do not pair, or a header cannot be read.
+            DataError: where images and masks do not pair, a header cannot be read, or an image for validation or test
+                is too large to be scored whole.
         """
         layout = self.layout()
         if layout.problems:
@@ -208,8 +155,21 @@ class PairSource(PictureSource):
         if name not in layout.pairs:
             return None
         if name not in self._cases:
-            self._cases[name] = self._open(name, read_size)
+            cases = self._open(name, partial(read_size, whole=False))
+            sized = zip(cases.pairs, cases.sizes, strict=True)
+            beyond = [self._beyond(pair.image, size) for pair, size in sized if self._is_beyond(name, size)]
+            if beyond:
+                raise error(self.root, beyond)
+            self._cases[name] = cases if name == "train" or self.tile is None else TiledCases(cases, self.tile)
         return self._cases[name]
+
+    def _is_beyond(self, split: Split, size: Sequence[int]) -> bool:
+        limit = Image.MAX_IMAGE_PIXELS
+        return split != "train" and self.tile is None and limit is not None and math.prod(size) > limit
+
+    def _beyond(self, path: Path, size: Sequence[int]) -> Problem:
+        what = f"is too large to be scored whole: {size[0]}x{size[1]} pixels, more than {Image.MAX_IMAGE_PIXELS}"
+        return Problem(what, path, "Set data.tile=4096 to score it in tiles.")
 
     def readable(self, name: Split) -> FolderCases | None:
         """The cases of a split whose files belong together; each may fail when it is read, and has then no size."""
@@ -236,7 +196,7 @@ class PairSource(PictureSource):
 
 def _size_if_readable(path: Path) -> tuple[int, int]:
     try:
-        return read_size(path)
+        return read_size(path, whole=False)
     except DataError:
         return 0, 0
 

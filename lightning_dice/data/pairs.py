@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, Pair, complete
-from lightning_dice.data.masks import MaskFormat, check_size
+from lightning_dice.data.masks import MaskFormat, Sized, check_size
 from lightning_dice.data.paired import PictureSource
 from lightning_dice.data.readers import Picture, Problem
 from lightning_dice.data.source import DataError, Split
@@ -238,7 +238,7 @@ class _Decoded:
     def __str__(self) -> str:
         return str(self.picture.path)
 
-    def values(self, image: Picture, mask_format: MaskFormat) -> list[NDArray[Any]]:
+    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
         check_size(self.picture.size, image, str(self))
         return mask_format.read_planes(self.picture)
 

@@ -78,6 +78,22 @@ class Picture:
         return self.pixels.shape[0], self.pixels.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Of the pixels."""
+        return self.pixels.nbytes
+
+    def window(self, rows: slice, columns: slice) -> Picture:
+        """A part of it."""
+        return replace(self, pixels=self.pixels[rows, columns])
+
+    def blocks(self) -> list[slice]:
+        """All rows: what is decoded needs no steps."""
+        return [slice(0, self.pixels.shape[0])]
+
+    def forget(self) -> None:
+        """Nothing: all of it is in memory."""
+
+    @property
     def kind(self) -> str:
         """Depth and colour in words, such as `16-bit RGB`."""
         plain = isinstance(self.white, int) and self.pixels.dtype.kind in "bu"
@@ -138,8 +154,18 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
-    """Height and width once upright, from the header alone."""
+def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> tuple[int, int]:
+    """Height and width once upright, from the header alone.
+
+    Args:
+        path: the file.
+        data: its bytes, where they have been read already.
+        whole: it shall be decoded whole, which a size beyond `PIL.Image.MAX_IMAGE_PIXELS` forbids; else a TIFF may be
+            of any size.
+
+    Raises:
+        DataError: it has no readable header, or is too large.
+    """
     file = BytesIO(data) if data is not None else path
     try:
         with path.open("rb") if data is None else BytesIO(data[:4]) as start:
@@ -160,12 +186,12 @@ def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
         raise _too_large(path, str(error)) from error
     except OSError as error:
         if data is None:
-            return read_size(path, read_bytes(path))
+            return read_size(path, read_bytes(path), whole=whole)
         raise _undecodable(path, data, error) from error
     except Exception as error:
         raise _undecodable(path, read_bytes(path) if data is None else data, error) from error
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
+    if limit is not None and height * width > limit and (whole or magic not in TIFF):
         raise _too_large(path, f"{height}x{width} pixels, more than {limit}")
     return (width, height) if _orientation(path, data) >= 5 else (height, width)
 
@@ -363,7 +389,10 @@ def _undecodable(path: Path, data: bytes, error: Exception) -> Problem:
 
 
 def _too_large(path: Path, reason: str) -> Problem:
-    remedy = "If it is what it should be, cut it into tiles or raise PIL.Image.MAX_IMAGE_PIXELS."
+    remedy = (
+        "If it is what it should be, save it as a TIFF in tiles of 512x512 pixels, which is read by windows "
+        "(data.window, data.tile), or raise PIL.Image.MAX_IMAGE_PIXELS."
+    )
     return Problem(f"may be a decompression bomb: {reason}", path, remedy)
 
 

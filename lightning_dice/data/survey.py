@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from lightning_dice.data.images import ImageFormat
 from lightning_dice.data.layout import Layout, Pair
-from lightning_dice.data.masks import MaskFormat, count_values, read_masks, suggest
+from lightning_dice.data.masks import MaskFile, MaskFormat, OpenMask, count_values, suggest
 from lightning_dice.data.readers import Picture, Problem, read_bytes, read_picture
 from lightning_dice.data.source import DataErrors, Split
+from lightning_dice.data.tiffs import LargePicture, open_windows
 
 LISTED = 20  # files in one error
 NAMED = 5  # files in one warning
@@ -230,9 +232,13 @@ def error(root: Path, problems: Sequence[Problem]) -> DataErrors:
 def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, layout: Layout) -> Facts:
     facts = Facts(pair)
     try:
-        data = read_bytes(pair.image)
-        facts.digest = blake2b(data, digest_size=16).digest()
-        picture = read_picture(pair.image, data)
+        picture: Picture | LargePicture | None = open_windows(pair.image)
+        if picture is None:
+            data = read_bytes(pair.image)
+            facts.digest = blake2b(data, digest_size=16).digest()
+            picture = read_picture(pair.image, data)
+        else:
+            facts.digest = _digest(pair.image)
     except Problem as problem:
         facts.problems.append(problem)
         return facts
@@ -241,47 +247,95 @@ def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, lay
     return facts
 
 
-def look_at(facts: Facts, picture: Picture, image_format: ImageFormat) -> None:
-    """Note what a decoded image shows."""
+def _digest(path: Path) -> bytes:
+    """What `blake2b` makes of a file that memory need not hold."""
+    state = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while data := file.read(2**22):
+            state.update(data)
+    return state.digest()
+
+
+def look_at(facts: Facts, picture: Picture | LargePicture, image_format: ImageFormat) -> None:
+    """Note what an image shows, block by block where it is not decoded."""
     facts.size, facts.kind = picture.size, picture.kind
-    first = picture.pixels[..., 0]
-    if len(np.unique(first[:: max(1, first.shape[0] // 64), :: max(1, first.shape[1] // 64)])) <= LEVELS:
-        levels = len(np.unique(first))
-        facts.levels = levels if levels <= LEVELS else 0
+    step = max(1, picture.size[0] // 64), max(1, picture.size[1] // 64)
+    levels: NDArray[Any] | None = None
     try:
-        image_format.image(picture)
+        for rows in picture.blocks():
+            block = picture.window(rows, slice(None))
+            first = block.pixels[..., 0]
+            if levels is None or len(levels) <= LEVELS:
+                few = np.unique(first[:: step[0], :: step[1]])
+                found = np.unique(first) if len(few) <= LEVELS else few
+                levels = found if levels is None else np.union1d(levels, found)
+            with _in_rows(rows, picture):
+                image_format.image(block, 0.0)
     except Problem as problem:
         facts.problems.append(problem)
+    facts.levels = 0 if levels is None or len(levels) > LEVELS else len(levels)
 
 
-def look_at_masks(facts: Facts, picture: Picture, mask_format: MaskFormat, layout: Layout) -> None:
+@contextmanager
+def _in_rows(rows: slice, picture: Picture | LargePicture) -> Iterator[None]:
+    """Let a problem of a block say where it lies: the numbers in it are of these rows alone."""
+    try:
+        yield
+    except Problem as problem:
+        if rows.stop - rows.start == picture.size[0]:
+            raise
+        what = f"{problem.what} (in the rows {rows.start} to {rows.stop - 1})"
+        raise Problem(what, problem.where, problem.remedy) from problem
+
+
+def look_at_masks(facts: Facts, picture: Picture | LargePicture, mask_format: MaskFormat, layout: Layout) -> None:
     """Note what the masks of an image hold."""
-    counts = []
-    stored: list[NDArray[Any]] = []
-    sound = True
-    for file in facts.pair.masks:
+    files = facts.pair.masks
+    masks: dict[int, OpenMask] = {}
+    for number, file in enumerate(files):
         try:
-            here = read_masks(picture, [file], mask_format)
+            masks[number] = OpenMask(picture, file, mask_format)
         except Problem as problem:
-            exchanged = facts.levels > 1 and _has_colors(file)
-            facts.problems.append(_exchanged(facts, str(file)) if exchanged else problem)
-            sound = False
-            continue
-        counts += [count_values(part) for part in here]
-        if mask_format.background is not None and layout.planes:
-            stored += here
-    if not sound:
-        return
-    facts.counts = counts
+            facts.problems.append(_refused(facts, file, problem))
+    counts: dict[int, list[Counter[int]]] = {}
     # Planes that exclude each other can be judged together alone, once each is sound.
-    step = len(stored) // max(len(layout.raters), 1)
-    for start in range(0, len(stored), step or 1):
-        rater = stored[start : start + step]
-        if not any(mask_format.describe(found, True) for found in counts[start : start + step]):
+    exclusive = mask_format.background is not None and bool(layout.planes)
+    each = len(files) // max(len(layout.raters), 1)
+    raters = {start: range(start, start + each) for start in range(0, len(files), each or 1)} if exclusive else {}
+    for rows in picture.blocks():
+        stored: dict[int, list[NDArray[Any]]] = {}
+        for number, mask in list(masks.items()):
             try:
-                mask_format.encode(rater, planes=True)
-            except ValueError as wrong:
-                facts.problems.append(Problem(str(wrong), _mask_at(facts, start)))
+                with _in_rows(rows, picture):
+                    stored[number] = mask.planes(rows, slice(0, picture.size[1]))
+            except Problem as problem:
+                facts.problems.append(_refused(facts, files[number], problem))
+                del masks[number]
+                continue
+            here = [count_values(plane) for plane in stored[number]]
+            for total, found in zip(counts.setdefault(number, [Counter() for _ in here]), here, strict=True):
+                total.update(found)
+        for start, numbers in list(raters.items()):
+            if not set(numbers) <= set(masks) or any(
+                mask_format.describe(total, True) for number in numbers for total in counts[number]
+            ):
+                continue
+            try:
+                with _in_rows(rows, picture):
+                    planes = [plane for number in numbers for plane in stored[number]]
+                    try:
+                        mask_format.encode(planes, planes=True)
+                    except ValueError as wrong:
+                        raise Problem(str(wrong), str(files[start])) from wrong
+            except Problem as problem:
+                facts.problems.append(problem)
+                del raters[start]
+    if len(masks) == len(files):
+        facts.counts = [dict(sorted(total.items())) for number in range(len(files)) for total in counts[number]]
+
+
+def _refused(facts: Facts, file: MaskFile, problem: Problem) -> Problem:
+    return _exchanged(facts, str(file)) if facts.levels > 1 and _has_colors(file) else problem
 
 
 def _picture(facts: Facts, position: int) -> Problem:

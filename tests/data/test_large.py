@@ -76,18 +76,31 @@ def test_jpeg_whose_tiles_share_their_tables(tmp_path):
         assert torch.equal(image[..., 20:60, 30:80], to_image(read_picture(path), 3)[:, 20:60, 30:80])
 
 
+def counted(picture, monkeypatch) -> list[tuple[int, int, int]]:
+    """Each tile, as plane, row and column, that a picture decodes from now on."""
+    decoded = []
+    read = picture._read
+    monkeypatch.setattr(picture, "_read", lambda file, *place: decoded.append(place) or read(file, *place))
+    return decoded
+
+
 def test_tiles_are_decoded_once_by_overlapping_windows_and_not_kept(tmp_path, monkeypatch):
     path = stored(tmp_path, GRAY, tile=(16, 16), compression="zlib")
     with LargeImage(path, ImageFormat(1)) as image:
-        decoded = []
-        decode = image._decode
-        monkeypatch.setattr(image, "_decode", lambda number: decoded.append(number) or decode(number))
-        image._bands.clear()
+        decoded = counted(image.picture, monkeypatch)
         for top in range(0, 150, 20):
             for left in range(0, 200, 20):
                 _ = image[:, top : top + 40, left : left + 40]
-        assert decoded == list(range(10))
-        assert len(image._bands) <= 4
+        assert sorted(decoded) == [(0, row, column) for row in range(10) for column in range(13)]
+        assert len(image.picture._tiles) <= 4 * 13
+
+
+def test_a_window_decodes_the_tiles_it_touches(tmp_path, monkeypatch):
+    path = stored(tmp_path, GRAY, tile=(16, 16), compression="zlib")
+    with LargeImage(path, ImageFormat(1)) as image:
+        decoded = counted(image.picture, monkeypatch)
+        _ = image[:, 20:40, 100:112]
+        assert decoded == [(0, 1, 6), (0, 2, 6)]
 
 
 @pytest.mark.parametrize("index", [0, (0, 0, 0), (..., slice(0, 9, 2)), (slice(None),) * 4, (..., slice(9, 9))])
@@ -99,7 +112,7 @@ def test_other_indices_are_refused(index, tmp_path):
 class TestNormalized:
     @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["wide", "narrow"])
     def test_standardized_windows_equal_the_whole(self, scale, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.large.BLOCK", 203 * 13)
+        monkeypatch.setattr("lightning_dice.data.tiffs.BLOCK", 203 * 13)
         # An offset much larger than the deviation is where sums of squares lose their digits.
         pixels = np.stack([BANDS[0] * scale + 10, BANDS[1] * 7, np.full_like(BANDS[0], 0.1)], axis=2)
         path = stored(tmp_path, pixels.astype(np.float32), photometric="rgb", tile=(32, 32))
@@ -155,7 +168,7 @@ class TestRefused:
                 _ = image[..., 120:, :]
 
     def test_one_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.large.PIECE", 20000)
+        monkeypatch.setattr("lightning_dice.data.tiffs.PIECE", 20000)
         path = stored(tmp_path, GRAY, rowsperstrip=150, compression="zlib")
         with pytest.raises(Problem, match=r"compressed in pieces of 150 rows.*Save it in tiles"):
             LargeImage(path, ImageFormat(1))

@@ -183,7 +183,7 @@ class TestCache:
         ({"size": 3}, "size must be the pixels of a patch"),
         ({"size": [0, 3]}, "size must be"),
         ({"foreground": 1.5}, "foreground must be a share"),
-        ({"per_case": 0}, "per_case must be an integer of at least 1"),
+        ({"per_case": 0}, "per_case must be None or an integer of at least 1"),
         ({"cache": -1}, "cache must be GiB"),
     ],
 )
