@@ -61,8 +61,8 @@ class Instances:
     def __str__(self) -> str:
         return f"{self.file}: {self.image}"
 
-    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
-        """Ids, or with a sigmoid 0, 1 and the ignored label for each class.
+    def values(self, image: Sized, mask_format: MaskFormat, rows: slice, columns: slice) -> list[NDArray[Any]]:
+        """Ids of a window, or with a sigmoid 0, 1 and the ignored label for each class.
 
         Raises:
             DataError: the image is of another size than annotated.
@@ -74,16 +74,22 @@ class Instances:
         objects = [one for one, crowd in zip(self.objects, aside, strict=True) if not crowd]
         softmax = mask_format.activation == "softmax"
         small = 0 <= (ignored or 0) <= 255 and len(mask_format.classes) <= 255
-        planes = np.zeros((1 if softmax else len(mask_format.classes), *self.size), np.uint8 if small else np.int32)
+        shape = (1 if softmax else len(mask_format.classes), rows.stop - rows.start, columns.stop - columns.start)
+        planes = np.zeros(shape, np.uint8 if small else np.int32)
         for one in crowds:
-            planes[0 if softmax else one.label][draw(one.shape, self.size)] = ignored
+            planes[0 if softmax else one.label][draw(one.shape, self.size, rows, columns)] = ignored
         for one in sorted(objects, key=lambda one: -one.area):  # What is drawn later lies on top.
-            planes[0 if softmax else one.label][draw(one.shape, self.size)] = one.label if softmax else 1
+            planes[0 if softmax else one.label][draw(one.shape, self.size, rows, columns)] = one.label if softmax else 1
         return list(planes)
 
 
-def draw(shape: tuple[NDArray[np.float32], ...] | NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels of an object, `(height, width)`.
+def draw(
+    shape: tuple[NDArray[np.float32], ...] | NDArray[np.int64],
+    size: tuple[int, int],
+    rows: slice | None = None,
+    columns: slice | None = None,
+) -> NDArray[np.bool_]:
+    """The pixels of an object, `(height, width)`; of a window, those within.
 
     Outlines are in COCO's continuous coordinates, in which the pixel in row 0 and column 0 reaches from 0 to 1: it
     belongs to the object if its centre lies within. Where an outline crosses itself, inside and outside alternate;
@@ -101,14 +107,20 @@ def draw(shape: tuple[NDArray[np.float32], ...] | NDArray[np.int64], size: tuple
     """
     from skimage.draw import polygon
 
+    top, bottom, _ = slice(None).indices(size[0]) if rows is None else rows.indices(size[0])
+    left, right, _ = slice(None).indices(size[1]) if columns is None else columns.indices(size[1])
     if isinstance(shape, tuple):
-        mask = np.zeros(size, bool)
+        mask = np.zeros((bottom - top, right - left), bool)
         for outline in shape:
-            mask[polygon(outline[:, 1] - 0.5, outline[:, 0] - 0.5, size)] = True  # type: ignore[no-untyped-call]
+            x, y = outline.astype(np.float64).T - 0.5
+            mask[polygon(y - top, x - left, mask.shape)] = True  # type: ignore[no-untyped-call]
         return mask
     runs = np.zeros(len(shape), bool)
     runs[1::2] = True
-    return np.asarray(np.repeat(runs, shape).reshape(size[::-1]).T)
+    # Runs go down the columns: those of a window are a stretch.
+    first, last = left * size[0], right * size[0]
+    lengths = np.diff(np.cumsum(shape).clip(first, last), prepend=first)
+    return np.asarray(np.repeat(runs, lengths).reshape(right - left, size[0]).T[top:bottom])
 
 
 def decode_counts(text: str) -> list[int]:

@@ -45,8 +45,8 @@ class StoredMask(Protocol):
         """Where it is, for messages."""
         ...
 
-    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
-        """The stored values, `(height, width)`: ids, or those of each class.
+    def values(self, image: Sized, mask_format: MaskFormat, rows: slice, columns: slice) -> list[NDArray[Any]]:
+        """The stored values of a window, `(height, width)`: ids, or those of each class.
 
         Raises:
             DataError: it does not fit the image.
@@ -317,36 +317,34 @@ class OpenMask:
     """
 
     def __init__(self, image: Sized, file: MaskFile, mask_format: MaskFormat, whole: bool = False) -> None:
-        self.mask_format = mask_format
-        self._picture: Picture | LargePicture | None = None
-        self._planes: list[NDArray[Any]] = []
-        if not isinstance(file, Path):
-            self._planes = file.values(image, mask_format)
-            return
-        self._picture = None if whole else open_windows(file)
-        if self._picture is None:
-            self._picture = read_picture(file)
-        check_size(self._picture.size, image, file)
+        self.image, self.mask_format = image, mask_format
+        self._source: Picture | LargePicture | StoredMask
+        if isinstance(file, Path):
+            large = None if whole else open_windows(file)
+            self._source = read_picture(file) if large is None else large
+            check_size(self._source.size, image, file)
+        else:
+            self._source = file
 
     def planes(self, rows: slice, columns: slice) -> list[NDArray[Any]]:
         """The stored values of a window, `(height, width)`: of ids as one array, of several classes as one for each.
 
         Raises:
-            DataError: as by `MaskFormat.read_planes`.
+            DataError: as by `MaskFormat.read_planes`, or `StoredMask.values`.
         """
-        if self._picture is None:
-            return [plane[rows, columns] for plane in self._planes]
-        return self.mask_format.read_planes(self._picture.window(rows, columns))
+        if isinstance(self._source, (Picture, LargePicture)):
+            return self.mask_format.read_planes(self._source.window(rows, columns))
+        return self._source.values(self.image, self.mask_format, rows, columns)
 
     @property
     def nbytes(self) -> int:
         """What is kept in memory."""
-        return sum(plane.nbytes for plane in self._planes) + (self._picture.nbytes if self._picture is not None else 0)
+        return self._source.nbytes if isinstance(self._source, (Picture, LargePicture)) else 0
 
     def forget(self) -> None:
         """Free what the last windows have left."""
-        if self._picture is not None:
-            self._picture.forget()
+        if isinstance(self._source, (Picture, LargePicture)):
+            self._source.forget()
 
 
 def check_size(size: tuple[int, int], image: Sized, where: Path | str) -> None:

@@ -238,9 +238,9 @@ class _Decoded:
     def __str__(self) -> str:
         return str(self.picture.path)
 
-    def values(self, image: Sized, mask_format: MaskFormat) -> list[NDArray[Any]]:
+    def values(self, image: Sized, mask_format: MaskFormat, rows: slice, columns: slice) -> list[NDArray[Any]]:
         check_size(self.picture.size, image, str(self))
-        return mask_format.read_planes(self.picture)
+        return mask_format.read_planes(self.picture.window(rows, columns))
 
 
 def _look(cases: DatasetCases, index: int, planes: tuple[str, ...]) -> Facts:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +14,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from lightning_dice.data import FolderSource, MaskFormat, PatchSampler
-from lightning_dice.data.cases import FolderCases
-from lightning_dice.data.tiffs import LargePicture
+from lightning_dice.data import CocoSource, DataError, FolderSource, MaskFormat, PatchSampler, SegmentationData
+from lightning_dice.data.cases import FolderCases, TiledCases, starts
+from lightning_dice.data.patches import windows
+from lightning_dice.data.pictures import PictureReader
+from lightning_dice.data.tiffs import LargePicture, open_windows
 
 HEIGHT, WIDTH = 170, 230
 RNG = np.random.default_rng(0)
@@ -184,3 +190,262 @@ def test_a_file_that_is_no_tiff_is_decoded_once_and_kept_as_stored(tmp_path):
         assert torch.equal(one.image, two.image)
         assert torch.equal(one.mask, two.mask)
     assert patches._kept[0].nbytes == RGB.nbytes + IDS.nbytes
+
+
+def test_which_files_windows_are_read_of(tmp_path, monkeypatch):
+    large = {"tiles.tif": TILES, "strips.tif": {"rowsperstrip": 4, "compression": "lzw"}, "plain.tif": {}}
+    others = {
+        "one-strip.tif": {"rowsperstrip": HEIGHT, "compression": "zlib"},
+        "turned.tif": {**TILES, "extratags": [(274, "H", 1, 6, True)]},
+    }
+    for name, how in (large | others).items():
+        store(tmp_path / name, IDS, **how)
+        assert (open_windows(tmp_path / name) is not None) == (name in large), name
+    store(tmp_path / "small.tif", IDS[:50, :50], **TILES)
+    Image.fromarray(IDS).save(tmp_path / "a.png")
+    assert open_windows(tmp_path / "small.tif") is open_windows(tmp_path / "a.png") is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(DataError, match="is stored turned"):
+        open_windows(tmp_path / "turned.tif")
+
+
+def test_the_file_is_not_kept_open(tmp_path):
+    """Neither forks nor many cases at once share or use up what a system calls files."""
+    cases = FolderSource(folder(tmp_path, {"": IDS}), MaskFormat(THREE)).split("train")
+    opened = cases.open(0)
+    before = opened.window((slice(0, 50), slice(0, 60)))
+    kept = (
+        [link for link in Path("/proc/self/fd").iterdir() if "a.tif" in _target(link)]
+        if sys.platform == "linux"
+        else []
+    )
+    assert not kept
+    again = pickle.loads(pickle.dumps(PatchSampler((50, 60)).of(cases)))
+    torch.manual_seed(0)
+    assert again[0].image.shape == before.image.shape
+
+
+def _target(link: Path) -> str:
+    with contextlib.suppress(OSError):
+        return str(link.readlink())
+    return ""
+
+
+class TestSurvey:
+    @staticmethod
+    def both(root: Path, monkeypatch, **settings) -> list:
+        """What a survey finds by windows, and what it finds of whole files."""
+        found = [FolderSource(root, **settings).survey()]
+        monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 10**9)
+        return [*found, FolderSource(root, **settings).survey()]
+
+    @pytest.mark.parametrize("name", MASKS)
+    def test_by_blocks_it_is_that_of_the_whole(self, name, tmp_path, monkeypatch):
+        masks, settings = MASKS[name]
+        one, two = self.both(folder(tmp_path, masks, splits=("train", "val")), monkeypatch, **settings)
+        assert one.facts == two.facts
+        assert one.report(tmp_path) == two.report(tmp_path)
+
+    def test_few_values_and_nodata(self, tmp_path, monkeypatch):
+        image = IDS.astype(np.float32)
+        image[:40] = np.nan
+        root = folder(tmp_path, {"": IDS}, image, ("train", "val"))
+        one, two = self.both(root, monkeypatch, mask_format=MaskFormat(THREE), channels=1, nodata=np.nan)
+        assert one.facts == two.facts
+        assert one.facts["train"][0].levels in (3, 4)  # NaN counts as one
+
+    def test_what_is_wrong_says_in_which_rows(self, tmp_path):
+        image = RGB.astype(np.float32)
+        image[100, 3] = np.nan
+        claimed = np.zeros_like(IDS)
+        claimed[160:] = 1
+        root = folder(tmp_path, {"front": claimed, "back": claimed}, image, ("train", "val"))
+        with pytest.raises(DataError) as caught:
+            FolderSource(root, MaskFormat(THREE)).check()
+        assert "holds 3 values that are not finite (NaN or infinite) (in the rows 74 to 110)" in str(caught.value)
+        assert "holds 2300 pixels of several classes" in str(caught.value)
+        assert "data.activation=sigmoid (in the rows 148 to 169)" in str(caught.value)
+
+    def test_values_and_sizes_that_cannot_be(self, tmp_path):
+        root = folder(tmp_path, {"": IDS * 100}, splits=("train", "val"))
+        store(root / "masks/val/a.tif", IDS[:-1], **TILES)
+        with pytest.raises(DataError) as caught:
+            FolderSource(root, MaskFormat(THREE)).check()
+        assert f"the values 100 ({(IDS == 1).sum()} pixels), 200 ({(IDS == 2).sum()} pixels)" in str(caught.value)
+        assert "is 169x230 (height x width), but its image a.tif is 170x230" in str(caught.value)
+
+    def test_a_damaged_tile(self, tmp_path):
+        root = folder(tmp_path, {"": IDS}, splits=("train", "val"))
+        path = root / "images/train/a.tif"
+        with tifffile.TiffFile(path) as tiff:
+            place = tiff.pages.first.dataoffsets[-1]
+        data = bytearray(path.read_bytes())
+        data[place : place + 20] = b"\xff" * 20
+        path.write_bytes(bytes(data))
+        with pytest.raises(DataError, match=r"a\.tif: cannot be decoded from row 160 on"):
+            FolderSource(root, MaskFormat(THREE)).check()
+
+
+class TestNodata:
+    @pytest.fixture
+    def root(self, tmp_path):
+        image = np.maximum(RGB, 1)
+        image[30:60, 40:100], image[120:] = 0, 0
+        return folder(tmp_path, {"": IDS}, image)
+
+    def test_holes_have_the_mean_of_the_whole_picture_and_are_ignored(self, root):
+        cases = FolderSource(root, MaskFormat(THREE), nodata=0).split("train")
+        whole, opened = cases[0], cases.open(0)
+        for top, left in ((0, 0), (20, 30), (120, 170), (70, 0)):
+            image, mask = window_of(whole, top, left)
+            sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+            assert torch.equal(sample.image, image)
+            assert torch.equal(sample.mask, mask)
+        assert (whole.mask[30:60, 40:100] == 255).all()
+
+    def test_prediction_reads_what_it_reads_of_the_whole(self, root):
+        form = MaskFormat(THREE)
+        reader = FolderSource(root, form, nodata=0).reader
+        (item,) = reader.find(root / "images/train")
+        whole = reader.read(item).image
+        large = PictureReader(form, reader.image_format, large=1000).read(item).image
+        for top, left in ((0, 0), (20, 30), (120, 170)):
+            assert torch.equal(large[..., top : top + 50, left : left + 60], whole[:, top : top + 50, left : left + 60])
+
+
+class TestTiles:
+    def test_they_cover_every_pixel_once(self, tmp_path):
+        root = folder(tmp_path, {"": IDS}, splits=("train", "val"))
+        for tile in (1, 7, 50, 64, 170, 229, 230, 500):
+            source = FolderSource(root, MaskFormat(THREE), tile=tile)
+            cases = source.split("val")
+            assert isinstance(source.split("train"), FolderCases)
+            seen = np.zeros((HEIGHT, WIDTH), int)
+            for _, (rows, columns) in cases._tiles:
+                seen[rows, columns] += 1
+                for part, length in ((rows, HEIGHT), (columns, WIDTH)):
+                    assert part.stop - part.start <= tile
+                    assert length <= tile or 2 * (part.stop - part.start) >= tile
+            assert (seen == 1).all()
+            assert len(cases) == len(starts(HEIGHT, tile)) * len(starts(WIDTH, tile))
+
+    def test_their_sums_are_those_of_the_image(self, tmp_path):
+        root = folder(tmp_path, {"": IDS}, splits=("train", "val"))
+        whole = FolderSource(root, MaskFormat(THREE)).split("val")[0]
+        cases = pickle.loads(pickle.dumps(FolderSource(root, MaskFormat(THREE), tile=64).split("val")))
+        samples = [cases[index] for index in range(len(cases))]
+        assert [tuple(sample.image.shape[1:]) for sample in samples] == list(cases.sizes)
+        joined = sum(sample.image.double().sum((1, 2)) for sample in samples)
+        torch.testing.assert_close(joined, whole.image.double().sum((1, 2)))
+        for label in range(3):
+            assert sum(int((sample.mask == label).sum()) for sample in samples) == int((whole.mask == label).sum())
+        names = {sample.case: sample for sample in samples}
+        assert list(names)[:4] == ["a@0-0", "a@0-64", "a@0-128", "a@0-179"]
+        assert torch.equal(names["a@64-179"].image, whole.image[:, 64:117, 179:])
+
+    def test_what_is_not_cut_keeps_its_name(self, tmp_path):
+        cases = FolderSource(folder(tmp_path, {"": IDS}, splits=("train", "val")), MaskFormat(THREE), tile=230).split(
+            "val"
+        )
+        assert cases[0].case == "a"
+
+    def test_files_of_any_kind_are_cut(self, tmp_path):
+        root = folder(tmp_path, {"": IDS}, splits=("train",))
+        for part, pixels in (("images", RGB), ("masks", IDS)):
+            (root / part / "val").mkdir()
+            Image.fromarray(pixels).save(root / part / "val" / "b.png")
+        cases = FolderSource(root, MaskFormat(THREE), tile=100).split("val")
+        assert isinstance(cases, TiledCases)
+        assert np.array_equal(cases[3].mask.numpy(), IDS[85:, :100])
+
+    @pytest.mark.parametrize("tile", [0, 2.5, "4096"])
+    def test_a_tile_that_cannot_be(self, tile, tmp_path):
+        with pytest.raises(ValueError, match="tile must be None or pixels"):
+            FolderSource(tmp_path, MaskFormat(THREE), tile=tile)
+
+
+class TestBeyondWhatIsDecodedWhole:
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        return folder(tmp_path, {"": IDS}, splits=("train", "val"))
+
+    def test_validation_needs_tiles(self, root):
+        source = FolderSource(root, MaskFormat(THREE))
+        for read in (source.check, lambda: source.split("val")):
+            with pytest.raises(
+                DataError, match=r"images/val/a\.tif: is too large .*170x230 pixels.*\n.*data\.tile=4096"
+            ):
+                read()
+        assert "2 cases" in FolderSource(root, MaskFormat(THREE), tile=50).check()
+
+    def test_training_needs_windows(self, root):
+        cases = FolderSource(root, MaskFormat(THREE), tile=50).split("train")
+        assert list(cases.sizes) == [(HEIGHT, WIDTH)]
+        with pytest.raises(DataError, match=r"is too large to be read whole.*data\.window=\[768,768\]"):
+            cases[0]
+        assert PatchSampler((50, 60), foreground=0.5).of(cases)[0].mask.shape == (50, 60)
+
+    def test_a_mask_of_another_kind(self, root):
+        path = root / "masks/train/a.tif"
+        path.unlink()
+        Image.fromarray(IDS).save(path.with_suffix(".png"))
+        with pytest.raises(DataError, match=r"(?s)a\.png: may be a .*save it as a TIFF in tiles"):
+            FolderSource(root, MaskFormat(THREE), tile=50).check()
+
+
+class TestEpochs:
+    @staticmethod
+    def batches(root: Path, workers: int, **settings) -> list:
+        torch.manual_seed(3)
+        source = FolderSource(root, MaskFormat(THREE), raters=["anna", "ben"], fusion="random")
+        data = SegmentationData(
+            source, batch_size=4, num_workers=workers, ignore_index=255, patches=windows((50, 60), **settings)
+        )
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+        return [batch for _ in range(2) for batch in loader]
+
+    def test_neither_workers_nor_memory_decide_anything(self, tmp_path):
+        root = folder(tmp_path, {"anna": IDS, "ben": IDS[::-1]}, splits=("train", "val"))
+        for part in ("images/train", "masks/train/anna", "masks/train/ben"):
+            Image.fromarray(RGB if part == "images/train" else IDS.T.reshape(IDS.shape)).save(root / part / "b.png")
+        expected = self.batches(root, 0, foreground=0.5)
+        assert len(expected) == 12  # 13 windows of each in an image, two of these, the last two windows left out, twice
+        for workers, settings in ((2, {}), (0, {"cache": 0})):
+            for mine, other in zip(expected, self.batches(root, workers, foreground=0.5, **settings), strict=True):
+                assert mine.case == other.case
+                assert torch.equal(mine.image, other.image)
+                assert torch.equal(mine.mask, other.mask)
+        assert not any(torch.equal(a.image, b.image) for a in expected[:6] for b in expected[6:])
+
+
+def test_windows_of_annotations(tmp_path):
+    outline = [30.5, 20.25, 200.0, 30.0, 150.0, 150.0, 20.0, 100.0]
+    runs = [0, 5 * HEIGHT + 7, 90, 60 * HEIGHT - 90, HEIGHT * (WIDTH - 65) - 7]
+    segments = [
+        {"segmentation": [outline], "area": 9000, "iscrowd": 0},
+        {
+            "segmentation": {"counts": [5 * HEIGHT + 7, 90, HEIGHT * (WIDTH - 5) - 97], "size": [HEIGHT, WIDTH]},
+            "iscrowd": 0,
+        },
+        {"segmentation": {"counts": runs, "size": [HEIGHT, WIDTH]}, "iscrowd": 1},
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.tif", "height": HEIGHT, "width": WIDTH}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 1, **one} for i, one in enumerate(segments)],
+    }
+    for split in ("train", "val"):
+        store(tmp_path / split / "a.tif", RGB, **TILES)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    for form in (MaskFormat(["cell"], "sigmoid"), MaskFormat(["rest", "cell"])):
+        cases = CocoSource(tmp_path, form).split("train")
+        whole, opened = cases[0], cases.open(0)
+        assert isinstance(opened.image, LargePicture)
+        assert set(whole.mask.unique().tolist()) == {0, 1, 255}
+        for top, left in ((0, 0), (120, 170), (15, 3)):
+            sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+            assert torch.equal(sample.mask, window_of(whole, top, left)[1])
