@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_dice.configs import UserError, instantiate
+from lightning_dice.predictions import differences
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,20 +78,27 @@ class Method:
             self.reader = readers[0]
             self.reader.names("case", self.format)
             # What volumes become for a network is a fact of its training cases.
-            prepared = [reader.prepare() for reader in readers if isinstance(reader, VolumeReader)]
+            prepared = [
+                _plain(reader.prepare() if isinstance(reader, VolumeReader) else getattr(reader, "image_format", None))
+                for reader in readers
+            ]
         except DataError as error:
             raise UserError(str(error)) from error
-        for folder, preparation in zip(folders, prepared, strict=False):
-            if preparation != prepared[0]:
+        for folder, preparation in zip(folders, prepared, strict=True):
+            if unlike := differences(prepared[0], preparation):
                 raise UserError(
-                    f"the runs of an ensemble must prepare images alike, got {prepared[0]} of {folders[0]} and "
-                    f"{preparation} of {folder}"
+                    f"the runs of an ensemble must prepare images alike, of {folders[0]} and {folder} differ "
+                    + "; ".join(unlike)
                 )
         self.notes: list[str] = []
+        precision = str(config.trainer.precision or self.run.trainer.precision)
         self.settings: dict[str, Any] = {
             "format": self.format,
             "probabilities": self.wants_probabilities,
             "overlays": self.overlays,
+            "large": int(config.large),
+            "precision": precision,
+            "prepared": prepared[0],
             "networks": [],
         }
         self.made_by: dict[str, Any] = {"runs": [], "checkpoints": []}
@@ -107,7 +116,7 @@ class Method:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.normalize: Any = instantiate(self.run.normalize, "normalize")
-        self._context, dtype = numbers(str(config.trainer.precision or self.run.trainer.precision), device)
+        self._context, dtype = numbers(precision, device)
         self.predictor.nets = [_in_dtype(net.to(dtype), dtype) for net in self.predictor.nets]  # type: ignore[attr-defined]
         self.folders = ["overlays"] * self.overlays + ["probabilities"] * self.wants_probabilities
 
@@ -344,6 +353,11 @@ def _what_matters(run: DictConfig) -> dict[str, Any]:
         "normalize": without(plain["normalize"], set()),
         "data": without(data, _NO_MATTER["data"]),
     }
+
+
+def _plain(settings: Any) -> Any:
+    """A dataclass as a file would give it back."""
+    return None if settings is None else json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def _explained(error: Exception) -> str:

@@ -136,7 +136,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for part in found for line in part]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{name}.{i}")]
-    return [] if old == new else [f"{name}: {_short(old)} there, {_short(new)} now"]
+    same = old == new or (old != old and new != new)  # NaN, which an image's nodata may be
+    return [] if same else [f"{name}: {_short(old)} there, {_short(new)} now"]
 
 
 def _short(value: Any) -> str:

@@ -29,12 +29,15 @@ from lightning_dice.predictions import Manifest
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
+FILES = ["data=folder", "data.root=data", "data.classes=[object]", "data.channels=1", "data.nodata=nan"]
+
 
 def made_run(folder: Path, *overrides: str, seed: int = 0) -> Path:
     """The folder of a run whose one convolution has random weights."""
     register_resolvers()
+    small = [setting for setting in SMALL if "data=folder" not in overrides or "cases" not in setting]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("fit", overrides=quoted([*SMALL, f"folder={folder}", *overrides]))
+        config = compose("fit", overrides=quoted([*small, f"folder={folder}", *overrides]))
     (folder / "checkpoints").mkdir(parents=True)
     runs.save_config(folder, config)
     torch.manual_seed(seed)
@@ -136,9 +139,13 @@ class TestMasks:
             (["data.classes=[x,y]"], "data.classes"),
             (["data.classes=[z,object]", "data.activation=softmax"], "data.classes"),
             (["normalize=fixed"], "normalize"),
+            (["module.threshold=0.3"], "threshold"),
         ):
             other = made_run(tmp_path / overrides[0], *overrides)
             assert f"must have one {name}, got" in refused(f"run=[{run},'{other}']".replace("'", '"'), *where)
+        several = [made_run(tmp_path / str(bands), *FILES, f"data.bands={bands}") for bands in ([1], [2])]
+        assert "must prepare images alike" in (told := refused(f"run=[{several[0]},{several[1]}]", *where))
+        assert told.endswith("differ bands.0: 1 there, 2 now")
         assert "checkpoint must be best or last" in refused(f"run=[{run},{run}]", *where, "checkpoint=x.ckpt")
         assert not (tmp_path / "m").exists()
 
@@ -186,6 +193,8 @@ class TestGoingOn:
             ("inference.flips=[0]", "networks.0.module.inference.flips: [] there, [0] now"),
             ("format=tiff", 'format: null there, "tiff" now'),
             ("probabilities=true", "probabilities: false there, true now"),
+            ("trainer.precision=bf16-mixed", 'precision: "32-true" there, "bf16-mixed" now'),
+            ("large=500", "large: 100000000 there, 500 now"),
         ],
     )
     def test_other_settings_are_refused(self, run, pictures, tmp_path, change, message):
@@ -196,6 +205,11 @@ class TestGoingOn:
         assert message in told
         assert run_predict(*arguments, change, "overwrite=true") == 0
         assert run_predict(*arguments, change) == 0
+
+    def test_no_data_that_is_no_number_is_the_same_setting(self, pictures, tmp_path):
+        arguments = [f"run={made_run(tmp_path / 'run', *FILES)}", f"input={pictures}", f"output={tmp_path / 'm'}"]
+        assert run_predict(*arguments) == 0
+        assert run_predict(*arguments) == 0
 
     def test_another_checkpoint_is_refused_and_the_same_run_elsewhere_is_not(self, run, pictures, tmp_path):
         moved = tmp_path / "moved"

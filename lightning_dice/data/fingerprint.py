@@ -107,17 +107,16 @@ class Fingerprint:
         """The spacing that volumes are resampled to, by nnU-Net's rule (Isensee et al., Nature Methods 2021).
 
         The median of each axis over the training cases. An axis more than three times as coarse as the others, of
-        fewer than a third of their voxels, gets the 10th percentile instead, as interpolating thick slices to the
-        median would lose those of the finer cases; but it does not become finer than the others.
+        fewer than a third of their voxels as stored, gets the 10th percentile instead, as interpolating thick slices to
+        the median would lose those of the finer cases; but it does not become finer than the others.
         """
         train = self.train()
         spacings = np.array([facts.spacing for facts in train])
         target = np.percentile(spacings, 50, axis=0)
-        sizes = np.array([facts.size for facts in train]) * spacings / target
         worst = int(np.argmax(target))
         others = [axis for axis in range(len(target)) if axis != worst]
         coarse = target[worst] > ANISOTROPY * target[others].max()
-        short = np.percentile(np.round(sizes), 50, axis=0)
+        short = np.percentile([facts.size for facts in train], 50, axis=0)
         if coarse and short[worst] * ANISOTROPY < short[others].min():
             target[worst] = max(np.percentile(spacings[:, worst], 10), target[others].max())
         return tuple(round(float(length), 6) for length in target)

@@ -51,7 +51,7 @@ def zoomed_mask(mask: Tensor, size: Sequence[int], planes: bool) -> Tensor:
     """A mask at another size: each voxel gets the label whose linearly interpolated share is the greatest.
 
     Of equal shares the lower label wins. In contrast to a look-up of the nearest voxel, thin objects keep their volume
-    as well as they can; nnU-Net resamples labels like this.
+    as well as they can. nnU-Net asks for a share of at least 1/2, and leaves what no label reaches to the background.
 
     Args:
         mask: ids `(*space)`, or with `planes` 0, 1 and the ignored label in `(classes, *space)`.

@@ -169,12 +169,17 @@ class VolumeReader:
         """A mask that `write` wrote: class ids or planes, in canonical orientation.
 
         Raises:
-            DataError: it is not there, or holds what no class is written as, or `stored` refuses it.
+            DataError: it is not there, is there twice, holds what no class is written as, or `stored` refuses it.
         """
         stored = []
         for name in self.names(case):
             found = [folder / name.with_name(Path(case).name + ending) for ending in EXTENSIONS]
-            path = next((path for path in found if path.exists()), folder / name)
+            there = [path for path in found if path.exists()]
+            if len(there) > 1:
+                raise Problem(
+                    f"is there twice: {', '.join(path.name for path in there)}", there[0], "Keep one of them."
+                )
+            path = there[0] if there else folder / name
             stored.append(self.stored(case, path))
         try:
             return self.labels.encode(stored)

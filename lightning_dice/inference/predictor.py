@@ -120,10 +120,11 @@ class Predictor:
         """All networks of several predictors as one; window and flips are those of the first.
 
         Raises:
-            ValueError: their activations or devices differ, or decisions that cannot be pooled.
+            ValueError: their activations, devices or thresholds differ, or decisions that cannot be pooled.
         """
         first = predictors[0]
-        for name in ("activation", "device"):
+        undecided = any(d.thresholds is None for predictor in predictors for d in predictor.decisions)
+        for name in ("activation", "device", *(["threshold"] if undecided and first.activation == "sigmoid" else [])):
             values = {str(getattr(predictor, name)) for predictor in predictors}
             if len(values) > 1:
                 raise ValueError(f"the networks of an ensemble must have one {name}, got {', '.join(sorted(values))}")

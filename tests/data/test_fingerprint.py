@@ -150,6 +150,9 @@ class TestSpacing:
         assert near.median_spacing() == (1, 1, 2)
         fine = fingerprint([(400, 400, 40)] * 10, [(0.5, 0.5, 0.1)] * 4 + [(0.5, 0.5, 5.0)] * 6)
         assert fine.median_spacing() == (0.5, 0.5, 0.5)
+        # Of voxels as stored: at the median spacing the first case had 44, which would be their median, too.
+        mixed = fingerprint([(100, 100, 50), (100, 100, 20), (100, 100, 20)], [(1, 1, 3.5), (1, 1, 4), (1, 1, 16)])
+        assert mixed.median_spacing() == pytest.approx((1, 1, 3.6))
 
     def test_the_median_size(self):
         found = fingerprint([(10, 10, 10), (20, 10, 10), (30, 10, 20)], [(2, 1, 1), (1, 1, 1), (1, 1, 1)])

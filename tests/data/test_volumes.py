@@ -185,6 +185,13 @@ def test_masks_that_are_not_ours_are_refused(tmp_path):
         reader().load(tmp_path, "a")
 
 
+def test_a_mask_that_is_there_twice_is_refused(tmp_path):
+    for name in ("a.nii", "a.nii.gz"):
+        write(tmp_path / name, blob(0)[1])
+    with pytest.raises(DataError, match=r"is there twice: a\.nii\.gz, a\.nii"):
+        reader().load(tmp_path, "a")
+
+
 def test_every_bad_file_is_listed_at_once(tmp_path):
     good, mask = blob(0)
     names = [
