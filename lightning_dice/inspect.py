@@ -104,7 +104,10 @@ def examine(source: Source, config: DictConfig) -> Examination:
     task = Task(
         [str(name) for name in data.classes], data.activation, data.ignore_index, [int(i) for i in data.exclude_classes]
     )
-    of_each = int(data.get("patches_per_case") or 1)
+    # Windows of large images are as many as their area holds.
+    of_each = int(
+        data.get("patches_per_case") or (data.get("window") and (data.get("windows") or data.batch_size)) or 1
+    )
     facts = {
         "batch_size": -(-int(data.batch_size) // of_each),
         "channels": int(data.channels),

@@ -6,16 +6,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, get_args
 
 import torch
 
 from lightning_dice.data.batch import Sample
+from lightning_dice.data.cases import FolderCases, TiledCases
 from lightning_dice.data.readers import Problem
 from lightning_dice.data.source import Cases, DataError, DataErrors, Source, Split, Surveyed
 from lightning_dice.doctor.measures import Case, Task, draw, measure
 from lightning_dice.doctor.placement import Mismatch, find_mismatches
+
+LARGE = 2**25  # pixels, beyond which an image is measured in tiles
+TILE = 4096  # pixels along an axis
 
 Place = tuple[Split, int]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -31,7 +36,8 @@ class Examination:
         task: what its masks mean.
         cases: all that could be read, split by split.
         problems: what could not, and everything else that a training refuses.
-        sizes: how many cases each split has, the unreadable ones included; splits that do not exist are left out.
+        sizes: how many cases each split has, the unreadable ones included, and each tile of a large image one; splits
+            that do not exist are left out.
         facts: settings of a training that decide what matters: `batch_size`, `channels`, and `size` of the crops; and
             `root`, which is left out of the names of files.
         mismatches: masks that fit another image better than their own.
@@ -65,7 +71,7 @@ def examine(
     """Check a source as a training does, then read and measure each of its cases.
 
     What cannot be read is noted, and the rest is done. Of each case a few kilobytes stay in memory; at any time
-    `2 workers` cases are read.
+    `2 workers` cases are read. Pictures of more than 2**25 pixels are measured in tiles of 4096, each as a case.
 
     Args:
         source: of cases.
@@ -96,11 +102,12 @@ def examine(
         source.check()
     except DataError as error:
         note(_problems(error))
-    parts: dict[Split, Cases] = {}
+    parts: dict[Split, Sequence[tuple[Cases, int]]] = {}
     for split in SPLITS:
         cases, refused = _open(source, split)
         if cases is not None:
-            parts[split], found.sizes[split] = cases, len(cases)
+            parts[split] = _parts(cases)
+            found.sizes[split] = len(parts[split])
         elif refused is not None and not told:
             note(_problems(refused))
     total = sum(found.sizes.values())
@@ -112,8 +119,9 @@ def examine(
 
     def one(place: Place) -> Case:
         split, index = place
-        sample = parts[split][index]
-        kind = kinds.get((split, sample.case), "")
+        cases, number = parts[split][index]
+        sample = cases[number]
+        kind = kinds.get((split, sample.case)) or kinds.get((split, sample.case.rpartition("@")[0]), "")
         return measure(sample, split, task, index=index, kind=kind, thumbnail=place in drawn)
 
     with _single_threaded():
@@ -127,7 +135,8 @@ def examine(
 
         def again(case: Case) -> Sample | None:
             try:
-                return parts[case.split][case.index]
+                cases, number = parts[case.split][case.index]
+                return cases[number]
             except Exception:  # Whatever a reader raises; what is wrong has been noted above.
                 return None
 
@@ -144,8 +153,20 @@ def draw_missing(source: Source, found: Examination, keys: Iterable[str]) -> Non
                 cases, _ = _open(source, case.split)
                 with suppress(Exception):
                     if cases is not None:
-                        image, mask, *_ = cases[case.index]
+                        tiled, number = _parts(cases)[case.index]
+                        image, mask, *_ = tiled[number]
                         case.thumbnail = draw(torch.nan_to_num(image.float()), mask, found.task)
+
+
+def _parts(cases: Cases) -> Sequence[tuple[Cases, int]]:
+    """Each case as a data set and an index there; then the tiles of those that are too large to be measured whole."""
+    if not isinstance(cases, FolderCases):
+        return [(cases, index) for index in range(len(cases))]
+    large = [index for index, size in enumerate(cases.sizes) if prod(size) > LARGE]
+    pairs, sizes = [cases.pairs[index] for index in large], [cases.sizes[index] for index in large]
+    tiles = TiledCases(replace(cases, pairs=pairs, sizes=sizes), TILE)
+    rest = [(cases, index) for index in range(len(cases)) if index not in large]
+    return [*rest, *((tiles, index) for index in range(len(tiles)))]
 
 
 def _open(source: Source, split: Split) -> tuple[Cases | None, DataError | None]:

@@ -1,0 +1,50 @@
+"""Pictures that are too large to be measured whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from lightning_dice.data import FolderSource, MaskFormat
+from lightning_dice.doctor.examination import draw_missing, examine
+from lightning_dice.doctor.measures import Task
+
+CLASSES = ["background", "disc"]
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A scene of four tiles and a photograph, in each split; the scene is beyond what may be decoded whole."""
+    monkeypatch.setattr("lightning_dice.doctor.examination.LARGE", 100 * 100)
+    monkeypatch.setattr("lightning_dice.doctor.examination.TILE", 100)
+    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 100 * 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 150)
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, length in (("scene", 200), ("photo", 90)):
+            disc = (np.hypot(*np.mgrid[-45 : length - 45, -45 : length - 45]) < 20).astype(np.uint8)
+            image = rng.integers(0, 100, disc.shape, dtype=np.uint8) + 100 * disc
+            for folder, pixels in (("images", image), ("masks", disc)):
+                (tmp_path / folder / split).mkdir(parents=True, exist_ok=True)
+                tifffile.imwrite(tmp_path / folder / split / f"{name}.tif", pixels, tile=(32, 32), compression="zlib")
+    return FolderSource(tmp_path, MaskFormat(CLASSES), channels=1)
+
+
+def test_they_are_measured_in_tiles(source):
+    found = examine(source, Task(CLASSES), thumbnails=0)
+    names = ["photo", "scene@0-0", "scene@0-100", "scene@100-0", "scene@100-100"]
+    assert [case.key for case in found.cases] == [f"{split}/{name}" for split in ("train", "val") for name in names]
+    assert found.sizes == {"train": 5, "val": 5}
+    photo, first, *rest = found.of("train")
+    assert (photo.size, first.size) == ((90, 90), (100, 100))
+    assert photo.objects[1].pixels == first.objects[1].pixels > 1000
+    assert not any(case.objects[1].pixels for case in rest)
+    assert first.kind == "8-bit gray"
+    assert [str(problem) for problem in found.problems] == [
+        f"{source.root}/images/val/scene.tif: is too large to be scored whole: 200x200 pixels, more than 22500. "
+        "Set data.tile=4096 to score it in tiles."
+    ]
+    draw_missing(source, found, ["train/scene@0-0"])
+    assert first.thumbnail is not None
