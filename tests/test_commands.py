@@ -263,7 +263,7 @@ class TestEvaluate:
         # Images of the embedded data are of 8 bits, and so survive as files.
         (home / "drawn").mkdir()
         source = instantiate(OmegaConf.load(run / "config.yaml").data.datamodule.source, "source")
-        for image, _, case, _ in source.split("test"):
+        for image, _, case, *_ in source.split("test"):
             Image.fromarray((image[0] * 255).round().byte().numpy()).save(home / "drawn" / f"{case}.png")
         command("predict", f"run={run}", "input=drawn", "output=drawn-masks", cwd=home)
         told = command("evaluate", f"run={run}", "predictions=drawn-masks", "output=drawn-scores", cwd=home).stdout

@@ -427,6 +427,6 @@ def test_more_batches_on_one_rank_and_each_case_predicted_once(tmp_path, strateg
     module.eval()
     cases = SyntheticSource(size=(32, 32), cases=(8, 3, 5)).split("test")
     for index in range(5):
-        image, _, name, _ = cases[index]
+        image, _, name, *_ = cases[index]
         expected = module.predict_step(image.unsqueeze(0))[0]
         assert torch.equal({**predictions[0], **predictions[1]}[name], expected)

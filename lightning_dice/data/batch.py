@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class Whole(Protocol):
+    """The image that a sample is a part of."""
+
+    def normalization(self, normalize: Callable[[Tensor], Tensor], /) -> Callable[[Tensor], Tensor]:
+        """What `normalize` does to all of it, as a function for its parts."""
+        ...
 
 
 class Sample(NamedTuple):
@@ -20,6 +28,7 @@ class Sample(NamedTuple):
             one 0/1 plane for each class, `(classes, *space)`. Pixels to be ignored hold the ignored label.
         case: the name by which scores and files know it, unique in its split.
         spacing: distance between neighbouring pixels of the mask along each axis, in mm; `None` where it is not known.
+        whole: what this is a window of, and is normalized by; `None`: of nothing.
 
     For training, image and mask have the same space axes. For evaluation the mask is the case's own: where the image
     was resampled, their sizes differ, and logits are resized to the mask.
@@ -29,6 +38,7 @@ class Sample(NamedTuple):
     mask: Tensor
     case: str
     spacing: tuple[float, ...] | None = None
+    whole: Whole | None = None
 
 
 class _Batch(NamedTuple):

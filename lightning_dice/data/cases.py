@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,8 +20,10 @@ from lightning_dice.data.masks import MaskFormat, OpenMask
 from lightning_dice.data.raters import Raters, fuse
 from lightning_dice.data.readers import Picture, Problem, read_picture
 from lightning_dice.data.tiffs import LargePicture, open_windows
+from lightning_dice.data.transforms import normalization_over
 
 Window = tuple[slice, ...]
+Normalize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class FolderCases:
             raise Problem(what, self.pairs[index].image, remedy)
         opened = OpenPair(self, self.pairs[index], whole=True)
         height, width = opened.size
-        return opened.window((slice(0, height), slice(0, width)))
+        return opened.window((slice(0, height), slice(0, width)))._replace(whole=None)
 
     def open(self, index: int) -> OpenPair:
         """A case of which windows are read: from the file of a large TIFF, of other files decoded whole.
@@ -98,6 +100,7 @@ class OpenPair:
         self.size = self.image.size
         self._masks: dict[int, OpenMask] = {}
         self._fill: NDArray[Any] | None = None
+        self._normalization: tuple[Normalize, Normalize] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -114,18 +117,33 @@ class OpenPair:
         Of `fusion="random"` each window is by a rater of its own.
         """
         rows, columns = window
-        image_format = self.cases.image_format
         picture = self.image.window(rows, columns)
         mask = self._mask(rows, columns)
-        missing = image_format.missing(picture)
+        missing = self.cases.image_format.missing(picture)
         if missing is not None:
             mask = _ignoring(mask, torch.from_numpy(missing), self.cases.mask_format)
-            if self._fill is None:
-                self._fill = image_format.means(self.image)
-        sample = Sample(image_format.image(picture, self._fill), mask, self.case)
+        sample = Sample(self._image(picture, missing is not None), mask, self.case, whole=self)
         for part in self._parts:  # The next window lies anywhere.
             part.forget()
         return sample
+
+    def normalization(self, normalize: Normalize) -> Normalize:
+        """What `normalize` does to the whole image; where that takes its statistics, by one pass, once."""
+        if self._normalization is None or self._normalization[0] is not normalize:
+            self._normalization = normalize, normalization_over(normalize, self._blocks)
+        return self._normalization[1]
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """The image from top to bottom, as the network sees it but for normalization."""
+        for rows in self.image.blocks():
+            picture = self.image.window(rows, slice(0, self.size[1]))
+            yield self._image(picture, self.cases.image_format.missing(picture) is not None)
+        self.image.forget()
+
+    def _image(self, picture: Picture, holes: bool) -> Tensor:
+        if holes and self._fill is None:
+            self._fill = self.cases.image_format.means(self.image)
+        return self.cases.image_format.image(picture, self._fill)
 
     def labels(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """Ids or planes by blocks of rows, and the flat index of a block's first pixel.

@@ -413,10 +413,13 @@ class _Prepared(NamedTuple):
 def _prepared(
     sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None, maps: Maps
 ) -> _Prepared:
-    image, mask, case, spacing = sample
+    image, mask, case, spacing, whole = sample
+    # A part of an image is to look as it does in the whole, which prediction sees.
+    if normalize is not None and whole is not None:
+        normalize = whole.normalization(normalize)
+    elif normalize is not None and augment is not None:
+        normalize = normalization_of(normalize, image)
     if augment is not None:
-        # A crop of an image is to look as it does in the whole, which evaluation sees.
-        normalize = normalize and normalization_of(normalize, image)
         image, mask = _augmented(augment, image, mask, ignore_index)
     if normalize is not None:
         shape, image = tuple(image.shape), normalize(image)

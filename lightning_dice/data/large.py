@@ -150,30 +150,9 @@ def normalized(image: LargeImage, normalize: Stage | None) -> LargeImage:
     if isinstance(normalize, v2.Normalize):
         return image.then(normalize)
     if isinstance(normalize, Standardize):
-        return image.then(_standardization(image))
+        return image.then(normalize.over(image.blocks()))
     what = f"is too large to be read whole, which normalization by {type(normalize).__name__} asks for"
     raise Problem(what, image.path, "Cut it into tiles, or train with normalize=image, fixed or imagenet.")
-
-
-def _standardization(image: LargeImage) -> Stage:
-    """What `Standardize` does, with mean and standard deviation from one pass, in float64.
-
-    Blocks are merged by their means and sums of squared deviations, which do not cancel as sums of squares do.
-    """
-    count = 0
-    mean = torch.zeros(len(image[:, :1, :1]), 1).double()
-    squares = mean.clone()
-    for block in image.blocks():
-        pixels = block.flatten(1).double()
-        center = pixels.mean(1, keepdim=True)
-        number, shift = pixels.shape[1], center - mean
-        total = count + number
-        squares += (pixels - center).square().sum(1, keepdim=True) + shift.square() * (count * number / total)
-        mean, count = mean + shift * (number / total), total
-    std = (squares / count).sqrt()
-    flat = std <= 4 * torch.finfo(torch.float32).eps * mean.abs()
-    center, width = mean.float()[..., None], std.masked_fill(flat, torch.inf).float()[..., None]
-    return lambda window: (window - center) / width
 
 
 def _slices(index: Any, shape: torch.Size) -> tuple[slice, slice, slice]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.source import Cases
+from lightning_dice.data.transforms import normalization_over
 from lightning_dice.files import write_atomically
 
 PLACES = 10_000  # voxels kept of each class to centre patches on, as in nnU-Net
@@ -122,7 +123,7 @@ class OpenCase(Protocol):
         ...
 
     def window(self, window: tuple[slice, ...], /) -> Sample:
-        """What lies in a slice of each space axis, within the image."""
+        """What lies in a slice of each space axis, within the image; a part of the `Sample.whole` that it names."""
         ...
 
     def labels(self) -> Iterable[tuple[int, NDArray[Any]]]:
@@ -162,7 +163,10 @@ class _Decoded:
     def window(self, window: tuple[slice, ...]) -> Sample:
         index: tuple[Any, ...] = (..., *window)
         image, mask = (torch.from_numpy(np.array(part[index], order="C")) for part in (self.image, self.mask))
-        return Sample(image, mask, self.case, self.spacing)
+        return Sample(image, mask, self.case, self.spacing, self)
+
+    def normalization(self, normalize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return normalization_over(normalize, lambda: [torch.from_numpy(np.array(self.image))])
 
     def labels(self) -> Iterator[tuple[int, NDArray[Any]]]:
         axis = self.mask.ndim - len(self.size)

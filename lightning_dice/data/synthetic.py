@@ -70,7 +70,7 @@ class SyntheticSource:
         ValueError: for a setting out of its range.
 
     >>> source = SyntheticSource(size=(64, 64), cases={"train": 4, "val": 2})
-    >>> image, mask, case, _ = source.split("train")[0]
+    >>> image, mask, case, *_ = source.split("train")[0]
     >>> image.shape, image.dtype, mask.shape, mask.dtype, case
     (torch.Size([1, 64, 64]), torch.float32, torch.Size([1, 64, 64]), torch.uint8, 'train-0000')
     >>> print(source.split("test"))

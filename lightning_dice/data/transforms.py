@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,31 @@ class Standardize(nn.Module):
         std = (pixels - mean).square().mean(1, keepdim=True).sqrt()
         # The mean of equal numbers may differ from them in the last digit, which must not be blown up to ±1.
         flat = std <= 4 * torch.finfo(image.dtype).eps * mean.abs()
-        width = std.masked_fill(flat, torch.inf)
-        return lambda part: ((part.flatten(1) - mean) / width).view_as(part)
+        return _shift_and_scale(mean, std.masked_fill(flat, torch.inf))
+
+    def over(self, blocks: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+        """As `of`, of an image that comes in blocks `(channels, *space)`: one pass, in float64.
+
+        Blocks are merged by their means and sums of squared deviations, which do not cancel as sums of squares do.
+        """
+        count, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+        for block in blocks:
+            pixels = block.flatten(1).double()
+            center = pixels.mean(1, keepdim=True)
+            number, shift = pixels.shape[1], center - mean
+            total = count + number
+            squares = (
+                squares + (pixels - center).square().sum(1, keepdim=True) + shift.square() * (count * number / total)
+            )
+            mean, count = mean + shift * (number / total), total
+        std = (squares / count).sqrt()
+        flat = std <= 4 * torch.finfo(torch.float32).eps * mean.abs()
+        return _shift_and_scale(mean.float(), std.masked_fill(flat, torch.inf).float())
+
+
+def _shift_and_scale(mean: Tensor, width: Tensor) -> Callable[[Tensor], Tensor]:
+    """Of images `(channels, *space)`, by numbers `(channels, 1)`."""
+    return lambda part: ((part.flatten(1) - mean) / width).view(part.shape)
 
 
 def normalization_of(normalize: Callable[[Tensor], Tensor], image: Tensor) -> Callable[[Tensor], Tensor]:
@@ -80,6 +104,32 @@ def normalization_of(normalize: Callable[[Tensor], Tensor], image: Tensor) -> Ca
         return whole
     of: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = getattr(normalize, "of", None)
     return normalize if of is None else of(image)
+
+
+def normalization_over(
+    normalize: Callable[[Tensor], Tensor], blocks: Callable[[], Iterable[Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    """As `normalization_of`, of an image that comes in blocks, for which there is a method `over(blocks)`.
+
+    Args:
+        normalize: of an image.
+        blocks: gives the blocks `(channels, *space)` from the first one on; called where statistics are needed.
+    """
+    if isinstance(normalize, v2.Compose):
+        parts: list[Callable[[Tensor], Tensor]] = []
+        for part in normalize.transforms:
+            parts.append(normalization_over(part, partial(_through, list(parts), blocks)))
+        whole: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return whole
+    over: Callable[[Iterable[Tensor]], Callable[[Tensor], Tensor]] | None = getattr(normalize, "over", None)
+    return normalize if over is None else over(blocks())
+
+
+def _through(
+    functions: Sequence[Callable[[Tensor], Tensor]], blocks: Callable[[], Iterable[Tensor]]
+) -> Iterator[Tensor]:
+    for block in blocks():
+        yield reduce(lambda part, function: function(part), functions, block)
 
 
 class RandomIntensity(nn.Module):

@@ -1,8 +1,8 @@
 """What a training step needs beside what `plan` says it does: `python -m tests.benchmarks.memory`.
 
-A step is that of a training by the proposal: forward, a Dice + cross-entropy loss at each level, backward, Adam; float32.
-On the CPU its memory is what the process holds at most beyond what it held before the network was made, with freed memory
-handed back at once; on a GPU what the allocator has reserved at most.
+A step is that of a training by the proposal, in float32: forward, Dice + cross-entropy at each level, backward, Adam.
+On the CPU its memory is what the process has had at most, less that before the network was made; on a GPU what the
+allocator has reserved at most.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Cases(Dataset):
 
 
 def collate(samples):
-    image, mask, case, _ = zip(*samples, strict=True)
+    image, mask, case, *_ = zip(*samples, strict=True)
     return Batch(torch.stack(image), torch.stack(mask), list(case))
 
 

@@ -621,7 +621,7 @@ class Ramp(Cases):
 
 class RampSource(Source):
     def split(self, name):
-        return Ramp(self.splits[name], name)
+        return Ramp(self.splits[name], name) if self.splits[name] else None
 
 
 def test_a_crop_is_normalized_as_evaluation_sees_it():
