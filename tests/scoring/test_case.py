@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -44,21 +45,22 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("said", "there", "dice", "surface", "distance", "error", "lesions"),
+    ("said", "there", "dice", "surface", "distance", "volume", "error", "lesions"),
     [
-        pytest.param([1, 1, 0, 0], [1, 1, 0, 0], 1, 1, 0, 0, (1, 1, 1), id="perfect"),
-        pytest.param([0, 0, 1, 1], [1, 1, 0, 0], 0, 1, 1.95, 0, (0, 0, 0), id="disjoint"),
-        pytest.param([0, 0, 0, 0], [1, 1, 0, 0], 0, 0, NAN, -1, (NAN, 0, 0), id="missed"),
-        pytest.param([1, 1, 0, 0], [0, 0, 0, 0], 0, 0, NAN, NAN, (0, NAN, 0), id="not there"),
-        pytest.param([0, 0, 0, 0], [0, 0, 0, 0], NAN, NAN, NAN, NAN, (NAN, NAN, NAN), id="absent from both"),
+        pytest.param([1, 1, 0, 0], [1, 1, 0, 0], 1, 1, 0, 0, 0, (1, 1, 1), id="perfect"),
+        pytest.param([0, 0, 1, 1], [1, 1, 0, 0], 0, 1, 1.95, 0, 0, (0, 0, 0), id="disjoint"),
+        pytest.param([0, 0, 0, 0], [1, 1, 0, 0], 0, 0, NAN, -2, -1, (NAN, 0, 0), id="missed"),
+        pytest.param([1, 1, 0, 0], [0, 0, 0, 0], 0, 0, NAN, 2, NAN, (0, NAN, 0), id="not there"),
+        pytest.param([0, 0, 0, 0], [0, 0, 0, 0], NAN, NAN, NAN, NAN, NAN, (NAN, NAN, NAN), id="absent from both"),
     ],
 )
-def test_hard_cases_by_hand(said, there, dice, surface, distance, error, lesions):
+def test_hard_cases_by_hand(said, there, dice, surface, distance, volume, error, lesions):
     case = score_case(torch.tensor([[said]]), torch.tensor([[there]]), Scoring(["a"], "sigmoid", tolerance=2))
     (found,) = case.classes
     assert (found.dice, found.jaccard, case.mean) == pytest.approx((dice,) * 3, nan_ok=True)
     assert found.surface_dice == pytest.approx(surface, nan_ok=True)
     assert found.hd95 == pytest.approx(distance, nan_ok=True)
+    assert found.volume_difference == pytest.approx(volume, nan_ok=True)
     assert found.volume_error == pytest.approx(error, nan_ok=True)
     assert found.lesions[2:] == pytest.approx(lesions, nan_ok=True)
     assert (found.predicted, found.actual) == (sum(said), sum(there))
@@ -100,6 +102,45 @@ def test_areas_are_in_square_millimetres():
     (found,) = score_case(predicted, mask, Scoring(["a"], "sigmoid"), (0.5, 4.0)).classes
     assert found.volume_difference == -2
     assert found.hd95 == pytest.approx(0.95 * 4)
+
+
+def test_what_is_not_asked_for_has_no_score():
+    mask, predicted = torch.randint(0, 3, (2, 9, 9), generator=torch.Generator().manual_seed(0))
+    whole, lesions, surfaces = (
+        score_case(predicted, mask, Scoring(["background", "a", "b"], "softmax", exclude_classes=[0], **settings))
+        for settings in ({}, {"surfaces": False}, {"lesions": False})
+    )
+    assert all(math.isnan(value) for value in (*whole.classes[0][4:9], *whole.classes[0].lesions[2:]))
+    for index in (1, 2):
+        assert lesions.classes[index].lesions == whole.classes[index].lesions
+        assert surfaces.classes[index][:7] == whole.classes[index][:7]
+        assert math.isnan(lesions.classes[index].surface_dice)
+        assert math.isnan(surfaces.classes[index].lesions.f1)
+
+
+def test_lesions_match_by_the_settings():
+    mask, predicted = torch.zeros(2, 1, 4, 8, dtype=torch.int64)
+    mask[0, 0, :4], predicted[0, 0, :2] = 1, 1
+    mask[0, 1, 4] = 1  # Touches the other at a corner.
+
+    def found(**settings):
+        return score_case(predicted, mask, Scoring(["a"], "sigmoid", **settings)).classes[0].lesions
+
+    assert (found().actual, found().recall) == (1, 1)
+    assert (found(connectivity=1).actual, found(connectivity=1).recall) == (2, 0.5)
+    assert found(connectivity=1, lesion_iou=0.5).recall == 0
+
+
+def test_a_large_mask_is_counted_part_by_part(monkeypatch):
+    mask, predicted = torch.randint(0, 3, (2, 9, 11), generator=torch.Generator().manual_seed(0))
+    whole = score_case(predicted, mask, IDS)
+    monkeypatch.setattr(sys.modules[score_case.__module__], "PART", 7)
+    assert score_case(predicted, mask, IDS) == whole
+
+
+def test_an_image_of_no_pixel_has_no_score():
+    nothing = torch.zeros(0, 5, dtype=torch.int64)
+    assert math.isnan(score_case(nothing, nothing, IDS).mean)
 
 
 def test_each_class_has_its_tolerance():

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from lightning_dice.scoring.table import Cases
 
 
 def cases(actual=None, split="test", unit="pixels", **scores):
-    """A table of scores by class, `a=[...]`, of `dice` or `hd95`, whatever is asked for."""
+    """A table of scores by class, `a=[...]`, of `dice`, `hd95` or `volume_error`, whatever is asked for."""
     count = len(next(iter(scores.values())))
-    values = {f"{score}/{name}": np.array(v, float) for name, v in scores.items() for score in ("dice", "hd95")}
+    kinds = ("dice", "hd95", "volume_error")
+    values = {f"{score}/{name}": np.array(v, float) for name, v in scores.items() for score in kinds}
     values |= {f"actual/{name}": np.array(actual or [5] * count, float) for name in scores}
     return Cases(split, [f"c{n}" for n in range(count)], list(scores), values, unit)
 
@@ -29,6 +31,27 @@ def test_less_is_better_of_distances():
     (line,) = compare(cases(a=[5, 7, 9]), cases(a=[4, 8, 2]), "hd95")
     assert (line.wins, line.losses) == (2, 1)
     assert line.mean == pytest.approx(-7 / 3)
+
+
+def test_nearer_to_zero_is_better_of_volumes():
+    (line,) = compare(cases(a=[0.1, -0.8, 0.5, -0.2]), cases(a=[-0.3, 0.7, 0.2, 0.2]), "volume_error")
+    assert (line.wins, line.losses, line.ties) == (2, 1, 1)
+
+
+def test_the_draws_are_those_that_are_asked_for():
+    random = np.random.default_rng(3)
+    one = random.uniform(size=30)
+    tables = cases(a=one), cases(a=one + random.normal(0.02, 0.1, 30))
+
+    def ends(**settings):
+        (line,) = compare(*tables, **{"resamples": 400, **settings})
+        return line.low, line.high, line.permutation
+
+    assert ends() == ends()
+    assert all(one != other for one, other in zip(ends(), ends(seed=1), strict=True))
+    assert all(one != other for one, other in zip(ends(), ends(resamples=500), strict=True))
+    narrow, wide = ends(confidence=0.5), ends(confidence=0.99)
+    assert wide[0] < ends()[0] < narrow[0] < narrow[1] < ends()[1] < wide[1]
 
 
 def test_p_values_are_exact_for_few_cases():
@@ -55,20 +78,36 @@ def test_many_cases_with_ties():
     assert line.low < line.mean < line.high
 
 
+def test_a_case_without_a_difference_has_a_rank():
+    differences = np.array([0.1, -0.2, 0.3, 0.5, 0])
+    (line,) = compare(cases(a=np.zeros(5)), cases(a=differences))
+    expected = stats.wilcoxon(differences, zero_method="pratt", method="asymptotic").pvalue
+    assert line.wilcoxon == pytest.approx(expected)
+
+
 def test_without_a_difference_nothing_is_significant():
     for count in (1, 5):
         (line,) = compare(cases(a=[0.5] * count), cases(a=[0.5] * count))
         assert (line.mean, line.wilcoxon, line.permutation, line.ties) == (0, 1, 1, count)
 
 
+def test_one_case_is_no_evidence():
+    (line,) = compare(cases(a=[0.5]), cases(a=[0.9]))
+    assert (line.mean, line.wins, line.wilcoxon, line.permutation) == (0.4, 1, 1, 1)
+    assert math.isnan(line.low)
+    assert math.isnan(line.high)
+
+
 def test_cases_that_one_has_no_score_of_are_counted_apart():
     nan = math.nan
-    first, second = cases(a=[nan, 0, 1, nan], b=[1, 1, 0, nan]), cases(a=[0, nan, 0.5, nan], b=[0.5, 1, 1, nan])
+    first = cases(a=[nan, 0, 1, nan, 0], b=[1, 1, 0, nan, nan])
+    second = cases(a=[0, nan, 0.5, nan, nan], b=[0.5, 1, 1, nan, nan])
     whole, a, _ = compare(first, second, resamples=100)
-    assert (a.cases, a.only_a, a.only_b, a.mean) == (1, 1, 1, -0.5)
-    # Of each case the mean is over the classes that both have: b, b, both, none.
+    assert (a.cases, a.only_a, a.only_b) == (1, 2, 1)
+    assert (a.mean_a, a.mean_b, a.mean) == (1, 0.5, -0.5)
+    # Of each case the mean is over the classes that both have: b, b, both, none, none.
     assert (whole.name, whole.cases) == (ALL, 3)
-    assert whole.differences == pytest.approx([-0.5, 0, 0.25, nan], nan_ok=True)
+    assert whole.differences == pytest.approx([-0.5, 0, 0.25, nan, nan], nan_ok=True)
 
 
 def test_holm():
@@ -101,5 +140,13 @@ def test_other_cases_or_masks_are_refused():
         check_same(one, cases(a=[1, 1, 1], b=[1, 1, 1]), ("old", "new"))
     with pytest.raises(ValueError, match="of 2 cases, such as c1, actual/a is 5 pixels in old and 6 in new"):
         check_same(one, cases(actual=[5, 6, 7], a=[1, 1, 1]), ("old", "new"))
-    assert common(one, fewer)[0].names == ["c0", "c1"]
-    check_same(*common(one, fewer), ("old", "new"))
+
+
+def test_cases_in_common_keep_their_scores():
+    one, other = cases(a=[0.1, 0.2, 0.3]), replace(cases(a=[0.4, 0.6]), names=["c1", "c2"])
+    for pair in (common(one, other), common(other, one)[::-1]):
+        check_same(*pair, ("old", "new"))
+        assert pair[0].names == ["c1", "c2"]
+        assert compare(*pair)[0].differences == pytest.approx([0.2, 0.3])
+    with pytest.raises(ValueError, match="the tables have no test case in common"):
+        common(cases(a=[1]), other)

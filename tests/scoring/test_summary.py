@@ -7,7 +7,7 @@ from scipy import stats
 
 from lightning_dice.metrics import DiceScore
 from lightning_dice.scoring import Scoring, score_case
-from lightning_dice.scoring.summary import ALL, TOP, resampled_means, summarize
+from lightning_dice.scoring.summary import ALL, TOP, resampled_means, summarize, worst_first
 from lightning_dice.scoring.table import columns, read, row
 
 CLASSES = ["background", "a", "b/c"]
@@ -33,16 +33,33 @@ def test_a_table_is_read_as_it_was_written():
     rows = [row("val", name, case, CLASSES, scoring.scored, {None: 0.25}) for name, case in cases.items()]
     found = read(rows)
     assert (found.split, found.classes, found.unit, found.axes) == ("val", ["a", "b/c"], "mm", 2)
-    assert found.names == list(cases)
+    assert found.names == read(rows[::-1]).names == list(cases)
     assert set(found.values) <= set(columns(CLASSES, scoring.scored))
     for place, case in enumerate(cases.values()):
         for index, name in ((1, "a"), (2, "b/c")):
             assert found.values[f"hd95/{name}"][place] == pytest.approx(case.classes[index].hd95, rel=1e-5)
             assert found.of("dice")[place, index - 1] == pytest.approx(case.classes[index].dice, rel=1e-5)
             assert found.values[f"lesion_f1/{name}"][place] == pytest.approx(case.classes[index].lesions.f1, rel=1e-5)
+    assert rows[0]["spacing"] == "0.5 2"
     assert found.unit_of("hd95") == "mm"
     assert found.unit_of("volume_difference") == "mm²"
     assert found.unit_of("dice") == ""
+
+
+def test_a_row_says_of_each_class_what_is_its_own():
+    mask, predicted = torch.zeros(2, 3, 1, 9, dtype=torch.int64)
+    mask[1, 0, 1] = mask[2, 0, [0, 2, 4]] = predicted[2, 0, 2:5] = 1
+    scoring = Scoring(CLASSES, "sigmoid", exclude_classes=[0])
+    found = row("test", "c", score_case(predicted, mask, scoring), CLASSES, scoring.scored, {1: 0.5, 2: math.nan})
+    # A class that is missed has lesions all the same, one that is not scored has pixels alone.
+    assert {key: text for key, text in found.items() if "lesions" in key or "ece" in key} == {
+        "lesions_actual/a": "1",
+        "lesions_predicted/a": "0",
+        "lesions_actual/b/c": "3",
+        "lesions_predicted/b/c": "1",
+        "ece/a": "0.5",
+    }
+    assert {key for key in found if key.endswith("background")} == {"actual/background", "predicted/background"}
 
 
 def test_the_mean_of_classes_is_that_of_the_metric():
@@ -75,6 +92,39 @@ def test_intervals_are_scipys():
     assert line != summarize(read(table(values)), seed=1)[0]
 
 
+def test_the_interval_of_each_class_and_of_their_mean_by_definition():
+    random = np.random.default_rng(4)
+    scores = {"a": random.beta(5, 2, 9), "b": random.beta(2, 5, 9)}
+    scores["a"][:3] = math.nan
+    # Of the first class the first three cases have no score: it is absent, predicted alone, and absent as is the other.
+    sizes = {"actual/a": "000999999", "predicted/a": "090999999", "actual/b": "990999999", "predicted/b": "990999999"}
+    rows = [
+        {"split": "test", "case": f"c{place}", **{column: digits[place] for column, digits in sizes.items()}}
+        | {f"dice/{name}": f"{values[place]}" for name, values in scores.items() if place != 2 and values[place] > 0}
+        for place in range(9)
+    ]
+    scores["b"][2] = math.nan
+    drawn = np.random.default_rng(7).multinomial(9, np.full(9, 1 / 9), size=200)
+    draws = []
+    for times in drawn:
+        chosen = np.repeat(np.arange(9), times)
+        each = [values[chosen][np.isfinite(values[chosen])] for values in scores.values()]
+        draws.append([part.mean() for part in each if len(part)] if all(map(len, each)) else [math.nan] * 2)
+    assert np.isfinite(draws).all()
+    draws = np.array(draws)
+    for confidence in (0.95, 0.6):
+        tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+        lines = summarize(read(rows), resamples=200, confidence=confidence, seed=7)
+        assert [(line.name, line.cases, line.undefined, line.absent) for line in lines] == [
+            *((ALL, 8, 0, 1), ("a", 6, 1, 2), ("b", 8, 0, 1)),
+        ]
+        for line, expected in zip(lines, (draws.mean(1), draws[:, 0], draws[:, 1]), strict=True):
+            assert (line.low, line.high) == pytest.approx(tuple(np.percentile(expected, tails)))
+        whole = [np.nanmean([values[place] for values in scores.values()]) for place in range(9) if place != 2]
+        assert lines[0].median == pytest.approx(np.median(whole))
+        assert lines[0].mean == pytest.approx(np.mean([np.nanmean(values) for values in scores.values()]))
+
+
 def test_resampled_means_leave_out_what_is_missing():
     values = np.array([[0.2, math.nan], [0.4, 1.0], [math.nan, 3.0]])
     means = resampled_means({"x": values}, 4000, 0)["x"]
@@ -92,6 +142,7 @@ def test_no_score_is_ever_left_out_without_a_word():
     assert (dice.cases, dice.undefined, dice.absent) == (3, 0, 1)
     assert (distance.cases, distance.undefined, distance.absent) == (2, 1, 1)
     assert (dice.mean, distance.mean) == (0.5, 1.5)
+    assert (dice.unit, distance.unit) == ("", "pixels")
     assert dice.worst == [("c2", 0.0), ("c1", 0.5), ("c0", 1.0)]
     assert distance.worst == [("c1", 3.0), ("c0", 0.0)]
 
@@ -101,17 +152,34 @@ def test_of_volumes_the_worst_are_farthest_from_zero():
     assert lines[-1].worst == [("c1", -0.8), ("c2", 0.5)]
 
 
+@pytest.mark.parametrize(
+    ("worst", "scores"),
+    [
+        (-3, ["dice", "jaccard", "surface_dice", "lesion_precision", "lesion_recall", "lesion_f1"]),
+        (2, ["hd95", "mean_surface_distance", "ece"]),
+        (-3, ["volume_difference", "volume_error"]),
+    ],
+    ids=["high is good", "low is good", "zero is good"],
+)
+def test_the_worst_of_each_score(worst, scores):
+    values = np.array([1, 2, -3, 2, 0.5])
+    for score in scores:
+        place = worst_first(values, score)[0]
+        assert (score, values[place]) == (score, worst)
+
+
 def test_one_case_has_no_interval():
     (line,) = summarize(read(table([0.7])))
     assert (line.mean, line.cases) == (0.7, 1)
     assert math.isnan(line.low)
+    assert math.isnan(line.high)
 
 
 def test_the_calibration_error_of_the_most_probable_class_has_a_line():
-    assert [(line.score, line.name) for line in summarize(read(table([1, 1], ece=[0.1, 0.3])), resamples=100)] == [
-        ("dice", "object"),
-        ("ece", TOP),
-    ]
+    lines = summarize(read(table([1, 1], ece=[0.1, 0.3])), resamples=100)
+    assert [(line.score, line.name) for line in lines] == [("dice", "object"), ("ece", TOP)]
+    assert lines[1].mean == pytest.approx(0.2)
+    assert lines[1].worst[0] == ("c1", 0.3)  # The greater error is the worse.
 
 
 @pytest.mark.parametrize(
@@ -130,5 +198,6 @@ def test_a_table_that_is_none(rows, split, message):
 def test_units_are_mixed_where_some_spacings_are_unknown():
     rows = table([1, 1], **{"hd95/object": [1, 2], "spacing": ["1 1 3", None]})
     assert read(rows).unit == "mixed"
+    assert read(rows).unit_of("hd95") == read(rows).unit_of("volume_difference") == "mm or pixels"
     assert read(rows[:1]).unit_of("volume_difference") == "ml"
-    assert read(rows[1:]).unit == "pixels"
+    assert read(rows[1:]).unit == read(rows[1:]).unit_of("volume_difference") == "pixels"
