@@ -140,6 +140,17 @@ class Method:
                 groups.append(self.reader.names(case, "tiff"))
         return groups
 
+    def traces(self, case: str) -> list[Path]:
+        """All files that any settings may have made for a case, below the output folder."""
+        from lightning_dice.data import DataError
+
+        beside = f"probabilities/{case}.tif", f"probabilities/{case}.nii.gz", f"overlays/{case}.png"
+        paths = [Path(name) for name in beside]
+        for format in (None, "png", "tiff", "nifti"):
+            with suppress(DataError):
+                paths += self.reader.names(case, format)
+        return list(dict.fromkeys(paths))
+
     def read(self, item: Item) -> Scan:
         """An image, normalized. Called in the thread that reads ahead.
 

@@ -145,6 +145,8 @@ def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the output folder {output}: {error.strerror}") from error
+    if config.overwrite:
+        files = {item.case: [output / path for path in method.traces(item.case)] for item in items}
     begin(output, about, files, overwrite=config.overwrite)
     waiting = [item for item in items if not finished_already(method, item, output)]
     return {

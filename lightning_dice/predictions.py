@@ -66,8 +66,8 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
     Args:
         folder: for the masks.
         manifest: of this command, with one input.
-        files: for each case, the masks that it may have.
-        overwrite: remove the masks of these cases that are there, whatever they were made by.
+        files: for each case, the masks that it may have; to overwrite, all that may have been made of it.
+        overwrite: remove those of these files that are there, whatever they were made by.
 
     Raises:
         UserError: there are masks of other settings or images, or of an unknown origin; or the folder cannot be made.

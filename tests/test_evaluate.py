@@ -148,5 +148,10 @@ def test_volumes_must_lie_where_their_images_do(tmp_path, capsys):
         write(tmp_path / f"lost/val{index}.nii.gz", blob(100 + index)[1], affine)
     with pytest.raises(UserError, match=r"lost/val0.nii.gz: lies elsewhere than val0.nii.gz: .*check_affine=false"):
         run(tmp_path, *files, *data)
+    # Nor is it missing, whatever its suffix.
+    (tmp_path / "lost/val1.nii.gz").rename(tmp_path / "lost/val1.nii.gz.part")
+    write(tmp_path / "lost/val1.nii", blob(101)[1], np.eye(4))
+    with pytest.raises(UserError, match=r"^2 predictions cannot be scored"):
+        run(tmp_path, *files, *data, "missing=skip")
     run(tmp_path, *files, *data, "data.check_affine=false")
     assert [row["dice"] for row in rows(tmp_path / "lost_scores_val/cases.csv")] == ["1", "1"]

@@ -239,6 +239,16 @@ class TestGoingOn:
         for case, file in CASES.items():
             assert np.array_equal(pixels_of(output / f"{case}.png"), logits_of(run, pixels_of(pictures / file))[0] > 0)
 
+    def test_beginning_anew_leaves_nothing_of_other_settings(self, run, pictures, tmp_path):
+        """Masks of another format, and probabilities, which an evaluation would take for those of the new masks."""
+        output = tmp_path / "m"
+        arguments = [f"run={run}", f"input={pictures}", f"output={output}"]
+        run_predict(*arguments, "probabilities=true", "overlays=true", "format=tiff")
+        (output / "probabilities/mine.tif").touch()
+        assert run_predict(*arguments, "overwrite=true") == 0
+        found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+        assert found == {"predictions.json", "probabilities/mine.tif", *(f"{case}.png" for case in CASES)}
+
     def test_what_is_of_unknown_origin_is_not_overwritten(self, run, pictures, tmp_path):
         output = tmp_path / "m"
         output.mkdir()

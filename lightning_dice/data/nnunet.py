@@ -24,7 +24,9 @@ class NnunetSource(VolumeSet):
 
     With labels of one value each, the classes exclude each other (softmax). Where a label is a list of values, all are
     regions that may overlap (sigmoid), and masks are written with the values of `regions_class_order`, as nnU-Net does:
-    what of several regions a voxel is written as, is the last of them. The label `ignore` counts as nothing.
+    what of several regions a voxel is written as, is the last of them. Read again, such a mask has every region that
+    this value belongs to: scores of written masks differ from those of a network that predicts a region outside
+    another one that contains it. The label `ignore` counts as nothing.
 
     **Splits.** Fold `fold` of `splits_final.json`, where that is there, and test on `labelsTs`, if there is such a
     folder. Else train and val are drawn, and test too, unless there is `labelsTs`. Images of `imagesTs` without a mask

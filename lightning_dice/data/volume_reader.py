@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_dice.data.intensity import Intensities, normalized
 from lightning_dice.data.nifti import EXTENSIONS, Geometry, read_labels, read_volume, stem, volume_files, write_volume
+from lightning_dice.data.pictures import SkippedWarning
 from lightning_dice.data.reader import Item, Scan
 from lightning_dice.data.readers import Problem
 from lightning_dice.data.resampling import Interpolation, zoomed_image, zoomed_size
@@ -83,6 +85,8 @@ class VolumeReader:
     def find(self, path: Path) -> list[Item]:
         """The cases of a folder and its sub-folders, or of a file, whose further channels are looked for beside it.
 
+        Links to folders are told as `SkippedWarning`.
+
         Raises:
             DataError: there are none, or two would have masks of one name.
         """
@@ -100,6 +104,11 @@ class VolumeReader:
         wrong: list[Problem] = []
         for place, folders, _ in os.walk(path):
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            for link in (Path(place, folder) for folder in folders if os.path.islink(Path(place, folder))):
+                what = f"is a link to the folder {os.readlink(link)}; it was skipped"
+                warnings.warn(
+                    SkippedWarning(str(Problem(what, link, "Predict its volumes by themselves."))), stacklevel=2
+                )
             group, problems = group_channels(volume_files(Path(place)), self.channels)
             below = Path(place).relative_to(path)
             items += [Item((below / case).as_posix(), files) for case, files in group.items()]

@@ -65,14 +65,15 @@ def score_predictions(
     """
     data.setup("test" if split == "test" else "validate")
     batches: Any = data.test_dataloader() if split == "test" else data.val_dataloader()
+    present = {_stem(name) for name in _masks(folder)}
     expected: set[str] = set()
     missing: list[str] = []
     wrong: list[str] = []
     scored = 0
     for batch in batches:
         for index, case in enumerate(batch.case):
-            files = _files(reader, case)
-            expected |= {_stem(name.as_posix()) for name in files}
+            stems = {_stem(name.as_posix()) for name in _files(reader, case)}
+            expected |= stems
             try:
                 predicted = reader.load(folder, case)
                 _check_size(case, predicted, batch.mask[index])
@@ -82,7 +83,7 @@ def score_predictions(
                         f"the probabilities of {case} are {_size(probs)}, its mask {_size(batch.mask[index])}"
                     )
             except DataError as error:
-                if any((folder / name).is_file() for name in files):
+                if stems & present:
                     wrong.append(str(error))
                 else:
                     missing.append(case)
@@ -152,14 +153,18 @@ def _message(folder: Path, split: Split, wrong: list[str], missing: list[str]) -
 
 
 def _leftover(folder: Path, expected: set[str]) -> list[str]:
+    return [name for name in _masks(folder) if _stem(name) not in expected]
+
+
+def _masks(folder: Path) -> list[str]:
+    """The files that may be masks, below the folder."""
     found = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or inside.parts[0] in BESIDE or not path.name.endswith(SUFFIXES) or not path.is_file():
             continue
-        if _stem(inside.as_posix()) not in expected:
-            found.append(inside.as_posix())
+        found.append(inside.as_posix())
     return found
 
 

@@ -16,6 +16,7 @@ from volume_files import AFFINES, blob, folders, nnunet, write
 
 from lightning_dice.data import SegmentationData
 from lightning_dice.data.nifti import read_geometry, read_labels, read_volume
+from lightning_dice.data.pictures import SkippedWarning
 from lightning_dice.data.reader import Item
 from lightning_dice.data.resampling import zoomed_image, zoomed_mask
 from lightning_dice.data.source import DataError
@@ -161,6 +162,13 @@ class TestFind:
         assert [item.case for item in reader().find(tmp_path)] == ["scan_0000", "scan_0001"]
         (tmp_path / "scan_0001.nii.gz").unlink()
         assert [item.case for item in reader().find(tmp_path)] == ["scan"]
+
+    def test_a_link_to_a_folder_is_told(self, tmp_path):
+        write(tmp_path / "in/a.nii.gz", blob(0)[0])
+        write(tmp_path / "elsewhere/b.nii.gz", blob(0)[0])
+        (tmp_path / "in/more").symlink_to("../elsewhere")
+        with pytest.warns(SkippedWarning, match=r"in/more: is a link to the folder \.\./elsewhere; it was skipped"):
+            assert [item.case for item in reader().find(tmp_path / "in")] == ["a"]
 
     def test_nothing_and_twins(self, tmp_path):
         with pytest.raises(DataError, match="holds no NIfTI file"):
