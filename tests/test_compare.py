@@ -13,6 +13,7 @@ from PIL import Image
 
 from lightning_dice.compare import arguments, compare
 from lightning_dice.configs import CONF_DIR, UserError
+from lightning_dice.report import differences
 
 
 def write(folder: Path, scores: list[float | None], split: str = "test", **others: object) -> Path:
@@ -64,6 +65,7 @@ def test_several_are_compared_with_the_first_and_adjusted_together(tmp_path, cap
     folders = [write(tmp_path / name, scores) for name, scores in (("a", OLD), ("b", NEW), ("c", [*NEW[:4], None]))]
     run(*folders, f"output={tmp_path / 'out'}", "resamples=200")
     b, c = rows(tmp_path / "out" / "compare.csv")
+    assert [float(row["difference"]) for row in (b, c)] == pytest.approx([0.06, 0.05])
     assert (b["b"], c["b"], c["cases"], c["only_a"]) == ("b", "c", "4", "1")
     values = sorted(float(row["wilcoxon"]) for row in (b, c))
     assert min(float(row["wilcoxon_holm"]) for row in (b, c)) == pytest.approx(min(1, 2 * values[0]), abs=1e-5)
@@ -72,14 +74,113 @@ def test_several_are_compared_with_the_first_and_adjusted_together(tmp_path, cap
         run(*folders, f"output={tmp_path / 'out'}")
 
 
+def test_a_table_itself_and_a_name_with_an_equals_sign(tmp_path, monkeypatch):
+    write(tmp_path / "runs" / "lr=1", OLD)
+    write(tmp_path / "new" / "test", NEW)
+    monkeypatch.chdir(tmp_path / "runs")
+    run("lr=1/cases.csv", "../new/test", "resamples=200")
+    (row,) = rows(tmp_path / "runs" / "lr=1" / "compare_test" / "compare.csv")
+    assert (row["a"], row["b"]) == ("lr=1", "test")
+
+
+def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(differences, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
+    spaced = {"spacing": "1 1"}
+    worse = {f"{score}/nucleus": 3 for score in ("hd95", "actual", "predicted")}
+    a = write(tmp_path / "a", OLD, **{f"{score}/cell": 9 for score in ("hd95", "actual")}, **worse, **spaced)
+    table = (a / "cases.csv").read_text().splitlines()
+    b = write(tmp_path / "b", OLD)
+    # Of the first class all distances are less, of the second some; the last case has none in b.
+    head, *body = (line.split(",") for line in table)
+    for place, line in enumerate(body):
+        line[head.index("hd95/cell")] = str(5 - place)
+        line[head.index("hd95/nucleus")] = ("2", "4.5", "3", "3.5", "")[place]
+    (b / "cases.csv").write_text("\n".join(map(",".join, [head, *body])))
+    run(a, b, "score=hd95", f"output={tmp_path / 'out'}", "resamples=200", "seed=3")
+    told = capsys.readouterr().out
+    assert "Hausdorff 95 (mm) of b less a; less is better, 5 test cases" in told
+    assert "nucleus: 1 cases have a score in a alone and 0 in b alone, and are not part" in told
+    lines = {line["class"]: line for line in rows(tmp_path / "out" / "compare.csv")}
+    for name, (first, second, wins, losses, ties) in {
+        "cell": (9, 3, 5, 0, 0),
+        "nucleus": (3, 3.25, 1, 2, 1),
+    }.items():
+        line = {key: float(value) for key, value in lines[name].items() if key not in ("a", "b", "score", "class")}
+        cells = [
+            *(f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4g}", f"{line['low']:+.4g} to {line['high']:+.4g}"),
+            *map(str, (wins, losses, ties)),
+            *(f"{line[f'{test}_holm']:.3g}" for test in ("wilcoxon", "permutation")),
+        ]
+        (shown,) = (text.split() for text in told.splitlines() if text.split()[:1] == [name] and "to" in text)
+        assert shown == [name, *" ".join(cells).split()]
+    assert lines["cell"]["wilcoxon"] != lines["cell"]["wilcoxon_holm"]
+    assert lines["nucleus"]["wilcoxon_holm"] != lines["nucleus"]["permutation_holm"]
+    cases = {(case["class"], case["case"]): case["difference"] for case in rows(tmp_path / "out" / "compare_cases.csv")}
+    assert [cases["cell", f"c{n}"] for n in range(5)] == ["-4", "-5", "-6", "-7", "-8"]
+    assert cases["nucleus", "c4"] == ""
+    (axes,) = drawn
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mean of classes", "cell", "nucleus"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # The first line is the uppermost.
+    assert axes.get_xlim()[0] == -axes.get_xlim()[1] < -8
+    points, bars, means = (axes.lines[place:-1:3] for place in range(3))
+    assert points[1].get_xdata().tolist() == [-4, -5, -6, -7, -8]
+    assert points[2].get_xdata().tolist() == [-1, 1.5, 0, 0.5]
+    for name, bar, mean in zip(("cell", "nucleus"), bars[1:], means[1:], strict=True):
+        assert bar.get_xdata() == pytest.approx([float(lines[name]["low"]), float(lines[name]["high"])], rel=1e-5)
+        assert list(mean.get_xdata()) == pytest.approx([float(lines[name]["difference"])], rel=1e-5)
+    assert [text.get_text() for text in axes.texts][1:] == ["5 : 0 : 0", "1 : 2 : 1", "wins : losses : ties"]
+    assert axes.get_xlabel().endswith("left of 0 b is better")
+    assert axes.get_title(loc="left") == "Hausdorff 95 (mm) of b\nless a"
+
+
+def test_nothing_is_better_is_drawn_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(differences, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
+    folders = [write(tmp_path / name, OLD[:1]) for name in "abc"]
+    run(*folders, f"output={tmp_path / 'out'}")
+    (axes,) = drawn
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b: cell", "c: cell"]
+    assert axes.get_xlabel().endswith("right of 0 each run is better")
+    assert axes.get_xlim()[1] > 1
+
+
+def test_the_draws_are_those_that_are_asked_for(tmp_path):
+    scores = [place % 7 / 10 for place in range(30)]
+    folders = [write(tmp_path / "a", scores), write(tmp_path / "b", [score * score for score in scores])]
+    found = []
+    for name, settings in enumerate((["seed=0"], ["seed=1"], ["resamples=101"], ["seed=0"])):
+        run(*folders, f"output={tmp_path / str(name)}", "resamples=100", *settings)
+        (line,) = rows(tmp_path / str(name) / "compare.csv")
+        found.append((line["low"], line["high"]))
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+
+
 def test_cases_in_common(tmp_path):
-    folders = [write(tmp_path / "a", OLD), write(tmp_path / "b", NEW[:3]), write(tmp_path / "c", NEW[:4])]
+    folders = [write(tmp_path / "a", OLD), write(tmp_path / "b", NEW[:4]), write(tmp_path / "c", NEW[:3])]
     run(*folders, "cases=common", f"output={tmp_path / 'out'}", "resamples=200")
     assert [row["cases"] for row in rows(tmp_path / "out" / "compare.csv")] == ["3", "3"]
+    found = [case["difference"] for case in rows(tmp_path / "out" / "compare_cases.csv")]
+    assert found == ["0.1", "0.2", "-0.1"] * 2
+
+
+def test_each_further_one_is_looked_at(tmp_path):
+    a, b = write(tmp_path / "a", OLD), write(tmp_path / "b", NEW)
+    with pytest.raises(UserError, match=r"actual/cell is 7 pixels in a and 8 in c"):
+        run(a, b, write(tmp_path / "c", NEW, **{"actual/cell": 8}))
+    distance = {"hd95/cell": 2}
+    a, b = write(tmp_path / "d", OLD, **distance), write(tmp_path / "e", NEW, **distance)
+    with pytest.raises(UserError, match="distances are in pixels in d and in mm in f"):
+        run(a, b, write(tmp_path / "f", NEW, **distance, spacing="1 2"), "score=hd95")
+    with pytest.raises(UserError, match="c has no hd95; it has dice"):
+        run(a, b, write(tmp_path / "g" / "c", NEW), "score=hd95")
 
 
 def test_validation_where_there_is_no_test(tmp_path):
     folders = [write(tmp_path / "a", OLD, "val"), write(tmp_path / "b", NEW, "val")]
+    with (tmp_path / "b" / "cases.csv").open("a") as file:
+        file.write("test,c0,0.5,0.5,7,5\n")  # Only one of them has a test split.
     run(*folders, f"output={tmp_path / 'out'}", "resamples=200")
     assert {row["split"] for row in rows(tmp_path / "out" / "compare_cases.csv")} == {"val"}
 
