@@ -269,8 +269,10 @@ def look_at(facts: Facts, picture: Picture | LargePicture, image_format: ImageFo
                 few = np.unique(first[:: step[0], :: step[1]])
                 found = np.unique(first) if len(few) <= LEVELS else few
                 levels = found if levels is None else np.union1d(levels, found)
+            # Whole numbers are refused, if at all, by what all of them have in common.
+            some = block.pixels.dtype.kind != "f" and block.palette is None
             with _in_rows(rows, picture):
-                image_format.image(block, 0.0)
+                image_format.image(block.window(slice(0, 1), slice(0, 1)) if some else block, 0.0)
     except Problem as problem:
         facts.problems.append(problem)
     facts.levels = 0 if levels is None or len(levels) > LEVELS else len(levels)

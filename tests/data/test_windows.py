@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -449,3 +452,69 @@ def test_windows_of_annotations(tmp_path):
         for top, left in ((0, 0), (120, 170), (15, 3)):
             sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
             assert torch.equal(sample.mask, window_of(whole, top, left)[1])
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def scene(root: Path, split: str, length: int, **how) -> None:
+    """Bright discs of radius 50, one in each square of 200 pixels, in light noise."""
+    disc = np.hypot(*np.mgrid[-100:100, -100:100]) < 50
+    mask = np.tile(disc.astype(np.uint8), (length // 200,) * 2)
+    noise = np.random.default_rng(0).integers(0, 99, disc.shape, dtype=np.uint8)
+    for part, pixels in (("images", np.tile(noise, (length // 200,) * 2) + 150 * mask), ("masks", mask * 255)):
+        store(root / part / split / "a.tif", pixels, tile=(512, 512), compression="zlib", **how)
+
+
+def test_fit_on_two_scenes(tmp_path):
+    for split in ("train", "val"):
+        scene(tmp_path / "scenes", split, 3000)
+    settings = [
+        *("data=folder", "data.root=scenes", "data.values={255:1}", "data.window=[200,200]", "data.windows=32"),
+        *(
+            "data.foreground=0.5",
+            "data.tile=2048",
+            "data.channels=1",
+            "data.size=[64,64]",
+            "data.num_workers=1",
+            "data.batch_size=4",
+        ),
+        *("model=custom", "device=cpu", "optimizer.lr=0.1", "trainer.max_epochs=3", "folder=run"),
+    ]
+    python("-m", "lightning_dice.fit", *settings, cwd=tmp_path)
+    with (tmp_path / "run/cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["a@0-0", "a@0-1500", "a@1500-0", "a@1500-1500"]
+    assert min(float(row["dice"]) for row in rows) > 0.9
+
+
+MEMORY = """
+from pathlib import Path
+from lightning_dice.data import FolderSource, MaskFormat, PatchSampler
+
+def peak():  # MB; the system's own count begins with what the parent process holds
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+source = FolderSource("scenes", MaskFormat(["disc"], "sigmoid", values={255: 1}), 1, tile=2048, workers=1)
+before = peak()
+report = source.check()
+patches = PatchSampler((512, 512), foreground=0.5, per_case=None).of(source.split("train"))
+samples = [patches[index].mask.float().mean() for index in range(0, len(patches), 90)]
+tile = source.split("val")[7]
+print(len(patches), tile.case, round(peak() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """An image of 144 MB, 576 MB as the network sees it, and its mask: checked, trained on and scored."""
+    scene(tmp_path / "scenes", "train", 12000, compressionargs={"level": 1})
+    for part in ("images", "masks"):
+        shutil.copytree(tmp_path / f"scenes/{part}/train", tmp_path / f"scenes/{part}/val")
+    patches, tile, used = python("-c", MEMORY, cwd=tmp_path).split()
+    assert (patches, tile) == ("549", "a@2048-2048")
+    assert int(used) < 250, used  # MB
