@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
+from omegaconf import OmegaConf
 from PIL import Image
 
+from lightning_dice import inspect
 from lightning_dice.data import FolderSource, MaskFormat
 from lightning_dice.doctor.examination import draw_missing, examine
 from lightning_dice.doctor.measures import Task
@@ -48,3 +50,14 @@ def test_they_are_measured_in_tiles(source):
     ]
     draw_missing(source, found, ["train/scene@0-0"])
     assert first.thumbnail is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [({}, 8), ({"window": [64, 64]}, 1), ({"window": [64, 64], "windows": 3}, 3), ({"windows": 3}, 8)],
+)
+def test_windows_fill_batches(settings, least, source):
+    """A batch needs as many cases as it has windows that do not come from one image."""
+    data = {"classes": CLASSES, "activation": "softmax", "ignore_index": 255, "exclude_classes": [], "channels": 1}
+    config = {"data": {**data, "batch_size": 8, **settings}, "workers": 1, "thumbnails": 0}
+    assert inspect.examine(source, OmegaConf.create(config)).facts["batch_size"] == least
