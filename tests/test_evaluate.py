@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from rich.progress import Progress
 from scipy import ndimage
 from volume_files import AFFINES, blob, folders, write
 
-from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
+from lightning_dice import runs
+from lightning_dice.callbacks import Overlays
+from lightning_dice.configs import CONF_DIR, UserError, composed, register_resolvers
 from lightning_dice.evaluate import evaluate
+from lightning_dice.report import predictions
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,12 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _without_charts(monkeypatch):
+    """Those of the report, which have their own tests, would take most of the time."""
+    monkeypatch.setattr("lightning_dice.report.plots._source", lambda figure: "data:,")
+
+
 def run(home, *settings):
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -44,10 +56,11 @@ def run(home, *settings):
         own = [setting for setting in settings if setting.partition("=")[0] in OWN]
         config = compose("evaluate", overrides=[*(s for s in given if s.partition("=")[0] not in names), *own])
         others = [setting for setting in settings if setting not in own]
-        evaluate(config, ["data=folder", f"data.root={home / 'data'}", "data.num_workers=0", *others])
+        data = [] if "data=synthetic" in others else ["data=folder", f"data.root={home / 'data'}"]
+        evaluate(config, [*data, "data.num_workers=0", *others])
 
 
-OWN = {"predictions", "run", "split", "missing", "output", "checkpoint"}
+OWN = {"predictions", "run", "split", "missing", "output", "checkpoint", "calibration"}
 
 
 def rows(path):
@@ -110,6 +123,107 @@ def test_missing_predictions_can_be_skipped(home, tmp_path, capsys):
     assert "test0" in (tmp_path / "scores" / "summary.json").read_text()
 
 
+def test_a_folder_of_no_prediction_is_refused(home, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty holds no prediction of any of the 5 test cases"):
+        run(home, f"predictions={empty}", "missing=skip")
+    # As `predict` writes those of several splits.
+    shutil.copytree(home / "predictions", empty / "test")
+    monkeypatch.setattr(predictions, "LISTED", 2)
+    with pytest.raises(UserError, match=r"or predictions=\S+empty/test:\n  test0\n  test1\n  and 3 more$"):
+        run(home, f"predictions={empty}")
+    Image.new("L", (9, 9)).save(empty / "test0.png")
+    with pytest.raises(UserError) as told:
+        run(home, f"predictions={empty}", "missing=skip")
+    assert "1 predictions cannot be scored" in str(told.value)
+    assert "lacks" not in str(told.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_what_predict_writes_beside_the_masks_is_no_mask(home, tmp_path, capsys):
+    folder = tmp_path / "masks"
+    shutil.copytree(home / "predictions", folder)
+    for name in ("overlays/test0.png", "probabilities/other.tif", ".cache/a.png", *(f"sub/{n}.png" for n in range(9))):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(home / "predictions" / "test0.png", folder / name)
+    (folder / "notes.txt").write_text("")
+    run(home, f"predictions={folder}")
+    listed = ", ".join(f"sub/{n}.png" for n in range(8))
+    assert f"files of no case, passed over (9): {listed} ...\n" in capsys.readouterr().err
+
+
+def test_each_case_is_shown_with_its_own_image(home, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        Overlays, "offer", lambda _, case, image, mask, predicted: seen.update({case: (image, mask, predicted)})
+    )
+    monkeypatch.setattr(Overlays, "draw", lambda *_: None)
+    steps = []
+    monkeypatch.setattr(Progress, "advance", lambda _, bar: steps.append(bar))
+    data = home / "alike"
+    for place in range(4):
+        for kind in ("images", "masks"):
+            (data / kind / "val").mkdir(parents=True, exist_ok=True)
+            with Image.open(home / "data" / kind / "train" / f"train{place}.png") as picture:
+                picture.resize((24, 24)).save(data / kind / "val" / f"c{place}.png")
+        (data / "said").mkdir(exist_ok=True)
+        shutil.copy(data / "masks" / "val" / f"c{place}.png", data / "said")
+    for kind in ("images", "masks"):
+        shutil.copytree(data / kind / "val", data / kind / "train")
+    # Without a test split those of validation are scored.
+    given = [f"predictions={data / 'said'}", f"data.root={data}", "data.batch_size=4", "data.eval_batch_size=4"]
+    run(home, *given, f"output={tmp_path / 'scores'}")
+    assert [row["split"] for row in rows(tmp_path / "scores" / "cases.csv")] == ["val"] * 4
+    assert len(steps) == 4
+    for place in range(4):
+        image, mask, predicted = seen[f"c{place}"]
+        pixels = np.asarray(Image.open(data / "images" / "val" / f"c{place}.png"), np.float32) / 255
+        assert np.corrcoef(image[0].flatten(), pixels.flatten())[0, 1] > 0.999
+        assert torch.equal(mask, predicted.to(mask.dtype))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with callbacks", "without"])
+def test_facts_of_the_data_have_their_part_without_callbacks_too(home, tmp_path, kept):
+    data = tmp_path / "data"
+    shutil.copytree(home / "data", data)
+    for path in (data / "masks" / "test").iterdir():
+        mask = np.asarray(Image.open(path)).copy()
+        mask[:10] = 255
+        Image.fromarray(mask).save(path)
+    classes = ["data.classes=[background,thing]", "data.activation=softmax", "data.exclude_classes=[0]"]
+    without = [] if kept else ["~callbacks.case_table", "~callbacks.overlays"]
+    run(home, f"data.root={data}", *classes, *without, f"output={tmp_path / 'scores'}")
+    found = rows(tmp_path / "scores" / "cases.csv")
+    assert "dice/background" not in found[0]
+    for row in found:
+        said, there = (
+            np.asarray(Image.open(folder / f"{row['case']}.png"))[10:] == 1
+            for folder in (home / "predictions", data / "masks" / "test")
+        )
+        both = said.sum() + there.sum()
+        assert row["dice"] == ("" if not both else f"{2 * (said & there).sum() / both:.6g}")
+    assert (tmp_path / "scores" / "overlays.png").is_file() == kept
+
+
+def test_the_data_are_those_of_the_run(home, tmp_path):
+    register_resolvers()
+    (tmp_path / "run").mkdir()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = composed("fit", ["data=folder", f"data.root={home / 'data'}", "data.num_workers=0"])
+        config.callbacks.case_table.tolerance = 0.25
+        config.folder = str(tmp_path / "run")
+        runs.save_config(tmp_path / "run", config)
+        given = [f"run={tmp_path / 'run'}", "device=cpu"]
+        config = compose("evaluate", overrides=[*given, f"predictions={home / 'predictions'}"])
+        config.output = str(tmp_path / "scores")
+        evaluate(config, [])
+        data = json.loads((tmp_path / "scores" / "summary.json").read_text())
+        assert (data["run"], data["settings"]["tolerance"]) == (str(tmp_path / "run"), 0.25)
+        with pytest.raises(UserError, match="only device=cpu or device=gpu can be chosen"):
+            evaluate(compose("evaluate", overrides=given), ["trainer.devices=2"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -117,6 +231,8 @@ def test_missing_predictions_can_be_skipped(home, tmp_path, capsys):
         (["split=train"], "split must be val or test"),
         (["missing=no"], "missing must be error or skip"),
         (["checkpoint=last"], "leave them out with predictions="),
+        (["calibration=none"], "leave them out with predictions="),
+        (["data=synthetic", "data.cases={train:8,val:2,test:0}", "split=test"], "the data have no test split"),
         (["predictions=null"], "run has no value: give run="),
         (["split=val"], "lacks the predictions of 2 val cases"),
     ],
@@ -155,3 +271,17 @@ def test_volumes_must_lie_where_their_images_do(tmp_path, capsys):
         run(tmp_path, *files, *data, "missing=skip")
     run(tmp_path, *files, *data, "data.check_affine=false")
     assert [row["dice"] for row in rows(tmp_path / "lost_scores_val/cases.csv")] == ["1", "1"]
+
+
+def test_volumes_are_measured_in_millimetres(tmp_path):
+    folders(tmp_path / "data", {"train": 2, "val": 1}, AFFINES["RAS"])
+    mask = blob(100)[1]
+    mask[6] = 0  # Of the second class 16 of 32 voxels of 1 x 2 x 3 mm.
+    write(tmp_path / "said/val0.nii.gz", mask, AFFINES["RAS"])
+    data = ["data=volumes", f"data.root={tmp_path / 'data'}", "data.classes=[background,front,back]"]
+    run(tmp_path, f"predictions={tmp_path / 'said'}", "split=val", *data)
+    (row,) = rows(tmp_path / "said_scores_val/cases.csv")
+    assert sorted(row["spacing"].split()) == ["1", "2", "3"]
+    assert float(row["volume_difference/back"]) == pytest.approx(-16 * 6 / 1000)
+    assert float(row["volume_error/back"]) == pytest.approx(-0.5)
+    assert float(row["hd95/back"]) == 1

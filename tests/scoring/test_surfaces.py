@@ -90,6 +90,10 @@ def test_the_border_of_the_image_is_a_surface():
     inner[0:3, 2:7] = outer[1:4, 3:8] = True
     shifted, shifted_outer = np.roll(inner, 2, 0), np.roll(outer, 2, 0)
     assert surface_scores(inner, shifted, (1, 2), 1) == surface_scores(outer, shifted_outer, (1, 2), 1)
+    # Rings of 12 and of 10 pixels, of which 4 and 2 have the other one beside them.
+    whole, most = np.ones((4, 4), dtype=bool), np.ones((4, 4), dtype=bool)
+    most[:, 3] = False
+    assert surface_scores(whole, most, (1, 1), 1).mean == pytest.approx(6 / 22)
 
 
 @pytest.mark.parametrize(("there", "said", "dice"), [(1, 0, 0.0), (0, 1, 0.0), (0, 0, math.nan)])
