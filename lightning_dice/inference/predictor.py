@@ -183,12 +183,15 @@ class Predictor:
 
         Returns:
             As `Decision.labels`: class ids `(*size)` or bool planes `(classes, *size)`.
+
+        Raises:
+            ValueError: the network's logits are not numbers, which no label stands for; in `decide` too.
         """
         result: Tensor | None = None
         wanted = tuple(size) if size is not None else tuple(image.shape[1:])
         ids = self.activation == "softmax"
         for start, stop, part in self.slabs(image, size):
-            labels = self.decision.pixelwise(part, activation=self.activation, threshold=self.threshold)
+            labels = self.decision.pixelwise(_numbers(part), activation=self.activation, threshold=self.threshold)
             if result is None:
                 result = torch.empty(wanted if ids else (len(part), *wanted), dtype=labels.dtype)
             result[(slice(start, stop) if ids else (slice(None), slice(start, stop)))] = labels.cpu()
@@ -198,6 +201,7 @@ class Predictor:
 
     def decide(self, logits: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
         """The labels of logits that `logits` made: what `labels` returns, on their device."""
+        logits = _numbers(logits)
         return self.decision.labels(logits, activation=self.activation, threshold=self.threshold, spacing=spacing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -234,3 +238,10 @@ class Predictor:
             ),
             self.activation,
         )
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    # The greatest of NaN and numbers would be NaN, and its class a label like any other.
+    if bool(logits.isnan().any()):
+        raise ValueError("the network's logits are NaN: its weights are, or the precision is too low for it")
+    return logits

@@ -165,3 +165,18 @@ def test_settings_of_a_module_are_checked_at_once():
         Inference(overlap=2)
     with pytest.raises(ValueError, match="weighting must be one of"):
         Inference([4], weighting="cosine")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_logits_that_are_no_numbers_are_refused(activation):
+    """Half precision that overflows: no mask, rather than one of whatever class argmax gives."""
+
+    def net(batch):
+        return torch.cat([batch, batch.clone().index_fill(-1, torch.tensor([3]), torch.nan)], 1)
+
+    for window in (None, SlidingWindow([8, 8])):
+        predictor = Predictor([net], window, activation=activation)
+        with pytest.raises(ValueError, match="the network's logits are NaN"):
+            predictor.labels(image())
+        with pytest.raises(ValueError, match="the network's logits are NaN"):
+            predictor.decide(predictor.logits(image()))
