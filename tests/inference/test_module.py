@@ -184,6 +184,25 @@ def test_calibrating_leaves_other_modules_alone():
     assert other.inference.decision == Decision(smallest=4)
 
 
+def test_flips_are_averaged():
+    tested, image = module(Inference(flips=[1])), batches()[0].image
+    with torch.no_grad():
+        mean = (tested.net(image).softmax(1) + tested.net(image.flip(3)).flip(3).softmax(1)) / 2
+        torch.testing.assert_close(tested.evaluated(image).softmax(1), mean)
+
+
+def test_a_temperature_goes_before_the_threshold_and_is_told():
+    tested = silent(module(Inference(decision=Decision(temperature=2.0)), "sigmoid", threshold=0.3))
+    given = batches("sigmoid")[0]
+    with torch.no_grad():
+        expected = (tested.net(given.image) / 2).sigmoid() > 0.3
+        assert torch.equal(tested.predict_step(given), expected)
+        found = tested.test_step(given, 0)
+    assert torch.equal(found["labels"], expected)
+    assert found["temperature"] == 2
+    torch.testing.assert_close(found["logits"], tested.net(given.image))
+
+
 def test_several_modules_are_an_ensemble():
     modules = [module(), module(Inference(decision=Decision(temperature=2.0)))]
     image = batches()[0].image[0]
@@ -191,3 +210,13 @@ def test_several_modules_are_an_ensemble():
         mean = sum((m(image[None])[0] / t).softmax(0) for m, t in zip(modules, (1, 2), strict=True)) / 2
         joined = Predictor.ensemble([each.predictor() for each in modules])
         torch.testing.assert_close(joined.probabilities(joined.logits(image)), mean)
+
+
+def test_an_ensemble_has_the_windows_and_flips_of_its_first():
+    first, other = module(SLIDING), module(Inference([4, 4]))
+    joined = Predictor.ensemble([each.predictor() for each in (first, other)])
+    assert (joined.window, joined.flips) == (SLIDING.window, SLIDING.flips)
+    image = batches()[0].image[0]
+    with torch.no_grad():
+        twice = Predictor.ensemble([first.predictor(), first.predictor()])
+        torch.testing.assert_close(twice.logits(image).softmax(0), first.evaluated(image[None])[0].softmax(0))
