@@ -110,7 +110,9 @@ class LabelMap:
 
         def stored(label: int) -> tuple[int, ...]:
             own = (label,) if mapped.get(label, label) == label else ()
-            return own + tuple(value for value, to in mapped.items() if to == label and value != label)
+            others = tuple(value for value, to in mapped.items() if to == label and value != label)
+            # The first one is written: what is said of the masks, but what became background is none of it again.
+            return own + others if label == 0 else others + own
 
         return cls(
             names,
@@ -177,14 +179,14 @@ class LabelMap:
             labels: ids `(*space)` or bool planes `(classes, *space)`.
         """
         array = labels.cpu().numpy()
-        if self.folders:
-            return [plane.astype(np.uint8) for plane in array != 0]
         background = self.values[0][0] if self.activation == "softmax" else (self.background or (0,))[0]
         values = self.written if self.written is not None else tuple(values[0] for values in self.values)
         largest, least = max(*values, background), min(*values, background)
         dtype: Any = np.uint8 if least >= 0 and largest < 256 else np.int16 if largest < 2**15 else np.int32
         if self.activation == "softmax":
             return [np.asarray(values, dtype)[array]]
+        if self.folders:
+            return [np.where(plane, values[0], background).astype(dtype) for plane in array != 0]
         painted = np.full(array.shape[1:], background, dtype)
         for plane, value in zip(array != 0, values, strict=True):
             painted[plane] = value

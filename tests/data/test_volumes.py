@@ -324,6 +324,16 @@ def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
     expected = [np.where(part == 255, 1, np.where(part == 0, 0, 255)) for part in (mask, 255 - mask)]
     assert np.array_equal(source.split("val")[0].mask, np.stack(expected))
     assert source.fingerprint().intensities[0].maximum == 255
+    found = source.labels.decode(torch.from_numpy(np.stack(expected) == 1))  # and is written so
+    assert np.array_equal(found[0], np.where(mask == 255, 255, 0))
+    assert torch.equal(source.labels.encode(found) == 1, torch.from_numpy(np.stack(expected) == 1))
+
+
+def test_values_that_stand_for_ids_are_written_but_not_those_that_became_background():
+    labels = LabelMap.of_ids(THREE, values={205: 1, 420: 2, 7: 0})
+    (found,) = labels.decode(torch.tensor([0, 1, 2]))
+    assert found.tolist() == [0, 205, 420]
+    assert labels.encode([np.array([0, 7, 1, 205, 2, 420])]).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 class TestResampling:
