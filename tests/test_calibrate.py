@@ -312,6 +312,16 @@ def test_thresholds_are_probabilities_whatever_the_temperature():
     assert Decision(0.1, [found]).labels(torch.tensor([[11.9, 2.0]]), activation="sigmoid").tolist() == [[True, False]]
 
 
+def test_a_class_that_no_case_has_keeps_its_threshold_whatever_is_predicted():
+    logits = torch.full((2, 50), -20.0)
+    logits[0, :5], logits[1, 7] = 1, -3
+    target = torch.zeros(2, 50, dtype=torch.long)
+    target[0, :9] = 1
+    calibrator = Calibrator(2, "sigmoid")
+    calibrator.add(logits, target)
+    assert calibrator.thresholds(1.0)[1] == 0.5
+
+
 def test_no_threshold_is_a_little_worse():
     """Of 2001 pixels a single one is at stake."""
     calibrator = Calibrator(1, "sigmoid")

@@ -42,7 +42,7 @@ BELOW = {
     "planning": set(),
     "plan": {"configs", "data", "files", "models", "planning", "runs"},
     "predictions": {"configs", "files"},
-    "method": {"callbacks", "configs", "data", "files", "inference", "module", "runs", "session"},
+    "method": {"callbacks", "configs", "data", "files", "inference", "module", "predictions", "runs", "session"},
     "progress": {"shares"},
     "predict": {"configs", "data", "method", "predictions", "progress", "shares"},
     "exporting": {"callbacks", "functional", "inference", "module", "scoring", "settings"},

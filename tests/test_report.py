@@ -243,6 +243,15 @@ def test_many_classes_run_down_the_page(tmp_path):
     assert "<0>" not in text
 
 
+def test_a_table_without_any_score_has_a_report_that_says_so(tmp_path):
+    table = CaseTable(tmp_path, ["a", "b"], "sigmoid")
+    table.add("empty", *torch.zeros(2, 2, 8, 8).long())
+    table.write("test")
+    assert report.conclude(tmp_path, "test", FACTS) == []
+    assert "No case has a score" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["scores"] == []
+
+
 def test_the_summary_for_a_terminal():
     rows = rows_of(
         3,

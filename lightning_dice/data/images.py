@@ -72,6 +72,13 @@ class ImageFormat:
             object.__setattr__(self, "bands", bands)
         if self.white is not None and not (self.white > 0 and math.isfinite(self.white)):
             raise ValueError(f"white must be a stored value above 0, got {self.white}")
+        if self.nodata is not None:
+            # A YAML file's .nan is a number, that of a command line is text.
+            text = {".nan": "nan"}.get(str(self.nodata).lower(), str(self.nodata))
+            try:
+                object.__setattr__(self, "nodata", float(text))
+            except ValueError:
+                raise ValueError(f"nodata must be a stored value, or nan, got {self.nodata!r}") from None
         object.__setattr__(self, "channels", int(self.channels))
 
     def image(self, picture: Picture, fill: NDArray[np.float64] | float | None = None) -> Tensor:

@@ -78,8 +78,8 @@ class PictureReader:
     mask is written turned, without a tag, as masks of training images are expected to be.
 
     **Values.** A written mask is one that the training's settings read back: gray values or, with colours, the colours
-    that stand for the ids. Where several values mean one id, the first of `values` is written. Classes that may overlap
-    (sigmoid, more than one) have a folder each, named as the class, with masks of
+    that stand for the ids. Where several values mean one id, the first of `values` is written; of the background 0.
+    Classes that may overlap (sigmoid, more than one) have a folder each, named as the class, with masks of
     two values; those that exclude each other are ids in one file, even where training's have a file for each.
 
     **Large pictures.** A TIFF of more than `large` pixels is not decoded: `Scan.image` is then a
@@ -267,8 +267,10 @@ class PictureReader:
         listed = range(len(form.colors)) if form.colors is not None else ()
         stored = []
         for label in range(2) if self.planes else form.ids:
-            # What the data set says of its masks goes first; an id that nothing is said of stands for itself.
-            candidates = [*(v for v, to in (form.values or {}).items() if to == label), *listed, label]
+            # What the data set says of its masks goes first, but for the background: a value that is mapped to it may
+            # be one to be left out. An id that nothing is said of stands for itself.
+            said = [v for v, to in (form.values or {}).items() if to == label]
+            candidates = [label, *said, *listed] if label == 0 else [*said, *listed, label]
             known = [v for v in candidates if form.label(v, self.planes) == label and (not listed or v in listed)]
             if not known:
                 name = (

@@ -217,9 +217,10 @@ class Calibrator:
         return [1 / (1 + math.exp(-limit / temperature)) for limit in found]
 
     def _best(self, scores: Tensor, limits: Tensor, possible: Tensor) -> float:
-        scores = scores.where(possible, -torch.inf).nan_to_num(-torch.inf)
+        # To have no score is no worse than 0: of a class that no case has, all thresholds are best, and the present one
+        # is taken, not one that predicts it.
+        scores = scores.nan_to_num(0.0).where(possible, -torch.inf)
         best = scores >= scores.max() - 1e-12
-        # A class without a score has no best threshold: all are, and so the present one is.
         return float(limits[best][(limits[best] - self.present).abs().argmin()])
 
     def scores(self, temperature: float = 1.0, thresholds: list[float] | None = None) -> Scores:

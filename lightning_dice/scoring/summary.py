@@ -69,7 +69,7 @@ def summarize(
     whole = cases.values.get("ece")  # Of the most probable class, and so of no class.
     if whole is not None:
         tables["ece"] = whole[:, None]
-    draws = resampled_means(tables, resamples, seed)
+    draws = resampled_means(tables, resamples, seed) if tables else {}
     there = cases.of("actual") + cases.of("predicted") > 0
     lines = []
 

@@ -127,7 +127,8 @@ class Cases:
     def of(self, score: str) -> Floats:
         """A score, `(cases, classes)`."""
         nothing = np.full(len(self.names), math.nan)
-        return np.stack([self.values.get(f"{score}/{name}", nothing) for name in self.classes], 1)
+        columns = [self.values.get(f"{score}/{name}", nothing) for name in self.classes]
+        return np.stack(columns, 1) if columns else np.empty((len(nothing), 0))
 
     @property
     def scores(self) -> list[str]:

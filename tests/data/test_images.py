@@ -107,3 +107,13 @@ def test_a_white_does_not_let_nan_pass(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.array([[1, np.nan]], np.float32))
     with pytest.raises(DataError, match="holds 1 values that are not finite"):
         ImageFormat(channels=1, white=100).image(read_picture(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("text", [".nan", ".NaN", "nan", "-9999"])
+def test_nodata_of_a_command_line_is_text(text):
+    assert str(ImageFormat(1, nodata=text).nodata) == ("-9999.0" if text == "-9999" else "nan")
+
+
+def test_nodata_that_is_no_number():
+    with pytest.raises(ValueError, match="nodata must be a stored value, or nan, got 'none'"):
+        ImageFormat(1, nodata="none")

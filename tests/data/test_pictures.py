@@ -25,6 +25,8 @@ FORMATS = {
     "ids": (MaskFormat(["background", "a", "b"]), [0, 1, 2]),
     "values": (MaskFormat(["background", "a", "b"], values={128: 1, 255: 2}), [0, 128, 255]),
     "several-values-of-an-id": (MaskFormat(["background", "a", "b"], values={7: 1, 9: 1, 3: 255}), [0, 7, 2]),
+    "merged-into-the-background": (MaskFormat(["background", "a", "b"], values={7: 0}), [0, 1, 2]),
+    "background-elsewhere": (MaskFormat(["background", "a", "b"], values={0: 255, 7: 0}), [7, 1, 2]),
     "ids-moved": (MaskFormat(["background", "a", "b"], values={1: 255, 2: 1, 3: 2}), [0, 2, 3]),
     "16-bit": (MaskFormat(["background", "a", "b"], values={1000: 1, 40000: 2}), [0, 1000, 40000]),
     "colors": (MaskFormat(["background", "a", "b"], colors=COLORS), COLORS),
@@ -86,7 +88,7 @@ class TestWritten:
         assert torch.equal(reader.load(tmp_path, "x").bool(), labels)
 
     def test_what_png_cannot_hold_is_told(self, tmp_path):
-        form = MaskFormat(["background", "a"], values={70000: 1, -3: 0})
+        form = MaskFormat(["background", "a"], values={70000: 1, -3: 0, 0: 255})
         reader = PictureReader(form, GRAY)
         scan, labels = scan_of(reader, picture(tmp_path)), labels_of(form)
         with pytest.raises(DataError, match=r"PNG cannot hold the values -3 to 70000.*format=tiff"):
