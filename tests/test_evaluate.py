@@ -285,3 +285,28 @@ def test_volumes_are_measured_in_millimetres(tmp_path):
     assert float(row["volume_difference/back"]) == pytest.approx(-16 * 6 / 1000)
     assert float(row["volume_error/back"]) == pytest.approx(-0.5)
     assert float(row["hd95/back"]) == 1
+
+
+def test_tiles_are_scored_by_the_predictions_of_whole_images(home, tmp_path):
+    run(home, "data.tile=16", f"output={tmp_path / 'scores'}")
+    found = rows(tmp_path / "scores" / "cases.csv")
+    assert [row["case"] for row in found][:4] == ["test0@0-0", "test0@0-15", "test0@12-0", "test0@12-15"]
+    assert len(found) == 20
+    for row in found:
+        case, _, place = row["case"].partition("@")
+        top, left = map(int, place.split("-"))
+        height = 24 + int(case[-1])
+        part = np.s_[top : (height + 1) // 2 if top == 0 else height, left : 15 if left == 0 else 30]
+        masks = [
+            np.asarray(Image.open(home / folder / f"{case}.png"))[part] == 1
+            for folder in ("predictions", "data/masks/test")
+        ]
+        both = sum(mask.sum() for mask in masks)
+        assert row["dice"] == ("" if not both else f"{2 * (masks[0] & masks[1]).sum() / both:.6g}")
+    shutil.copytree(home / "predictions", tmp_path / "some")
+    (tmp_path / "some" / "test1.png").unlink()
+    Image.new("L", (30, 40)).save(tmp_path / "some" / "test2.png")
+    with pytest.raises(UserError) as told:
+        run(home, f"predictions={tmp_path / 'some'}", "data.tile=16", f"output={tmp_path / 'none'}")
+    assert "lacks the predictions of 1 test cases; missing=skip scores the others:\n  test1\n" in str(told.value)
+    assert "the prediction of test2 is of the size 1 x 40 x 30, its mask of 1 x 26 x 30" in str(told.value)

@@ -202,14 +202,18 @@ class TiledCases:
         self.cases = cases
         self.sizes: list[tuple[int, ...]] = []
         self._tiles: list[tuple[int, Window]] = []
+        self._names: list[str] = []
         for number, size in enumerate(cases.sizes):
             axes = []
             for length in size:
                 first = starts(length, tile)
                 axes.append([slice(a, b) for a, b in zip(first, [*first[1:], length], strict=True)])
-            for window in product(*axes):
+            name, windows = cases.pairs[number].case, list(product(*axes))
+            for window in windows:
                 self._tiles.append((number, window))
+                self._names.append(f"{name}@{window[0].start}-{window[1].start}" if len(windows) > 1 else name)
                 self.sizes.append(tuple(part.stop - part.start for part in window))
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         # Neighbours come one after the other: what had to be decoded whole serves all tiles of an image.
         self._last = threading.local()
 
@@ -223,7 +227,12 @@ class TiledCases:
         if getattr(self._last, "number", None) != number:
             self._last.opened, self._last.number = self.cases.open(number), number
         sample: Sample = self._last.opened.window(window)
-        return sample._replace(case=f"{sample.case}@{window[0].start}-{window[1].start}")
+        return sample._replace(case=self._names[index])
+
+    def part(self, name: str) -> tuple[str, tuple[int, ...], Window]:
+        """What a case is a part of: the name of that, its height and width, and the rows and columns."""
+        number, window = self._tiles[self._numbers[name]]
+        return self.cases.pairs[number].case, tuple(self.cases.sizes[number]), window
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,27 +66,22 @@ def score_predictions(
     data.setup("test" if split == "test" else "validate")
     batches: Any = data.test_dataloader() if split == "test" else data.val_dataloader()
     present = {_stem(name) for name in _masks(folder)}
+    files = _Files(reader, folder, data.source.split(split))
     expected: set[str] = set()
     missing: list[str] = []
     wrong: list[str] = []
     scored = 0
     for batch in batches:
         for index, case in enumerate(batch.case):
-            stems = {_stem(name.as_posix()) for name in _files(reader, case)}
+            stems = {_stem(name.as_posix()) for name in files.names(case)}
             expected |= stems
             try:
-                predicted = reader.load(folder, case)
-                _check_size(case, predicted, batch.mask[index])
-                probs = reader.load_probabilities(folder / PROBABILITIES, case)
-                if probs is not None and probs.shape[1:] != batch.mask[index].shape[-probs.ndim + 1 :]:
-                    raise DataError(
-                        f"the probabilities of {case} are {_size(probs)}, its mask {_size(batch.mask[index])}"
-                    )
+                predicted, probs = files.load(case, batch.mask[index])
             except DataError as error:
                 if stems & present:
                     wrong.append(str(error))
-                else:
-                    missing.append(case)
+                elif (name := files.whole(case)) not in missing:
+                    missing.append(name)
             else:
                 if not wrong and (skip_missing or not missing):
                     _add(table, overlays, case, batch, index, predicted, probs)
@@ -113,27 +108,59 @@ def _add(
         overlays.offer(case, batch.image[index], batch.mask[index], predicted)
 
 
-def _files(reader: Reader, case: str) -> list[Path]:
-    """All files that a case's prediction may lie in."""
-    files = []
-    for format in FORMATS:
-        try:
-            files += reader.names(case, format)
-        except DataError:
-            continue  # A format that these masks are not written in.
-    return files
+class _Files:
+    """The predictions of cases; of a tile, its part of the prediction of the whole image."""
+
+    def __init__(self, reader: Reader, folder: Path, cases: Any) -> None:
+        self.reader, self.folder = reader, folder
+        self._part = getattr(cases, "part", None)
+        self._last: tuple[str, Tensor, Tensor | None] | None = None
+
+    def whole(self, case: str) -> str:
+        """The case whose prediction holds this one's."""
+        return case if self._part is None else str(self._part(case)[0])
+
+    def names(self, case: str) -> list[Path]:
+        """All files that a case's prediction may lie in."""
+        files = []
+        for format in FORMATS:
+            try:
+                files += self.reader.names(self.whole(case), format)
+            except DataError:
+                continue  # A format that these masks are not written in.
+        return files
+
+    def load(self, case: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Labels of the mask's shape, and probabilities, where there are any.
+
+        Raises:
+            DataError: they cannot be read, or are of another size.
+        """
+        if self._part is None:
+            return self._whole(case, mask.shape)
+        name, size, window = self._part(case)
+        if self._last is None or self._last[0] != name:  # Tiles of one image come one after the other.
+            self._last = name, *self._whole(name, (*mask.shape[: mask.ndim - len(size)], *size))
+        _, labels, probs = self._last
+        return labels[(..., *window)], None if probs is None else probs[(..., *window)]
+
+    def _whole(self, case: str, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        labels = self.reader.load(self.folder, case)
+        if tuple(labels.shape) != tuple(shape):
+            raise DataError(
+                f"the prediction of {case} is of the size {_size(labels.shape)}, its mask of {_size(shape)}: "
+                "predictions must be in the geometry of the images"
+            )
+        probs = self.reader.load_probabilities(self.folder / PROBABILITIES, case)
+        if probs is not None and tuple(probs.shape[1:]) != tuple(shape[1 - probs.ndim :]):
+            raise DataError(
+                f"the probabilities of {case} are of the size {_size(probs.shape)}, its mask of {_size(shape)}"
+            )
+        return labels, probs
 
 
-def _check_size(case: str, predicted: Tensor, mask: Tensor) -> None:
-    if predicted.shape != mask.shape:
-        raise DataError(
-            f"the prediction of {case} is of the size {_size(predicted)}, its mask of {_size(mask)}: predictions must "
-            "be in the geometry of the images"
-        )
-
-
-def _size(labels: Tensor) -> str:
-    return " x ".join(map(str, labels.shape))
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _message(folder: Path, split: Split, wrong: list[str], missing: list[str]) -> str:
