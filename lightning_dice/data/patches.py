@@ -91,14 +91,25 @@ class PatchSampler:
 
 
 def windows(
-    size: Sequence[int] | None,
+    window: Sequence[int] | None,
+    windows: int | None = None,
     foreground: float = 0.0,
-    per_case: int | None = None,
     ignore_index: int | None = 255,
     cache: float = 2.0,
 ) -> PatchSampler | None:
-    """A `PatchSampler` by its settings, or `None` without a `size`: images then come whole."""
-    return None if size is None else PatchSampler(size, foreground, per_case, ignore_index, cache)
+    """Windows of pictures as patches, by the words of `conf/data/folder.yaml`; `None` where pictures come whole.
+
+    Raises:
+        ValueError: as by `PatchSampler`.
+
+    >>> windows(None)
+    >>> windows([768, 768], foreground=0.5).per_case
+    """
+    if window is None:
+        return None
+    if isinstance(window, (int, str)) or len(window) != 2:
+        raise ValueError(f"window must be pixels along both axes, such as [768,768], got {window!r}")
+    return PatchSampler(window, foreground, windows, ignore_index, cache)
 
 
 class OpenCase(Protocol):

@@ -422,6 +422,12 @@ class TestEpochs:
         assert not any(torch.equal(a.image, b.image) for a in expected[:6] for b in expected[6:])
 
 
+@pytest.mark.parametrize("window", [512, "512", [512], [64, 64, 64]])
+def test_a_window_that_cannot_be(window):
+    with pytest.raises(ValueError, match=r"window must be pixels along both axes, such as \[768,768\]"):
+        windows(window)
+
+
 def test_windows_of_annotations(tmp_path):
     outline = [30.5, 20.25, 200.0, 30.0, 150.0, 150.0, 20.0, 100.0]
     runs = [0, 5 * HEIGHT + 7, 90, 60 * HEIGHT - 90, HEIGHT * (WIDTH - 65) - 7]
