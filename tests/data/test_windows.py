@@ -135,6 +135,21 @@ def test_images(name, tmp_path):
         )
 
 
+@pytest.mark.parametrize("settings", [{}, {"bands": [3, 1, 2]}, {"nodata": 7}, {"bands": [3, 1, 2], "nodata": 7}])
+def test_a_window_of_grays_in_a_palette_of_colours(settings, tmp_path):
+    colours = np.repeat(np.arange(256, dtype=np.uint16)[None] * 257, 3, axis=0)
+    colours[:, 200:] = RNG.integers(0, 65536, (3, 56))
+    image = RNG.integers(0, 200, (HEIGHT, WIDTH), dtype=np.uint8)
+    image[:, 120:] = 220
+    how = {"photometric": "palette", "colormap": colours, **TILES}
+    cases = FolderSource(folder(tmp_path, {"": IDS}, image, **how), MaskFormat(THREE), **settings).split("train")
+    whole, opened = cases[0], cases.open(0)
+    for top, left in ((0, 0), (90, 100), (100, 150)):
+        sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+        assert torch.equal(sample.image, window_of(whole, top, left)[0])
+        assert torch.equal(sample.mask, window_of(whole, top, left)[1])
+
+
 class Whole:
     """Cases without windows: all of each is decoded."""
 
