@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 # Of a run's config, what no mask hangs on.
 _NO_MATTER = {
     "module": {"loss", "metrics", "optimizer", "scheduler", "micro_batch_size", "interval", "monitor", "lr_scaling"},
-    "data": {"root", "batch_size", "eval_batch_size", "num_workers"},
+    "data": {
+        *("root", "batch_size", "eval_batch_size", "num_workers"),
+        *("window", "windows", "foreground", "cache", "tile"),
+    },
 }
 _WINDOW = 512  # pixels along each axis, where a picture must be read by windows and the run names no size
 _PREVIEW = 2048  # pixels along the longer axis of an overlay of a picture that is read by windows
@@ -351,7 +354,7 @@ def _what_matters(run: DictConfig) -> dict[str, Any]:
 
     def without(value: Any, leave: set[str]) -> Any:
         if isinstance(value, dict):
-            return {str(k): without(v, leave & {"root"}) for k, v in value.items() if str(k) not in leave}
+            return {str(k): without(v, leave & {"root", "tile"}) for k, v in value.items() if str(k) not in leave}
         if isinstance(value, list):
             return [without(entry, set()) for entry in value]
         return value.replace(folder, "<run>") if isinstance(value, str) else value

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -43,7 +44,7 @@ _CERTAIN = 50.0  # A logit; its probability is 1 to rounding, and its exponentia
 _TRUSTED = (
     *(f"lightning_dice.{room}" for room in ("inference", "losses", "metrics", "models", "module")),
     *("monai.losses", "monai.networks.nets", "segmentation_models_pytorch"),
-    *("torch.nn", "torchmetrics", "torchvision.models"),
+    *("torch.nn", "torchmetrics", "torchvision.models", "torchvision.transforms.v2", "lightning_dice.data.transforms"),
 )
 
 
@@ -161,6 +162,8 @@ class SegmentationModule(L.LightningModule):
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.inference = inference if inference is not None else Inference()
+        # Of images, as the run's config has it; known by what loads a trained module.
+        self._normalize: Callable[[Tensor], Tensor] | str | list[str] | None = None
         self.interval = interval
         self.monitor = monitor
         self.lr_scaling: RateScaling | None = one_of("lr_scaling", lr_scaling, ("linear", "sqrt", None))
@@ -218,6 +221,7 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(saved["state_dict"])
         module.calibrate(find_decision(folder, calibration, path))
+        module._normalized_by(config.get("normalize"), config.get("data", {}).get("normalization"))
         return module.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else module.eval()
 
     @classmethod
@@ -256,7 +260,19 @@ class SegmentationModule(L.LightningModule):
         module.load_state_dict(weights)
         names = {entry.name for entry in dataclasses.fields(Decision)}
         module.calibrate(Decision(**{key: value for key, value in facts["decision"].items() if key in names}))
+        normalization = facts.get("normalization") or {}
+        transform, known = normalization.get("transform"), normalization.get("intensities")
+        try:
+            check_targets(transform, (*_TRUSTED, *trusted))
+        except ValueError:
+            transform, known = None, str(transform and transform.get("_target_"))  # The weights are of use without it.
+        module._normalized_by(transform, known)
         return module.to(map_location).eval()
+
+    def _normalized_by(self, transform: Any, known: str | list[str] | None) -> None:
+        """Normalize what `segment` gets by a config; or refuse to, where nothing but a name is known."""
+        # A partial, as a module of torch would become a part of this one.
+        self._normalize = known or (partial(build(transform)) if transform else None)
 
     def calibrate(self, decision: Decision) -> None:
         """Decide by what a calibration has found, wherever `inference` leaves it open."""
@@ -382,11 +398,45 @@ class SegmentationModule(L.LightningModule):
         """`{"loss", "logits"}` of a batch, for callbacks; by `inference` also `"labels"` and `"temperature"`."""
         return self.shared_step(batch, "test")
 
+    @torch.inference_mode()
+    def segment(self, images: Tensor) -> Tensor:
+        """Masks of images as they are read, by a module that `from_run` or `from_safetensors` has loaded.
+
+        They are normalized as the run's images were, and go to the module's device.
+
+        Args:
+            images: `(batch, channels, *space)`: floats as training has them before `normalize`, which for pictures of 8
+                and 16 bit are in [0, 1]; or uint8 or uint16, which are divided by 255 or 65535.
+
+        Returns:
+            As `predict_step`.
+
+        Raises:
+            ValueError: for other types, and where images are normalized by more than is known here: volumes by their
+                modality, those of a file of `from_safetensors` by what is not trusted.
+        """
+        if isinstance(self._normalize, (str, list)):
+            raise ValueError(
+                f"images of this run are normalized by {self._normalize}, which this module has no part of: use the "
+                "command predict, or normalize them and call predict_step"
+            )
+        if images.dtype in (torch.uint8, torch.uint16):
+            images = images.float() / torch.iinfo(images.dtype).max
+        if not images.is_floating_point() or images.ndim < 3:
+            raise ValueError(
+                f"images must be (batch, channels, *space) of floats, uint8 or uint16, got {tuple(images.shape)} of "
+                f"{images.dtype}"
+            )
+        if self._normalize is not None:
+            images = torch.stack([self._normalize(image) for image in images])
+        masks: Tensor = self.predict_step(images.to(self.device))
+        return masks
+
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Any:
         """Masks of a batch of images: class ids `(batch, *space)` (softmax) or bool planes `(batch, classes, *space)`.
 
         Args:
-            batch: as in training, or just the images.
+            batch: as in training, or just the images, normalized; see `segment` for images as they are read.
             batch_idx: not used.
         """
         given = Given(batch, batch) if isinstance(batch, Tensor) else read_batch(batch)

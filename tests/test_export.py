@@ -374,6 +374,10 @@ class TestSafetensors:
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
         assert (one.inference.decision.temperature, one.inference.decision.thresholds) == (1.5, (0.3,))
         assert one.inference.flips.axes == (0,)
+        images = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
+        other.calibrate(one.inference.decision)
+        assert torch.equal(one.segment(images), other.segment(images))
+        assert not torch.equal(one.segment(images), one.predict_step(images / 255))
         assert not one.training
         assert json.loads(weights.with_suffix(".json").read_text()) == Weights().facts(weights)
         assert "before the calibration" in (weights.parent / "MODEL_CARD.md").read_text()

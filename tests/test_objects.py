@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_dice import SegmentationModule
 from lightning_dice.configs import CONF_DIR, register_resolvers
+from lightning_dice.data import Standardize
 from lightning_dice.objects import build, locate, without_pretrained
 
 
@@ -53,6 +54,22 @@ class TestFromRun:
         with (run / "cases.csv").open() as file:
             scores = [float(row["dice"]) for row in csv.DictReader(file) if row["dice"]]
         assert float(module.test_metrics.compute()["test/dice"]) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+
+    def test_segments_images_as_they_are_read(self, run):
+        module = SegmentationModule.from_run(run)
+        stored = torch.randint(0, 256, (3, 1, 32, 40), dtype=torch.uint8)
+        expected = module.predict_step(torch.stack([Standardize()(image.float() / 255) for image in stored]))
+        assert 0 < expected.float().mean() < 1
+        for images in (stored, stored.float() / 255, stored.int().mul(257).to(torch.uint16)):
+            assert torch.equal(module.segment(images), expected)
+        assert not torch.equal(module.predict_step(stored.float() / 255), expected)
+        with pytest.raises(ValueError, match=r"floats, uint8 or uint16, got \(3, 1, 32, 40\) of torch.int32"):
+            module.segment(stored.int())
+        module._normalize = ["CT"]
+        with pytest.raises(
+            ValueError, match=r"normalized by \['CT'\], which this module has no part of: use the command predict"
+        ):
+            module.segment(stored)
 
     def test_needs_no_hydra(self, run):
         code = (

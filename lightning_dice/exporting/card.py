@@ -113,6 +113,7 @@ def _usage(facts: Mapping[str, Any], model: Path) -> str:
         f"and {window['weighting']} weights: cut images so, and put the logits together."
     )
     flips = "" if not facts["flips"] else f"\n\nThe module also averages over flips of the space axes {facts['flips']}."
+    take = "segment(images)" if len(facts["input"]["axes"]) == 4 else "predict_step(images)  # normalized"
     code = {
         "onnx": "```bash\npip install numpy onnxruntime pillow\npython run_onnx.py picture.png mask.png\n```"
         if len(facts["input"]["axes"]) == 4
@@ -120,7 +121,7 @@ def _usage(facts: Mapping[str, Any], model: Path) -> str:
         "torch_export": f'```python\nimport torch\n\nmodel = torch.export.load("{model.name}").module()\n'
         f"{facts['graph']} = model(image)\n```",
         "safetensors": "```python\nfrom lightning_dice import SegmentationModule\n\n"
-        f'module = SegmentationModule.from_safetensors("{model.name}")\nlabels = module.predict_step(image)\n```',
+        f'module = SegmentationModule.from_safetensors("{model.name}")\nlabels = module.{take}\n```',
     }[facts["format"]]
     return code + by_windows + flips
 
