@@ -345,6 +345,8 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
     try:
         return hydra.utils.instantiate(config, **arguments)
     except InstantiationException as error:
+        from lightning.fabric.utilities.exceptions import MisconfigurationException  # Which would slow the start down.
+
         cause = error.__cause__
         # The target's own complaint says more than Hydra's frame around it; deepest first.
         while cause is not None and isinstance(cause.__cause__, Exception):
@@ -355,5 +357,7 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
             extra = {"wandb": "loggers", "mlflow": "loggers"}.get(str(missing).split(".")[0])
             hint = f"; pip install 'lightning-dice[{extra}]'" if extra else ""
             raise UserError(f"{what}: {headline}{hint}") from error
+        if isinstance(cause, (ValueError, MisconfigurationException)) and str(cause):
+            raise UserError(f"{what}: {cause}") from error  # It says what is wrong by itself.
         detail = f": {cause}" if cause is not None else ""
         raise UserError(f"{what}: {headline}{detail}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ _NO_MATTER = {
     },
 }
 _WINDOW = 512  # pixels along each axis, where a picture must be read by windows and the run names no size
+_WHOLE = 2**22  # pixels of a picture, beyond which a run that was trained on windows predicts by windows, too
 _PREVIEW = 2048  # pixels along the longer axis of an overlay of a picture that is read by windows
 
 
@@ -94,6 +96,7 @@ class Method:
                     + "; ".join(unlike)
                 )
         self.notes: list[str] = []
+        self._windowed = OmegaConf.select(self.run, "data.window") is not None
         precision = str(config.trainer.precision or self.run.trainer.precision)
         self.settings: dict[str, Any] = {
             "format": self.format,
@@ -217,6 +220,8 @@ class Method:
         if isinstance(scan.image, LargeImage):
             if self.wants_probabilities:
                 raise Skipped(f"{item.files[0]}: is read by windows, and is too large for probabilities=true")
+            predictor = self._by_windows()
+        elif self._windowed and math.prod(scan.image.shape[1:]) > _WHOLE:
             predictor = self._by_windows()
         with torch.inference_mode(), self._context():
             if not self.wants_probabilities:

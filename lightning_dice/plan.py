@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     print(f"patch {sizes}, batch {proposal.batch_size}, {len(shape.strides)} levels")
     print(f"about {proposal.memory / planning.GIB:.2g} GiB for a training step in float32, of {config.memory:g}")
     print("\nAs overrides:\n  " + " ".join(_overrides(proposal, spacing)))
-    print(f"\nAs an experiment:\n  python -m lightning_dice.fit --config-dir {path.parent.parent} experiment=plan")
+    place = shlex.quote(str(path.parent.parent))
+    print(f"\nAs an experiment:\n  python -m lightning_dice.fit --config-dir {place} experiment=plan")
     return path
 
 

@@ -89,6 +89,9 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
         manifest.write(folder)
         return
     changed = differences(old.settings, manifest.settings)
+    if changed and not any(path.is_file() and path.name != MANIFEST for path in folder.rglob("*")):
+        manifest.write(folder)  # There is nothing that could mix.
+        return
     if changed:
         told = "\n  ".join([*changed[:SHOWN], *([f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
         raise UserError(

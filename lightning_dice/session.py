@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core.optimizer import _configure_optimizers
@@ -32,6 +33,10 @@ from lightning_dice.launch import Start
 from lightning_dice.module import SegmentationModule
 
 # Shown by Lightning in every run, and not what its reader can or should act on.
+_COUNTS = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"),
+    *("check_val_every_n_epoch", "log_every_n_steps", "num_nodes"),
+)
 _NOISE = (
     ".*does not have many workers.*",  # The datamodule sets them from the cores at hand.
     ".*is smaller than the logging interval.*",  # The epoch's means are logged anyway.
@@ -76,7 +81,8 @@ class Session:
         Raises:
             UserError: what is wrong.
         """
-        _ = self.data, self.module, self.trainer
+        # The data last: reading them may take long.
+        _ = self.module, self.trainer, self.data
 
     @cached_property
     def data(self) -> SegmentationData:
@@ -101,6 +107,13 @@ class Session:
         # Ends a training after a step, which the others must have seen.
         callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
         loggers = instantiate_each(self.config.logger, "logger")
+        accelerator = self.config.trainer.get("accelerator")
+        if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU: device=cpu does without")
+        for name in _COUNTS:  # The Trainer would find out in the middle of its start, or never.
+            value = self.config.trainer.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UserError(f"trainer.{name} must be a whole number, got {value}")
         trainer: L.Trainer = instantiate(
             self.config.trainer,
             "trainer",

@@ -127,7 +127,12 @@ class TestFit:
     def test_a_missing_gpu(self, home):
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
-        assert "No supported gpu backend found" in refused("fit", *SMALL, "device=gpu", cwd=home)
+        told = refused("fit", *SMALL, "device=gpu", cwd=home)
+        assert "trainer.accelerator=gpu, but torch finds no GPU: device=cpu does without" in told
+
+    def test_epochs_that_are_no_number(self, home):
+        told = refused("fit", *SMALL, "trainer.max_epochs=two", cwd=home)
+        assert "trainer.max_epochs must be a whole number, got two" in told
 
     def test_a_training_that_diverges_ends_and_says_why(self, home):
         """Its workers end with it, though they leave other signals to the training."""

@@ -142,7 +142,7 @@ def test_what_is_added_is_no_typo(capsys):
 
 class TestInstantiate:
     def test_a_refused_setting_is_told(self):
-        with pytest.raises(UserError, match=r"loss: .*DiceLoss.*smooth must be a number of pixels >= 0.*-1"):
+        with pytest.raises(UserError, match=r"^loss: smooth must be a number of pixels >= 0.*-1"):
             instantiate(composed("loss.smooth=-1").loss, "loss")
 
     def test_a_missing_package_names_its_extra(self):

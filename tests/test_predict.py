@@ -206,6 +206,28 @@ class TestGoingOn:
         assert run_predict(*arguments, change, "overwrite=true") == 0
         assert run_predict(*arguments, change) == 0
 
+    def test_other_settings_are_taken_where_nothing_is_done(self, run, pictures, tmp_path):
+        arguments = [f"run={run}", f"input={pictures}", f"output={tmp_path / 'm'}"]
+        assert run_predict(*arguments) == 0
+        for path in [path for path in (tmp_path / "m").rglob("*.png")]:
+            path.unlink()
+        assert run_predict(*arguments, "inference.size=[16,16]") == 0
+        assert "inference.size: [16, 16] there" in refused(*arguments)
+
+    def test_a_run_that_was_trained_on_windows_predicts_by_windows(self, pictures, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_dice.method._WHOLE", 1000)
+        seen = []
+
+        def by_windows(method):
+            seen.append(method)
+            return method.predictor
+
+        monkeypatch.setattr("lightning_dice.method.Method._by_windows", by_windows)
+        for window, large in (("null", 0), ("[64,64]", 3)):  # Of the pictures, three have more than 1000 pixels.
+            folder = made_run(tmp_path / window, *FILES, f"data.window={window}")
+            assert run_predict(f'run=["{folder}"]', f"input={pictures}", f"output={tmp_path / f'm{large}'}") == 0
+            assert len(seen) == large
+
     def test_no_data_that_is_no_number_is_the_same_setting(self, pictures, tmp_path):
         arguments = [f"run={made_run(tmp_path / 'run', *FILES)}", f"input={pictures}", f"output={tmp_path / 'm'}"]
         assert run_predict(*arguments) == 0

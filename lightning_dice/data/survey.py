@@ -169,7 +169,10 @@ class Survey:
         doubtful = [f"{split}/{facts.pair.case}" for split, facts in blank if self._doubtful(facts.counts[0])]
         if doubtful:
             label = self.mask_format.ignore_index
-            lines.append(f"no foreground but ignored pixels ({label}) in {len(doubtful)} masks: {_names(doubtful)}")
+            lines.append(
+                f"no foreground but ignored pixels ({label}) in {len(doubtful)} masks: {_names(doubtful)}; "
+                f"if {label} is foreground there, set 'data.values={{{label}:1}}'"
+            )
         same: dict[bytes, dict[Split, str]] = defaultdict(dict)
         for split, facts in everything:
             same[facts.digest].setdefault(split, f"{split}/{facts.pair.case}")

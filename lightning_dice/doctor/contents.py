@@ -329,6 +329,17 @@ def _blank_masks(found: Examination) -> Iterator[Finding]:
     for split in found.sizes:
         part = [case for case in cases if case.split == split]
         empty = [case for case in part if not case.foreground(task)]
+        veiled = [case for case in empty if case.ignored]
+        if 2 * len(veiled) > len(empty):
+            yield Finding(
+                "ignored-masks",
+                "warning",
+                f"no foreground but ignored pixels in {cases_in_words(len(veiled), 'mask')} of the {split} split",
+                "If the ignored label is foreground there, it is never learnt.",
+                f"Set 'data.values={{{task.ignore_index}:1}}', if it is.",
+                [case.key for case in veiled],
+            )
+            empty = [case for case in empty if not case.ignored]
         if empty and len(empty) < len(part):  # All of them is an absent class.
             yield Finding(
                 "empty-masks",

@@ -34,6 +34,8 @@ def script(facts: Mapping[str, Any], model: str) -> str:
         "import onnxruntime",
         "from PIL import Image",
         "",
+        "if len(sys.argv) != 3:",
+        '    sys.exit("usage: python run_onnx.py picture.png mask.png")',
         f'model = pathlib.Path(__file__).with_name("{model}")',
         'net = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])',
         "picture = Image.open(sys.argv[1])",
@@ -130,6 +132,8 @@ import sys
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python run_onnx.py image.npy output.npy")
 model = pathlib.Path(__file__).with_name("{model}")
 net = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 facts = json.loads(net.get_modelmeta().custom_metadata_map["lightning_dice"])
