@@ -54,7 +54,7 @@ def cases_in_words(count: int, noun: str = "case") -> str:
 
 
 def _splits(found: Examination) -> Iterator[Finding]:
-    sizes = found.sizes
+    sizes = {split: found.whole(split) for split in found.sizes}
     least = int(found.facts.get("batch_size") or 1)
     if 0 < sizes.get("train", 0) < least:
         yield Finding(

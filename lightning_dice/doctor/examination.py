@@ -41,6 +41,7 @@ class Examination:
         facts: settings of a training that decide what matters: `batch_size`, `channels`, and `size` of the crops; and
             `root`, which is left out of the names of files.
         mismatches: masks that fit another image better than their own.
+        images: how many each split has, where that is not the number of its cases.
     """
 
     task: Task
@@ -49,6 +50,11 @@ class Examination:
     sizes: dict[Split, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
+    images: dict[Split, int] = field(default_factory=dict)
+
+    def whole(self, split: Split) -> int:
+        """How many images a split has."""
+        return self.images.get(split, self.sizes.get(split, 0))
 
     def of(self, split: Split) -> list[Case]:
         """The cases of a split."""
@@ -108,6 +114,8 @@ def examine(
         if cases is not None:
             parts[split] = _parts(cases)
             found.sizes[split] = len(parts[split])
+            if len(cases) != len(parts[split]):
+                found.images[split] = len(cases)
         elif refused is not None and not told:
             note(_problems(refused))
     total = sum(found.sizes.values())

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 
 from lightning_dice.callbacks.colors import class_colors
+from lightning_dice.doctor.contents import cases_in_words
 from lightning_dice.doctor.examination import Examination
 from lightning_dice.doctor.finding import SEVERITIES, Finding
 from lightning_dice.doctor.measures import Case, Task
@@ -97,10 +98,12 @@ def pictured(findings: Iterable[Finding]) -> list[str]:
 
 def _summary(found: Examination) -> str:
     unread = sum(found.sizes.values()) - len(found.cases)
-    splits = ", ".join(f"{split} {count}" for split, count in found.sizes.items())
-    count = len(found.task.classes)
-    text = f"{sum(found.sizes.values())} cases ({splits}), {count} class{'es' * (count != 1)}, {found.task.activation}"
-    return text + (f"; {unread} cases could not be read" if unread else "")
+    images = {split: found.whole(split) for split in found.sizes}
+    splits = ", ".join(f"{split} {count}" for split, count in images.items())
+    count, total = len(found.task.classes), cases_in_words(sum(images.values()))
+    text = f"{total} ({splits}), {count} class{'es' * (count != 1)}, {found.task.activation}"
+    text += f"; large images are measured in tiles, {sum(found.sizes.values())} in all" if found.images else ""
+    return text + (f"; {cases_in_words(unread)} could not be read" if unread else "")
 
 
 def _cards(found: Examination, findings: Sequence[Finding]) -> str:
@@ -109,7 +112,7 @@ def _cards(found: Examination, findings: Sequence[Finding]) -> str:
         (counts["error"], "errors", "break a training or its scores"),
         (counts["warning"], "warnings", "may spoil them"),
         (counts["note"], "notes", "good to know"),
-        (sum(found.sizes.values()), "cases", "in all splits"),
+        (sum(map(found.whole, found.sizes)), "cases", "in all splits"),
     ]
     return (
         '<div class="cards">'

@@ -30,7 +30,8 @@ def split_table(found: Examination) -> list[Row]:
     for split, count in found.sizes.items():
         cases = found.of(split)
         unread = count - len(cases)
-        number = str(count) + (f" ({unread} unreadable)" if unread else "")
+        tiles = f" in {count} tiles" if split in found.images else ""
+        number = f"{found.whole(split)}{tiles}" + (f" ({unread} unreadable)" if unread else "")
         if not cases:
             rows.append([split, number, *[""] * 7])
             continue

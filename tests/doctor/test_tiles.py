@@ -11,7 +11,9 @@ from PIL import Image
 from lightning_dice import inspect
 from lightning_dice.data import FolderSource, MaskFormat
 from lightning_dice.doctor.examination import draw_missing, examine
+from lightning_dice.doctor.findings import judge
 from lightning_dice.doctor.measures import Task
+from lightning_dice.doctor.tables import split_table
 
 CLASSES = ["background", "disc"]
 
@@ -39,6 +41,10 @@ def test_they_are_measured_in_tiles(source):
     names = ["photo", "scene@0-0", "scene@0-100", "scene@100-0", "scene@100-100"]
     assert [case.key for case in found.cases] == [f"{split}/{name}" for split in ("train", "val") for name in names]
     assert found.sizes == {"train": 5, "val": 5}
+    assert found.images == {"train": 2, "val": 2}
+    assert [row[1] for row in split_table(found)] == ["cases", "2 in 5 tiles", "2 in 5 tiles"]
+    few = [finding.title for finding in judge(found) if finding.kind == "few-cases"]
+    assert few == ["the val split holds 2 cases only"]
     photo, first, *rest = found.of("train")
     assert (photo.size, first.size) == ((90, 90), (100, 100))
     assert photo.objects[1].pixels == first.objects[1].pixels > 1000
