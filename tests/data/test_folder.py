@@ -370,7 +370,8 @@ def test_report(tmp_path):
             "(ignored)       12.5% (1)  33.3% (2)",
             "",
             "Warning: class 'nucleus' never occurs in the train split",
-            "Warning: no foreground but ignored pixels (255) in 1 masks: val/d",
+            "Warning: no foreground but ignored pixels (255) in 1 masks: val/d; "
+            "if 255 is foreground there, set 'data.values={255:1}'",
             "Warning: 1 images stand in more than one split: train/a = val/c",
         ]
     )
