@@ -164,6 +164,7 @@ class SegmentationModule(L.LightningModule):
         self.inference = inference if inference is not None else Inference()
         # Of images, as the run's config has it; known by what loads a trained module.
         self._normalize: Callable[[Tensor], Tensor] | str | list[str] | None = None
+        self._white: float | None = None  # The stored value that is 1, where it is not that of the type.
         self.interval = interval
         self.monitor = monitor
         self.lr_scaling: RateScaling | None = one_of("lr_scaling", lr_scaling, ("linear", "sqrt", None))
@@ -221,7 +222,9 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(saved["state_dict"])
         module.calibrate(find_decision(folder, calibration, path))
-        module._normalized_by(config.get("normalize"), config.get("data", {}).get("normalization"))
+        data = config.get("data", {})
+        module._normalized_by(config.get("normalize"), data.get("normalization"))
+        module._white = data.get("white")
         return module.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else module.eval()
 
     @classmethod
@@ -375,9 +378,8 @@ class SegmentationModule(L.LightningModule):
         found = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
         temperature = self.inference.decision.temperature
         if stage != "train" and temperature is not None:
-            found["temperature"] = torch.tensor(
-                temperature, dtype=torch.float64
-            )  # By which they become calibrated probabilities.
+            # By which they become calibrated probabilities.
+            found["temperature"] = torch.tensor(temperature, dtype=torch.float64)
         return found
 
     def setup(self, stage: str) -> None:
@@ -406,7 +408,8 @@ class SegmentationModule(L.LightningModule):
 
         Args:
             images: `(batch, channels, *space)`: floats as training has them before `normalize`, which for pictures of 8
-                and 16 bit are in [0, 1]; or uint8 or uint16, which are divided by 255 or 65535.
+                and 16 bit are in [0, 1]; or uint8 or uint16, which are divided by the run's `data.white`, by default
+                255 or 65535.
 
         Returns:
             As `predict_step`.
@@ -421,7 +424,7 @@ class SegmentationModule(L.LightningModule):
                 "command predict, or normalize them and call predict_step"
             )
         if images.dtype in (torch.uint8, torch.uint16):
-            images = images.float() / torch.iinfo(images.dtype).max
+            images = images.float() / (self._white or torch.iinfo(images.dtype).max)
         if not images.is_floating_point() or images.ndim < 3:
             raise ValueError(
                 f"images must be (batch, channels, *space) of floats, uint8 or uint16, got {tuple(images.shape)} of "

@@ -65,6 +65,9 @@ class TestFromRun:
         assert not torch.equal(module.predict_step(stored.float() / 255), expected)
         with pytest.raises(ValueError, match=r"floats, uint8 or uint16, got \(3, 1, 32, 40\) of torch.int32"):
             module.segment(stored.int())
+        module._white = 100.0
+        assert torch.equal(module.segment(stored), module.segment(stored.float() / 100))
+        module._white = None
         module._normalize = ["CT"]
         with pytest.raises(
             ValueError, match=r"normalized by \['CT'\], which this module has no part of: use the command predict"
