@@ -70,6 +70,8 @@ def describe(
     # Of images of one size, larger ones are put together.
     window = predictor.window if size is None else SlidingWindow(size)
     fingerprint = _fingerprint(folder)
+    # By which the training read other values than those of the files.
+    settings = [f"data.{key}={data[key]}" for key in ("white", "bands", "nodata") if data.get(key) is not None]
     return {
         "schema": "lightning-dice/model",
         "schema_version": SCHEMA_VERSION,
@@ -86,8 +88,8 @@ def describe(
             "dynamic": list(dynamic),
             "minimum": minimum,
             "size": None if size is None else list(size),
-            "values": _VALUES[ndim > 2],
-            "range": [0.0, 1.0] if ndim < 3 else None,
+            "values": "; ".join([_VALUES[ndim > 2], *settings]),
+            "range": [0.0, 1.0] if ndim < 3 and not settings else None,
             "spacing": _spacing(data, fingerprint),
             "orientation": "RAS" if ndim == 3 else None,
         },

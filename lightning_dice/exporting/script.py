@@ -22,6 +22,7 @@ def script(facts: Mapping[str, Any], model: str) -> str:
     """
     ready = _prepared(facts)
     pictures = len(facts["input"]["axes"]) == 4 and facts["input"]["channels"] in (1, 3)
+    pictures = pictures and facts["input"]["range"] is not None
     whole = facts["window"] is None and facts["input"]["size"] is None
     if ready is None or not pictures or not whole:
         return _of_arrays(facts, model)
