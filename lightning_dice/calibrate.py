@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lightning_dice.configs import UserError, run_command
+from lightning_dice.cli.config import UserError, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from lightning_dice.inference import Decision
-    from lightning_dice.inference.calibration import Calibrator
+    from lightning_dice.inference.calibrator import Calibrator
     from lightning_dice.module import SegmentationModule
 
 SETTINGS = ("run", "checkpoint", "output", "thresholds", "pixels", "seed", "overwrite", "device")
@@ -49,12 +49,12 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     """
     import torch
 
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
+    from lightning_dice.cli.experiment import Session, own_mistakes_told, say
     from lightning_dice.inference import CALIBRATION
-    from lightning_dice.inference.decision import digest
-    from lightning_dice.session import Session, own_mistakes_told, say
+    from lightning_dice.inference.postprocessing import digest
 
-    run = runs.reopen(config.run, overrides)
+    run = run_folder.reopen(config.run, overrides)
     path = Path(config.output or Path(config.run) / CALIBRATION).expanduser().absolute()
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists, and nothing is overwritten: overwrite=true, or choose output=<file>")
@@ -62,7 +62,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
         raise UserError(f"output must be a file in a folder that exists, got {path}")
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.update(logger={}, callbacks={})
-    checkpoint = runs.find_checkpoint(config.run, config.checkpoint)
+    checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     session = Session(run, Path(run.folder), trained=True)
     module, data = session.module, session.data
     given = module.inference.decision
@@ -74,7 +74,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     cases = data.source.split("val")
     if cases is None:
         raise UserError("the data have no val split to calibrate on; that of the training or the test must not be used")
-    saved = runs.check_weights(module, checkpoint)
+    saved = run_folder.check_weights(module, checkpoint)
     module.load_state_dict(saved["state_dict"])
     device = session.trainer.strategy.root_device
     module.eval().to(device)
@@ -180,7 +180,7 @@ def table(scores: dict[str, dict[str, float]], found: Decision, classes: list[st
 
 
 def _calibrator(module: SegmentationModule, config: DictConfig, run: DictConfig, *, cases: int) -> Calibrator:
-    from lightning_dice.inference.calibration import Calibrator
+    from lightning_dice.inference.calibrator import Calibrator
     from lightning_dice.metrics import DiceScore
 
     activation = module.predictor().activation

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lightning_dice.configs import UserError, quote, quoted, run_command
+from lightning_dice.cli.config import UserError, quote, quoted, run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lightning_dice.scoring.paired import Difference
+    from lightning_dice.scoring.comparison import Difference
     from lightning_dice.scoring.table import Cases
 
 TABLE, PICTURE = "compare.csv", "compare.png"
@@ -56,9 +56,9 @@ def compare(config: DictConfig) -> None:
         raise UserError(f"cases must be same or common, got {config.cases}")
     if not isinstance(config.resamples, int) or config.resamples < 100:
         raise UserError(f"resamples must be an integer of at least 100, got {config.resamples}")
-    from lightning_dice import runs
-    from lightning_dice.scoring.paired import adjusted
-    from lightning_dice.scoring.paired import compare as compare_tables
+    from lightning_dice.cli import run_folder
+    from lightning_dice.scoring.comparison import adjusted
+    from lightning_dice.scoring.comparison import compare as compare_tables
 
     names = distinct(folders)
     tables = read_tables(folders, names, config)
@@ -68,10 +68,10 @@ def compare(config: DictConfig) -> None:
     lines = iter(adjusted([line for group in found for line in group]))
     groups = [[next(lines) for _ in group] for group in found]
     if config.output is not None:
-        made = runs.exact_folder(config.output)
+        made = run_folder.exact_folder(config.output)
     else:
         home = folders[0] if folders[0].is_dir() else folders[0].parent
-        made = runs.new_folder(home, f"compare_{names[1]}", dated=False)
+        made = run_folder.new_folder(home, f"compare_{names[1]}", dated=False)
     write(made, names, tables[0], config.score, groups)
     show(made, names, tables[0], config.score, groups)
 
@@ -100,7 +100,7 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
         UserError: otherwise.
     """
     from lightning_dice.callbacks.files import read_csv
-    from lightning_dice.scoring.paired import check_same, common
+    from lightning_dice.scoring.comparison import check_same, common
     from lightning_dice.scoring.table import SCORES, read
 
     if len(set(names)) < len(names):
@@ -141,7 +141,7 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
 def write(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
     """Write the table of differences, those of each case, and the picture."""
     from lightning_dice.callbacks.files import number, write_csv
-    from lightning_dice.report.differences import draw
+    from lightning_dice.plotting.comparison_plot import draw
 
     columns = ["a", "b", "score", "class", "cases", "only_a", "only_b", "mean_a", "mean_b", "difference", "low", "high"]
     columns += ["wins", "losses", "ties", "wilcoxon", "wilcoxon_holm", "permutation", "permutation_holm"]

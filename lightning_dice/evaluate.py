@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lightning_dice.configs import UserError, composed, instantiate, run_command
+from lightning_dice.cli.config import UserError, composed, instantiate, run_command
 
 if TYPE_CHECKING:
     from lightning_dice import report
     from lightning_dice.callbacks import CaseTable, Overlays
+    from lightning_dice.cli.experiment import Session
     from lightning_dice.data import Split
-    from lightning_dice.session import Session
 
 SETTINGS = ("run", "predictions", "checkpoint", "calibration", "split", "missing", "output", "device")
 
@@ -59,27 +59,27 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     Raises:
         UserError: as `evaluate`.
     """
-    from lightning_dice import runs
-    from lightning_dice.session import Session, say
+    from lightning_dice.cli import run_folder
+    from lightning_dice.cli.experiment import Session, say
 
-    run = runs.reopen(config.run, overrides)
+    run = run_folder.reopen(config.run, overrides)
     if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
         raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
     # One device: the results then need no agreement on a folder.
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.logger = {}
-    checkpoint = runs.find_checkpoint(config.run, config.checkpoint)
+    checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     # The data and the weights are read, and a mistake in them told, before a folder is made.
     session = Session(run, Path(run.folder), trained=True)
-    runs.check_weights(session.module, checkpoint)
-    calibration = runs.calibrate(session.module, config.run, config.calibration, checkpoint)
+    run_folder.check_weights(session.module, checkpoint)
+    calibration = run_folder.calibrate(session.module, config.run, config.calibration, checkpoint)
     split = _split(config, session)
     if config.output is not None:
-        session.folder = runs.exact_folder(config.output)
+        session.folder = run_folder.exact_folder(config.output)
     else:
-        session.folder = runs.new_folder(config.run, f"evaluate_{split}", dated=False)
+        session.folder = run_folder.new_folder(config.run, f"evaluate_{split}", dated=False)
     run.folder = str(session.folder)
-    runs.save_config(session.folder, run)
+    run_folder.save_config(session.folder, run)
     say(f"{checkpoint} on {split}")
     if calibration is not None:
         say(calibration)
@@ -96,11 +96,12 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     """
     from rich.progress import Progress
 
-    from lightning_dice import report, runs
-    from lightning_dice.data.volume_reader import VolumeReader
-    from lightning_dice.data.volumes import VolumeCases
-    from lightning_dice.report.predictions import score_predictions
-    from lightning_dice.session import Session, own_mistakes_told, say, scored_facts
+    from lightning_dice import report
+    from lightning_dice.cli import run_folder
+    from lightning_dice.cli.experiment import Session, own_mistakes_told, say, scored_facts
+    from lightning_dice.data.volumes.prediction_io import VolumeReader
+    from lightning_dice.data.volumes.sources import VolumeCases
+    from lightning_dice.report.score_predictions import score_predictions
 
     if config.checkpoint != "best" or config.calibration != "auto":
         raise UserError("checkpoint and calibration decide what a network predicts: leave them out with predictions=")
@@ -132,7 +133,9 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
             skip_missing=config.missing == "skip",
             each=lambda: progress.advance(bar),
         )
-    made = runs.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False) if output is None else output
+    made = (
+        run_folder.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False) if output is None else output
+    )
     table.folder = made
     table.write(split)
     if overlays is not None:
@@ -154,16 +157,16 @@ def _split(config: DictConfig, session: Session) -> Split:
 
 def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The config of a run, or, without one, that of a run that would train on these data."""
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     if config.run is not None:
-        return runs.reopen(config.run, overrides)
+        return run_folder.reopen(config.run, overrides)
     if not any(override.partition("=")[0] in ("data", "experiment") for override in overrides):
         raise UserError(
             "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
         )
     run = composed("fit", overrides)
-    runs.settle_data(run)
+    run_folder.settle_data(run)
     return run
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import UserError, instantiate, run_command
+from lightning_dice.cli.config import UserError, instantiate, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,25 +107,25 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
     made = checked_format(config)
     from tempfile import TemporaryDirectory
 
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
+    from lightning_dice.cli.experiment import quiet
     from lightning_dice.exporting import MissingExtra, describe, model_card, script
-    from lightning_dice.files import write_atomically
+    from lightning_dice.io import write_atomically
     from lightning_dice.scoring import Scoring
-    from lightning_dice.session import quiet
 
     quiet()
     try:
         made.require()
     except MissingExtra as error:
         raise UserError(f"format={config.format}: {error}") from error
-    run = runs.reopen(config.run, overrides)
+    run = run_folder.reopen(config.run, overrides)
     plain: Any = OmegaConf.to_container(run, resolve=True)
-    checkpoint_path = runs.find_checkpoint(config.run, config.checkpoint)
+    checkpoint_path = run_folder.find_checkpoint(config.run, config.checkpoint)
     with made_folder(config, made.suffix) as target:
-        module = runs.build_module(run, trained=True)
-        checkpoint = runs.check_weights(module, checkpoint_path)
+        module = run_folder.build_module(run, trained=True)
+        checkpoint = run_folder.check_weights(module, checkpoint_path)
         module.load_state_dict(checkpoint["state_dict"])
-        calibration = runs.calibrate(module, config.run, config.calibration, checkpoint_path)
+        calibration = run_folder.calibrate(module, config.run, config.calibration, checkpoint_path)
         if calibration is not None:
             print(calibration, flush=True)
         module.eval()
@@ -226,11 +226,11 @@ def made_folder(config: DictConfig, suffix: str) -> Iterator[Target]:
     """
     import os
 
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     made: list[Path] = []
     if config.output is None:
-        folder, stem = runs.new_folder(config.run, f"export_{config.format}", dated=False), "model"
+        folder, stem = run_folder.new_folder(config.run, f"export_{config.format}", dated=False), "model"
         made = [folder]
     else:
         path = Path(config.output).expanduser().absolute()
@@ -462,7 +462,7 @@ def say(found: Agreement, graph: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text whole or not at all."""
-    from lightning_dice.files import write_atomically
+    from lightning_dice.io import write_atomically
 
     write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8"))
 

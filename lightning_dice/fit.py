@@ -12,9 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from lightning_dice import launch, sweeps
-from lightning_dice.callbacks.trials import Status, conclude
-from lightning_dice.configs import (
+from lightning_dice.cli import rendezvous, sweep
+from lightning_dice.cli.config import (
     CONF_DIR,
     RUN_VARIABLE,
     UserError,
@@ -26,12 +25,13 @@ from lightning_dice.configs import (
     split_arguments,
     traces_removed,
 )
-from lightning_dice.launch import Start
+from lightning_dice.cli.rendezvous import Start
+from lightning_dice.trials import Status, conclude
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
 
-CHANNEL = launch.Channel(launch.place())
-JOB = launch.Job(sys.argv[1:])
+CHANNEL = rendezvous.Channel(rendezvous.place())
+JOB = rendezvous.Job(sys.argv[1:])
 
 
 def main() -> None:
@@ -42,17 +42,17 @@ def main() -> None:
     register_resolvers()
     with mistakes_told():
         try:
-            if (start := launch.given()) is not None:
+            if (start := rendezvous.given()) is not None:
                 train(start)
             elif CHANNEL.place.rank > 0:
                 for start in CHANNEL.starts():
                     with traces_removed():
                         train(start)
             else:
-                with launch.leading(CHANNEL):
+                with rendezvous.leading(CHANNEL):
                     lead(sys.argv[1:])
         finally:
-            launch.part()
+            rendezvous.part()
 
 
 def lead(arguments: list[str]) -> None:
@@ -63,11 +63,11 @@ def lead(arguments: list[str]) -> None:
     if earlier is not None:
         # The command line is the one that began the run: it goes on as it was.
         print(f"the job was started again (SLURM_RESTART_COUNT={JOB.restarts}): going on in {earlier}", flush=True)
-        if sweeps.is_sweep(earlier):
+        if sweep.is_sweep(earlier):
             resume_sweep(str(earlier), [])
         else:
             resume(str(earlier), [])
-    elif resumed and sweeps.is_sweep(resumed[-1]):
+    elif resumed and sweep.is_sweep(resumed[-1]):
         resume_sweep(resumed[-1], [argument for argument in arguments if not argument.startswith("resume=")])
     elif resumed:
         # Not through Hydra, which would check the overrides against the default config instead of the run's.
@@ -80,13 +80,13 @@ def lead(arguments: list[str]) -> None:
 def begin(arguments: list[str]) -> None:
     """Train a run or a sweep, as the command line says."""
     sys.argv[1:] = arguments
-    if (hint := sweeps.missing_plugin(arguments)) is not None:
+    if (hint := sweep.missing_plugin(arguments)) is not None:
         raise UserError(hint)
-    with sweeps.told():
+    with sweep.told():
         try:
             from_command_line()
         except SystemExit as error:
-            if error.code == 1 and not sweeps.begun():  # Hydra's; ours is 2.
+            if error.code == 1 and not sweep.begun():  # Hydra's; ours is 2.
                 explain_typos("fit", sys.argv[1:])
             raise
 
@@ -106,11 +106,11 @@ def resume_sweep(folder: str, arguments: list[str]) -> None:
     if retry and retry[-1] not in ("retry_failed=true", "retry_failed=false"):
         raise UserError(f"retry_failed must be true or false, got {retry[-1].removeprefix('retry_failed=')}")
     others = [argument for argument in arguments if argument not in retry]
-    replayed = sweeps.reopened(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
+    replayed = sweep.reopened(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
     if replayed is not None:
         begin(replayed)
         return
-    with sweeps.told():
+    with sweep.told():
         pass  # It is done: its table is shown.
 
 
@@ -123,39 +123,45 @@ def from_command_line(config: DictConfig) -> float | None:
     """
     hydra_config = HydraConfig.get()
     with traces_removed(), mistakes_told():
-        from lightning_dice import runs
+        from lightning_dice.cli import run_folder
 
         choices = hydra_config.runtime.choices
         config.name = config.name or f"{choices.get('experiment') or choices['data']}_{choices['model']}"
         if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
-            sweep = Path(hydra_config.sweep.dir).expanduser().absolute()
-            JOB.began(sweep)
-            folder = sweep / str(hydra_config.job.num)
+            sweep_folder = Path(hydra_config.sweep.dir).expanduser().absolute()
+            JOB.began(sweep_folder)
+            folder = sweep_folder / str(hydra_config.job.num)
             overrides = list(hydra_config.overrides.task)
-            return sweeps.run_trial(
+            return sweep.run_trial(
                 folder, overrides, lambda: train_trial(config, folder), shared=lambda: CHANNEL.told == str(folder)
             )
         check_processes(config.trainer)
         folder = (
-            runs.new_folder(config.runs, config.name) if config.folder is None else runs.exact_folder(config.folder)
+            run_folder.new_folder(config.runs, config.name)
+            if config.folder is None
+            else run_folder.exact_folder(config.folder)
         )
         try:
             complete(config, folder)
-            runs.save_config(folder, config)
+            run_folder.save_config(folder, config)
             JOB.began(folder)
             return train(start_of(folder))
         finally:
             # A mistake found before training leaves nothing but its config.
-            if {path.name for path in folder.iterdir()} <= {runs.CONFIG, runs.TEMPLATE, runs.FINGERPRINT}:
+            if {path.name for path in folder.iterdir()} <= {
+                run_folder.CONFIG,
+                run_folder.TEMPLATE,
+                run_folder.FINGERPRINT,
+            }:
                 shutil.rmtree(folder)
 
 
 def complete(config: DictConfig, folder: Path) -> None:
     """Fill in what a config of a new run leaves open."""
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     config.folder = str(folder)
-    runs.settle_data(config)
+    run_folder.settle_data(config)
     if config.seed is None:
         config.seed = secrets.randbelow(2**32)  # So that the run can be resumed, and told of.
 
@@ -171,7 +177,7 @@ def train_trial(config: DictConfig, folder: Path) -> None:
         UserError: what is wrong with the trial.
         SystemExit: it was interrupted.
     """
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     check_processes(config.trainer)
     if CHANNEL.alone and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
@@ -179,15 +185,15 @@ def train_trial(config: DictConfig, folder: Path) -> None:
             f"a trial is one task, which starts a process for each device, but SLURM started "
             f"{os.environ['SLURM_NTASKS']}: give hydra.launcher.tasks_per_node=1 and trainer.devices=<devices>"
         )
-    if (folder / runs.CONFIG).is_file():
-        config = runs.reopen(folder)
+    if (folder / run_folder.CONFIG).is_file():
+        config = run_folder.reopen(folder)
     else:
         complete(config, folder)
-    runs.save_config(folder, config)
+    run_folder.save_config(folder, config)
     if CHANNEL.alone and _processes(config.trainer) != 1:
-        sweeps.in_own_process(folder)
+        sweep.in_own_process(folder)
         return
-    train(start_of(folder, runs.newest_checkpoint(folder)))
+    train(start_of(folder, run_folder.newest_checkpoint(folder)))
 
 
 def check_processes(trainer: DictConfig) -> None:
@@ -222,32 +228,32 @@ def resume(folder: str, overrides: list[str]) -> float | None:
     Raises:
         UserError: this is not the folder of a run, an override does not fit, or the checkpoint's weights do not.
     """
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     path = Path(folder).expanduser().absolute()
-    config = runs.reopen(path, overrides)
+    config = run_folder.reopen(path, overrides)
     check_processes(config.trainer)
-    checkpoint = runs.newest_checkpoint(path)
+    checkpoint = run_folder.newest_checkpoint(path)
     if checkpoint is None:
         print(f"{path} has no checkpoint yet: training begins anew", flush=True)
     else:
-        runs.check_weights(runs.build_module(config, trained=True), checkpoint)
-    runs.save_config(path, config)
+        run_folder.check_weights(run_folder.build_module(config, trained=True), checkpoint)
+    run_folder.save_config(path, config)
     JOB.began(path)
     return train(start_of(path, checkpoint))
 
 
 def start_of(folder: Path, checkpoint: Path | None = None) -> Start:
     """What all processes of a run start from: the config that lies in its folder."""
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
-    text = (folder / runs.CONFIG).read_text(encoding="utf-8")
+    text = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
     return Start(str(folder), text, None if checkpoint is None else str(checkpoint))
 
 
 def train(start: Start) -> float | None:
     """Train, score the best checkpoint and show what came of it: what every process of a run does."""
-    from lightning_dice.session import Session
+    from lightning_dice.cli.experiment import Session
 
     os.environ[RUN_VARIABLE] = start.text()  # For the processes that Lightning starts.
     session = Session.of(start)
@@ -265,7 +271,7 @@ def train(start: Start) -> float | None:
     finally:
         if CHANNEL.alone:
             # The next run of a sweep makes a connection of its own. One made from outside serves all runs.
-            launch.part()
+            rendezvous.part()
 
 
 if __name__ == "__main__":

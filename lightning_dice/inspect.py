@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import UserError, explain_typos, instantiate, quoted, run_command
+from lightning_dice.cli.config import UserError, explain_typos, instantiate, quoted, run_command
 
 if TYPE_CHECKING:
     from lightning_dice.data import Source
-    from lightning_dice.doctor.examination import Examination
-    from lightning_dice.doctor.finding import Finding
+    from lightning_dice.data_check.finding import Finding
+    from lightning_dice.data_check.survey import Examination
 
 PAGE, TABLE, FINDINGS = "inspection.html", "cases.csv", "findings.json"
 
@@ -55,9 +55,9 @@ def inspect(config: DictConfig) -> list[Finding]:
     Raises:
         UserError: a setting is not as it should be, or the folder cannot be made; before the data are read.
     """
-    from lightning_dice import runs
-    from lightning_dice.doctor.finding import KINDS
-    from lightning_dice.session import quiet
+    from lightning_dice.cli import run_folder
+    from lightning_dice.cli.experiment import quiet
+    from lightning_dice.data_check.finding import KINDS
 
     quiet()
     if unknown := [kind for kind in config.accept if kind not in KINDS]:
@@ -66,13 +66,13 @@ def inspect(config: DictConfig) -> list[Finding]:
         value = config[name]
         if not (isinstance(value, int) and value >= least) and not (name == "workers" and value is None):
             raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
-    runs.settle_data(config)
+    run_folder.settle_data(config)
     OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)  # Before a folder is made.
     choice = data_choice()
     if config.output is not None:
-        folder = runs.exact_folder(config.output)
+        folder = run_folder.exact_folder(config.output)
     else:
-        folder = runs.new_folder(config.runs, f"inspect_{choice}")
+        folder = run_folder.new_folder(config.runs, f"inspect_{choice}")
     try:
         config.folder = str(folder)
         source: Source = instantiate(config.data.datamodule.source, "data")
@@ -97,8 +97,8 @@ def examine(source: Source, config: DictConfig) -> Examination:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lightning_dice.doctor.examination import examine
-    from lightning_dice.doctor.measures import Task
+    from lightning_dice.data_check.case_statistics import Task
+    from lightning_dice.data_check.survey import examine
 
     data = config.data
     task = Task(
@@ -142,13 +142,13 @@ def conclude(source: Source, found: Examination, config: DictConfig, folder: Pat
     from rich.console import Console
 
     from lightning_dice.callbacks.files import write_csv
-    from lightning_dice.doctor.contents import cases_in_words
-    from lightning_dice.doctor.examination import draw_missing
-    from lightning_dice.doctor.finding import SEVERITIES
-    from lightning_dice.doctor.findings import judge
-    from lightning_dice.doctor.page import page, pictured
-    from lightning_dice.doctor.tables import case_columns, case_row, shown
-    from lightning_dice.files import write_atomically
+    from lightning_dice.data_check.checks import judge
+    from lightning_dice.data_check.content_checks import cases_in_words
+    from lightning_dice.data_check.finding import SEVERITIES
+    from lightning_dice.data_check.html import page, pictured
+    from lightning_dice.data_check.survey import draw_missing
+    from lightning_dice.data_check.tables import case_columns, case_row, shown
+    from lightning_dice.io import write_atomically
 
     findings = judge(found, accept=list(config.accept))
     root = str(config.data.get("root") or "")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_dice.argument_checks import class_indices, kept_classes, one_of, smooth_pair
 from lightning_dice.functional import AbsentPolicy, AbsentRule, dice_score, hard_sums
 from lightning_dice.kernels import Activation, OverlapSums
-from lightning_dice.settings import class_indices, kept_classes, one_of, smooth_pair
 
 MetricPool = Literal["image", "dataset"]
 Average = Literal["macro", "none"]

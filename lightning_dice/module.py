@@ -19,16 +19,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
+from lightning_dice.argument_checks import count, one_of
 from lightning_dice.functional import hard_prediction, hard_target, micro_batched, pad_to_multiple, read_logits
-from lightning_dice.functional.coarser import pad_target
-from lightning_dice.functional.outputs import crop_to, resize_to
+from lightning_dice.functional.model_outputs import crop_to, resize_to
+from lightning_dice.functional.target_resizing import pad_target
 from lightning_dice.inference import Decision, Inference, Predictor, find_decision
-from lightning_dice.inference.resizing import resized
+from lightning_dice.inference.logit_resampling import resized
+from lightning_dice.loading import build, check_targets, without_pretrained
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
-from lightning_dice.objects import build, check_targets, without_pretrained
-from lightning_dice.settings import count, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

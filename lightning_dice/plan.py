@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.configs import UserError, composed, instantiate, run_command
+from lightning_dice.cli.config import UserError, composed, instantiate, run_command
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_dice.planning import Proposal, Topology
+    from lightning_dice.models.planner import Proposal, Topology
 
 SETTINGS = ("memory", "output", "overwrite")
 LEAST_LEVELS = 3  # of MONAI's DynUNet
@@ -42,9 +42,9 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     Raises:
         UserError: a setting, the data, or the output is not as it should be.
     """
-    from lightning_dice import planning
     from lightning_dice.data import DataError
-    from lightning_dice.data.volumes import VolumeSet
+    from lightning_dice.data.volumes.sources import VolumeSet
+    from lightning_dice.models import planner
 
     if not isinstance(config.memory, (int, float)) or not config.memory > 0:
         raise UserError(f"memory must be GiB for a training step, more than 0, got {config.memory}")
@@ -65,7 +65,7 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     make = partial(_network, run)
     cases = len(fingerprint.train())
     try:
-        proposal = planning.propose(steps, median, cases, make, source.channels, int(config.memory * planning.GIB))
+        proposal = planner.propose(steps, median, cases, make, source.channels, int(config.memory * planner.GIB))
     except ValueError as error:
         raise UserError(str(error)) from error
     text = _experiment(run, overrides, proposal, spacing)
@@ -73,7 +73,7 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     shape, sizes = proposal.topology, "x".join(map(str, proposal.topology.size))
     print(f"\nmedian image {'x'.join(map(str, median))} at {'x'.join(f'{step:.4g}' for step in steps)} mm")
     print(f"patch {sizes}, batch {proposal.batch_size}, {len(shape.strides)} levels")
-    print(f"about {proposal.memory / planning.GIB:.2g} GiB for a training step in float32, of {config.memory:g}")
+    print(f"about {proposal.memory / planner.GIB:.2g} GiB for a training step in float32, of {config.memory:g}")
     print("\nAs overrides:\n  " + " ".join(_overrides(proposal, spacing)))
     place = shlex.quote(str(path.parent.parent))
     print(f"\nAs an experiment:\n  python -m lightning_dice.fit --config-dir {place} experiment=plan")
@@ -81,10 +81,10 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
 
 
 def _composed(overrides: list[str]) -> DictConfig:
-    from lightning_dice import runs
+    from lightning_dice.cli import run_folder
 
     run = composed("fit", overrides)
-    runs.settle_data(run)
+    run_folder.settle_data(run)
     missing = sorted(OmegaConf.missing_keys(run))
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
@@ -153,7 +153,7 @@ def _experiment(run: DictConfig, overrides: list[str], proposal: Proposal, spaci
 
 
 def _write(path: Path, text: str) -> None:
-    from lightning_dice.files import write_atomically
+    from lightning_dice.io import write_atomically
 
     try:
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

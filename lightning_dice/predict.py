@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig
 
-from lightning_dice.configs import UserError, run_command
-from lightning_dice.method import Method, Skipped
-from lightning_dice.progress import Progress, Stop, Terminated
+from lightning_dice.cli.config import UserError, run_command
+from lightning_dice.cli.prediction import Method, Skipped
+from lightning_dice.cli.progress import Progress, Stop, Terminated
 
 if TYPE_CHECKING:
     import torch
 
+    from lightning_dice.cli.workers import Shares
     from lightning_dice.data.reader import Item, Reader, Scan
-    from lightning_dice.shares import Shares
 
 SETTINGS = (
     *("run", "input", "output", "checkpoint", "calibration", "format", "probabilities", "overlays"),
@@ -57,7 +57,7 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
         UserError: a run, its checkpoint, the input or the output is not as it should be; before any work. Or the output
             can no longer be written to.
     """
-    from lightning_dice.shares import Shares
+    from lightning_dice.cli.workers import Shares
 
     folders = run_folders(config.run)
     shares = Shares(number_of_processes(config.trainer), "lightning_dice.predict", arguments)
@@ -128,8 +128,8 @@ def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shar
 
 def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
     """Find the images, see that no file would be lost, and what is done already: plain values."""
+    from lightning_dice.cli.prediction_manifest import Manifest, begin
     from lightning_dice.data import DataError
-    from lightning_dice.predictions import Manifest, begin
 
     source = Path(config.input).expanduser()
     try:
@@ -166,7 +166,7 @@ def find_images(reader: Reader, source: Path, output: Path) -> tuple[list[Item],
         UserError: the output folder is that of the images.
     """
     from lightning_dice.data import DataError
-    from lightning_dice.data.pictures import FileWarning, SkippedWarning
+    from lightning_dice.data.images.prediction_io import FileWarning, SkippedWarning
 
     folder = source if source.is_dir() else source.parent
     if output.resolve() == folder.resolve():
@@ -213,7 +213,7 @@ def refuse_collisions(
 
 def finished_already(method: Method, item: Item, output: Path) -> bool:
     """Whether an image has its mask."""
-    from lightning_dice.predictions import finished
+    from lightning_dice.cli.prediction_manifest import finished
 
     return finished([[output / path for path in group] for group in method.masks(item.case)], item.files)
 
@@ -297,7 +297,7 @@ def choose_device(name: str, devices: Any, local: int) -> torch.device:
 @contextmanager
 def _files_told(tell: Callable[[str], None]) -> Iterator[None]:
     """Show what readers say of single files as lines without Python's frame around them."""
-    from lightning_dice.data.pictures import FileWarning
+    from lightning_dice.data.images.prediction_io import FileWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", FileWarning)

@@ -13,16 +13,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torchmetrics import MeanMetric
 
-from lightning_dice import DiceLoss, DiceScore, SegmentationModule, runs
+from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.calibrate import _calibrator, calibrate, calibration_error, collect, decide, table
-from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli.experiment import Session
 from lightning_dice.data import Batch, DataError
 from lightning_dice.evaluate import evaluate
 from lightning_dice.functional import AbsentPolicy
 from lightning_dice.inference import CALIBRATION, Decision
-from lightning_dice.inference.calibration import Calibrator, Scores
+from lightning_dice.inference.calibrator import Calibrator, Scores
 from lightning_dice.scoring import reliability
-from lightning_dice.session import Session
 
 # Small enough for seconds; few epochs leave a network that is far from calibrated.
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
@@ -94,7 +95,7 @@ def test_writes_what_it_found_and_from_what(run, told):
 def test_the_scores_are_those_of_an_evaluation(run):
     register_resolvers()
     scores = content(run / CALIBRATION)["scores"]
-    config = runs.reopen(run)
+    config = run_folder.reopen(run)
     config.update(logger={}, callbacks={})
     session = Session(config, run, trained=True)
     for calibration, when in (("none", "before"), ("auto", "after")):
@@ -105,7 +106,7 @@ def test_the_scores_are_those_of_an_evaluation(run):
 
 @pytest.mark.usefixtures("told")
 def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
-    monkeypatch.setattr("lightning_dice.report.plots._source", lambda figure: "data:,")
+    monkeypatch.setattr("lightning_dice.plotting.report_plots._source", lambda figure: "data:,")
     register_resolvers()
     scores = content(run / CALIBRATION)["scores"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -178,7 +179,7 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     assert SegmentationModule.from_run(run, other, calibration="none").inference.decision == Decision()
     assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.decision != Decision()
     with pytest.raises(UserError, match="calibrate again"):
-        runs.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
+        run_folder.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_large_cases_are_counted_part_by_part(monkeypatch):
     logits, target = torch.randn(1, 100, generator=generator), torch.randint(2, (1, 100), generator=generator)
     found = []
     for chunk in (2**21, 7):
-        monkeypatch.setattr("lightning_dice.inference.calibration._CHUNK", chunk)
+        monkeypatch.setattr("lightning_dice.inference.calibrator._CHUNK", chunk)
         calibrator = Calibrator(1, "sigmoid")
         calibrator.add(logits, target)
         found.append((calibrator.thresholds(1.0), calibrator.scores()))

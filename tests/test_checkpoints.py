@@ -12,8 +12,8 @@ import torch
 
 from lightning_dice import checkpoints
 from lightning_dice.checkpoints import SafeCheckpointIO, newest_readable, remove_parts, retried
-from lightning_dice.configs import UserError
-from lightning_dice.runs import newest_checkpoint
+from lightning_dice.cli.config import UserError
+from lightning_dice.cli.run_folder import newest_checkpoint
 
 
 def state(step: int) -> dict[str, object]:

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_dice.configs import instantiate
+from lightning_dice.cli.config import instantiate
 
 # One convolution trains the whole pipeline in no time.
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]

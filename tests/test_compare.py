@@ -11,9 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from lightning_dice.cli.config import CONF_DIR, UserError
 from lightning_dice.compare import arguments, compare
-from lightning_dice.configs import CONF_DIR, UserError
-from lightning_dice.report import differences
+from lightning_dice.plotting import comparison_plot
 
 
 def write(folder: Path, scores: list[float | None], split: str = "test", **others: object) -> Path:
@@ -85,7 +85,7 @@ def test_a_table_itself_and_a_name_with_an_equals_sign(tmp_path, monkeypatch):
 
 def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
     drawn = []
-    monkeypatch.setattr(differences, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(comparison_plot, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
     spaced = {"spacing": "1 1"}
     worse = {f"{score}/nucleus": 3 for score in ("hd95", "actual", "predicted")}
     a = write(tmp_path / "a", OLD, **{f"{score}/cell": 9 for score in ("hd95", "actual")}, **worse, **spaced)
@@ -136,7 +136,7 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
 
 def test_nothing_is_better_is_drawn_too(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(differences, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(comparison_plot, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
     folders = [write(tmp_path / name, OLD[:1]) for name in "abc"]
     run(*folders, f"output={tmp_path / 'out'}")
     (axes,) = drawn

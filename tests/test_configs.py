@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from lightning_dice import SegmentationModule
-from lightning_dice.configs import (
+from lightning_dice.cli.config import (
     CONF_DIR,
     UserError,
     apply_overrides,
@@ -22,8 +22,8 @@ from lightning_dice.configs import (
     quoted,
     register_resolvers,
 )
+from lightning_dice.cli.experiment import instantiate_each
 from lightning_dice.data import SegmentationData
-from lightning_dice.session import instantiate_each
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent != CONF_DIR]

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from scipy import ndimage
 from volume_files import AFFINES, blob, folders, write
 
-from lightning_dice import runs
 from lightning_dice.callbacks import Overlays
-from lightning_dice.configs import CONF_DIR, UserError, composed, register_resolvers
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import CONF_DIR, UserError, composed, register_resolvers
 from lightning_dice.evaluate import evaluate
-from lightning_dice.report import predictions
+from lightning_dice.report import score_predictions
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _without_charts(monkeypatch):
     """Those of the report, which have their own tests, would take most of the time."""
-    monkeypatch.setattr("lightning_dice.report.plots._source", lambda figure: "data:,")
+    monkeypatch.setattr("lightning_dice.plotting.report_plots._source", lambda figure: "data:,")
 
 
 def run(home, *settings):
@@ -130,7 +130,7 @@ def test_a_folder_of_no_prediction_is_refused(home, tmp_path, monkeypatch):
         run(home, f"predictions={empty}", "missing=skip")
     # As `predict` writes those of several splits.
     shutil.copytree(home / "predictions", empty / "test")
-    monkeypatch.setattr(predictions, "LISTED", 2)
+    monkeypatch.setattr(score_predictions, "LISTED", 2)
     with pytest.raises(UserError, match=r"or predictions=\S+empty/test:\n  test0\n  test1\n  and 3 more$"):
         run(home, f"predictions={empty}")
     Image.new("L", (9, 9)).save(empty / "test0.png")
@@ -213,7 +213,7 @@ def test_the_data_are_those_of_the_run(home, tmp_path):
         config = composed("fit", ["data=folder", f"data.root={home / 'data'}", "data.num_workers=0"])
         config.callbacks.case_table.tolerance = 0.25
         config.folder = str(tmp_path / "run")
-        runs.save_config(tmp_path / "run", config)
+        run_folder.save_config(tmp_path / "run", config)
         given = [f"run={tmp_path / 'run'}", "device=cpu"]
         config = compose("evaluate", overrides=[*given, f"predictions={home / 'predictions'}"])
         config.output = str(tmp_path / "scores")

@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from lightning_dice import SegmentationModule, runs
+from lightning_dice import SegmentationModule
 from lightning_dice import export as command
 from lightning_dice.callbacks.files import write_csv
-from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
 from lightning_dice.data import Standardize
-from lightning_dice.data.readers import read_picture, to_image
+from lightning_dice.data.images.image_reader import read_picture, to_image
 from lightning_dice.exporting import (
     FORMATS,
     SCHEMA,
@@ -34,11 +35,11 @@ from lightning_dice.exporting import (
     capture,
     compare,
     model_card,
-    script,
+    onnx_script,
 )
 from lightning_dice.exporting.formats import Onnx, Program, Weights
 from lightning_dice.inference import CALIBRATION, Decision, Inference, Predictor
-from lightning_dice.objects import check_targets
+from lightning_dice.loading import check_targets
 from lightning_dice.scoring import Scoring
 
 pytest.importorskip("onnx")
@@ -58,10 +59,10 @@ def make_run(folder: Path, *overrides: str) -> Path:
     """The folder that fit would leave, of a convolution with random weights."""
     folder.mkdir(parents=True)
     config = composed("fit", "model=custom", f"folder={folder}", "device=cpu", *overrides)
-    runs.settle_data(config)
-    runs.save_config(folder, config)
+    run_folder.settle_data(config)
+    run_folder.save_config(folder, config)
     torch.manual_seed(0)
-    module = runs.build_module(config)
+    module = run_folder.build_module(config)
     plain = OmegaConf.to_container(config, resolve=True)
     saved = {"state_dict": module.state_dict(), "config": plain, "epoch": 4, "global_step": 20}
     (folder / "checkpoints").mkdir()
@@ -144,7 +145,7 @@ for picture in pictures:
     sys.argv = [script, picture, folder + "/" + picture.rpartition("/")[2]]
     runpy.run_path(script)
 """
-    without_package(code, script, folder, *pictures)
+    without_package(code, onnx_script, folder, *pictures)
 
 
 class TestOnnx:
@@ -448,7 +449,7 @@ def test_scripts_decide_as_the_module(tmp_path, activation, graph):
 
 
 def trained(folder: Path) -> SegmentationModule:
-    module = runs.build_module(runs.reopen(folder))
+    module = run_folder.build_module(run_folder.reopen(folder))
     module.load_state_dict(torch.load(folder / "checkpoints" / "best.ckpt")["state_dict"])
     module.calibrate(Decision.load(folder / CALIBRATION))
     return module.eval()
@@ -464,7 +465,7 @@ class TestCommand:
         assert facts["verification"]["different_pixels"] == 0
         assert facts["scores"] is None
         assert "Not measured for these weights and settings" in (tmp_path / "MODEL_CARD.md").read_text()
-        assert "np.load(sys.argv[1])" in script(facts, "a.onnx")
+        assert "np.load(sys.argv[1])" in onnx_script(facts, "a.onnx")
         assert not (tmp_path / "run_onnx.py").exists()
 
     def test_writes_nothing_that_says_otherwise(self, run, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf.errors import MissingMandatoryValue
 from PIL import Image
 
-from lightning_dice.configs import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
 from lightning_dice.inspect import inspect
 
 
@@ -141,7 +141,7 @@ class TestInProcess:
             assert f"Pictures of {count} of them" in text
 
     def test_large_data_keep_the_page_small(self, root, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.doctor.page.MOST_ROWS", 10)
+        monkeypatch.setattr("lightning_dice.data_check.html.MOST_ROWS", 10)
         inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.size=[32,80]"))
         text = (tmp_path / "out/inspection.html").read_text()
         table = text[text.index('id="cases"') :].partition("</table>")[0]

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lightning_dice import launch
-from lightning_dice.configs import UserError
+from lightning_dice.cli import rendezvous
+from lightning_dice.cli.config import UserError
 
 SMALL = [
     "model=custom",
@@ -211,7 +211,7 @@ class TestPlace:
             ({"NODE_RANK": "0"}, (0, 1, "")),
             # Lightning's own child of a process on the second machine.
             (
-                {"NODE_RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": "1", launch.RUN_VARIABLE: '{"folder": "a"}'},
+                {"NODE_RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": "1", rendezvous.RUN_VARIABLE: '{"folder": "a"}'},
                 (0, 1, ""),
             ),
         ],
@@ -219,20 +219,20 @@ class TestPlace:
     def test_where_a_process_is(self, monkeypatch, environment, expected):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        if launch.RUN_VARIABLE in environment:
-            monkeypatch.setenv(launch.RUN_VARIABLE, launch.Start("a", "b").text())
-        assert launch.place() == expected
+        if rendezvous.RUN_VARIABLE in environment:
+            monkeypatch.setenv(rendezvous.RUN_VARIABLE, rendezvous.Start("a", "b").text())
+        assert rendezvous.place() == expected
 
     def test_a_process_alone_tells_nobody(self):
-        channel = launch.Channel(launch.place())
-        channel.tell(launch.Start("a", "b"))
+        channel = rendezvous.Channel(rendezvous.place())
+        channel.tell(rendezvous.Start("a", "b"))
         channel.end(0)
         assert "store" not in vars(channel)
 
 
 def test_what_is_told_arrives(tmp_path):
-    start = launch.Start("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
-    assert launch.Start.of(start.text()) == start
+    start = rendezvous.Start("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
+    assert rendezvous.Start.of(start.text()) == start
 
 
 class TestJob:
@@ -242,29 +242,29 @@ class TestJob:
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         run = tmp_path / "run"
         run.mkdir()
-        launch.Job(["a=1"]).began(run)
-        assert launch.Job(["a=1"]).earlier() is None
+        rendezvous.Job(["a=1"]).began(run)
+        assert rendezvous.Job(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert launch.Job(["a=1"]).earlier() == run
-        assert launch.Job(["a=2"]).earlier() is None, "another command of the same job"
+        assert rendezvous.Job(["a=1"]).earlier() == run
+        assert rendezvous.Job(["a=2"]).earlier() is None, "another command of the same job"
         monkeypatch.setenv("SLURM_JOB_ID", "13")
-        assert launch.Job(["a=1"]).earlier() is None
+        assert rendezvous.Job(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_JOB_ID", "12")
         run.rmdir()
-        assert launch.Job(["a=1"]).earlier() is None, "its folder is gone"
+        assert rendezvous.Job(["a=1"]).earlier() is None, "its folder is gone"
 
     def test_outside_of_slurm_there_is_no_note(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        launch.Job([]).began(tmp_path)
-        assert launch.Job([]).earlier() is None
+        rendezvous.Job([]).began(tmp_path)
+        assert rendezvous.Job([]).earlier() is None
         assert not list(tmp_path.iterdir())
 
 
 def agree(rank: int, folder: str, configs: list[str]) -> None:
     import torch.distributed as dist
 
-    from lightning_dice.session import check_agreement
+    from lightning_dice.cli.experiment import check_agreement
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(configs))
     try:

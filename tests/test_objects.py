@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_dice import SegmentationModule
-from lightning_dice.configs import CONF_DIR, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.data import Standardize
-from lightning_dice.objects import build, locate, without_pretrained
+from lightning_dice.loading import build, locate, without_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ class TestFromRun:
         assert module.predict_step(torch.zeros(1, 1, 32, 32)).shape == (1, 1, 32, 32)
 
     def test_scores_what_the_run_scored(self, run):
-        from lightning_dice.runs import load_config
+        from lightning_dice.cli.run_folder import load_config
 
         config = load_config(run)
         data = hydra.utils.instantiate(config.data.datamodule)

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from volume_files import folders
 
-from lightning_dice.configs import CONF_DIR, instantiate, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.losses import DeepSupervision
 from lightning_dice.models import DynUNet
-from lightning_dice.planning import GIB, Topology, first_patch, propose, step_memory, topology
+from lightning_dice.models.planner import GIB, Topology, first_patch, propose, step_memory, topology
 
 RNG = np.random.default_rng(0)
 GRIDS = [

@@ -21,11 +21,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_dice import runs
-from lightning_dice.configs import CONF_DIR, UserError, quoted, register_resolvers, split_arguments
-from lightning_dice.data.pictures import PictureReader
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import CONF_DIR, UserError, quoted, register_resolvers, split_arguments
+from lightning_dice.cli.prediction_manifest import Manifest
+from lightning_dice.data.images.prediction_io import PictureReader
 from lightning_dice.predict import SETTINGS, predict
-from lightning_dice.predictions import Manifest
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
@@ -39,9 +39,9 @@ def made_run(folder: Path, *overrides: str, seed: int = 0) -> Path:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("fit", overrides=quoted([*small, f"folder={folder}", *overrides]))
     (folder / "checkpoints").mkdir(parents=True)
-    runs.save_config(folder, config)
+    run_folder.save_config(folder, config)
     torch.manual_seed(seed)
-    module = runs.build_module(config)
+    module = run_folder.build_module(config)
     plain = OmegaConf.to_container(config, resolve=True)
     torch.save({"state_dict": module.state_dict(), "config": plain}, folder / "checkpoints" / "best.ckpt")
     return folder
@@ -215,14 +215,14 @@ class TestGoingOn:
         assert "inference.size: [16, 16] there" in refused(*arguments)
 
     def test_a_run_that_was_trained_on_windows_predicts_by_windows(self, pictures, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.method._WHOLE", 1000)
+        monkeypatch.setattr("lightning_dice.cli.prediction._WHOLE", 1000)
         seen = []
 
         def by_windows(method):
             seen.append(method)
             return method.predictor
 
-        monkeypatch.setattr("lightning_dice.method.Method._by_windows", by_windows)
+        monkeypatch.setattr("lightning_dice.cli.prediction.Method._by_windows", by_windows)
         for window, large in (("null", 0), ("[64,64]", 3)):  # Of the pictures, three have more than 1000 pixels.
             folder = made_run(tmp_path / window, *FILES, f"data.window={window}")
             assert run_predict(f'run=["{folder}"]', f"input={pictures}", f"output={tmp_path / f'm{large}'}") == 0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lightning_dice import calibrate, compare, configs, evaluate, export, plan, predict
+from lightning_dice import calibrate, compare, evaluate, export, plan, predict
+from lightning_dice.cli import config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,9 +46,9 @@ def test_commands_compose(line):
     # What is not a setting of such a command is an override of a run's config, or of a training's.
     with_overrides = {"calibrate": calibrate, "evaluate": evaluate, "export": export, "plan": plan, "predict": predict}
     if name in with_overrides:
-        arguments, overrides = configs.split_arguments(arguments, with_overrides[name].SETTINGS)
+        arguments, overrides = config.split_arguments(arguments, with_overrides[name].SETTINGS)
         if name == "plan" or not any(a.startswith("run=") for a in arguments):
-            with initialize_config_dir(str(configs.CONF_DIR), version_base="1.3"):
+            with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
                 assert compose("fit", overrides=overrides)
         else:
             assert all("." in override for override in overrides)
@@ -55,10 +56,10 @@ def test_commands_compose(line):
         arguments = compare.arguments(arguments)
     if "--config-dir" in arguments:
         arguments = []  # They are in files that are not here.
-    configs.register_resolvers()
+    config.register_resolvers()
     sweep = "-m" in arguments
     arguments = [argument for argument in arguments if argument != "-m"]
-    with initialize_config_dir(str(configs.CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         # A sweep's values are taken one by one.
         assert compose(name, overrides=[a.partition(",")[0] if sweep else a for a in arguments])
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lightning_dice import report
 from lightning_dice.callbacks import CaseTable, Overlays
-from lightning_dice.report import plots
-from lightning_dice.report.page import page
+from lightning_dice.plotting import report_plots
+from lightning_dice.report.html import page
 from lightning_dice.scoring.summary import summarize
 from lightning_dice.scoring.table import read
 
@@ -139,7 +139,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
 def charts(monkeypatch):
     """The figures that are drawn."""
     figures = []
-    monkeypatch.setattr(plots, "_source", lambda figure: figures.append(figure) or "source")
+    monkeypatch.setattr(report_plots, "_source", lambda figure: figures.append(figure) or "source")
     return figures
 
 
@@ -273,7 +273,9 @@ def test_the_summary_for_a_terminal():
 
 def test_the_points_of_the_charts(charts, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "draw_cases", lambda axes, place, known, random: drawn.append((place, known.tolist())))
+    monkeypatch.setattr(
+        report_plots, "draw_cases", lambda axes, place, known, random: drawn.append((place, known.tolist()))
+    )
     cases = read(
         rows_of(
             3,
@@ -283,10 +285,10 @@ def test_the_points_of_the_charts(charts, monkeypatch):
             predicted=lambda case, place: ((9, 1, 0), (2, 3, 4))[place][case],
         )
     )
-    assert plots.distribution(cases, "dice") == "source"
+    assert report_plots.distribution(cases, "dice") == "source"
     assert drawn == [(0, [0.5, 0.25]), (1, [0.75, 1, 0])]
     assert [label.get_text() for label in charts[0].axes[0].get_yticklabels()] == ["a  (n=2)", "b  (n=3)"]
-    assert plots.by_size(cases) == "source"
+    assert report_plots.by_size(cases) == "source"
     axes = charts[1].axes[0]
     # A class that is not there has no size.
     assert [np.transpose(line.get_xydata()).tolist() for line in axes.lines] == [
@@ -295,16 +297,16 @@ def test_the_points_of_the_charts(charts, monkeypatch):
     ]
     assert axes.get_xscale() == "log"
     near = read(rows_of(2, ["a"], dice=lambda *_: 1, actual=lambda case, _: 5 + case, predicted=lambda *_: 5))
-    plots.by_size(near)
+    report_plots.by_size(near)
     assert charts[2].axes[0].get_xscale() == "linear"
     absent = read(rows_of(2, ["a"], dice=lambda *_: 0, actual=lambda *_: 0, predicted=lambda *_: 5))
-    assert plots.by_size(absent) == ""
+    assert report_plots.by_size(absent) == ""
 
 
 def test_the_points_of_the_reliability_chart(charts):
     names = ("class", "lower", "upper", "pixels", "confidence", "right")
     bins = [("", 0, 0.5, 6, 0.25, 0.125), ("", 0.5, 1, 2, 0.75, 1)]
-    plots.reliability([dict(zip(names, map(str, each), strict=True)) for each in bins])
+    report_plots.reliability([dict(zip(names, map(str, each), strict=True)) for each in bins])
     curve, pixels = charts[0].axes
     assert curve.lines[1].get_xydata().tolist() == [[0.25, 0.125], [0.75, 1]]
     assert pixels.lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.75, 0.25]]
@@ -312,7 +314,7 @@ def test_the_points_of_the_reliability_chart(charts):
 
 
 def test_a_large_picture_is_made_to_fit(tmp_path):
-    from lightning_dice.report.plots import of_file
+    from lightning_dice.plotting.report_plots import of_file
 
     noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")

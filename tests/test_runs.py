@@ -7,37 +7,37 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_dice import runs
-from lightning_dice.configs import UserError
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import UserError
 
 
 def test_folders_of_the_same_second_are_numbered(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: runs.new_folder(tmp_path / "runs", "net", dated=False), range(20)))
+        folders = list(pool.map(lambda _: run_folder.new_folder(tmp_path / "runs", "net", dated=False), range(20)))
     assert len(set(folders)) == 20
     assert {folder.name for folder in folders} == {"net", *(f"net-{number}" for number in range(2, 21))}
 
 
 def test_dated_folders_sort_by_time(tmp_path):
-    folder = runs.new_folder(tmp_path, "net")
+    folder = run_folder.new_folder(tmp_path, "net")
     assert folder.is_dir()
     assert folder.name.endswith("_net")
     assert folder.name[:2] == "20"
 
 
 def test_an_exact_folder_must_be_new(tmp_path):
-    folder = runs.exact_folder(tmp_path / "a" / "b")
+    folder = run_folder.exact_folder(tmp_path / "a" / "b")
     with pytest.raises(UserError, match=r"exists, and nothing is overwritten: choose a new folder$"):
-        runs.exact_folder(folder)
+        run_folder.exact_folder(folder)
 
 
 def test_configs_are_saved_as_they_are_and_resolved(tmp_path):
-    runs.save_config(tmp_path, OmegaConf.create({"a": 1, "b": "${a}", "folder": "x"}))
-    assert runs.load_config(tmp_path).b == 1
-    config = runs.reopen(tmp_path, ["a=2"])
+    run_folder.save_config(tmp_path, OmegaConf.create({"a": 1, "b": "${a}", "folder": "x"}))
+    assert run_folder.load_config(tmp_path).b == 1
+    config = run_folder.reopen(tmp_path, ["a=2"])
     assert config.b == 2
     assert config.folder == str(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [runs.CONFIG, runs.TEMPLATE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run_folder.CONFIG, run_folder.TEMPLATE]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_configs_are_saved_as_they_are_and_resolved(tmp_path):
 )
 def test_configs_with_gaps_are_refused(tmp_path, config, message):
     with pytest.raises(UserError, match=message):
-        runs.save_config(tmp_path, OmegaConf.create(config))
+        run_folder.save_config(tmp_path, OmegaConf.create(config))
     assert not list(tmp_path.iterdir())
 
 
@@ -60,6 +60,6 @@ def test_weights_that_a_checkpoint_replaces_are_not_fetched():
         "encoder_weights": "no such weights",
     }
     config = OmegaConf.create({"module": {"_target_": "lightning_dice.SegmentationModule", "net": net}})
-    assert runs.build_module(config, trained=True).net.encoder
+    assert run_folder.build_module(config, trained=True).net.encoder
     with pytest.raises(UserError, match="no such weights"):
-        runs.build_module(config)
+        run_folder.build_module(config)

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lightning_dice import sweeps
 from lightning_dice.callbacks import MedianPruner
-from lightning_dice.callbacks.sweep_chart import trials_figure
-from lightning_dice.callbacks.trials import Trial, conclude, read_trial, read_trials, write_trial
-from lightning_dice.configs import UserError
+from lightning_dice.cli import sweep
+from lightning_dice.cli.config import UserError
+from lightning_dice.plotting.sweep_chart import trials_figure
+from lightning_dice.trials import Trial, conclude, read_trial, read_trials, write_trial
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
@@ -227,17 +227,17 @@ def test_trials_side_by_side(home, launcher):
 
 
 def test_a_missing_plugin_is_named(monkeypatch):
-    monkeypatch.setattr(sweeps.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     for argument in ("hydra/sweeper=search", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm"):
-        assert "pip install 'lightning-dice[sweep]'" in sweeps.missing_plugin([argument])
-    assert sweeps.missing_plugin(["hydra/launcher=basic", "loss=dice"]) is None
+        assert "pip install 'lightning-dice[sweep]'" in sweep.missing_plugin([argument])
+    assert sweep.missing_plugin(["hydra/launcher=basic", "loss=dice"]) is None
 
 
 class TestRunTrial:
     def test_a_record_of_another_trial_is_not_overwritten(self, tmp_path):
         write_trial(tmp_path / "3", Trial(3, ["loss.smooth=1"], "finished", value=0.5))
         with pytest.raises(UserError, match=r"trial 3 in .* is loss.smooth=1, but the sweeper asks now for loss.smoo"):
-            sweeps.run_trial(tmp_path / "3", ["loss.smooth=2"], lambda: None)
+            sweep.run_trial(tmp_path / "3", ["loss.smooth=2"], lambda: None)
         assert read_trial(tmp_path / "3").status == "finished"
 
     @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ class TestRunTrial:
     )
     def test_what_has_ended_answers_with_its_record(self, tmp_path, status, value):
         write_trial(tmp_path / "0", Trial(0, ["a=1"], status, value=value))
-        assert sweeps.run_trial(tmp_path / "0", ["a=1"], lambda: pytest.fail("trained again")) == value
+        assert sweep.run_trial(tmp_path / "0", ["a=1"], lambda: pytest.fail("trained again")) == value
 
     @pytest.mark.parametrize(
         ("error", "told"),
@@ -260,7 +260,7 @@ class TestRunTrial:
         def train():
             raise error
 
-        assert sweeps.run_trial(tmp_path / "0", ["a=1"], train) is None
+        assert sweep.run_trial(tmp_path / "0", ["a=1"], train) is None
         trial = read_trial(tmp_path / "0")
         assert (trial.status, trial.error) == ("failed", told)
         assert "in train" in (tmp_path / "0" / "error.txt").read_text()
@@ -274,12 +274,12 @@ class TestRunTrial:
             raise error
 
         with pytest.raises(SystemExit) as info:
-            sweeps.run_trial(tmp_path / "0", ["a=1"], train)
+            sweep.run_trial(tmp_path / "0", ["a=1"], train)
         assert info.value.code == code
         assert read_trial(tmp_path / "0").status == "running"
 
     def test_a_training_without_a_result_has_failed(self, tmp_path):
-        assert sweeps.run_trial(tmp_path / "0", ["a=1"], lambda: None) is None
+        assert sweep.run_trial(tmp_path / "0", ["a=1"], lambda: None) is None
         assert "without a result" in read_trial(tmp_path / "0").error
 
     def test_what_was_lost_in_writing_a_record_begins_anew(self, tmp_path):
@@ -291,17 +291,17 @@ class TestRunTrial:
             def train(folder=folder):
                 conclude(folder, "finished", value=0.5)
 
-            assert sweeps.run_trial(folder, ["a=1"], train) == 0.5
+            assert sweep.run_trial(folder, ["a=1"], train) == 0.5
 
     def test_a_failure_that_takes_other_processes_along_ends_the_sweep(self, tmp_path):
         def fail():
             raise RuntimeError("boom")
 
         with pytest.raises(SystemExit) as caught:
-            sweeps.run_trial(tmp_path / "0", ["a=1"], fail, shared=lambda: True)
+            sweep.run_trial(tmp_path / "0", ["a=1"], fail, shared=lambda: True)
         assert caught.value.code == 1
         assert read_trial(tmp_path / "0").status == "failed"
-        assert sweeps.run_trial(tmp_path / "1", ["a=1"], fail) is None
+        assert sweep.run_trial(tmp_path / "1", ["a=1"], fail) is None
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
     def test_signals_reach_the_process_of_a_trial(self, number):
@@ -309,7 +309,7 @@ class TestRunTrial:
         child = subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)"], stdout=subprocess.PIPE)
         child.stdout.readline()
         signals: list[int] = []
-        with sweeps._passed_on(child, signals):
+        with sweep._passed_on(child, signals):
             os.kill(os.getpid(), number)
             assert child.wait(timeout=30) == 7
         assert signals == [number]
@@ -320,12 +320,12 @@ class TestRunTrial:
 def test_a_sweep_in_any_folder_is_reopened(tmp_path, name, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    monkeypatch.setattr(sweeps, "_led", None)
-    sweep = sweeps.Sweep(tmp_path / name)
+    monkeypatch.setattr(sweep, "_led", None)
+    opened = sweep.Sweep(tmp_path / name)
     (tmp_path / name).mkdir()
-    sweep.save(version="0", cwd=None, arguments=["-m", "a=1,2"], finished=False)
-    arguments = sweeps.reopened(tmp_path / name)
-    sweeps._led._lock.close()
+    opened.save(version="0", cwd=None, arguments=["-m", "a=1,2"], finished=False)
+    arguments = sweep.reopened(tmp_path / name)
+    sweep._led._lock.close()
     override = OverridesParser.create().parse_override(arguments[-1])
     assert override.value() == str(tmp_path / name)
 
@@ -347,7 +347,7 @@ class TestTables:
         return tmp_path
 
     def test_csv(self, sweep):
-        sweeps.write_tables(sweep)
+        sweep.write_tables(sweep)
         assert (sweep / "trials.csv").read_text() == (
             "number,status,val/dice,seconds,epochs,loss,loss.smooth,error\n"
             "0,finished,0.5,61.0,8,dice,1e-5,\n"
@@ -358,11 +358,11 @@ class TestTables:
         )
 
     def test_what_was_asked_for_has_a_column_also_if_it_does_not_differ(self, sweep):
-        sweeps.Sweep(sweep).save(arguments=[], swept=["seed", "loss"])
-        assert sweeps.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
+        sweep.Sweep(sweep).save(arguments=[], swept=["seed", "loss"])
+        assert sweep.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
 
     def test_picture(self, sweep):
-        sweeps.write_tables(sweep)
+        sweep.write_tables(sweep)
         with Image.open(sweep / "trials.png") as picture:
             assert picture.width > 1000
 
@@ -390,12 +390,12 @@ class TestTables:
     def test_pictures_of_hardly_anything(self, tmp_path, trials):
         for trial in trials:
             write_trial(tmp_path / str(trial.number), trial)
-        sweeps.write_tables(tmp_path)
+        sweep.write_tables(tmp_path)
         assert (tmp_path / "trials.png").stat().st_size > 0
 
     def test_best_first(self, sweep):
         console = Console(width=160, record=True, file=io.StringIO())
-        console.print(sweeps.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
+        console.print(sweep.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
         told = console.export_text()
         lines = [line.split() for line in told.splitlines() if line.strip()[:1].isdigit()]
         assert [line[0] for line in lines] == ["3", "0", "1", "2", "4"]
@@ -406,7 +406,7 @@ class TestTables:
 
     def test_least_first_where_less_is_better(self):
         trials = [Trial(n, [], "finished", value, "val/loss", "min") for n, value in enumerate([0.5, 0.25, 0.75])]
-        assert [trial.number for trial in sweeps.best_first(trials)] == [1, 0, 2]
+        assert [trial.number for trial in sweep.best_first(trials)] == [1, 0, 2]
 
 
 def write_history(folder: Path, scores: list[float | None]) -> None:

@@ -39,7 +39,7 @@ def test_composes_from_another_folder(unpacked, tmp_path):
             [sys.executable, *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
         ).stdout
 
-    found = python("-c", "from lightning_dice.configs import CONF_DIR; print(CONF_DIR)").strip()
+    found = python("-c", "from lightning_dice.cli.config import CONF_DIR; print(CONF_DIR)").strip()
     assert Path(found) == unpacked / "lightning_dice" / "conf"
     config = python("-m", "lightning_dice.fit", "model=fpn", "loss.smooth=1e-5", "--cfg", "job")
     assert "segmentation_models_pytorch.FPN" in config

@@ -6,41 +6,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_dice.callbacks.averaging import WeightEMA
-    from lightning_dice.callbacks.cases import CaseTable
-    from lightning_dice.callbacks.checks import InputCheck
+    from lightning_dice.callbacks.case_table import CaseTable
+    from lightning_dice.callbacks.ema import WeightEMA
+    from lightning_dice.callbacks.exact_resume import ExactResume
     from lightning_dice.callbacks.freeze import FreezeSchedule
-    from lightning_dice.callbacks.guards import CollapseError, CollapseGuard, GradientGuard, NonFiniteError
+    from lightning_dice.callbacks.gradient_guard import CollapseError, CollapseGuard, GradientGuard, NonFiniteError
     from lightning_dice.callbacks.history import History
-    from lightning_dice.callbacks.interrupt import SaveOnInterrupt, honest_exit
+    from lightning_dice.callbacks.input_check import InputCheck
     from lightning_dice.callbacks.loggers import log_picture
+    from lightning_dice.callbacks.loss_schedule import LossSchedule
     from lightning_dice.callbacks.overlays import Overlays
-    from lightning_dice.callbacks.progress import ProgressBar
+    from lightning_dice.callbacks.progress_bar import ProgressBar
     from lightning_dice.callbacks.pruning import MedianPruner
-    from lightning_dice.callbacks.resume import ExactResume
-    from lightning_dice.callbacks.schedule import LossSchedule
-    from lightning_dice.callbacks.summary import summary_table
+    from lightning_dice.callbacks.save_on_interrupt import SaveOnInterrupt, honest_exit
 
 # Imported on first use: Lightning alone takes seconds.
 _MODULES = {
-    "CaseTable": "cases",
-    "ExactResume": "resume",
-    "CollapseError": "guards",
-    "CollapseGuard": "guards",
+    "CaseTable": "case_table",
+    "ExactResume": "exact_resume",
+    "CollapseError": "gradient_guard",
+    "CollapseGuard": "gradient_guard",
     "FreezeSchedule": "freeze",
-    "GradientGuard": "guards",
+    "GradientGuard": "gradient_guard",
     "History": "history",
-    "InputCheck": "checks",
-    "LossSchedule": "schedule",
+    "InputCheck": "input_check",
+    "LossSchedule": "loss_schedule",
     "MedianPruner": "pruning",
-    "NonFiniteError": "guards",
+    "NonFiniteError": "gradient_guard",
     "Overlays": "overlays",
-    "ProgressBar": "progress",
-    "SaveOnInterrupt": "interrupt",
-    "WeightEMA": "averaging",
-    "honest_exit": "interrupt",
+    "ProgressBar": "progress_bar",
+    "SaveOnInterrupt": "save_on_interrupt",
+    "WeightEMA": "ema",
+    "honest_exit": "save_on_interrupt",
     "log_picture": "loggers",
-    "summary_table": "summary",
 }
 
 __all__ = [
@@ -61,7 +59,6 @@ __all__ = [
     "WeightEMA",
     "honest_exit",
     "log_picture",
-    "summary_table",
 ]
 
 

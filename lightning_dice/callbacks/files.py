@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_dice.files import number, write_atomically
+from lightning_dice.io import number, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -188,7 +188,7 @@ class History(Callback):
     def _draw(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero or not self._rows:
             return
-        from lightning_dice.callbacks.curves import draw_curves
+        from lightning_dice.plotting.curves import draw_curves
 
         rows = [
             {key: float(value) for key, value in self._rows[epoch].items() if value} for epoch in sorted(self._rows)

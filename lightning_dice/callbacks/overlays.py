@@ -12,11 +12,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dice.callbacks.colors import class_colors
 from lightning_dice.callbacks.loggers import log_picture
-from lightning_dice.callbacks.records import Record, make_record
-from lightning_dice.callbacks.scores import Activation, evaluated_split, gather, step_labels
+from lightning_dice.callbacks.step_outputs import Activation, evaluated_split, gather, step_labels
 from lightning_dice.data.batch import Batch
+from lightning_dice.plotting.colors import class_colors
+from lightning_dice.plotting.thumbnails import Record, make_record
 from lightning_dice.scoring import Scoring, score_case
 
 # The typical cases are found without keeping all of them: among some drawn at random, for data in an order of their
@@ -192,7 +192,7 @@ class Overlays(Callback):
         shown = self._choose(scores, kept)
         if not shown:
             return False
-        from lightning_dice.callbacks.panels import draw_overlays
+        from lightning_dice.plotting.panels import draw_overlays
 
         draw_overlays(
             self.picture,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_dice.callbacks.checks import read_batch
+from lightning_dice.callbacks.input_check import read_batch
 
 _STATUS = Path("/proc/self/status")
 

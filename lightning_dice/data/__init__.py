@@ -1,18 +1,18 @@
 """Data sets, their checks and the datamodule."""
 
 from lightning_dice.data.batch import Batch, Sample
-from lightning_dice.data.coco import CocoSource
 from lightning_dice.data.datamodule import SegmentationData
 from lightning_dice.data.folder import FolderSource
-from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.nnunet import NnunetSource
-from lightning_dice.data.pairs import DatasetSource
+from lightning_dice.data.images.coco import CocoSource
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.interfaces import Cases, DataError, Source, Split
 from lightning_dice.data.patches import PatchSampler
-from lightning_dice.data.source import Cases, DataError, Source, Split
 from lightning_dice.data.synthetic import SyntheticSource
+from lightning_dice.data.torch_dataset import DatasetSource
 from lightning_dice.data.transforms import RandomIntensity, Standardize
-from lightning_dice.data.volume_augment import MonaiAugment
-from lightning_dice.data.volumes import VolumeSource
+from lightning_dice.data.volumes.augmentation import MonaiAugment
+from lightning_dice.data.volumes.nnunet import NnunetSource
+from lightning_dice.data.volumes.sources import VolumeSource
 
 __all__ = [
     "Batch",

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from torchvision import tv_tensors
 
 from lightning_dice.data.batch import Batch, Sample
+from lightning_dice.data.interfaces import Cases, DataError, Source, Split
 from lightning_dice.data.patches import PatchSampler
-from lightning_dice.data.source import Cases, DataError, Source, Split
 from lightning_dice.data.transforms import normalization_of
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]

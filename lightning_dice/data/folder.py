@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_dice.data.cases import FolderCases
-from lightning_dice.data.images import ImageFormat
-from lightning_dice.data.layout import Layout, check_splits, scan
-from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.paired import PairSource
-from lightning_dice.data.patterns import check_pattern, names_files
-from lightning_dice.data.raters import Raters
-from lightning_dice.data.source import Split
+from lightning_dice.data.images.annotators import Raters
+from lightning_dice.data.images.datasets import FolderCases
+from lightning_dice.data.images.file_layout import Layout, check_splits, scan
+from lightning_dice.data.images.file_patterns import check_pattern, names_files
+from lightning_dice.data.images.image_format import ImageFormat
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.images.sources import PairSource
+from lightning_dice.data.interfaces import Split
 
 __all__ = ["FolderCases", "FolderSource"]
 

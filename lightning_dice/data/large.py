@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_dice.data.images import ImageFormat
-from lightning_dice.data.readers import Problem
-from lightning_dice.data.tiffs import LargePicture, tiff_pixels
+from lightning_dice.data.images.image_format import ImageFormat
+from lightning_dice.data.images.image_reader import Problem
+from lightning_dice.data.images.windowed_tiff import LargePicture, tiff_pixels
 from lightning_dice.data.transforms import Standardize
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.source import Cases
+from lightning_dice.data.interfaces import Cases
 from lightning_dice.data.transforms import normalization_over
-from lightning_dice.files import write_atomically
+from lightning_dice.io import write_atomically
 
 PLACES = 10_000  # voxels kept of each class to centre patches on, as in nnU-Net
 GIB = 2**30

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.images import ImageFormat
-from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.pictures import PictureReader
+from lightning_dice.data.images.image_format import ImageFormat
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.interfaces import Cases, Split
 from lightning_dice.data.reader import Reader
-from lightning_dice.data.source import Cases, Split
 
 Floats = NDArray[np.float32]
 Shape = Literal["disc", "ring", "square", "bar"]
@@ -148,8 +148,8 @@ class SyntheticSource:
             return PictureReader(
                 MaskFormat(self.classes, self.activation, self.ignore_index), ImageFormat(self.channels)
             )
-        from lightning_dice.data.volume_labels import LabelMap
-        from lightning_dice.data.volume_reader import Preparation, VolumeReader
+        from lightning_dice.data.label_map import LabelMap
+        from lightning_dice.data.volumes.prediction_io import Preparation, VolumeReader
 
         labels = LabelMap.of_ids(self.classes, self.activation, self.ignore_index)
         return VolumeReader(labels, self.channels, lambda: Preparation(("nonorm",) * self.channels))

@@ -4,12 +4,12 @@
 must know, `compare` runs the file on real cases beside the module, and `model_card` and `script` write it down.
 """
 
-from lightning_dice.exporting.agreement import Agreement, Case, compare
-from lightning_dice.exporting.card import model_card
-from lightning_dice.exporting.facts import SCHEMA, SCHEMA_VERSION, describe
 from lightning_dice.exporting.formats import FORMATS, Format, MissingExtra
 from lightning_dice.exporting.graph import Captured, Deployed, Graph, NotExportable, capture, takes_batches
-from lightning_dice.exporting.script import script
+from lightning_dice.exporting.metadata import SCHEMA, SCHEMA_VERSION, describe
+from lightning_dice.exporting.model_card import model_card
+from lightning_dice.exporting.onnx_script import script
+from lightning_dice.exporting.verification import Agreement, Case, compare
 
 __all__ = [
     "FORMATS",

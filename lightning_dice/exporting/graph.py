@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dice.functional.outputs import crop_to, read_logits, resize_to
-from lightning_dice.settings import one_of
+from lightning_dice.argument_checks import one_of
+from lightning_dice.functional.model_outputs import crop_to, read_logits, resize_to
 
 if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule

@@ -1,14 +1,12 @@
 """Formulas on sums: scores, the policy for absent classes, pooling and means."""
 
-from lightning_dice.functional.absent import AbsentPolicy, AbsentRule
+from lightning_dice.functional.absent_classes import AbsentPolicy, AbsentRule
 from lightning_dice.functional.activations import probabilities
-from lightning_dice.functional.coarser import coarser_target, coarser_weight, pad_target
 from lightning_dice.functional.components import RegionMap, Regions, component_regions
-from lightning_dice.functional.hard import hard_prediction, hard_sums, hard_target, label_sums
-from lightning_dice.functional.maps import BoundaryWeight, SignedDistance, TubedSkeleton
+from lightning_dice.functional.hard_labels import hard_prediction, hard_sums, hard_target, label_sums
 from lightning_dice.functional.micro_batches import micro_batched
-from lightning_dice.functional.outputs import pad_to_multiple, read_logits
-from lightning_dice.functional.pooling import Partial, Pool, complete, of_pooled, pool_sums, weighted_mean
+from lightning_dice.functional.model_outputs import pad_to_multiple, read_logits
+from lightning_dice.functional.reduction import Partial, Pool, complete, of_pooled, pool_sums, weighted_mean
 from lightning_dice.functional.scores import (
     ClassWeighting,
     dice_score,
@@ -17,6 +15,8 @@ from lightning_dice.functional.scores import (
     power,
     tversky_score,
 )
+from lightning_dice.functional.target_maps import BoundaryWeight, SignedDistance, TubedSkeleton
+from lightning_dice.functional.target_resizing import coarser_target, coarser_weight, pad_target
 
 __all__ = [
     "AbsentPolicy",

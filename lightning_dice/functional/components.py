@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dice.functional.targets import TargetReader
+from lightning_dice.functional.target_reader import TargetReader
 
 Regions = Literal["nearest", "blob"]
 

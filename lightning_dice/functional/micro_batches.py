@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dice.functional.outputs import read_logits
+from lightning_dice.functional.model_outputs import read_logits
 
 
 def micro_batched(net: nn.Module, image: Tensor, micro_batch_size: int) -> list[Tensor]:

@@ -4,10 +4,10 @@
 `find_decision` reads the one that `lightning_dice.calibrate` has written for a run.
 """
 
-from lightning_dice.inference.averaging import Flips, mean_logits
-from lightning_dice.inference.decision import CALIBRATION, Decision, find_decision, pooled
+from lightning_dice.inference.postprocessing import CALIBRATION, Decision, find_decision, pooled
 from lightning_dice.inference.predictor import Inference, Predictor
-from lightning_dice.inference.windows import Net, Slab, Sliceable, SlidingWindow
+from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow
+from lightning_dice.inference.test_time_augmentation import Flips, mean_logits
 
 __all__ = [
     "CALIBRATION",

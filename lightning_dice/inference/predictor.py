@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_dice.argument_checks import number, one_of
 from lightning_dice.functional.activations import probabilities
-from lightning_dice.functional.outputs import read_logits, resize_to
-from lightning_dice.inference.averaging import Flips, flipped, mean_logits
-from lightning_dice.inference.decision import Decision, pooled
-from lightning_dice.inference.resizing import resized
-from lightning_dice.inference.windows import Net, Slab, Sliceable, SlidingWindow, Weighting
-from lightning_dice.settings import number, one_of
+from lightning_dice.functional.model_outputs import read_logits, resize_to
+from lightning_dice.inference.logit_resampling import resized
+from lightning_dice.inference.postprocessing import Decision, pooled
+from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow, Weighting
+from lightning_dice.inference.test_time_augmentation import Flips, flipped, mean_logits
 
 
 class Inference:

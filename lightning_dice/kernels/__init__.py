@@ -6,8 +6,8 @@
 """
 
 from lightning_dice.kernels.checks import Activation, check_logits, check_values
-from lightning_dice.kernels.choice import available, check_forced, forced
-from lightning_dice.kernels.inputs import checked_pixels, overlap_sums
+from lightning_dice.kernels.dispatch import available, check_forced, forced
+from lightning_dice.kernels.overlap_sums import checked_pixels, overlap_sums
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import total
 from lightning_dice.kernels.regions import region_sums

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import native
+from lightning_dice.kernels.backend import OutOfRange
 from lightning_dice.kernels.checks import ROUNDING, reads_values, value_range
-from lightning_dice.kernels.choice import native_counts
+from lightning_dice.kernels.dispatch import native_counts
 from lightning_dice.kernels.sums import OverlapSums, holds_label, valid_pixels
-from lightning_dice.kernels.work import OutOfRange
 
 
 def count_classes(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> OverlapSums:

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.argument_checks import class_weights_tensor, flag, label, one_of
 from lightning_dice.functional import AbsentPolicy, Partial, Pool, complete, of_pooled, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
-from lightning_dice.settings import class_weights_tensor, flag, label, one_of
 
 TargetMap = Callable[[Tensor], Tensor]
 

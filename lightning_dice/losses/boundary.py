@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from lightning_dice.argument_checks import class_indices, flag, kept_classes, number
 from lightning_dice.functional import Partial, weighted_mean
-from lightning_dice.functional.maps import BoundaryWeight, SignedDistance
-from lightning_dice.functional.targets import map_of_batch
+from lightning_dice.functional.target_maps import BoundaryWeight, SignedDistance
+from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
 from lightning_dice.kernels.checks import check_shapes
-from lightning_dice.kernels.inputs import full_precision
+from lightning_dice.kernels.overlap_sums import full_precision
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, TargetMap
-from lightning_dice.settings import class_indices, flag, kept_classes, number
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -39,7 +39,7 @@ class DistanceLoss(SegmentationLoss):
     """Base of the losses that are a mean over pixels of something with the distance to the target's boundary.
 
     The mean is over the valid pixels of each class and image, then over these, each counting the same. Distances are
-    `lightning_dice.functional.maps.SignedDistance`, computed on the CPU where the batch does not bring them. Soft
+    `lightning_dice.functional.target_maps.SignedDistance`, computed on the CPU where the batch does not bring them. Soft
     labels are cut at 1/2 for them; ignored pixels are taken as outside every class, and count nothing.
 
     Args:
@@ -225,7 +225,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
     .. math:: w(x) = 1 + a\,\exp\left(-\frac{d(x)^2}{2\sigma^2}\right)
 
     with d the distance to the nearest pixel that has another label at its side: see
-    `lightning_dice.functional.maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With class ids
+    `lightning_dice.functional.target_maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With class ids
     all boundaries weigh, with planes those of each class its own.
 
     Args:

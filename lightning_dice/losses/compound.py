@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.argument_checks import number
 from lightning_dice.functional import Partial
 from lightning_dice.kernels import Wanted, overlap_sums
 from lightning_dice.kernels.sums import valid_pixels
-from lightning_dice.losses import presets
+from lightning_dice.losses import compat
 from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap, call_plain
+from lightning_dice.losses.cross_entropy import CrossEntropyLoss, FocalLoss
 from lightning_dice.losses.dice import DiceLoss
-from lightning_dice.losses.entropy import CrossEntropyLoss, FocalLoss
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
-from lightning_dice.settings import number
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -209,7 +209,7 @@ class DiceCELoss(CompoundLoss):
         lambda_dice: float = 1.0,
         lambda_ce: float = 1.0,
         label_smoothing: float = 0.0,
-        **arguments: Unpack[presets.MonaiCompound],
+        **arguments: Unpack[compat.MonaiCompound],
     ) -> Self:
         """MONAI's `DiceCELoss`, of the same arguments.
 
@@ -230,7 +230,7 @@ class DiceCELoss(CompoundLoss):
         >>> DiceCELoss.like_monai(softmax=True, to_onehot_y=True, lambda_ce=0.5).weights
         {'dice': 1.0, 'ce': 0.5}
         """
-        settings = presets.monai_dice_ce(label_smoothing=label_smoothing, **arguments)
+        settings = compat.monai_dice_ce(label_smoothing=label_smoothing, **arguments)
         return cls(dice_weight=lambda_dice, ce_weight=lambda_ce, label_smoothing=label_smoothing, **settings)
 
     @classmethod
@@ -265,7 +265,7 @@ class DiceCELoss(CompoundLoss):
         >>> loss.terms["dice"].pool, loss.terms["dice"].exclude_classes, loss.ignore_index
         ('image', (0,), 255)
         """
-        settings = presets.nnunet_dice(
+        settings = compat.nnunet_dice(
             batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions, ignore_label=ignore_label
         )
         return cls(dice_weight=weight_dice, ce_weight=weight_ce, **settings)
@@ -306,7 +306,7 @@ class DiceFocalLoss(CompoundLoss):
         lambda_focal: float = 1.0,
         gamma: float = 2.0,
         alpha: float | None = None,
-        **arguments: Unpack[presets.MonaiCompound],
+        **arguments: Unpack[compat.MonaiCompound],
     ) -> Self:
         """MONAI's `DiceFocalLoss`, of the same arguments, with a sigmoid.
 
@@ -325,7 +325,7 @@ class DiceFocalLoss(CompoundLoss):
         >>> DiceFocalLoss.like_monai(sigmoid=True, lambda_focal=0.5, alpha=0.25).weights
         {'dice': 1.0, 'focal': 0.5}
         """
-        settings = presets.monai_dice_focal(**arguments)
+        settings = compat.monai_dice_focal(**arguments)
         return cls(dice_weight=lambda_dice, focal_weight=lambda_focal, gamma=gamma, alpha=alpha, **settings)
 
 

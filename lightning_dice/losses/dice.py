@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_dice.argument_checks import number, one_of
 from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, power
 from lightning_dice.kernels import OverlapSums
-from lightning_dice.losses import presets
+from lightning_dice.losses import compat
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
-from lightning_dice.settings import number, one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -59,7 +59,7 @@ class DiceLoss(OverlapLoss):
         return 1 - dice_score(sums, self.smooth)
 
     @classmethod
-    def like_monai(cls, *, jaccard: bool = False, **arguments: Unpack[presets.MonaiDice]) -> Self:
+    def like_monai(cls, *, jaccard: bool = False, **arguments: Unpack[compat.MonaiDice]) -> Self:
         """MONAI's `DiceLoss`, of the same arguments.
 
         Targets are ids `(batch, *space)` with a softmax, planes with a sigmoid, whatever `to_onehot_y` is. What stays
@@ -87,10 +87,10 @@ its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
         """
         if jaccard:
             raise ValueError("jaccard must be False; use JaccardLoss.like_monai(...) with the same arguments")
-        return cls(**presets.monai_overlap(**arguments))
+        return cls(**compat.monai_overlap(**arguments))
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[compat.SmpOverlap]) -> Self:
         """The `DiceLoss` of smp, of the same arguments, where the target has every class.
 
         A class that it does not have is left out of the mean, where smp counts it as perfect: with 1 of 4 classes
@@ -112,7 +112,7 @@ its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
         """
         if log_loss:
             raise ValueError("log_loss must be False; use LogDiceLoss.like_smp(...) with the same arguments")
-        return cls(**presets.smp_overlap(mode, smooth_pixels=2, **arguments))
+        return cls(**compat.smp_overlap(mode, smooth_pixels=2, **arguments))
 
     @classmethod
     def like_nnunet(
@@ -129,7 +129,7 @@ its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
         >>> DiceLoss.like_nnunet().exclude_classes, DiceLoss.like_nnunet(regions=True).exclude_classes
         ((0,), ())
         """
-        return cls(**presets.nnunet_dice(batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions))
+        return cls(**compat.nnunet_dice(batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions))
 
 
 class LogDiceLoss(OverlapLoss):
@@ -156,7 +156,7 @@ class LogDiceLoss(OverlapLoss):
         return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = True, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+    def like_smp(cls, mode: str, *, log_loss: bool = True, **arguments: Unpack[compat.SmpOverlap]) -> Self:
         """The `DiceLoss` of smp with `log_loss=True`; all else as in `DiceLoss.like_smp`.
 
         A score below smp's `eps` has its gradient here, and none in smp.
@@ -174,7 +174,7 @@ class LogDiceLoss(OverlapLoss):
         """
         if not log_loss:
             raise ValueError("log_loss must be True; without the logarithm use DiceLoss.like_smp(...)")
-        return cls(**presets.smp_overlap(mode, smooth_pixels=2, **arguments))
+        return cls(**compat.smp_overlap(mode, smooth_pixels=2, **arguments))
 
 
 class LogCoshDiceLoss(OverlapLoss):
@@ -234,7 +234,7 @@ class GeneralizedDiceLoss(OverlapLoss):
         return loss.where(sums.actual > 0, 0.0) if self.absent.rule == "penalize" else loss
 
     @classmethod
-    def like_monai(cls, *, w_type: str = "square", **arguments: Unpack[presets.MonaiOverlap]) -> Self:
+    def like_monai(cls, *, w_type: str = "square", **arguments: Unpack[compat.MonaiOverlap]) -> Self:
         """MONAI's `GeneralizedDiceLoss`, of the same arguments, without its smoothing.
 
         MONAI's default of 1e-5 is refused: it is added to sums that have been divided by the squared size of a class,
@@ -252,5 +252,5 @@ class GeneralizedDiceLoss(OverlapLoss):
         >>> GeneralizedDiceLoss.like_monai(softmax=True, w_type="simple", smooth_nr=0, smooth_dr=0).weighting
         'inverse'
         """
-        weighting, settings = presets.monai_generalized(w_type, **arguments)
+        weighting, settings = compat.monai_generalized(w_type, **arguments)
         return cls(weighting=weighting, **settings)

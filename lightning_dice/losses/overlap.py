@@ -8,10 +8,10 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+from lightning_dice.argument_checks import class_indices, class_weights_tensor, flag, kept_classes, one_of, smooth_pair
 from lightning_dice.functional import AbsentPolicy, AbsentRule, Partial, Pool, of_pooled, weighted_mean
 from lightning_dice.kernels import Activation, OverlapSums, Wanted
 from lightning_dice.losses.base import SumsLoss, class_weights_of
-from lightning_dice.settings import class_indices, class_weights_tensor, flag, kept_classes, one_of, smooth_pair
 
 Reduction = Literal["mean", "sum", "none"]
 SoftOverlap = Literal["product", "minimum"]

@@ -9,16 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.functional import AbsentPolicy, Partial, Pool, of_pooled, weighted_mean
-from lightning_dice.functional.maps import TubedSkeleton
-from lightning_dice.functional.targets import map_of_batch
-from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
-from lightning_dice.kernels.checks import check_shapes
-from lightning_dice.kernels.inputs import full_precision
-from lightning_dice.kernels.sums import valid_pixels
-from lightning_dice.losses.base import SegmentationLoss, class_weights_of
-from lightning_dice.losses.tversky import TverskyLoss
-from lightning_dice.settings import (
+from lightning_dice.argument_checks import (
     class_indices,
     class_weights_tensor,
     count,
@@ -28,6 +19,15 @@ from lightning_dice.settings import (
     one_of,
     smooth_pair,
 )
+from lightning_dice.functional import AbsentPolicy, Partial, Pool, of_pooled, weighted_mean
+from lightning_dice.functional.target_maps import TubedSkeleton
+from lightning_dice.functional.target_reader import map_of_batch
+from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
+from lightning_dice.kernels.checks import check_shapes
+from lightning_dice.kernels.overlap_sums import full_precision
+from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.losses.base import SegmentationLoss, class_weights_of
+from lightning_dice.losses.tversky import TverskyLoss
 
 
 def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *, core: bool = False) -> Tensor:
@@ -224,7 +224,7 @@ class SkeletonRecallLoss(SegmentationLoss):
     .. math:: L = 1 - \frac{\sum_i k_i\,p_i\,t_i + s}{\sum_i k_i\,t_i + s}
 
     where k is 1 within `radius` of the skeleton of the class and inside it, else 0: see
-    `lightning_dice.functional.maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the CPU. It
+    `lightning_dice.functional.target_maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the CPU. It
     costs no more memory than cross-entropy, where clDice holds a skeleton of the prediction with its gradient. On its
     own it asks for foreground everywhere: it is a term of a `CompoundLoss`.
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
+from lightning_dice.argument_checks import number
 from lightning_dice.functional import jaccard_score, power, tversky_score
 from lightning_dice.kernels import OverlapSums
-from lightning_dice.losses import presets
+from lightning_dice.losses import compat
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
-from lightning_dice.settings import number
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -37,7 +37,7 @@ class JaccardLoss(OverlapLoss):
         return 1 - jaccard_score(sums, self.smooth)
 
     @classmethod
-    def like_monai(cls, *, jaccard: bool = True, **arguments: Unpack[presets.MonaiDice]) -> Self:
+    def like_monai(cls, *, jaccard: bool = True, **arguments: Unpack[compat.MonaiDice]) -> Self:
         """MONAI's `DiceLoss` with `jaccard=True`; all else as in `DiceLoss.like_monai`.
 
         MONAI writes numerator and denominator twofold, so that its `smooth_nr` and `smooth_dr` count half as pixels.
@@ -54,12 +54,12 @@ class JaccardLoss(OverlapLoss):
         """
         if not jaccard:
             raise ValueError("jaccard must be True; otherwise use DiceLoss.like_monai(...)")
-        settings = presets.monai_overlap(**arguments)
+        settings = compat.monai_overlap(**arguments)
         settings["smooth"] = (arguments.get("smooth_nr", 1e-5) / 2, arguments.get("smooth_dr", 1e-5) / 2)
         return cls(**settings)
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[presets.SmpOverlap]) -> Self:
+    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[compat.SmpOverlap]) -> Self:
         """The `JaccardLoss` of smp, of the same arguments, where the target has every class.
 
         Args:
@@ -75,7 +75,7 @@ class JaccardLoss(OverlapLoss):
         """
         if log_loss:
             raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
-        return cls(**presets.smp_overlap(mode, **arguments))
+        return cls(**compat.smp_overlap(mode, **arguments))
 
 
 class TverskyLoss(OverlapLoss):
@@ -109,7 +109,7 @@ class TverskyLoss(OverlapLoss):
     # Not `cls`: a subclass, such as the focal one, is not the peer's loss.
     @classmethod
     def like_monai(
-        cls, *, alpha: float = 0.5, beta: float = 0.5, **arguments: Unpack[presets.MonaiOverlap]
+        cls, *, alpha: float = 0.5, beta: float = 0.5, **arguments: Unpack[compat.MonaiOverlap]
     ) -> TverskyLoss:
         """MONAI's `TverskyLoss`, of the same arguments.
 
@@ -125,7 +125,7 @@ class TverskyLoss(OverlapLoss):
         >>> loss.alpha, loss.beta, loss.smooth
         (0.3, 0.7, (1e-05, 1e-05))
         """
-        return TverskyLoss(alpha=alpha, beta=beta, **presets.monai_overlap(**arguments))
+        return TverskyLoss(alpha=alpha, beta=beta, **compat.monai_overlap(**arguments))
 
     @classmethod
     def like_smp(
@@ -136,7 +136,7 @@ class TverskyLoss(OverlapLoss):
         beta: float = 0.5,
         gamma: float = 1.0,
         log_loss: bool = False,
-        **arguments: Unpack[presets.SmpOverlap],
+        **arguments: Unpack[compat.SmpOverlap],
     ) -> TverskyLoss:
         """The `TverskyLoss` of smp, of the same arguments, where the target has every class.
 
@@ -161,7 +161,7 @@ class TverskyLoss(OverlapLoss):
             )
         if log_loss:
             raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
-        return TverskyLoss(alpha=alpha, beta=beta, **presets.smp_overlap(mode, **arguments))
+        return TverskyLoss(alpha=alpha, beta=beta, **compat.smp_overlap(mode, **arguments))
 
 
 class FocalTverskyLoss(TverskyLoss):

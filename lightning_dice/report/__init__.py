@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_dice.callbacks.files import read_csv
-from lightning_dice.files import number, write_atomically
+from lightning_dice.io import number, write_atomically
 from lightning_dice.scoring.summary import CONFIDENCE, RESAMPLES, Line, summarize
 from lightning_dice.scoring.table import SCORES, Cases, read
 
@@ -63,7 +63,7 @@ def conclude(folder: Path, split: str, facts: Facts) -> list[Line]:
     made_of = {**facts.made_of, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "versions": versions()}
     facts = facts._replace(made_of=made_of)
     write_summary(folder, cases, lines, facts)
-    from lightning_dice.report.page import page
+    from lightning_dice.report.html import page
 
     text = page(folder, cases, lines, facts)
     write_atomically(folder / REPORT, lambda part: part.write_text(text, encoding="utf-8"))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_dice.settings import class_indices, count, flag, number, one_of
+from lightning_dice.argument_checks import class_indices, count, flag, number, one_of
 
 Activation = Literal["sigmoid", "softmax"]
 

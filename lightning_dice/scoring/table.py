@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.files import number
+from lightning_dice.io import number
 from lightning_dice.scoring.case import CaseScore, ClassScore
 
 Better = Literal["high", "low", "zero"]

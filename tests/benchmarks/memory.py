@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from omegaconf import OmegaConf
 
-from lightning_dice import plan, planning
+from lightning_dice import plan
 from lightning_dice.losses import DeepSupervision, DiceCELoss
+from lightning_dice.models import planner
 from tests.benchmarks.volume import peak
 
 CASES = {
@@ -30,11 +31,11 @@ CASES = {
 MANY = 1000  # cases, so that they do not limit the batch
 
 
-def proposed(name: str, gib: float) -> planning.Proposal:
+def proposed(name: str, gib: float) -> planner.Proposal:
     spacing, median, channels, classes = CASES[name]
     run = OmegaConf.create({"data": {"channels": channels, "classes": [str(n) for n in range(classes)]}})
     make = partial(plan._network, run)
-    return planning.propose(spacing, median, MANY, make, channels, int(gib * planning.GIB))
+    return planner.propose(spacing, median, MANY, make, channels, int(gib * planner.GIB))
 
 
 def measure(name: str, gib: float, device: str) -> float:
@@ -55,8 +56,8 @@ def measure(name: str, gib: float, device: str) -> float:
         loss(net(image), mask).backward()
         optimizer.step()
     if device == "cuda":
-        return torch.cuda.max_memory_reserved() / planning.GIB
-    return (peak() - before) * 1e9 / planning.GIB
+        return torch.cuda.max_memory_reserved() / planner.GIB
+    return (peak() - before) * 1e9 / planner.GIB
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 str(gib),
             ]
             found = float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
-            estimate = proposal.memory / planning.GIB
+            estimate = proposal.memory / planner.GIB
             patch = "x".join(map(str, proposal.topology.size))
             print(
                 f"| {name} | {gib:g} | {patch} | {proposal.batch_size} | {estimate:.2f} | {found:.2f} "

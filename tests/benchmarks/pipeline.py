@@ -25,9 +25,9 @@ from PIL import Image
 from scipy import ndimage
 
 from lightning_dice import DiceLoss
-from lightning_dice.configs import CONF_DIR, instantiate, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.data import Batch, Sample, SegmentationData
-from lightning_dice.data.readers import read_picture
+from lightning_dice.data.images.image_reader import read_picture
 
 SIZE = 512  # pixels
 IGNORED = 255  # what a rotation fills

@@ -64,8 +64,8 @@ def second_process(folder: Path) -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    from lightning_dice.configs import CONF_DIR, RUN_VARIABLE, register_resolvers
-    from lightning_dice.launch import Start
+    from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, register_resolvers
+    from lightning_dice.cli.rendezvous import Start
 
     register_resolvers()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

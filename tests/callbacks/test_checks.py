@@ -404,7 +404,7 @@ def test_few_images_do_not_tell(trainer):
 
 
 def test_no_value_is_read_back_after_the_first_batch(trainer, monkeypatch):
-    watch = sys.modules["lightning_dice.callbacks.checks"]._Watch
+    watch = sys.modules["lightning_dice.callbacks.input_check"]._Watch
     add = watch.add
 
     def forbidden(*_):

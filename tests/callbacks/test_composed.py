@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lightning_dice.configs import CONF_DIR, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
 
 # The files that bring the default ones with them.
 EXTRAS = sorted(

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from lightning_dice.callbacks import Overlays
-from lightning_dice.callbacks.colors import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, class_colors, parse_color
-from lightning_dice.callbacks.panels import draw_overlays
-from lightning_dice.callbacks.records import CONFUSED, HIT, IGNORED, MISSED, NOTHING, SPURIOUS, VOID, make_record
 from lightning_dice.functional import hard_prediction
+from lightning_dice.plotting.colors import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, class_colors, parse_color
+from lightning_dice.plotting.panels import draw_overlays
+from lightning_dice.plotting.thumbnails import CONFUSED, HIT, IGNORED, MISSED, NOTHING, SPURIOUS, VOID, make_record
 from lightning_dice.scoring import CaseScore
 
 

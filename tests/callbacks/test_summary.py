@@ -3,7 +3,7 @@ import math
 
 from rich.console import Console
 
-from lightning_dice.callbacks import summary_table
+from lightning_dice.report.run_summary import summary_table
 
 
 def shown(table, width=80):

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.datamodule import SegmentationData, _augmented, _EvalSampler, _TrainSampler
-from lightning_dice.data.source import DataError
+from lightning_dice.data.interfaces import DataError
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.transforms import Standardize
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from volume_files import blob, folders, write
 
-from lightning_dice.data import volume_survey
-from lightning_dice.data.fingerprint import CaseFacts, Fingerprint
-from lightning_dice.data.intensity import SCHEMES, Intensities, check_schemes, normalized, scheme_of
-from lightning_dice.data.source import DataError
-from lightning_dice.data.volumes import VolumeSource
+from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.volumes import dataset_summary
+from lightning_dice.data.volumes.fingerprint import CaseFacts, Fingerprint
+from lightning_dice.data.volumes.normalization import SCHEMES, Intensities, check_schemes, normalized, scheme_of
+from lightning_dice.data.volumes.sources import VolumeSource
 
 THREE = ["background", "front", "back"]
 
@@ -38,7 +38,7 @@ def test_ignored_voxels_and_too_many_are_left_out(tmp_path, monkeypatch):
         write(tmp_path / f"images/{split}/a.nii.gz", image)
         write(tmp_path / f"masks/{split}/a.nii.gz", mask)
     assert source(tmp_path).fingerprint().intensities[0].maximum == image[mask == 1].max()
-    monkeypatch.setattr(volume_survey, "SAMPLED", 10)
+    monkeypatch.setattr(dataset_summary, "SAMPLED", 10)
     one, other = (source(tmp_path).fingerprint().intensities[0] for _ in range(2))
     assert one == other  # seeded
     assert one.minimum > image[mask == 1].min() or one.maximum < image[mask == 1].max()
@@ -61,7 +61,7 @@ class TestFile:
         def unread(*_: object) -> None:
             raise AssertionError("a case was read again")
 
-        monkeypatch.setattr(volume_survey, "read_volume", unread)
+        monkeypatch.setattr(dataset_summary, "read_volume", unread)
         assert source(root, file).check() == report
         for path in root.rglob("*.nii.gz"):
             os.utime(path, (1, 1))  # A copy: other times, the same content.

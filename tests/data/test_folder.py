@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_dice.data.folder import FolderSource
-from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.source import DataError
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.interfaces import DataError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 TWO = MaskFormat(["background", "lesion"])

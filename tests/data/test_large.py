@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lightning_dice.data import Standardize
-from lightning_dice.data.images import ImageFormat
+from lightning_dice.data.images.image_format import ImageFormat
+from lightning_dice.data.images.image_reader import Problem, read_picture, to_image
 from lightning_dice.data.large import LargeImage, normalized, open_large
-from lightning_dice.data.readers import Problem, read_picture, to_image
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (150, 203), dtype=np.uint8)
@@ -112,7 +112,7 @@ def test_other_indices_are_refused(index, tmp_path):
 class TestNormalized:
     @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["wide", "narrow"])
     def test_standardized_windows_equal_the_whole(self, scale, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.tiffs.BLOCK", 203 * 13)
+        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 203 * 13)
         # An offset much larger than the deviation is where sums of squares lose their digits.
         pixels = np.stack([BANDS[0] * scale + 10, BANDS[1] * 7, np.full_like(BANDS[0], 0.1)], axis=2)
         path = stored(tmp_path, pixels.astype(np.float32), photometric="rgb", tile=(32, 32))
@@ -168,7 +168,7 @@ class TestRefused:
                 _ = image[..., 120:, :]
 
     def test_one_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.tiffs.PIECE", 20000)
+        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.PIECE", 20000)
         path = stored(tmp_path, GRAY, rowsperstrip=150, compression="zlib")
         with pytest.raises(Problem, match=r"compressed in pieces of 150 rows.*Save it in tiles"):
             LargeImage(path, ImageFormat(1))

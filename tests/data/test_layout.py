@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightning_dice.data.folder import FolderSource
-from lightning_dice.data.layout import scan
-from lightning_dice.data.masks import MaskFormat
-from lightning_dice.data.source import DataError
+from lightning_dice.data.images.file_layout import scan
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.interfaces import DataError
 
 TWO = MaskFormat(["background", "lesion"])
 

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from volume_files import AFFINES, blob, nnunet, write
 
-from lightning_dice.configs import CONF_DIR, UserError, register_resolvers, settle
+from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers, settle
 from lightning_dice.data import NnunetSource
-from lightning_dice.data.nnunet import label_map, read_dataset
-from lightning_dice.data.source import DataError
-from lightning_dice.data.volume_labels import LabelMap
+from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.label_map import LabelMap
+from lightning_dice.data.volumes.nnunet import label_map, read_dataset
 
 REGIONS = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
 

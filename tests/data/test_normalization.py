@@ -22,7 +22,7 @@ KINDS = {
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A picture whose corners differ, so that no part has the mean and spread of the whole."""
-    monkeypatch.setattr("lightning_dice.data.tiffs.BLOCK", 7 * SIDE)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 7 * SIDE)
     ramp = np.arange(SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE) ** 2 / SIDE**4
     for split in ("train", "val"):
         for kind, pixels in (("images", ramp), ("masks", (ramp > 0.5).astype(np.uint8))):
@@ -50,7 +50,7 @@ def whole_of(root: Path, normalize, nodata=None) -> torch.Tensor:
 @pytest.mark.parametrize("windowed", [1000, 10**6], ids=["from-the-file", "decoded-whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_look_as_they_do_in_the_whole(root, kind, windowed, nodata, monkeypatch):
-    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", windowed)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", windowed)
     whole = whole_of(root, KINDS[kind], nodata)
     data = data_of(root, KINDS[kind], nodata)
     tiles = {
@@ -69,7 +69,7 @@ def test_parts_look_as_they_do_in_the_whole(root, kind, windowed, nodata, monkey
 
 
 def test_prediction_by_windows_normalizes_alike(root, monkeypatch):
-    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 1000)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 1000)
     for normalize in KINDS.values():
         data = data_of(root, normalize)
         image = normalized(LargeImage(root / "images/val/a.tif", data.source.image_format), normalize)
@@ -78,7 +78,7 @@ def test_prediction_by_windows_normalizes_alike(root, monkeypatch):
 
 
 def test_statistics_are_taken_once(root, monkeypatch):
-    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 1000)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 1000)
     passes = []
     monkeypatch.setattr(Standardize, "over", lambda self, blocks: passes.append(list(blocks)) or (lambda part: part))
     data = data_of(root, Standardize())

@@ -12,8 +12,8 @@ import torchvision
 from PIL import Image
 
 from lightning_dice.data import DatasetSource, FolderSource, MaskFormat
-from lightning_dice.data.pairs import as_picture
-from lightning_dice.data.source import DataError
+from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.torch_dataset import as_picture
 from tests.test_configs import composed
 
 SIZE = (6, 8)

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import DataError, FolderSource, MaskFormat, SyntheticSource
-from lightning_dice.data.images import ImageFormat
+from lightning_dice.data.images.image_format import ImageFormat
+from lightning_dice.data.images.image_reader import read_picture
+from lightning_dice.data.images.prediction_io import FileWarning, PictureReader, SkippedWarning
 from lightning_dice.data.large import LargeImage
-from lightning_dice.data.pictures import FileWarning, PictureReader, SkippedWarning
 from lightning_dice.data.reader import Item
-from lightning_dice.data.readers import read_picture
 
 GRAY = ImageFormat(channels=1)
 LESION = MaskFormat(["lesion"], "sigmoid")
@@ -116,7 +116,7 @@ class TestWritten:
             assert mask.size == (6, 9)
 
     def test_large_masks_are_tiled_tiffs(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.pictures.TILE", 32)
+        monkeypatch.setattr("lightning_dice.data.images.prediction_io.TILE", 32)
         pixels = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(32, 32))
         for form in (MaskFormat(["background", "a", "b"], values={255: 1}), FORMATS["colors"][0]):
@@ -135,7 +135,7 @@ class TestWritten:
             reader.write(folder / "png", "a", labels_of(form, (70, 90)), scan, "png")
             assert torch.equal(reader.load(folder / "png", "a"), labels_of(form, (70, 90)))
             monkeypatch.undo()
-            monkeypatch.setattr("lightning_dice.data.pictures.TILE", 32)
+            monkeypatch.setattr("lightning_dice.data.images.prediction_io.TILE", 32)
 
     @pytest.mark.parametrize("classes", [1, 3])
     @pytest.mark.parametrize("size", [(6, 9), (600, 530)])

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from lightning_dice import DiceLoss
 from lightning_dice.data import FolderSource, MaskFormat, SegmentationData
 from lightning_dice.data.datamodule import _augmented
-from lightning_dice.data.raters import Raters, fuse
+from lightning_dice.data.images.annotators import Raters, fuse
 
 SOFTMAX = MaskFormat(["background", "cell", "nucleus"])
 SIGMOID = MaskFormat(["artery", "vein"], "sigmoid")

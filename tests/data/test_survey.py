@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lightning_dice.data import DataError, FolderSource, MaskFormat
-from lightning_dice.data.source import DataErrors, Surveyed
+from lightning_dice.data.interfaces import DataErrors, Surveyed
 
 TWO = MaskFormat(["background", "lesion"])
 

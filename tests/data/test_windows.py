@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import CocoSource, DataError, FolderSource, MaskFormat, PatchSampler, SegmentationData
-from lightning_dice.data.cases import FolderCases, TiledCases, starts
+from lightning_dice.data.images.datasets import FolderCases, TiledCases, starts
+from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
 from lightning_dice.data.patches import windows
-from lightning_dice.data.pictures import PictureReader
-from lightning_dice.data.tiffs import LargePicture, open_windows
 
 HEIGHT, WIDTH = 170, 230
 RNG = np.random.default_rng(0)
@@ -35,8 +35,8 @@ TILES = {"tile": (32, 48), "compression": "zlib"}
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Let small files be large ones, and blocks of them a few rows."""
-    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 5000)
-    monkeypatch.setattr("lightning_dice.data.tiffs.BLOCK", 37 * WIDTH)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 5000)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 37 * WIDTH)
     monkeypatch.setattr("lightning_dice.data.patches.BLOCK", 11 * WIDTH)
 
 
@@ -252,7 +252,7 @@ class TestSurvey:
     def both(root: Path, monkeypatch, **settings) -> list:
         """What a survey finds by windows, and what it finds of whole files."""
         found = [FolderSource(root, **settings).survey()]
-        monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 10**9)
+        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 10**9)
         return [*found, FolderSource(root, **settings).survey()]
 
     @pytest.mark.parametrize("name", MASKS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 from lightning_dice.data import DataError, Sample, SyntheticSource
-from lightning_dice.doctor.examination import Examination, examine
-from lightning_dice.doctor.finding import Finding
-from lightning_dice.doctor.findings import judge
-from lightning_dice.doctor.measures import Task
+from lightning_dice.data_check.case_statistics import Task
+from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.finding import Finding
+from lightning_dice.data_check.survey import Examination, examine
 
 TASK = Task(["object"], "sigmoid")
 SIZES = {"train": 14, "val": 6, "test": 6}

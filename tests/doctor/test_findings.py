@@ -12,13 +12,13 @@ from doctor.planted import SIZES, TASK, Listed, broken, change, inspected, sound
 
 from lightning_dice import doctor
 from lightning_dice.data import Sample
-from lightning_dice.data.readers import Problem
-from lightning_dice.data.source import DataErrors
-from lightning_dice.doctor import placement
-from lightning_dice.doctor.examination import examine
-from lightning_dice.doctor.finding import KINDS
-from lightning_dice.doctor.findings import judge
-from lightning_dice.doctor.measures import Task
+from lightning_dice.data.images.image_reader import Problem
+from lightning_dice.data.interfaces import DataErrors
+from lightning_dice.data_check import alignment_checks
+from lightning_dice.data_check.case_statistics import Task
+from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.finding import KINDS
+from lightning_dice.data_check.survey import examine
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -127,7 +127,7 @@ class TestOfAnotherImage:
 
     def test_few_cases_do_not_tell(self):
         found, _ = inspected({"train": sound()["train"][:7]})
-        assert np.isnan(placement.astray(found.cases))
+        assert np.isnan(alignment_checks.astray(found.cases))
 
 
 class TestTwins:

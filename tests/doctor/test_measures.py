@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import Sample
-from lightning_dice.doctor.measures import Case, Task, count_objects, describe, draw, measure, moved, moves, texture
+from lightning_dice.data_check.case_statistics import (
+    Case,
+    Task,
+    count_objects,
+    describe,
+    draw,
+    measure,
+    moved,
+    moves,
+    texture,
+)
 
 THREE = Task(["background", "a", "b"], "softmax", exclude_classes=[0])
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from lightning_dice import inspect
 from lightning_dice.data import FolderSource, MaskFormat
-from lightning_dice.doctor.examination import draw_missing, examine
-from lightning_dice.doctor.findings import judge
-from lightning_dice.doctor.measures import Task
-from lightning_dice.doctor.tables import split_table
+from lightning_dice.data_check.case_statistics import Task
+from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.survey import draw_missing, examine
+from lightning_dice.data_check.tables import split_table
 
 CLASSES = ["background", "disc"]
 
@@ -21,9 +21,9 @@ CLASSES = ["background", "disc"]
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A scene of four tiles and a photograph, in each split; the scene is beyond what may be decoded whole."""
-    monkeypatch.setattr("lightning_dice.doctor.examination.LARGE", 100 * 100)
-    monkeypatch.setattr("lightning_dice.doctor.examination.TILE", 100)
-    monkeypatch.setattr("lightning_dice.data.tiffs.WINDOWED", 100 * 100)
+    monkeypatch.setattr("lightning_dice.data_check.survey.LARGE", 100 * 100)
+    monkeypatch.setattr("lightning_dice.data_check.survey.TILE", 100)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 100 * 100)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 * 150)
     rng = np.random.default_rng(0)
     for split in ("train", "val"):

@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from scipy import ndimage
 
-from lightning_dice.functional.maps import (
+from lightning_dice.functional.target_maps import (
     BoundaryWeight,
     SignedDistance,
     TubedSkeleton,
@@ -20,7 +20,7 @@ from lightning_dice.functional.maps import (
     signed_distance,
     tubed_skeleton,
 )
-from lightning_dice.functional.targets import map_of_batch
+from lightning_dice.functional.target_reader import map_of_batch
 
 SPACES = [pytest.param((9,), (0.5,), id="1d"), pytest.param((5, 4), (2.0, 0.7), id="2d")]
 SPACES += [pytest.param((3, 4, 3), (3.0, 1.0, 0.5), id="3d")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_dice.functional import pad_to_multiple, read_logits
-from lightning_dice.functional.outputs import crop_to, resize_to
+from lightning_dice.functional.model_outputs import crop_to, resize_to
 
 FINE, COARSE = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)
 

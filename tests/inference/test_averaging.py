@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_dice.inference import Flips, mean_logits
-from lightning_dice.inference.averaging import flipped
+from lightning_dice.inference.test_time_augmentation import flipped
 
 
 def softmax(values):

@@ -8,7 +8,7 @@ import torch
 from lightning_dice import DiceScore
 from lightning_dice.functional import AbsentPolicy
 from lightning_dice.inference import Decision
-from lightning_dice.inference.calibration import Calibrator
+from lightning_dice.inference.calibrator import Calibrator
 
 
 def cases(activation, classes, count=6, *, scale=1.0, size=(20, 30), ignore_index=None):

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lightning_dice.inference.components import clean_ids, clean_planes
+from lightning_dice.inference.component_filter import clean_ids, clean_planes
 
 
 def components(mask):

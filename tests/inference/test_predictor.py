@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_dice.inference import Decision, Flips, Inference, Predictor, SlidingWindow
-from lightning_dice.inference import windows as windows_file
+from lightning_dice.inference import sliding_window as windows_file
 
 SPACE, SIZE = (19, 23), (26, 15)
 

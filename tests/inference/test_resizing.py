@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_dice.inference import resizing
-from lightning_dice.inference.resizing import resized
+from lightning_dice.inference import logit_resampling
+from lightning_dice.inference.logit_resampling import resized
 
 SIZES = [
     ((7,), (19,)),
@@ -34,7 +34,7 @@ def test_equals_torch_in_any_slabs(space, size, monkeypatch):
     logits = torch.randn(3, *space, generator=generator)
     expected = F.interpolate(logits[None], size=size, mode=MODES[len(space)], align_corners=False)[0]
     for chunk in (2**26, 1):
-        monkeypatch.setattr(resizing, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(logit_resampling, "CHUNK_BYTES", chunk)
         for cuts in ([], range(1, space[0]), range(2, space[0], 3)):
             rows, parts = 0, []
             for start, stop, part in resized(slabs(logits, cuts), space, size):
@@ -72,7 +72,7 @@ def test_rows_that_are_done_with_are_let_go(monkeypatch):
         kept.append(tensors[0].shape[dim])
         return concatenate(tensors, dim)
 
-    monkeypatch.setattr(resizing.torch, "cat", recorded)
+    monkeypatch.setattr(logit_resampling.torch, "cat", recorded)
     for _ in resized(slabs(torch.randn(2, 40, 4), range(1, 40)), (40, 4), (50, 4)):
         pass
     assert len(kept) == 39

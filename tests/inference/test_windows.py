@@ -7,7 +7,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from lightning_dice.inference import SlidingWindow, windows
+from lightning_dice.inference import SlidingWindow, sliding_window
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Odd sizes, axes that are smaller than the window, windows that fit exactly, and an image of one window.
@@ -57,7 +57,7 @@ def test_rows_come_the_same_in_any_parts(space, size, monkeypatch):
     image = torch.randn(2, *space, generator=torch.Generator().manual_seed(1))
     window, convolution = SlidingWindow(size, 0.7), net(len(space))
     whole = joined(window.slabs(image, convolution))
-    monkeypatch.setattr(windows, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sliding_window, "CHUNK_BYTES", 1)
     parts = list(window.slabs(image, convolution))
     assert len(parts) == space[0]
     assert torch.equal(joined(parts), whole)

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import Focal, Wanted, gpu, reference
+from lightning_dice.kernels import Focal, Wanted, reference, triton_backend
+from lightning_dice.kernels.backend import Work
 from lightning_dice.kernels.pixels import read_pixels
-from lightning_dice.kernels.work import Work
 
 pytest.importorskip("triton", reason="no triton")
 
@@ -115,10 +115,12 @@ def expected_of(work, logits, target, weight, grad):
 
 
 def twin_of(work, logits, target, weight, grad):
-    assert gpu.missing() is None
-    assert gpu.takes(work, logits, target, weight)
+    assert triton_backend.missing() is None
+    assert triton_backend.takes(work, logits, target, weight)
     with torch.no_grad():
-        return gpu.forward(work, logits, target, weight), gpu.backward(work, grad, logits, target, weight)
+        return triton_backend.forward(work, logits, target, weight), triton_backend.backward(
+            work, grad, logits, target, weight
+        )
 
 
 def check(work, logits, target, weight=None, *, scale=1.0, sums_tolerance=None, gradient_tolerance=None):
@@ -220,10 +222,10 @@ def test_many_classes(classes, activation):
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 def test_steps_of_a_program(steps, monkeypatch):
-    monkeypatch.setattr(gpu, "_PROGRAMS", 1)
-    monkeypatch.setattr(gpu, "_STEPS", steps)
+    monkeypatch.setattr(triton_backend, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_backend, "_STEPS", steps)
     work, logits, target, weight = case("softmax", "ids", classes=33, space=(31, 21), ignored=True, weight="pixel")
-    plan = gpu._Plan.of(work, logits.flatten(2))
+    plan = triton_backend._Plan.of(work, logits.flatten(2))
     assert plan.steps == min(steps, -(-31 * 21 // plan.block_p))
     check(work, logits, target, weight)
 
@@ -324,7 +326,7 @@ def test_volumes_that_are_channels_last():
 def test_logits_are_read_where_they_lie(memory):
     work, logits, target, _ = case("softmax", "hard", space=(5, 6))
     other = MEMORY[memory](logits)
-    flat = gpu._Flat.of(work, other, target, None)
+    flat = triton_backend._Flat.of(work, other, target, None)
     assert flat.logits.data_ptr() == other.data_ptr()
 
 
@@ -448,9 +450,9 @@ def test_no_less_exact_than_the_reference_in_the_same_dtype(activation, kind):
 
 def test_what_it_leaves_to_the_reference():
     work, logits, target, _ = case("softmax", "ids")
-    assert not gpu.takes(work, torch.zeros(1, 1025, 2, device=DEVICE), target, None)
-    assert not gpu.takes(work, logits.to("meta"), target.to("meta"), None)
-    assert not gpu.takes(work, logits, target.to("meta"), None)
+    assert not triton_backend.takes(work, torch.zeros(1, 1025, 2, device=DEVICE), target, None)
+    assert not triton_backend.takes(work, logits.to("meta"), target.to("meta"), None)
+    assert not triton_backend.takes(work, logits, target.to("meta"), None)
 
 
 def test_offsets_beyond_31_bits():
@@ -511,7 +513,7 @@ def compile_for_hopper(work, shape, dtype, target_dtype, weighted, monkeypatch, 
     launches = []
 
     class Recorder:
-        tl = gpu._kernels().tl
+        tl = triton_backend._kernels().tl
 
         class _Kernel:
             def __init__(self, kernel):
@@ -520,18 +522,18 @@ def compile_for_hopper(work, shape, dtype, target_dtype, weighted, monkeypatch, 
             def __getitem__(self, grid):
                 return lambda *args, **constants: launches.append((self.kernel, args, constants))
 
-        sums_kernel = _Kernel(gpu._kernels().sums_kernel)
-        gradient_kernel = _Kernel(gpu._kernels().gradient_kernel)
+        sums_kernel = _Kernel(triton_backend._kernels().sums_kernel)
+        gradient_kernel = _Kernel(triton_backend._kernels().gradient_kernel)
 
-    monkeypatch.setattr(gpu, "_kernels", lambda: Recorder)
-    gpu.forward(work, logits, target, weight)
-    gpu.backward(work, grad, logits, target, weight)
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: Recorder)
+    triton_backend.forward(work, logits, target, weight)
+    triton_backend.backward(work, grad, logits, target, weight)
     compiled = []
     for kernel, args, constants in launches:
         warps = constants.pop("num_warps")
         signature, attributes = {}, {}
         for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-            varies = name in sys.modules["lightning_dice.kernels.gpu_kernels"]._VARYING
+            varies = name in sys.modules["lightning_dice.kernels.triton_kernels"]._VARYING
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + POINTERS[value.dtype]
             elif isinstance(value, float):

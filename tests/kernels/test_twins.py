@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_dice import DiceLoss
 from lightning_dice.kernels import Focal, Wanted, available, forced, native, overlap_sums
-from lightning_dice.kernels.choice import chosen
-from lightning_dice.kernels.work import Work
+from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels.dispatch import chosen
 from lightning_dice.losses import DiceCELoss, HausdorffLoss
 
 ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))

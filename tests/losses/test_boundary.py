@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from monai.losses import HausdorffDTLoss
 
 from lightning_dice import DiceLoss, losses
-from lightning_dice.configs import CONF_DIR, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.losses import (
     BoundaryLoss,
     BoundaryWeightedLoss,

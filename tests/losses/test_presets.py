@@ -790,7 +790,7 @@ def test_presets_of_a_subclass():
 def test_the_catalogue_has_the_presets(name, preset):
     from hydra import compose, initialize_config_dir
 
-    from lightning_dice.configs import CONF_DIR, instantiate, register_resolvers
+    from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 
     register_resolvers()
     overrides = [

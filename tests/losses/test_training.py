@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from lightning_dice import DiceScore
-from lightning_dice.configs import CONF_DIR, instantiate, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.data import Batch, SegmentationData, Standardize, SyntheticSource
 
 NAMES = sorted(path.stem for path in (CONF_DIR / "loss").glob("*.yaml"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dice.scoring.paired import adjusted, check_same, common, compare, holm
+from lightning_dice.scoring.comparison import adjusted, check_same, common, compare, holm
 from lightning_dice.scoring.summary import ALL
 from lightning_dice.scoring.table import Cases
 

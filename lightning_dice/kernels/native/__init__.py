@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_dice.kernels.backend import OutOfRange, Work
 from lightning_dice.kernels.native.build import library
 from lightning_dice.kernels.pages import ask_for_large_pages
-from lightning_dice.kernels.work import OutOfRange, Work
 
 _TYPES = {
     torch.float32: 0,

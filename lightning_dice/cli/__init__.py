@@ -1,0 +1,1 @@
+"""Shared by the commands: configs, errors, run folders, training, sweeps, launching, prediction."""

@@ -1,0 +1,410 @@
+"""From a run's config to its objects, and through the Trainer: what fit and evaluate share."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_dice import report
+from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks.files import read_csv
+from lightning_dice.cli import run_folder
+from lightning_dice.cli.config import UserError, instantiate
+from lightning_dice.cli.rendezvous import Start
+from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.kernels import check_forced
+from lightning_dice.module import SegmentationModule
+from lightning_dice.report.run_summary import summary_table
+
+# Shown by Lightning in every run, and not what its reader can or should act on.
+_COUNTS = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"),
+    *("check_val_every_n_epoch", "log_every_n_steps", "num_nodes"),
+)
+_NOISE = (
+    ".*does not have many workers.*",  # The datamodule sets them from the cores at hand.
+    ".*is smaller than the logging interval.*",  # The epoch's means are logged anyway.
+    ".*ended before the epoch ended.*",  # Told in our own words when going on.
+    ".*Checkpoint directory .* exists and is not empty.*",  # When resuming, it should be.
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
+    ".*Grad strides do not match bucket view strides.*",  # A copy more for some 1x1 weights of channels_last.
+    ".*The dirpath has changed from.*",  # It does when a run is scored into a folder of its own.
+    ".*You are using a CUDA device.*Tensor Cores.*",
+)
+
+
+class Session:
+    """The objects of one run, each made when it is first asked for.
+
+    Args:
+        config: resolved, as saved in a run's folder.
+        folder: where the files go.
+        trained: whether a checkpoint is read, so that no pretrained weights need be fetched.
+
+    Raises:
+        UserError: by its attributes: a setting that an object refuses, or something wrong with the data.
+    """
+
+    def __init__(self, config: DictConfig, folder: Path, *, trained: bool = False) -> None:
+        self.config, self.folder, self.trained = config, folder, trained
+        self.run = folder  # Which an evaluation's folder differs from.
+        self.scores: dict[str, dict[str, float]] = {}
+        self.summary: list[report.Line] = []
+        quiet()
+        L.seed_everything(config.seed, workers=True, verbose=False)
+
+    @classmethod
+    def of(cls, start: Start) -> Session:
+        """What a process is told to train."""
+        config = cast("DictConfig", OmegaConf.create(start.config))
+        return cls(config, Path(start.folder), trained=start.checkpoint is not None)
+
+    def check(self) -> None:
+        """Find mistakes before other processes start: make all objects, and read the data once.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        # The data last: reading them may take long.
+        _ = self.module, self.trainer, self.data
+
+    @cached_property
+    def data(self) -> SegmentationData:
+        """The datamodule, its data checked."""
+        with own_mistakes_told():
+            data: SegmentationData = instantiate(self.config.data.datamodule, "data")
+            rank_zero_only(data.prepare_data)()  # Lightning asks again, for nothing, in every process.
+        return data
+
+    @cached_property
+    def module(self) -> SegmentationModule:
+        """Network, loss, metrics, optimizer and scheduler."""
+        with own_mistakes_told():
+            check_forced()
+        return run_folder.build_module(self.config, trained=self.trained)
+
+    @cached_property
+    def trainer(self) -> L.Trainer:
+        """The Trainer with its callbacks and loggers."""
+        callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
+        callbacks.append(_OneConfig(_plain(self.config)))
+        # Ends a training after a step, which the others must have seen.
+        callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
+        loggers = instantiate_each(self.config.logger, "logger")
+        accelerator = self.config.trainer.get("accelerator")
+        if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU: device=cpu does without")
+        for name in _COUNTS:  # The Trainer would find out in the middle of its start, or never.
+            value = self.config.trainer.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UserError(f"trainer.{name} must be a whole number, got {value}")
+        trainer: L.Trainer = instantiate(
+            self.config.trainer,
+            "trainer",
+            callbacks=callbacks,
+            logger=loggers or False,
+            enable_model_summary=False,
+            plugins=[*instantiate(list(self.config.trainer.get("plugins") or []), "trainer.plugins"), *cluster()],
+        )
+        return trainer
+
+    def fit(self, checkpoint: str | Path | None = None) -> None:
+        """Train, from the beginning or from a checkpoint."""
+        data, module, trainer = self.data, self.module, self.trainer
+        if checkpoint is not None:
+            done = run_folder.check_weights(module, checkpoint)
+            say(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
+            ended = done["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= ended:
+                say(
+                    f"all {ended} epochs are done, and are scored again: trainer.max_epochs={2 * ended} trains for more"
+                )
+        say(str(data.report))
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        say(f"net     {type(module.net).__name__}, {parameters:,} parameters")
+        say(f"loss    {module.loss}")
+        say(f"batch   {self.batch_text()}")
+        say(f"folder  {self.folder}")
+        with honest_exit(), own_mistakes_told():
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+    def batch_text(self) -> str:
+        """How many images make a step, on all processes, and from which seed they are drawn."""
+        images, processes = self.data.batch_size, self.trainer.world_size
+        accumulated = self.trainer.accumulate_grad_batches
+        factors = [f"{images} images"]
+        if processes > 1:
+            factors.append(f"{processes} processes")
+        if accumulated > 1:
+            factors.append(f"{accumulated} accumulated")
+        total = images * processes * accumulated
+        return " x ".join(factors) + (f" = {total}" if len(factors) > 1 else "") + f" a step, seed {self.config.seed}"
+
+    def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
+        """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
+        run = self.trainer.test if split == "test" else self.trainer.validate
+        with honest_exit(), own_mistakes_told():
+            logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        self.scores[split] = dict(logged[0]) if logged else {}
+        if self.trainer.is_global_zero:
+            facts = scored_facts(self.config, self.run.name, {"run": str(self.run), "checkpoint": str(checkpoint)})
+            self.summary = report.conclude(self.folder, split, facts)
+        return self.scores[split]
+
+    def score_best(self) -> None:
+        """Score the best checkpoint on the test split, or on the validation split if there is none."""
+        best = self.checkpoint.best_model_path if self.checkpoint is not None else ""
+        last = self.folder / run_folder.CHECKPOINTS / "last.ckpt"
+        if best:
+            self.evaluate(self.last_split, best)
+        elif last.is_file() and self.data.source.split(self.last_split) is not None:
+            say("without a validation there is no best checkpoint: scoring the last one")
+            self.evaluate(self.last_split, last)
+
+    @property
+    def last_split(self) -> Split:
+        """`"test"`, or `"val"` where there is no test split."""
+        return "val" if self.data.source.split("test") is None else "test"
+
+    @property
+    def checkpoint(self) -> ModelCheckpoint | None:
+        """The callback that keeps the best checkpoint."""
+        callback = self.trainer.checkpoint_callback
+        return callback if isinstance(callback, ModelCheckpoint) else None
+
+    @property
+    def best_score(self) -> float | None:
+        """The best value of what the checkpoint callback watches."""
+        score = None if self.checkpoint is None else self.checkpoint.best_model_score
+        return None if score is None or math.isnan(score) else float(score)
+
+    @property
+    def watched(self) -> dict[str, str | None]:
+        """What the checkpoint callback watches, and which way: `monitor` and `mode`."""
+        callback = self.checkpoint
+        return {} if callback is None else {"monitor": callback.monitor, "mode": callback.mode}
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the training has had."""
+        return self.trainer.current_epoch
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the training ended because a sweep has better trials."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, MedianPruner) and callback.pruned for callback in callbacks)
+
+    def show(self) -> None:
+        """Print the scores and where everything is."""
+        if not self.trainer.is_global_zero:
+            return
+        from rich.console import Console
+
+        best_epoch, val = self.best_row()
+        val = self.scores.get("val", val)
+        files: dict[str, str | Path] = {
+            "config": self.folder / run_folder.CONFIG,
+            "best checkpoint": self.folder / run_folder.CHECKPOINTS / "best.ckpt",
+            "last checkpoint": self.folder / run_folder.CHECKPOINTS / "last.ckpt",
+            "metrics by epoch": self.folder / "metrics.csv",
+            "scores by case": self.folder / "cases.csv",
+            "learning curves": self.folder / "curves.png",
+            "Dice by class": self.folder / "dice_per_class.png",
+            "worst and best cases": self.folder / "overlays.png",
+            "report": self.folder / report.REPORT,
+        }
+        # Wide enough for the folder, which is there to be copied: a terminal's own wrapping does not break it.
+        console = Console(width=max(Console().width, len(str(self.folder)) + 24))
+        console.print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
+
+    def best_row(self) -> tuple[int | None, dict[str, float]]:
+        """The epoch of the best checkpoint, and its validation metrics, from the table of epochs."""
+        callback, table = self.checkpoint, self.folder / "metrics.csv"
+        if callback is None or callback.monitor is None:
+            return None, {}
+        rows = [row for row in read_csv(table) if row.get(callback.monitor)]
+        if not rows:
+            return None, {}
+        choose = max if callback.mode == "max" else min
+        best = choose(rows, key=lambda row: float(row[str(callback.monitor)]))
+        return int(best["epoch"]), {
+            key: float(value) for key, value in best.items() if key.startswith("val/") and value
+        }
+
+
+class _OneConfig(Callback):
+    """Keep the config beside the weights, as plain values, tell the loggers, and see that all ranks have the same."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_agreement(OmegaConf.to_yaml(OmegaConf.create(self.config)))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("config") or {}
+        follow_folder(checkpoint, saved.get("folder"), self.config["folder"])
+        changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
+        if trainer.state.fn == "fit" and changed:
+            rates = [(config.get("optimizer") or {}).get("lr") for config in (saved, self.config)]
+            follow_settings(checkpoint, pl_module, rate_changed=rates[0] != rates[1])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
+
+
+def check_agreement(config: str) -> None:
+    """See that all ranks train the same: a hash is compared, and only if it differs are the configs sent.
+
+    Raises:
+        UserError: on every rank, with the lines in which it differs from the first.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    configs = [""] * len(digests)
+    dist.all_gather_object(configs, config)
+    told = []
+    for rank, other in enumerate(configs):
+        if other != configs[0]:
+            lines = difflib.unified_diff(configs[0].splitlines(), other.splitlines(), "rank 0", f"rank {rank}", n=1)
+            told.append("\n".join(line.rstrip("\n") for line in lines))
+    raise UserError("the ranks have different configs, and would train different things:\n" + "\n".join(told))
+
+
+def cluster() -> list[Any]:
+    """Lightning's plugin for SLURM, where processes come from there, without what `SaveOnInterrupt` does better."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() else []
+
+
+def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
+    """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
+    if old is None or old == new:
+        return
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {moved(key): moved(entry) for key, entry in value.items()}
+        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old + os.sep) else value
+
+    checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
+
+
+def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True) -> None:
+    """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
+
+    Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
+    schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
+
+    Args:
+        checkpoint: changed in place.
+        module: which makes optimizer and schedule.
+        rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
+    """
+    configured: Any = module.configure_optimizers()
+    optimizers, schedulers, _ = _configure_optimizers(configured)  # Lightning's reading of all its forms
+    kept = {"params"}
+    for index, (described, state) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=False)):
+        scheduler = described["scheduler"] if isinstance(described, dict) else described
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not rate_changed:
+                kept.add("lr")  # It has been lowered, perhaps.
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That the optimizer has not stepped.
+            for _ in range(state["last_epoch"]):
+                scheduler.step()
+        checkpoint["lr_schedulers"][index] = scheduler.state_dict()
+    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        for saved, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in new.items() if name not in kept})
+
+
+def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.Facts:
+    """What a report says of an evaluation.
+
+    Args:
+        config: of the run, or of the data alone.
+        name: of what was scored.
+        made_of: where it lies.
+    """
+    data = config.data
+    source = str(data.datamodule.source.get("_target_", "")).rpartition(".")[2]
+    known = {**made_of, "data": str(data.get("root") or source), "classes": ", ".join(map(str, data.classes))}
+    if data.activation == "sigmoid":
+        known["threshold"] = str(config.module.threshold)
+    table = (config.get("callbacks") or {}).get("case_table") or {}
+    settings: dict[str, Any] = {"tolerance": 2.0, "lesion_iou": 0.0}  # Of a table written before there were any.
+    for key in settings:
+        value = table.get(key, settings[key])
+        settings[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return report.Facts(f"Evaluation of {name}", known, settings)
+
+
+def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
+    """The objects of a group of named configs; one that is `null` is left out."""
+    return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
+
+
+@contextmanager
+def own_mistakes_told() -> Iterator[None]:
+    """Turn what this package refuses, data or settings that do not fit them, into a message without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        raised_here = place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("lightning_dice.")
+        if isinstance(error, DataError) or raised_here:
+            raise UserError(str(error)) from error
+        raise
+
+
+def quiet() -> None:
+    """Silence what Lightning says in every run; warnings that tell something pass."""
+    # MONAI imports MLflow where that is installed, whose database then lists its plug-ins.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    print(text, flush=True)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}

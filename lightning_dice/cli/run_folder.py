@@ -1,0 +1,247 @@
+"""A run's folder: made once, never overwritten, read by every later command."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_dice.callbacks.files import write_atomically
+from lightning_dice.checkpoints import newest_readable, remove_parts
+from lightning_dice.cli.config import UserError, apply_overrides, instantiate, settle
+from lightning_dice.inference import find_decision
+from lightning_dice.loading import without_pretrained
+
+if TYPE_CHECKING:
+    from lightning_dice.module import SegmentationModule
+
+CONFIG = "config.yaml"  # resolved, plain values: all that evaluate and predict need
+TEMPLATE = "config_unresolved.yaml"  # with its interpolations: what `resume=` lets overrides change
+CHECKPOINTS = "checkpoints"
+FINGERPRINT = "fingerprint.json"  # of volumes: what their normalization and spacing come from
+
+
+def new_folder(parent: str | Path, name: str, *, dated: bool = True) -> Path:
+    """Make a folder that did not exist, `<parent>/<date>_<name>`, numbered if that is taken.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    stamp = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_" if dated else ""
+    base = Path(parent).expanduser().absolute() / f"{stamp}{name}"
+    for number in range(1, 10_000):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()  # Fails if it exists, also when another process was quicker.
+        except FileExistsError:
+            if not path.parent.is_dir():
+                raise UserError(f"cannot make the run's folder {path}: {path.parent} is a file") from None
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {path}: {error.strerror}; choose runs=<folder>") from error
+        return path
+    raise UserError(f"cannot make a folder named {base}: 9999 of them exist")
+
+
+def exact_folder(path: str | Path) -> Path:
+    """Make the folder `path`, which must not exist.
+
+    Raises:
+        UserError: it exists, or cannot be made.
+    """
+    path = Path(path).expanduser().absolute()
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        hint = f", or resume={path}" if (path / CONFIG).is_file() else ""
+        raise UserError(f"{path} exists, and nothing is overwritten: choose a new folder{hint}") from None
+    except OSError as error:
+        raise UserError(f"cannot make the run's folder {path}: {error.strerror}") from error
+    return path
+
+
+def settle_data(config: DictConfig) -> None:
+    """Let the data be found from any folder, and keep what their files say of them: see `configs.settle`.
+
+    Raises:
+        UserError: a file that says something of the data cannot be read.
+    """
+    if "data" in config and not OmegaConf.is_missing(config.data, "root") and config.data.get("root"):
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
+    settle(config)
+
+
+def save_config(folder: Path, config: DictConfig) -> None:
+    """Write the config as it is, and resolved to plain values.
+
+    Raises:
+        UserError: a value that is still missing, or an interpolation that leads nowhere.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        resolved = OmegaConf.to_yaml(config, resolve=True)
+    except Exception as error:
+        unset = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if unset:
+            raise UserError(f"{unset[1]} has no value: give {unset[1]}=...") from error
+        raise UserError(f"config: {error}") from error
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
+    for name, text in ((TEMPLATE, OmegaConf.to_yaml(config)), (CONFIG, resolved)):
+        write_atomically(folder / name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: this is not a run's folder.
+    """
+    path = Path(folder).expanduser() / name
+    if not path.is_file():
+        raise UserError(f"{Path(folder).absolute()} is not the folder of a run: it has no {name}")
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is not a config")
+    return config
+
+
+def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | None = None) -> DictConfig:
+    """The config of a run, with its interpolations, wherever its folder lies now.
+
+    Args:
+        folder: of the run.
+        overrides: in Hydra's syntax, of values alone.
+        output: where files go from now on; by default the folder itself.
+
+    Raises:
+        UserError: this is not a run's folder, or an override does not fit.
+    """
+    config = load_config(folder, TEMPLATE)
+    apply_overrides(config, overrides)
+    settle_data(config)
+    config.folder = str(output if output is not None else Path(folder).expanduser().absolute())
+    return config
+
+
+def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationModule:
+    """The module that a run's config describes, with fresh weights.
+
+    Args:
+        config: of the run.
+        trained: whether those of a checkpoint will replace them, so that none need be fetched.
+
+    Raises:
+        UserError: a setting that it refuses.
+    """
+    described: Any = config.module
+    if trained:
+        described = without_pretrained(OmegaConf.to_container(described, resolve=True))
+    module: SegmentationModule = instantiate(described, "module")
+    return module
+
+
+def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
+    """The checkpoint of a run: `"best"`, `"last"`, or the path of a file.
+
+    Raises:
+        UserError: it is not there; the message says what is.
+    """
+    if which not in ("best", "last"):
+        path = Path(which).expanduser()
+        if path.is_file():
+            return path
+        raise UserError(f"checkpoint must be best, last or the path of a file, got {which}")
+    path = Path(folder).expanduser() / CHECKPOINTS / f"{which}.ckpt"
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob("*.ckpt"))
+        raise UserError(f"the run has no {path.name}; in {path.parent} there is {', '.join(there) or 'nothing'}")
+    return path
+
+
+def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path, checkpoint: Path) -> str | None:
+    """Let a module decide by `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_decision`.
+
+    Returns:
+        By what it now decides, to be told; `None` if there is no calibration.
+
+    Raises:
+        UserError: the file is not there, cannot be read, is that of another checkpoint, or does not fit the module.
+    """
+    try:
+        decision = find_decision(folder, choice, checkpoint)
+        module.calibrate(decision)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return f"calibrated by {decision.origin}: {decision}" if decision.origin else None
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a run goes on from: the last one that is whole; `None` if the run has not saved any.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    checkpoints = Path(folder).expanduser() / CHECKPOINTS
+    remove_parts(checkpoints)
+    try:
+        return newest_readable(checkpoints)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint, read without running any code that it may hold.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if "state_dict" not in checkpoint:
+        raise UserError(f"{path} is not a checkpoint of a module: it has no state_dict")
+    return checkpoint
+
+
+def check_weights(module: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint and see that its weights fit the module, before any of them is loaded.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: names the first weights that are missing, left over or of another shape.
+    """
+    checkpoint = read_checkpoint(path)
+    saved, own = checkpoint["state_dict"], module.state_dict()
+    missing = [key for key in own if key not in saved]
+    extra = [key for key in saved if key not in own]
+    shapes = [
+        f"{key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the module"
+        for key in own
+        if key in saved and saved[key].shape != own[key].shape
+    ]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(keys)} {what}, such as {keys[0]}"
+            for keys, what in ((missing, "missing"), (extra, "left over"), (shapes, "of another shape"))
+            if keys
+        ]
+        raise UserError(
+            f"{path} is of another architecture or number of classes than the config says: weights {'; '.join(parts)}"
+        )
+    return checkpoint

@@ -1,0 +1,405 @@
+"""Image files to arrays, with every bit that is in the file.
+
+Pillow reads; where it would squeeze 16-bit colour to 8 bit (PNG, TIFF) or refuses (float and many-channel TIFF),
+imagecodecs and tifffile do.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import PIL.WebPImagePlugin  # noqa: F401  (it registers itself; else Pillow knows WebP only in some programs)
+import tifffile
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from lightning_dice.data.interfaces import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # by content: a GIF or WebP that is named .png is read, too
+LOSSY = ("JPEG", "MPO", "WEBP")
+COLORS = {1: "gray", 2: "gray+alpha", 3: "RGB", 4: "RGBA"}
+PNG = b"\x89PNG\r\n\x1a\n"
+NUMPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ORIENTATION = 274  # the tag of EXIF and of TIFF
+
+
+class Problem(DataError):
+    """One thing wrong with one file.
+
+    Args:
+        what: what was required and what came.
+        where: the file or folder.
+        remedy: how to mend it, where known.
+
+    >>> print(Problem("is empty (0 bytes)", where="images/a.png", remedy="Copy it again."))
+    images/a.png: is empty (0 bytes). Copy it again.
+    """
+
+    def __init__(self, what: str, where: str | Path = "", remedy: str = "") -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(f"{where}: {what}. {remedy}".strip() if where else what)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file, upright.
+
+    Attributes:
+        pixels: `(height, width, channels)` as stored: bool, unsigned or signed integers, or floats.
+        path: where it came from, for messages.
+        white: the value of full brightness; `None` where the type has none (floats, signed and 32-bit integers).
+        alpha: the last channel is opacity.
+        palette: `(colors, 3)` where the pixels are indices into it.
+        lossy: compressed in a way that changes values.
+        turned: its orientation tag asked for a turn or a flip, which was made.
+    """
+
+    pixels: NDArray[Any]
+    path: Path
+    white: float | None
+    alpha: bool = False
+    palette: NDArray[np.uint8] | None = None
+    lossy: bool = False
+    turned: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels."""
+        return self.pixels.nbytes
+
+    def window(self, rows: slice, columns: slice) -> Picture:
+        """A part of it."""
+        return replace(self, pixels=self.pixels[rows, columns])
+
+    def blocks(self) -> list[slice]:
+        """All rows: what is decoded needs no steps."""
+        return [slice(0, self.pixels.shape[0])]
+
+    def forget(self) -> None:
+        """Nothing: all of it is in memory."""
+
+    @property
+    def kind(self) -> str:
+        """Depth and colour in words, such as `16-bit RGB`."""
+        plain = isinstance(self.white, int) and self.pixels.dtype.kind in "bu"
+        depth = f"{int(self.white or 0).bit_length()}-bit" if plain else str(self.pixels.dtype)
+        channels = self.pixels.shape[2]
+        if self.palette is not None:
+            return f"{depth} palette"
+        known = channels in COLORS and self.alpha == (channels in (2, 4))
+        return f"{depth} {COLORS[channels] if known else f'{channels}-channel'}"
+
+    def colors(self) -> NDArray[Any]:
+        """The pixels, looked up in the palette if there is one; a palette of grays gives one channel."""
+        if self.palette is None:
+            return self.pixels
+        colors: NDArray[Any] = self.palette[self.pixels[..., 0]]
+        used = self.palette[np.unique(self.pixels)]
+        return colors[..., :1] if (used == used[:, :1]).all() else colors
+
+
+def read_picture(path: Path, data: bytes | None = None) -> Picture:
+    """Decode a PNG, JPEG, BMP, TIFF or NumPy file, known by its content and not by its name.
+
+    An array is `(height, width)`, or has channels as its first or last axis, whichever is the shorter one. A TIFF of
+    several pages is one image if ImageJ's or OME's metadata call the pages channels (`CYX`); other pages may be a stack
+    or a film, and are refused.
+
+    Args:
+        path: the file.
+        data: its bytes, where they have been read already.
+
+    Raises:
+        DataError: naming the file, where it is empty, truncated, of another kind, of several frames or too large.
+    """
+    data = read_bytes(path) if data is None else data
+    read_size(path, data)  # A bomb must be met before it is decoded.
+    try:
+        if data.startswith(NUMPY):
+            return _read_array(path, data)
+        picture = _read_tiff(path, data) if data[:4] in TIFF else _read_pillow(path, data)
+    except Problem:
+        raise
+    except Exception as error:  # Decoders raise whatever their format brings up: struct.error, KeyError, zlib.error ...
+        raise _undecodable(path, data, error) from error
+    orientation = _orientation(path, data)
+    return replace(picture, pixels=_turn(picture.pixels, orientation), turned=orientation != 1)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, of which there must be some."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        link = path.is_symlink() and not path.exists()
+        what = f"is a link to {path.readlink()}, which is not there" if link else f"cannot be opened ({error.strerror})"
+        raise Problem(what, path) from error
+    if not data:
+        raise Problem("is empty (0 bytes)", path, "Copy it again or remove it.")
+    return data
+
+
+def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> tuple[int, int]:
+    """Height and width once upright, from the header alone.
+
+    Args:
+        path: the file.
+        data: its bytes, where they have been read already.
+        whole: it shall be decoded whole, which a size beyond `PIL.Image.MAX_IMAGE_PIXELS` forbids; else a TIFF may be
+            of any size.
+
+    Raises:
+        DataError: it has no readable header, or is too large.
+    """
+    file = BytesIO(data) if data is not None else path
+    try:
+        with path.open("rb") if data is None else BytesIO(data[:4]) as start:
+            magic = start.read(4)
+        if magic in TIFF:
+            with tifffile.TiffFile(file) as tiff:
+                page = tiff.pages.first
+                height, width = page.imagelength, page.imagewidth
+        elif magic == NUMPY[:4]:
+            with path.open("rb") if data is None else BytesIO(data) as header:
+                _, height, width = _array_shape(path, *_array_header(header))
+        else:
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+    except Problem:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path, str(error)) from error
+    except OSError as error:
+        if data is None:
+            return read_size(path, read_bytes(path), whole=whole)
+        raise _undecodable(path, data, error) from error
+    except Exception as error:
+        raise _undecodable(path, read_bytes(path) if data is None else data, error) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit and (whole or magic not in TIFF):
+        raise _too_large(path, f"{height}x{width} pixels, more than {limit}")
+    return (width, height) if _orientation(path, data) >= 5 else (height, width)
+
+
+def to_image(picture: Picture, channels: int) -> Tensor:
+    """A float32 tensor of `channels` channels: integers divided by their white (255, 65535), floats as they are.
+
+    Gray is repeated to three channels. Alpha is dropped, unless it makes up the number of channels asked for.
+
+    Raises:
+        DataError: for another number of channels, an integer type without a white, or a value that is not finite.
+
+    >>> picture = Picture(np.array([[[0], [51], [255]]], np.uint8), Path("a.png"), white=255)
+    >>> to_image(picture, channels=1)
+    tensor([[[0.0000, 0.2000, 1.0000]]])
+    >>> to_image(picture, channels=3).shape
+    torch.Size([3, 1, 3])
+    >>> to_image(picture, channels=4)
+    Traceback (most recent call last):
+    lightning_dice.data.images.image_reader.Problem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
+    """
+    pixels = picture.colors()
+    if picture.alpha and pixels.shape[2] != channels:
+        pixels = pixels[..., :-1]
+    found = pixels.shape[2]
+    if found != channels and (found, channels) != (1, 3):
+        asked = f"has {found} channel{'s' * (found != 1)} ({picture.kind}), data.channels={channels} was asked for"
+        raise Problem(asked, picture.path, f"Set data.channels={found}, or convert the file.")
+    if picture.white is None and pixels.dtype.kind != "f":
+        remedy = "Set data.white to the value of full brightness."
+        raise Problem(f"holds {pixels.dtype} values, which have no agreed white", picture.path, remedy)
+    with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused below.
+        values = np.array(pixels.transpose(2, 0, 1), dtype=np.float32, order="C")
+    if pixels.dtype.kind == "f" and not np.isfinite(values).all():
+        count = int(values.size - np.isfinite(values).sum())
+        raise Problem(f"holds {count} values that are not finite (NaN or infinite)", picture.path, "Fill them first.")
+    # NumPy divides and repeats: torch would wake its threads for each small image, from every reading thread.
+    if picture.white is not None:
+        values /= picture.white
+    return torch.from_numpy(np.repeat(values, channels, axis=0) if found != channels else values)
+
+
+def _read_pillow(path: Path, data: bytes) -> Picture:
+    depth, color = (data[24], data[25]) if data.startswith(PNG) else (8, 0)
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        # Cameras append a preview to a JPEG, which makes it an MPO of two frames; its first is the picture.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise _frames(path, frames)
+        lossy = image.format in LOSSY
+        if depth == 16 and color != 0:
+            deep = np.asarray(imagecodecs.png_decode(data))
+            return Picture(_with_channels(deep), path, white=65535, alpha=color in (4, 6))
+        pixels = _with_channels(np.asarray(image))
+        mode = image.mode
+        if mode == "1":
+            return Picture(pixels.view(np.uint8) != 0, path, white=1)  # Pillow's True is the byte 255.
+        if mode == "L" and depth in (2, 4):  # Pillow stretches them to 8 bit; a mask's ids must stay as stored.
+            white = 2**depth - 1
+            return Picture(pixels // (255 // white), path, white=white)
+        if mode in ("P", "PA"):
+            colors = np.zeros((256, 3), np.uint8)
+            stored = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            colors[: len(stored)] = stored
+            return Picture(pixels[..., :1], path, white=255, palette=colors, lossy=lossy)
+        if mode in ("L", "LA", "RGB", "RGBA"):
+            return Picture(pixels, path, white=255, alpha=mode in ("LA", "RGBA"), lossy=lossy)
+        if mode.startswith("I"):  # 16-bit gray PNG: "I;16", before Pillow 10.3 "I"
+            return Picture(pixels.astype(np.uint16), path, white=65535)
+    raise _colors(path, mode)
+
+
+def _read_tiff(path: Path, data: bytes) -> Picture:
+    with tifffile.TiffFile(BytesIO(data)) as file:
+        # Reduced copies (overviews) and transparency masks come along as pages of their own: bits 0 and 2.
+        pages: list[Any] = [page for page in file.pages if not int(getattr(page, "subfiletype", 0)) & 0b101]
+        channels = len(pages) > 1 and file.series[0].axes == "CYX" and len(file.series[0].pages) == len(pages)
+        if not pages or (len(pages) > 1 and not channels) or pages[0].imagedepth != 1:
+            raise _frames(path, len(pages) * (pages[0].imagedepth if pages else 1))
+        page = pages[0]
+        spans = [
+            (start, count) for one in pages for start, count in zip(one.dataoffsets, one.databytecounts, strict=True)
+        ]
+        ends = [start + count for start, count in spans]
+        if not ends or max(ends) > len(data):  # A truncated JPEG strip decodes without a word.
+            what = f"is truncated: {max(ends, default=0)} bytes expected, {len(data)} found"
+            raise Problem(what, path, "Copy it again.")
+        pixels = page.asarray()
+        if channels:
+            pixels = np.stack([pixels, *(one.asarray() for one in pages[1:])], axis=-1)
+            return page_picture(path, page, pixels)
+        pixels = np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else _with_channels(pixels)
+        return page_picture(path, page, pixels)
+
+
+def page_picture(path: Path, page: Any, pixels: NDArray[Any]) -> Picture:
+    """Pixels of a page of a TIFF, all of them or a window, with what the page's tags say of their meaning.
+
+    Args:
+        path: of the file.
+        page: a `tifffile.TiffPage`.
+        pixels: `(height, width, samples)`, as decoded.
+
+    Raises:
+        DataError: for colours that are none of gray, palette and RGB.
+    """
+    photometric = tifffile.PHOTOMETRIC(page.photometric)
+    jpeg = page.compression in (6, 7, 33003, 33005, 34712)
+    known = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE")
+    if photometric.name not in known and not (photometric.name == "YCBCR" and jpeg):
+        raise _colors(path, photometric.name)
+    white = 2**page.bitspersample - 1 if pixels.dtype.kind in "bu" and page.bitspersample <= 16 else None
+    if photometric.name == "MINISWHITE" and white is not None:
+        pixels = ~pixels if pixels.dtype == bool else white - pixels
+    palette = None
+    if photometric.name == "PALETTE":
+        palette = np.zeros((65536 if pixels.dtype == np.uint16 else 256, 3), np.uint8)
+        stored = np.asarray(page.colormap)
+        palette[: stored.shape[1]] = (stored.T >> 8).astype(np.uint8)
+    alpha = len(page.extrasamples) > 0 and page.extrasamples[-1] in (1, 2)
+    return Picture(pixels, path, white=white, alpha=alpha, palette=palette, lossy=jpeg)
+
+
+def _array_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _array_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bool, int, int]:
+    """Whether channels come first, height and width of an array."""
+    form = "arrays must be (height, width), (height, width, channels) or (channels, height, width)"
+    if dtype.kind not in "buif":
+        raise Problem(f"holds {dtype}, numbers are required", path, "Save it as integers or floats.")
+    if len(shape) == 2:
+        return False, shape[0], shape[1]
+    if len(shape) != 3 or shape[0] == shape[2]:
+        raise Problem(f"has the shape {shape}: {form}, with fewer channels than pixels", path, "Save it so.")
+    first = shape[0] < shape[2]
+    return (True, shape[1], shape[2]) if first else (False, shape[0], shape[1])
+
+
+def _read_array(path: Path, data: bytes) -> Picture:
+    first, _, _ = _array_shape(path, *_array_header(BytesIO(data)))
+    pixels = np.load(BytesIO(data), allow_pickle=False)
+    whites = {"b1": 1, "u1": 255, "u2": 65535}
+    return Picture(
+        np.moveaxis(pixels, 0, -1) if first else _with_channels(pixels), path, white=whites.get(pixels.dtype.str[1:])
+    )
+
+
+def _with_channels(pixels: NDArray[Any]) -> NDArray[Any]:
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _orientation(path: Path, data: bytes | None) -> int:
+    """The orientation tag, 1 to 8; 1 (upright) where there is none."""
+    file = BytesIO(data) if data is not None else path
+    with path.open("rb") if data is None else BytesIO(data[:4]) as start:
+        magic = start.read(4)
+    if magic == NUMPY[:4]:
+        return 1
+    if magic in TIFF:
+        with tifffile.TiffFile(file) as tiff:
+            found = tiff.pages.first.tags.valueof(ORIENTATION, default=1)
+    else:
+        with Image.open(file, formats=FORMATS) as image:
+            exif = Image.Exif()
+            try:  # Not image.getexif(): for a PNG without EXIF it would decode the whole file.
+                exif.load(image.info.get("exif") or b"")
+                found = exif.get(ORIENTATION, 1)
+            except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error):
+                found = 1  # Damaged metadata; the pixels are sound.
+    return int(found) if found in range(1, 9) else 1
+
+
+def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _undecodable(path: Path, data: bytes, error: Exception) -> Problem:
+    if data.startswith(b"version https://git-lfs"):
+        return Problem("is a Git LFS pointer, not the image", path, "Fetch the images with `git lfs pull`.")
+    if isinstance(error, UnidentifiedImageError):
+        what = f"is not a PNG, JPEG, BMP, TIFF or NumPy image: it begins with {data[:12]!r}"
+        return Problem(what, path, "Remove or replace it.")
+    return Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again or remove it.")
+
+
+def _too_large(path: Path, reason: str) -> Problem:
+    remedy = (
+        "If it is what it should be, save it as a TIFF in tiles of 512x512 pixels, which is read by windows "
+        "(data.window, data.tile), or raise PIL.Image.MAX_IMAGE_PIXELS."
+    )
+    return Problem(f"may be a decompression bomb: {reason}", path, remedy)
+
+
+def _frames(path: Path, frames: int) -> Problem:
+    remedy = "Save each frame as a file of its own; if they are channels, with tifffile's planarconfig='separate'."
+    return Problem(f"holds {frames} frames, one is required", path, remedy)
+
+
+def _colors(path: Path, found: str) -> Problem:
+    return Problem(f"has the colours {found}; gray, palette and RGB are read", path, "Save it as RGB or gray.")

@@ -1,0 +1,1 @@
+"""The checks of a data set behind `lightning_dice.inspect`."""

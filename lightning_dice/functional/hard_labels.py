@@ -1,0 +1,146 @@
+"""Hard predictions and their counts: what metrics are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_dice.kernels import Activation, OverlapSums
+from lightning_dice.kernels.backend import OutOfRange
+from lightning_dice.kernels.checks import check_shapes, check_values, reads_values, value_range
+from lightning_dice.kernels.counts import count_classes, count_labels, count_planes
+
+
+def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", threshold: float = 0.5) -> Tensor:
+    """The labels that logits stand for.
+
+    Args:
+        logits: `(batch, classes, *space)`, or probabilities with `activation=None`.
+        activation: `"softmax"`: the class of the greatest logit; `"sigmoid"` and `None`: a plane for each class.
+        threshold: a probability; a pixel is foreground above it.
+
+    Returns:
+        `"softmax"`: class ids, int64 `(batch, *space)`; else bool planes `(batch, classes, *space)`.
+
+    >>> hard_prediction(torch.tensor([[[2.0, -2.0]]]))
+    tensor([[[ True, False]]])
+    """
+    if activation == "softmax":
+        return logits.argmax(1)
+    if activation is None:
+        return logits > threshold
+    # Compared as logits: no probabilities are made, and none is rounded to the threshold.
+    return logits > _logit(threshold)
+
+
+def hard_target(target: Tensor, *, activation: Activation = "sigmoid") -> Tensor:
+    """The labels that soft labels stand for: what a hard score can count while training on soft ones.
+
+    Args:
+        target: ids, or planes of 0 and 1, which are returned as they are; or soft labels `(batch, classes, *space)` of
+            floating point, in [0, 1]. Values beyond are labels to be ignored, and stay.
+        activation: `"softmax"`: the class with the greatest label, the lowest of equals; else those of more than 1/2.
+
+    >>> hard_target(torch.tensor([[[0.5, 0.7, 255.0]]]))
+    tensor([[[  0.,   1., 255.]]])
+    >>> hard_target(torch.tensor([[[0.5, 0.1, 255.0], [0.5, 0.9, 255.0]]]), activation="softmax")
+    tensor([[  0,   1, 255]])
+    """
+    if not target.is_floating_point():
+        return target
+    outside = (target < 0) | (target > 1)
+    if activation != "softmax":
+        return target.where(outside, (target > 0.5).to(target.dtype))
+    beyond = target.where(outside, 0).sum(1) / outside.sum(1).clamp(min=1)
+    return beyond.long().where(outside.any(1), target.argmax(1))
+
+
+def hard_sums(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation = "sigmoid",
+    threshold: float = 0.5,
+    ignore_index: int | None = None,
+) -> OverlapSums:
+    """Count pixels of each class in each image: both, predicted, actual, all.
+
+    Args:
+        logits: `(batch, classes, *space)`, or probabilities with `activation=None`.
+        target: as for `lightning_dice.kernels.overlap_sums`, but no soft labels.
+        activation: as for `hard_prediction`.
+        threshold: a probability; with `"softmax"` it has no part.
+        ignore_index: pixels whose target holds this value are not counted.
+
+    Returns:
+        int64 `(images, classes)`; exact at any size.
+
+    Raises:
+        ValueError: a shape that would broadcast; on the CPU, a value outside its range.
+
+    >>> sums = hard_sums(torch.tensor([[[2.0, 2.0, -2.0]]]), torch.tensor([[[1, 0, 255]]]), ignore_index=255)
+    >>> sums.overlap.item(), sums.predicted.item(), sums.actual.item(), sums.count.item()
+    (1, 2, 1, 2)
+    """
+    check_shapes(logits, target, activation=activation)
+    if target.shape == logits.shape and activation == "softmax":
+        raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
+    if target.shape != logits.shape and activation is None:
+        raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
+    if activation is None and reads_values(logits):
+        check_values(logits, target, activation=None, ignore_index=ignore_index)
+    try:
+        if activation == "softmax":
+            return count_classes(logits, target, ignore_index)
+        at = threshold if activation is None else _logit(threshold)
+        return count_planes(logits, target, at, ignore_index)
+    except OutOfRange:
+        check_values(logits, target, activation=activation, ignore_index=ignore_index)
+        raise
+
+
+def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> OverlapSums:
+    """As `hard_sums`, of class ids that have been predicted already.
+
+    Args:
+        predicted: class ids `(batch, *space)`; under an ignored pixel anything.
+        target: class ids `(batch, *space)`.
+        num_classes: how many classes there are.
+        ignore_index: pixels whose target holds this value are not counted.
+
+    Returns:
+        int64 `(batch, num_classes)`.
+
+    Raises:
+        ValueError: shapes that differ, a dtype that is no integer; on the CPU, an id that is no class.
+
+    >>> sums = label_sums(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]]), 3)
+    >>> sums.overlap.tolist(), sums.predicted.tolist(), sums.actual.tolist()
+    ([[1, 1, 0]], [[1, 2, 0]], [[1, 1, 1]])
+    """
+    if predicted.shape != target.shape or predicted.ndim < 2:
+        raise ValueError(
+            f"predicted and target must be class ids of one shape (batch, *space), got {tuple(predicted.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    for name, ids in (("predicted", predicted), ("target", target)):
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{name} holds class ids and must be of an integer dtype, got {ids.dtype}")
+    try:
+        return count_labels(predicted, target, num_classes, ignore_index)
+    except OutOfRange:
+        for name, ids, ignored in (("target", target, ignore_index), ("predicted", predicted, None)):
+            low, high = value_range(ids, ignored)
+            if not 0 <= low <= high < num_classes:
+                raise ValueError(
+                    f"{name} must hold class ids from 0 to {num_classes - 1}"
+                    + ("" if ignored is None else f" (ignored: {ignored})")
+                    + f", got values from {low:g} to {high:g}"
+                ) from None
+        raise
+
+
+def _logit(threshold: float) -> float:
+    return math.log(threshold / (1 - threshold))

@@ -1,0 +1,251 @@
+"""Losses by pixel: cross-entropy and focal, as sums, and the mean over the hardest pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_dice.argument_checks import class_weights_tensor, flag, number
+from lightning_dice.functional import Partial, weighted_mean
+from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, Wanted, checked_pixels, wide_dtype
+from lightning_dice.losses import compat
+from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, class_weights_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class PixelMeanSettings(TypedDict, total=False):
+    """The settings of `PixelMeanLoss`, for the signatures of its subclasses."""
+
+    activation: Activation
+    pool: Literal["image", "batch"]
+    class_weights: Iterable[float] | Tensor | None
+    ignore_index: int | None
+    across_ranks: bool
+
+
+class CrossEntropyLoss(PixelMeanLoss):
+    r"""Cross-entropy: categorical where classes exclude each other, binary in each plane otherwise.
+
+    .. math:: L = \frac{\sum_i w_{c(i)}\,(-\log p_{i, c(i)})}{\sum_i w_{c(i)}} \qquad
+        L = \frac{\sum_{i, c} w_c\,[-t \log p - (1 - t) \log(1 - p)]_{i, c}}{\sum_{i, c} w_c}
+
+    Equals `torch.nn.CrossEntropyLoss` for ids, and `torch.nn.BCEWithLogitsLoss` for planes; departs from them where
+    soft labels meet class weights, which here are normalized too. All ranks share the normalizer.
+
+    Args:
+        label_smoothing: the share, in [0, 1), of a label that is given to all classes alike.
+        **settings: those of `PixelMeanLoss`.
+
+    >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    >>> CrossEntropyLoss(activation="softmax")(logits, torch.tensor([[0, 1]]))
+    tensor(0.4100)
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, **settings: Unpack[PixelMeanSettings]) -> None:
+        super().__init__(**settings)
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0, 1)
+        if label_smoothing == 1:
+            raise ValueError("label_smoothing must be less than 1: nothing would be left of the labels")
+
+    @property
+    def wanted(self) -> Wanted:
+        """The cross-entropy, and with smoothing that of every class."""
+        smoothed = self.label_smoothing > 0
+        return Wanted(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The sum of -log p of the (smoothed) label."""
+        if sums.nll is None:
+            raise ValueError("the sums lack nll")
+        share = self.label_smoothing
+        if not share or sums.all_nll is None:
+            return sums.nll
+        others = sums.all_nll if sums.exclusive or sums.absent_nll is None else sums.all_nll + sums.absent_nll
+        return (1 - share) * sums.nll + share * others / (sums.nll.shape[1] if sums.exclusive else 2)
+
+
+class FocalLoss(PixelMeanLoss):
+    r"""Focal loss: cross-entropy with less of it from pixels that are already right (Lin et al., ICCV 2017).
+
+    .. math:: L = \mathrm{mean}\left[\alpha\,(1 - p)^\gamma\,(-\log p)\right]\ \text{of the true class}
+
+    Softmax takes no `alpha`: give `class_weights`. Soft labels take the mean over labels drawn with that probability.
+
+    Args:
+        gamma: the exponent, >= 0; 0 is cross-entropy.
+        alpha: weight of the foreground of each plane, in [0, 1], that of the background being 1 - alpha.
+        **settings: those of `PixelMeanLoss`.
+
+    >>> FocalLoss(gamma=2)(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1, 1]]]))
+    tensor(0.0875)
+    """
+
+    def __init__(
+        self, *, gamma: float = 2.0, alpha: float | None = None, **settings: Unpack[PixelMeanSettings]
+    ) -> None:
+        super().__init__(**settings)
+        self.gamma = number("gamma", gamma)
+        self.alpha = None if alpha is None else number("alpha", alpha, 0, 1)
+        if alpha is not None and self.activation == "softmax":
+            raise ValueError("alpha sets foreground against background; with a softmax give class_weights")
+
+    @property
+    def wanted(self) -> Wanted:
+        """The focal sum."""
+        return Wanted(focal=Focal(self.gamma, self.alpha))
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """The focal sum."""
+        if sums.focal is None:
+            raise ValueError("the sums lack focal")
+        return sums.focal
+
+    @classmethod
+    def like_monai(cls, *, gamma: float = 2.0, **arguments: Unpack[compat.MonaiFocal]) -> Self:
+        """MONAI's `FocalLoss`, of the same arguments, with a sigmoid; targets are planes.
+
+        With `ignore_index` MONAI divides by the pixels alone and so multiplies the loss by the number of classes; here
+        it is the mean, and the same for one.
+
+        Args:
+            gamma: the exponent.
+            **arguments: `to_onehot_y`, `alpha` and `ignore_index`, as in MONAI; `weight` with a mean of 1, as MONAI's
+                scale the loss; `include_background=False` together with `weight`; `use_softmax`, an `alpha` for each
+                class and other reductions than the mean are refused.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> FocalLoss.like_monai(include_background=False, weight=[1, 1]).class_weights
+        tensor([0., 1., 1.])
+        """
+        return cls(gamma=gamma, **compat.monai_focal(**arguments))
+
+    @classmethod
+    def like_smp(
+        cls,
+        mode: str,
+        *,
+        alpha: float | None = None,
+        gamma: float = 2.0,
+        ignore_index: int | None = None,
+        **arguments: Unpack[compat.SmpFocal],
+    ) -> Self:
+        """The `FocalLoss` of smp, of the same arguments; targets are planes.
+
+        In `"multiclass"` mode smp takes a sigmoid for each class, one against the rest: the target is one-hot here, and
+        an ignored pixel holds `ignore_index` in all planes. `FocalLoss(activation="softmax")` takes ids instead.
+
+        Args:
+            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
+            alpha: weight of the foreground, 1 - alpha that of the background.
+            gamma: the exponent.
+            ignore_index: pixels whose target holds this value count as nothing.
+            **arguments: `class_weights` and `from_logits`, as in smp; `eps` has no effect; `normalized`,
+                `reduced_threshold` and other reductions than the mean are refused.
+
+        Raises:
+            ValueError: what cannot be reproduced, with what to use instead.
+
+        >>> FocalLoss.like_smp("multiclass", gamma=3.0).activation
+        'sigmoid'
+        """
+        return cls(gamma=gamma, alpha=alpha, ignore_index=ignore_index, **compat.smp_focal(mode, **arguments))
+
+
+class TopKCrossEntropyLoss(SegmentationLoss):
+    r"""Cross-entropy of the hardest pixels of each image: the mean over the `k` greatest.
+
+    The top-k loss of nnU-Net takes the hardest pixels of the whole batch of a process; here each image has its own,
+    so that the loss does not depend on its neighbours or on the number of processes. Ignored pixels are not among
+    those of which a share is taken.
+
+    Args:
+        k: the share of pixels (softmax) or of pixels of all planes (sigmoid), in (0, 1]; at least one pixel.
+        class_weights: one for each class; a pixel is weighted before it is compared, and the sum is divided by the
+            weights, so that with `k=1` this is the `CrossEntropyLoss` of each image.
+        activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
+        ignore_index: pixels whose target holds this value count as nothing.
+        across_ranks: in a distributed training, give what one process with the whole batch would give; see
+            `OverlapLoss`.
+
+    >>> logits = torch.tensor([[[4.0, 4.0, 4.0, 0.0]]])
+    >>> TopKCrossEntropyLoss(k=0.25)(logits, torch.tensor([[[1, 1, 1, 1]]]))
+    tensor(0.6931)
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        k: float = 0.1,
+        activation: Activation = "sigmoid",
+        class_weights: Iterable[float] | Tensor | None = None,
+        ignore_index: int | None = None,
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__(activation=activation, ignore_index=ignore_index)
+        if not (isinstance(k, (int, float)) and not isinstance(k, bool) and 0 < k <= 1):
+            raise ValueError(f"k must be a share of pixels in (0, 1], got {k!r}; 10 % is 0.1")
+        self.k = float(k)
+        self.across_ranks = flag("across_ranks", across_ranks)
+        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+
+    def partial(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        annotated: Tensor | None = None,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> Partial:
+        """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
+        pixels = checked_pixels(
+            logits,
+            target,
+            activation=self.activation,
+            ignore_index=self.ignore_index,
+            weight=weight,
+            annotated=annotated,
+        )
+        cost, weighs = self._weighted(pixels, logits.shape[1])
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        mean = self._mean_of_hardest(cost, weighs).then(lambda loss: loss.to(dtype))
+        return mean if self.across_ranks else mean.local()
+
+    def _weighted(self, pixels: Pixels, classes: int) -> tuple[Tensor, Tensor]:
+        """Of each pixel (or of that of each plane) its cost times its weight, and its weight: `(images, entries)`."""
+        nll = pixels.nll()
+        weights = class_weights_of(self.class_weights, classes, pixels.logits).view(1, -1, 1)
+        if pixels.weight is not None:
+            weights = weights * pixels.weight
+        if pixels.annotated is not None:
+            weights = weights * pixels.annotated.unsqueeze(2)
+        weights = weights.expand(pixels.logits.shape)
+        if not pixels.planes:
+            weights = weights.gather(1, pixels.target.long())
+        cost = nll * weights
+        if pixels.planes and pixels.activation == "softmax":
+            # A pixel with soft labels counts once, with the sum over its classes, and weighs what its labels do.
+            cost, weights = cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)
+        return cost.flatten(1), weights.flatten(1)
+
+    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> Partial:
+        counted = weights > 0
+        kept = counted.any(1)
+        # In float64, and with a billionth to spare: 0.53 of 100 pixels is 53, not 52.
+        number_of = (counted.sum(1).to(wide_dtype(cost)) * self.k + 1e-9).floor().clamp(min=1).long()
+        ordered, order = cost.where(counted, -torch.inf).sort(1, descending=True)
+        hardest = torch.arange(cost.shape[1], device=cost.device) < number_of.unsqueeze(1)
+        hardest = hardest & kept.unsqueeze(1)
+        above = ordered.where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
+        below = weights.gather(1, order).where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
+        mean = above / below.where(kept, 1.0)
+        return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))
