@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lightning_dice.cli.config import UserError, run_command
+from lightning_dice.cli.command import run_command
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +51,8 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     import torch
 
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.experiment import Session, own_mistakes_told, say
+    from lightning_dice.cli.errors import own_mistakes_told
+    from lightning_dice.cli.experiment import Session, say
     from lightning_dice.inference import CALIBRATION
     from lightning_dice.inference.postprocessing import digest
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_dice.callbacks.files import write_atomically
+from lightning_dice.io import write_atomically
 
 SUFFIX = ".ckpt"
 FORMER = ".former"  # last.ckpt's is last.former.ckpt

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lightning_dice.cli.config import UserError, quote, quoted, run_command
+from lightning_dice.cli.command import quote, quoted, run_command
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +100,7 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
     Raises:
         UserError: otherwise.
     """
-    from lightning_dice.callbacks.files import read_csv
+    from lightning_dice.io import read_csv
     from lightning_dice.scoring.comparison import check_same, common
     from lightning_dice.scoring.table import SCORES, read
 
@@ -140,7 +141,7 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
 
 def write(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
     """Write the table of differences, those of each case, and the picture."""
-    from lightning_dice.callbacks.files import number, write_csv
+    from lightning_dice.io import number, write_csv
     from lightning_dice.plotting.comparison_plot import draw
 
     columns = ["a", "b", "score", "class", "cases", "only_a", "only_b", "mean_a", "mean_b", "difference", "low", "high"]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lightning_dice.cli.config import UserError, composed, instantiate, run_command
+from lightning_dice.cli.command import run_command
+from lightning_dice.cli.config import composed, instantiate
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_dice import report
@@ -98,7 +100,8 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
 
     from lightning_dice import report
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.experiment import Session, own_mistakes_told, say, scored_facts
+    from lightning_dice.cli.errors import own_mistakes_told
+    from lightning_dice.cli.experiment import Session, say, scored_facts
     from lightning_dice.data.volumes.prediction_io import VolumeReader
     from lightning_dice.data.volumes.sources import VolumeCases
     from lightning_dice.report.score_predictions import score_predictions

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.config import UserError, instantiate, run_command
+from lightning_dice.cli.command import run_command
+from lightning_dice.cli.config import instantiate
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

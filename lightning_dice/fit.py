@@ -12,26 +12,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from lightning_dice.cli import rendezvous, sweep
-from lightning_dice.cli.config import (
-    CONF_DIR,
-    RUN_VARIABLE,
-    UserError,
-    explain_typos,
-    help_text,
-    mistakes_told,
-    quoted,
-    register_resolvers,
-    split_arguments,
-    traces_removed,
-)
+from lightning_dice.cli import rendezvous, slurm, sweep
+from lightning_dice.cli.command import help_text, quoted, split_arguments
+from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, traces_removed
+from lightning_dice.cli.errors import UserError, mistakes_told
 from lightning_dice.cli.rendezvous import Start
 from lightning_dice.trials import Status, conclude
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
 
 CHANNEL = rendezvous.Channel(rendezvous.place())
-JOB = rendezvous.Job(sys.argv[1:])
+JOB = slurm.Job(sys.argv[1:])
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.config import UserError, explain_typos, instantiate, quoted, run_command
+from lightning_dice.cli.command import quoted, run_command
+from lightning_dice.cli.config import explain_typos, instantiate
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_dice.data import Source
@@ -141,14 +143,13 @@ def conclude(source: Source, found: Examination, config: DictConfig, folder: Pat
 
     from rich.console import Console
 
-    from lightning_dice.callbacks.files import write_csv
     from lightning_dice.data_check.checks import judge
     from lightning_dice.data_check.content_checks import cases_in_words
     from lightning_dice.data_check.finding import SEVERITIES
     from lightning_dice.data_check.html import page, pictured
     from lightning_dice.data_check.survey import draw_missing
     from lightning_dice.data_check.tables import case_columns, case_row, shown
-    from lightning_dice.io import write_atomically
+    from lightning_dice.io import write_atomically, write_csv
 
     findings = judge(found, accept=list(config.accept))
     root = str(config.data.get("root") or "")

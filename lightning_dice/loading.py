@@ -7,6 +7,14 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+# What a file from elsewhere may call.
+_TRUSTED = (
+    *(f"lightning_dice.{room}" for room in ("inference", "losses", "metrics", "models", "module")),
+    *("monai.losses", "monai.networks.nets", "segmentation_models_pytorch"),
+    *("torch.nn", "torchmetrics", "torchvision.models", "torchvision.transforms.v2", "lightning_dice.data.transforms"),
+)
+
+
 # Settings that fetch pretrained weights, which those of a checkpoint replace at once: a machine without a network, or
 # another one's cache, must not keep a trained model from being read.
 _PRETRAINED = ("encoder_weights", "weights_backbone", "pretrained")

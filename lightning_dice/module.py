@@ -25,7 +25,7 @@ from lightning_dice.functional.model_outputs import crop_to, resize_to
 from lightning_dice.functional.target_resizing import pad_target
 from lightning_dice.inference import Decision, Inference, Predictor, find_decision
 from lightning_dice.inference.logit_resampling import resized
-from lightning_dice.loading import build, check_targets, without_pretrained
+from lightning_dice.loading import _TRUSTED, build, check_targets, without_pretrained
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
 from lightning_dice.losses.base import call_plain
 from lightning_dice.metrics import DiceScore
@@ -39,13 +39,6 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 _CERTAIN = 50.0  # A logit; its probability is 1 to rounding, and its exponential far from float32's limits.
-
-# What a file from elsewhere may call.
-_TRUSTED = (
-    *(f"lightning_dice.{room}" for room in ("inference", "losses", "metrics", "models", "module")),
-    *("monai.losses", "monai.networks.nets", "segmentation_models_pytorch"),
-    *("torch.nn", "torchmetrics", "torchvision.models", "torchvision.transforms.v2", "lightning_dice.data.transforms"),
-)
 
 
 class SegmentationModule(L.LightningModule):

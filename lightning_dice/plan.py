@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.config import UserError, composed, instantiate, run_command
+from lightning_dice.cli.command import run_command
+from lightning_dice.cli.config import composed, instantiate
+from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn

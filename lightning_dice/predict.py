@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig
 
-from lightning_dice.cli.config import UserError, run_command
+from lightning_dice.cli.command import run_command
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction import Method, Skipped
 from lightning_dice.cli.progress import Progress, Stop, Terminated
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from lightning_dice.cli.workers import Shares
-    from lightning_dice.data.reader import Item, Reader, Scan
+    from lightning_dice.data.interfaces import Item, Reader, Scan
 
 SETTINGS = (
     *("run", "input", "output", "checkpoint", "calibration", "format", "probabilities", "overlays"),
@@ -77,7 +78,7 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
 
 
 def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shares: Shares, stop: Stop) -> int:
-    from lightning_dice.data.reader import Item
+    from lightning_dice.data.interfaces import Item
 
     device = choose_device(config.trainer.accelerator, config.trainer.devices, shares.local)
     output = Path(config.output).expanduser()
@@ -166,7 +167,7 @@ def find_images(reader: Reader, source: Path, output: Path) -> tuple[list[Item],
         UserError: the output folder is that of the images.
     """
     from lightning_dice.data import DataError
-    from lightning_dice.data.images.prediction_io import FileWarning, SkippedWarning
+    from lightning_dice.data.errors import FileWarning, SkippedWarning
 
     folder = source if source.is_dir() else source.parent
     if output.resolve() == folder.resolve():
@@ -297,7 +298,7 @@ def choose_device(name: str, devices: Any, local: int) -> torch.device:
 @contextmanager
 def _files_told(tell: Callable[[str], None]) -> Iterator[None]:
     """Show what readers say of single files as lines without Python's frame around them."""
-    from lightning_dice.data.images.prediction_io import FileWarning
+    from lightning_dice.data.errors import FileWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", FileWarning)

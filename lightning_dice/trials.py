@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from lightning_dice.callbacks.files import write_atomically
+from lightning_dice.io import write_atomically
 
 RECORD = "trial.json"
 ERROR = "error.txt"  # The traceback of a trial that failed, or what its processes said last.

@@ -16,7 +16,8 @@ from torchmetrics import MeanMetric
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.calibrate import _calibrator, calibrate, calibration_error, collect, decide, table
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.experiment import Session
 from lightning_dice.data import Batch, DataError
 from lightning_dice.evaluate import evaluate

@@ -12,7 +12,7 @@ import torch
 
 from lightning_dice import checkpoints
 from lightning_dice.checkpoints import SafeCheckpointIO, newest_readable, remove_parts, retried
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.run_folder import newest_checkpoint
 
 

@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from lightning_dice.cli.config import CONF_DIR, UserError
+from lightning_dice.cli.config import CONF_DIR
+from lightning_dice.cli.errors import UserError
 from lightning_dice.compare import arguments, compare
 from lightning_dice.plotting import comparison_plot
 

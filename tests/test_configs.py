@@ -13,15 +13,9 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.config import (
-    CONF_DIR,
-    UserError,
-    apply_overrides,
-    explain_typos,
-    instantiate,
-    quoted,
-    register_resolvers,
-)
+from lightning_dice.cli.command import quoted
+from lightning_dice.cli.config import CONF_DIR, apply_overrides, explain_typos, instantiate, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.experiment import instantiate_each
 from lightning_dice.data import SegmentationData
 

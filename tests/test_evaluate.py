@@ -17,7 +17,8 @@ from volume_files import AFFINES, blob, folders, write
 
 from lightning_dice.callbacks import Overlays
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import CONF_DIR, UserError, composed, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, composed, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.evaluate import evaluate
 from lightning_dice.report import score_predictions
 

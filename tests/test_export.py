@@ -20,9 +20,9 @@ from torch import nn
 
 from lightning_dice import SegmentationModule
 from lightning_dice import export as command
-from lightning_dice.callbacks.files import write_csv
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.data import Standardize
 from lightning_dice.data.images.image_reader import read_picture, to_image
 from lightning_dice.exporting import (
@@ -39,6 +39,7 @@ from lightning_dice.exporting import (
 )
 from lightning_dice.exporting.formats import Onnx, Program, Weights
 from lightning_dice.inference import CALIBRATION, Decision, Inference, Predictor
+from lightning_dice.io import write_csv
 from lightning_dice.loading import check_targets
 from lightning_dice.scoring import Scoring
 

@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf.errors import MissingMandatoryValue
 from PIL import Image
 
-from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.inspect import inspect
 
 

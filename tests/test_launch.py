@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lightning_dice.cli import rendezvous
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli import rendezvous, slurm
+from lightning_dice.cli.errors import UserError
 
 SMALL = [
     "model=custom",
@@ -124,7 +124,7 @@ def test_started_by_hand_on_each_machine(home, two):
     assert not told[0][0]
 
 
-def slurm(rank: int, port: int, **more: str) -> dict[str, str]:
+def slurm_environment(rank: int, port: int, **more: str) -> dict[str, str]:
     """What srun tells a process: two tasks on one node."""
     return {
         "SLURM_JOB_ID": "4711",
@@ -144,7 +144,12 @@ def slurm(rank: int, port: int, **more: str) -> dict[str, str]:
 def test_srun(home, two):
     arguments = [*SMALL, "trainer.devices=2", "runs=srun"]
     cache = str(home / "cache")
-    ended(*(start(*arguments, cwd=home, environment=slurm(rank, 29525, XDG_CACHE_HOME=cache)) for rank in (1, 0)))
+    ended(
+        *(
+            start(*arguments, cwd=home, environment=slurm_environment(rank, 29525, XDG_CACHE_HOME=cache))
+            for rank in (1, 0)
+        )
+    )
     (folder,) = (home / "srun").iterdir()
     same_run(folder, two)
 
@@ -158,7 +163,7 @@ def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
     scontrol.chmod(0o755)
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     arguments = [*SMALL, "trainer.devices=2", "trainer.max_epochs=100000", "runs=requeued"]
-    processes = [start(*arguments, cwd=home, environment=slurm(rank, 29527, **cache)) for rank in (0, 1)]
+    processes = [start(*arguments, cwd=home, environment=slurm_environment(rank, 29527, **cache)) for rank in (0, 1)]
     folder = None
     for _ in range(600):
         folder = next(iter((home / "requeued").glob("*/metrics.csv")), None)
@@ -178,7 +183,10 @@ def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
         text = (folder / name).read_text().replace("max_epochs: 100000", f"max_epochs: {done + 1}")
         (folder / name).write_text(text)
     told = ended(
-        *(start(*arguments, cwd=home, environment=slurm(r, 29529, SLURM_RESTART_COUNT="1", **cache)) for r in (0, 1))
+        *(
+            start(*arguments, cwd=home, environment=slurm_environment(r, 29529, SLURM_RESTART_COUNT="1", **cache))
+            for r in (0, 1)
+        )
     )
     assert "the job was started again (SLURM_RESTART_COUNT=1): going on in" in told[0][0]
     assert [path.name for path in (home / "requeued").iterdir()] == [folder.name]
@@ -203,10 +211,10 @@ class TestPlace:
         [
             ({}, (0, 1, "")),
             ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8, "torchrun")),
-            ({"RANK": "3", "WORLD_SIZE": "8", **slurm(0, 1)}, (3, 8, "torchrun")),
-            (slurm(1, 1), (1, 2, "srun")),
-            ({**slurm(0, 1), "SLURM_NTASKS": "1"}, (0, 1, "")),
-            ({**slurm(1, 1), "SLURM_JOB_NAME": "bash"}, (0, 1, "")),
+            ({"RANK": "3", "WORLD_SIZE": "8", **slurm_environment(0, 1)}, (3, 8, "torchrun")),
+            (slurm_environment(1, 1), (1, 2, "srun")),
+            ({**slurm_environment(0, 1), "SLURM_NTASKS": "1"}, (0, 1, "")),
+            ({**slurm_environment(1, 1), "SLURM_JOB_NAME": "bash"}, (0, 1, "")),
             ({"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}, (1, None, "node")),
             ({"NODE_RANK": "0"}, (0, 1, "")),
             # Lightning's own child of a process on the second machine.
@@ -242,22 +250,22 @@ class TestJob:
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         run = tmp_path / "run"
         run.mkdir()
-        rendezvous.Job(["a=1"]).began(run)
-        assert rendezvous.Job(["a=1"]).earlier() is None
+        slurm.Job(["a=1"]).began(run)
+        assert slurm.Job(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert rendezvous.Job(["a=1"]).earlier() == run
-        assert rendezvous.Job(["a=2"]).earlier() is None, "another command of the same job"
+        assert slurm.Job(["a=1"]).earlier() == run
+        assert slurm.Job(["a=2"]).earlier() is None, "another command of the same job"
         monkeypatch.setenv("SLURM_JOB_ID", "13")
-        assert rendezvous.Job(["a=1"]).earlier() is None
+        assert slurm.Job(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_JOB_ID", "12")
         run.rmdir()
-        assert rendezvous.Job(["a=1"]).earlier() is None, "its folder is gone"
+        assert slurm.Job(["a=1"]).earlier() is None, "its folder is gone"
 
     def test_outside_of_slurm_there_is_no_note(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        rendezvous.Job([]).began(tmp_path)
-        assert rendezvous.Job([]).earlier() is None
+        slurm.Job([]).began(tmp_path)
+        assert slurm.Job([]).earlier() is None
         assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.callbacks import InputCheck
-from lightning_dice.cli.config import CONF_DIR, UserError, instantiate, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.functional import read_logits
 from lightning_dice.functional.micro_batches import micro_batched
 from lightning_dice.losses import BoundaryLoss, DiceCELoss, HausdorffLoss

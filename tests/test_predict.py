@@ -22,7 +22,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import CONF_DIR, UserError, quoted, register_resolvers, split_arguments
+from lightning_dice.cli.command import quoted, split_arguments
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction_manifest import Manifest
 from lightning_dice.data.images.prediction_io import PictureReader
 from lightning_dice.predict import SETTINGS, predict

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lightning_dice import calibrate, compare, evaluate, export, plan, predict
-from lightning_dice.cli import config
+from lightning_dice.cli import command, config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_commands_compose(line):
     # What is not a setting of such a command is an override of a run's config, or of a training's.
     with_overrides = {"calibrate": calibrate, "evaluate": evaluate, "export": export, "plan": plan, "predict": predict}
     if name in with_overrides:
-        arguments, overrides = config.split_arguments(arguments, with_overrides[name].SETTINGS)
+        arguments, overrides = command.split_arguments(arguments, with_overrides[name].SETTINGS)
         if name == "plan" or not any(a.startswith("run=") for a in arguments):
             with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
                 assert compose("fit", overrides=overrides)

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli.errors import UserError
 
 
 def test_folders_of_the_same_second_are_numbered(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.experiment import follow_folder, follow_settings
+from lightning_dice.cli.resume import follow_folder, follow_settings
 
 
 def test_callbacks_follow_a_folder_that_was_moved():

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lightning_dice.callbacks import MedianPruner
 from lightning_dice.cli import sweep
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli.errors import UserError
 from lightning_dice.plotting.sweep_chart import trials_figure
 from lightning_dice.trials import Trial, conclude, read_trial, read_trials, write_trial
 

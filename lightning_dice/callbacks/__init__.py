@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_dice.callbacks.case_table import CaseTable
+    from lightning_dice.callbacks.collapse_guard import CollapseError, CollapseGuard
     from lightning_dice.callbacks.ema import WeightEMA
     from lightning_dice.callbacks.exact_resume import ExactResume
     from lightning_dice.callbacks.freeze import FreezeSchedule
-    from lightning_dice.callbacks.gradient_guard import CollapseError, CollapseGuard, GradientGuard, NonFiniteError
+    from lightning_dice.callbacks.gradient_guard import GradientGuard, NonFiniteError
     from lightning_dice.callbacks.history import History
     from lightning_dice.callbacks.input_check import InputCheck
     from lightning_dice.callbacks.loggers import log_picture
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "CaseTable": "case_table",
     "ExactResume": "exact_resume",
-    "CollapseError": "gradient_guard",
-    "CollapseGuard": "gradient_guard",
+    "CollapseError": "collapse_guard",
+    "CollapseGuard": "collapse_guard",
     "FreezeSchedule": "freeze",
     "GradientGuard": "gradient_guard",
     "History": "history",

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dice.argument_checks import count
-from lightning_dice.callbacks.files import number, read_csv, write_csv
 from lightning_dice.callbacks.loggers import log_picture
 from lightning_dice.callbacks.step_outputs import (
     Activation,
@@ -22,6 +21,7 @@ from lightning_dice.callbacks.step_outputs import (
     step_temperature,
 )
 from lightning_dice.data.batch import Batch
+from lightning_dice.io import number, read_csv, write_csv
 from lightning_dice.scoring import CaseScore, Reliability, Scoring, reliability, score_case
 from lightning_dice.scoring import table as tables
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_dice.data.datamodule import mixed_seed
+from lightning_dice.data.samplers import mixed_seed
 
 # Whether all ranks save the checkpoint that is being made: a rank alone must not wait for messages of the others.
 _together: ContextVar[bool] = ContextVar("_together", default=True)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_dice.callbacks.files import number, read_csv, write_csv
 from lightning_dice.callbacks.loggers import log_picture
 from lightning_dice.callbacks.throughput import Throughput
+from lightning_dice.io import number, read_csv, write_csv
 
 FIRST_COLUMNS = (
     *("epoch", "step", "lr", "seconds", "images_per_second", "memory_gb"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_dice.callbacks.files import number, read_csv
+from lightning_dice.io import number, read_csv
 from lightning_dice.trials import read_trial, read_trials
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dice.callbacks.exact_resume import saving_alone
-from lightning_dice.callbacks.files import write_atomically
+from lightning_dice.io import write_atomically
 
 SIGINT_STATUS, SIGTERM_STATUS = 130, 143
 # Windows has no SIGUSR1.

@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,18 +17,18 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dice import report
 from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, honest_exit
-from lightning_dice.callbacks.files import read_csv
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import UserError, instantiate
+from lightning_dice.cli.config import instantiate
+from lightning_dice.cli.errors import UserError, own_mistakes_told
 from lightning_dice.cli.rendezvous import Start
-from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.cli.resume import follow_folder, follow_settings
+from lightning_dice.data import SegmentationData, Split
+from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced
 from lightning_dice.module import SegmentationModule
 from lightning_dice.report.run_summary import summary_table
@@ -306,49 +305,6 @@ def cluster() -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() else []
 
 
-def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
-    """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
-    if old is None or old == new:
-        return
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {moved(key): moved(entry) for key, entry in value.items()}
-        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old + os.sep) else value
-
-    checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
-
-
-def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True) -> None:
-    """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
-
-    Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
-    schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
-
-    Args:
-        checkpoint: changed in place.
-        module: which makes optimizer and schedule.
-        rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
-    """
-    configured: Any = module.configure_optimizers()
-    optimizers, schedulers, _ = _configure_optimizers(configured)  # Lightning's reading of all its forms
-    kept = {"params"}
-    for index, (described, state) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=False)):
-        scheduler = described["scheduler"] if isinstance(described, dict) else described
-        if isinstance(scheduler, ReduceLROnPlateau):
-            if not rate_changed:
-                kept.add("lr")  # It has been lowered, perhaps.
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # That the optimizer has not stepped.
-            for _ in range(state["last_epoch"]):
-                scheduler.step()
-        checkpoint["lr_schedulers"][index] = scheduler.state_dict()
-    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
-        for saved, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            saved.update({name: value for name, value in new.items() if name not in kept})
-
-
 def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.Facts:
     """What a report says of an evaluation.
 
@@ -373,21 +329,6 @@ def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> r
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
     """The objects of a group of named configs; one that is `null` is left out."""
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
-
-
-@contextmanager
-def own_mistakes_told() -> Iterator[None]:
-    """Turn what this package refuses, data or settings that do not fit them, into a message without a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        raised_here = place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("lightning_dice.")
-        if isinstance(error, DataError) or raised_here:
-            raise UserError(str(error)) from error
-        raise
 
 
 def quiet() -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_dice.cli.config import UserError, instantiate
+from lightning_dice.cli.config import instantiate
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction_manifest import differences
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lightning_dice.data.reader import Item, Reader, Scan
+    from lightning_dice.data.interfaces import Item, Reader, Scan
     from lightning_dice.inference import Predictor
     from lightning_dice.module import SegmentationModule
 
@@ -164,7 +165,7 @@ class Method:
             Skipped: it cannot be read.
         """
         from lightning_dice.data import DataError
-        from lightning_dice.data.large import LargeImage, normalized
+        from lightning_dice.data.images.windowed_tiff import LargeImage, normalized
 
         try:
             scan = self.reader.read(item)
@@ -186,7 +187,7 @@ class Method:
             Skipped: the network or the machine cannot take it.
             UserError: the output cannot be written to.
         """
-        from lightning_dice.data.large import LargeImage
+        from lightning_dice.data.images.windowed_tiff import LargeImage
 
         image: Any = scan.image
         try:
@@ -214,7 +215,7 @@ class Method:
     def _labels(self, scan: Scan, item: Item) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        from lightning_dice.data.large import LargeImage
+        from lightning_dice.data.images.windowed_tiff import LargeImage
 
         predictor = self.predictor
         if isinstance(scan.image, LargeImage):
@@ -303,7 +304,7 @@ def _flat(scan: Scan, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Image and labels in a plane: of a volume the slice with most foreground, of a large picture every n-th pixel."""
     import torch.nn.functional as F
 
-    from lightning_dice.data.large import LargeImage
+    from lightning_dice.data.images.windowed_tiff import LargeImage
 
     if isinstance(scan.image, LargeImage):
         image, step = scan.image.preview(_PREVIEW)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli.errors import UserError
 from lightning_dice.io import write_atomically
 
 MANIFEST = "predictions.json"

@@ -13,10 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_dice.callbacks.files import write_atomically
 from lightning_dice.checkpoints import newest_readable, remove_parts
-from lightning_dice.cli.config import UserError, apply_overrides, instantiate, settle
+from lightning_dice.cli.config import apply_overrides, instantiate, settle
+from lightning_dice.cli.errors import UserError
 from lightning_dice.inference import find_decision
+from lightning_dice.io import write_atomically
 from lightning_dice.loading import without_pretrained
 
 if TYPE_CHECKING:

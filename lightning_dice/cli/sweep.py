@@ -31,8 +31,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.callbacks.files import number, write_atomically, write_csv
-from lightning_dice.cli.config import CONF_DIR, UserError, mistakes_told, quote, register_resolvers
+from lightning_dice.cli.command import quote
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError, mistakes_told
+from lightning_dice.io import number, write_atomically, write_csv
 from lightning_dice.trials import ERROR, RECORD, Trial, best_first, read_trial, read_trials, write_trial
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from lightning_dice.cli.config import UserError
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.rendezvous import Channel, Place, place
 
 T = TypeVar("T")

@@ -2,10 +2,11 @@
 
 from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.datamodule import SegmentationData
-from lightning_dice.data.folder import FolderSource
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.coco import CocoSource
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.interfaces import Cases, DataError, Source, Split
+from lightning_dice.data.images.sources import FolderSource
+from lightning_dice.data.interfaces import Cases, Source, Split
 from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.torch_dataset import DatasetSource

@@ -229,3 +229,18 @@ def _looked_up(stored: NDArray[Any], table: Mapping[int, int], dtype: Any) -> ND
         )
         raise ValueError(f"holds the values {shown}, which belong to no class: known are {sorted(table)}")
     return np.asarray(labels[places])
+
+
+def count_values(stored: NDArray[Any]) -> dict[int, int]:
+    """Pixels of each value.
+
+    >>> count_values(np.array([[0, 7, 7]], dtype=np.uint8))
+    {0: 1, 7: 2}
+    """
+    if stored.dtype in (np.uint8, np.uint16):
+        counts = np.bincount(stored.ravel())
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(stored, return_counts=True)
+    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}

@@ -15,8 +15,7 @@ from lightning_dice.data.batch import Sample
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat
 from lightning_dice.data.images.prediction_io import PictureReader
-from lightning_dice.data.interfaces import Cases, Split
-from lightning_dice.data.reader import Reader
+from lightning_dice.data.interfaces import Cases, Reader, Split
 
 Floats = NDArray[np.float32]
 Shape = Literal["disc", "ring", "square", "bar"]

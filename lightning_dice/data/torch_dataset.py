@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.images.dataset_summary import Facts, Survey, error, look_at, look_at_masks
-from lightning_dice.data.images.file_layout import Layout, Pair, complete
+from lightning_dice.data.errors import DataError, Problem, error
+from lightning_dice.data.images.dataset_summary import Facts, Survey, look_at, look_at_masks
+from lightning_dice.data.images.file_layout import Layout, Pair
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Picture, Problem
+from lightning_dice.data.images.image_reader import Picture
 from lightning_dice.data.images.mask_format import MaskFormat, Sized, check_size
 from lightning_dice.data.images.sources import PictureSource
-from lightning_dice.data.interfaces import DataError, Split
+from lightning_dice.data.interfaces import Split
+from lightning_dice.data.splits import complete
 
 WHITES = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import torch
 
 from lightning_dice.data.batch import Sample
+from lightning_dice.data.errors import DataError, DataErrors, Problem
 from lightning_dice.data.images.datasets import FolderCases, TiledCases
-from lightning_dice.data.images.image_reader import Problem
-from lightning_dice.data.interfaces import Cases, DataError, DataErrors, Source, Split, Surveyed
+from lightning_dice.data.interfaces import Cases, Source, Split, Surveyed
 from lightning_dice.data_check.alignment_checks import Mismatch, find_mismatches
 from lightning_dice.data_check.case_statistics import Case, Task, draw, measure
 

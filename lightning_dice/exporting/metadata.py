@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_dice.callbacks.files import read_csv
 from lightning_dice.exporting.graph import Graph, axes
 from lightning_dice.inference import SlidingWindow
+from lightning_dice.io import read_csv
 
 if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule

@@ -39,8 +39,8 @@ class DistanceLoss(SegmentationLoss):
     """Base of the losses that are a mean over pixels of something with the distance to the target's boundary.
 
     The mean is over the valid pixels of each class and image, then over these, each counting the same. Distances are
-    `lightning_dice.functional.target_maps.SignedDistance`, computed on the CPU where the batch does not bring them. Soft
-    labels are cut at 1/2 for them; ignored pixels are taken as outside every class, and count nothing.
+    `lightning_dice.functional.target_maps.SignedDistance`, computed on the CPU where the batch does not bring them.
+    Soft labels are cut at 1/2 for them; ignored pixels are taken as outside every class, and count nothing.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
@@ -225,8 +225,8 @@ class BoundaryWeightedLoss(SegmentationLoss):
     .. math:: w(x) = 1 + a\,\exp\left(-\frac{d(x)^2}{2\sigma^2}\right)
 
     with d the distance to the nearest pixel that has another label at its side: see
-    `lightning_dice.functional.target_maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With class ids
-    all boundaries weigh, with planes those of each class its own.
+    `lightning_dice.functional.target_maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With
+    class ids all boundaries weigh, with planes those of each class its own.
 
     Args:
         loss: gets the weight, times the one that is passed in; with all other settings.

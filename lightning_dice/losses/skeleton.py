@@ -224,9 +224,9 @@ class SkeletonRecallLoss(SegmentationLoss):
     .. math:: L = 1 - \frac{\sum_i k_i\,p_i\,t_i + s}{\sum_i k_i\,t_i + s}
 
     where k is 1 within `radius` of the skeleton of the class and inside it, else 0: see
-    `lightning_dice.functional.target_maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the CPU. It
-    costs no more memory than cross-entropy, where clDice holds a skeleton of the prediction with its gradient. On its
-    own it asks for foreground everywhere: it is a term of a `CompoundLoss`.
+    `lightning_dice.functional.target_maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the
+    CPU. It costs no more memory than cross-entropy, where clDice holds a skeleton of the prediction with its gradient.
+    On its own it asks for foreground everywhere: it is a term of a `CompoundLoss`.
 
     Departs from the published code in the skeletons, which there are one for all classes but the background, and in the
     classes without one in an image (or in the pooled batch), which there count as perfect and here are left out of the

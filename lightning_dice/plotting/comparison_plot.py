@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_dice.callbacks.files import save_figure
+from lightning_dice.io import save_figure
 from lightning_dice.plotting.curves import INK, MEAN, POINT
 from lightning_dice.plotting.report_plots import DPI
 from lightning_dice.scoring.table import SCORES

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_dice.callbacks.files import save_figure
+from lightning_dice.io import save_figure
 from lightning_dice.plotting.colors import PALETTE
 
 if TYPE_CHECKING:

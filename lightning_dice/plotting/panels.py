@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.callbacks.files import save_figure
+from lightning_dice.io import save_figure
 from lightning_dice.plotting import thumbnails
 from lightning_dice.plotting.colors import (
     FALSE_NEGATIVE,

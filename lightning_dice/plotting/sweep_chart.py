@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_dice.callbacks.files import save_figure
+from lightning_dice.io import save_figure
 from lightning_dice.plotting.curves import DPI, INK, POINT, VAL, _plain
 
 if TYPE_CHECKING:

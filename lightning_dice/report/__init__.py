@@ -16,8 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_dice.callbacks.files import read_csv
-from lightning_dice.io import number, write_atomically
+from lightning_dice.io import number, read_csv, write_atomically
 from lightning_dice.scoring.summary import CONFIDENCE, RESAMPLES, Line, summarize
 from lightning_dice.scoring.table import SCORES, Cases, read
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_dice.callbacks.files import read_csv
+from lightning_dice.io import read_csv
 from lightning_dice.plotting import report_plots
 from lightning_dice.scoring.summary import ALL, TOP, Line, worst_first
 from lightning_dice.scoring.table import SCORES, Cases

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dice.callbacks import CaseTable, Overlays
 from lightning_dice.data import DataError, SegmentationData, Split
-from lightning_dice.data.reader import Reader
+from lightning_dice.data.interfaces import Reader
 
 FORMATS = (None, "png", "tiff", "nifti")
 # What `predict` writes beside the masks, and what no mask is called.

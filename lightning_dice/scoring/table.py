@@ -149,7 +149,7 @@ def read(rows: Sequence[Mapping[str, str]], split: str | None = None) -> Cases:
     """The numbers of a table.
 
     Args:
-        rows: as `lightning_dice.callbacks.files.read_csv` returns them.
+        rows: as `lightning_dice.io.read_csv` returns them.
         split: which; by default `"test"`, or `"val"` if there are no such rows.
 
     Raises:

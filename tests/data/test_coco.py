@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import CocoSource, MaskFormat
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.coco import decode_counts, draw
-from lightning_dice.data.interfaces import DataError
 
 SIZE = (6, 8)
 TWO = MaskFormat(["background", "cell", "nucleus"])

@@ -17,8 +17,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lightning_dice.data.batch import Batch, Sample
-from lightning_dice.data.datamodule import SegmentationData, _augmented, _EvalSampler, _TrainSampler
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.datamodule import SegmentationData, _augmented
+from lightning_dice.data.errors import DataError
+from lightning_dice.data.samplers import _EvalSampler, _TrainSampler
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.transforms import Standardize
 

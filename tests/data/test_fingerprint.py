@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from volume_files import blob, folders, write
 
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.volumes import dataset_summary
 from lightning_dice.data.volumes.fingerprint import CaseFacts, Fingerprint
 from lightning_dice.data.volumes.normalization import SCHEMES, Intensities, check_schemes, normalized, scheme_of

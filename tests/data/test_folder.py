@@ -15,9 +15,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_dice.data.folder import FolderSource
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.images.sources import FolderSource
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 TWO = MaskFormat(["background", "lesion"])

@@ -10,9 +10,9 @@ import tifffile
 import torch
 
 from lightning_dice.data import FolderSource, MaskFormat
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import read_picture, read_size
-from lightning_dice.data.interfaces import DataError
 
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(0, 4000, (6, 9, 5)).astype(np.uint16)  # (height, width, bands)

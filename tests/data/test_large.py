@@ -8,9 +8,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lightning_dice.data import Standardize
+from lightning_dice.data.errors import Problem
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Problem, read_picture, to_image
-from lightning_dice.data.large import LargeImage, normalized, open_large
+from lightning_dice.data.images.image_reader import read_picture, to_image
+from lightning_dice.data.images.windowed_tiff import LargeImage, normalized, open_large
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (150, 203), dtype=np.uint8)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dice.data.folder import FolderSource
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.file_layout import scan
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.images.sources import FolderSource
 
 TWO = MaskFormat(["background", "lesion"])
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.image_reader import Picture, read_picture
 from lightning_dice.data.images.mask_format import MaskFormat, suggest
-from lightning_dice.data.interfaces import DataError
 
 TWO = ["background", "lesion"]
 

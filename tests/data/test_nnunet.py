@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from volume_files import AFFINES, blob, nnunet, write
 
-from lightning_dice.cli.config import CONF_DIR, UserError, register_resolvers, settle
+from lightning_dice.cli.config import CONF_DIR, register_resolvers, settle
+from lightning_dice.cli.errors import UserError
 from lightning_dice.data import NnunetSource
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.nnunet import label_map, read_dataset
 

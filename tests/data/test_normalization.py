@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import v2
 
 from lightning_dice.data import FolderSource, MaskFormat, PatchSampler, SegmentationData, Standardize
-from lightning_dice.data.large import LargeImage, normalized
+from lightning_dice.data.images.windowed_tiff import LargeImage, normalized
 
 SIDE, PART = 96, 32
 KINDS = {

@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from lightning_dice.data import DatasetSource, FolderSource, MaskFormat
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import DataError
 from lightning_dice.data.torch_dataset import as_picture
 from tests.test_configs import composed
 

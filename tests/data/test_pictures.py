@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import DataError, FolderSource, MaskFormat, SyntheticSource
+from lightning_dice.data.errors import FileWarning, SkippedWarning
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import read_picture
-from lightning_dice.data.images.prediction_io import FileWarning, PictureReader, SkippedWarning
-from lightning_dice.data.large import LargeImage
-from lightning_dice.data.reader import Item
+from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.windowed_tiff import LargeImage
+from lightning_dice.data.interfaces import Item
 
 GRAY = ImageFormat(channels=1)
 LESION = MaskFormat(["lesion"], "sigmoid")

@@ -14,9 +14,9 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from lightning_dice.data.images.image_reader import Problem, read_picture, read_size, to_image
+from lightning_dice.data.errors import DataError, Problem
+from lightning_dice.data.images.image_reader import read_picture, read_size, to_image
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.interfaces import DataError
 
 RAMP = (np.arange(4 * 6 * 4) * 2).astype(np.uint8).reshape(4, 6, 4)
 DEEP = (np.arange(4 * 6 * 4) * 601).astype(np.uint16).reshape(4, 6, 4)

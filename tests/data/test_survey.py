@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from lightning_dice.data import DataError, FolderSource, MaskFormat
-from lightning_dice.data.interfaces import DataErrors, Surveyed
+from lightning_dice.data.errors import DataErrors
+from lightning_dice.data.interfaces import Surveyed
 
 TWO = MaskFormat(["background", "lesion"])
 

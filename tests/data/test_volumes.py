@@ -15,10 +15,9 @@ import torch
 from volume_files import AFFINES, blob, folders, nnunet, write
 
 from lightning_dice.data import SegmentationData
-from lightning_dice.data.images.prediction_io import SkippedWarning
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import DataError, SkippedWarning
+from lightning_dice.data.interfaces import Item
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.reader import Item
 from lightning_dice.data.volumes.nifti import read_geometry, read_labels, read_volume
 from lightning_dice.data.volumes.prediction_io import Preparation, VolumeReader
 from lightning_dice.data.volumes.resampling import zoomed_image, zoomed_mask

@@ -12,21 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.images.file_layout import (
-    Layout,
-    Pair,
-    check_splits,
-    complete,
-    contents,
-    no_folder,
-    split_words,
-)
+from lightning_dice.data.errors import Problem
+from lightning_dice.data.images.file_layout import Layout, Pair, contents, no_folder
 from lightning_dice.data.images.file_patterns import check_pattern
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Problem
 from lightning_dice.data.images.mask_format import MaskFormat, Sized, check_size
 from lightning_dice.data.images.sources import PairSource
 from lightning_dice.data.interfaces import Split
+from lightning_dice.data.splits import check_splits, complete, split_words
 
 NAMED = 8  # categories or images in one message
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dice.data.errors import Problem
 from lightning_dice.data.images.file_layout import Layout, Pair
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Picture, Problem, read_bytes, read_picture
-from lightning_dice.data.images.mask_format import MaskFile, MaskFormat, OpenMask, count_values, suggest
+from lightning_dice.data.images.image_reader import Picture, read_bytes, read_picture
+from lightning_dice.data.images.mask_format import MaskFile, MaskFormat, OpenMask, suggest
 from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
-from lightning_dice.data.interfaces import DataErrors, Split
+from lightning_dice.data.interfaces import Split
+from lightning_dice.data.label_map import count_values
 
-LISTED = 20  # files in one error
 NAMED = 5  # files in one warning
 LEVELS = 16  # values of an image that may be a mask
 PICTURE = 64  # values of a mask that is none
@@ -210,26 +210,6 @@ def survey(layout: Layout, image_format: ImageFormat, mask_format: MaskFormat, w
             for split, pairs in layout.pairs.items()
         }
     return Survey(facts, layout.planes, mask_format, layout.raters, tuple(layout.notes))
-
-
-def error(root: Path, problems: Sequence[Problem]) -> DataErrors:
-    """One error of many problems: grouped by their remedy, the first files of each by name."""
-    groups: dict[str, list[Problem]] = defaultdict(list)
-    for problem in problems:
-        groups[problem.remedy].append(problem)
-    lines = []
-    left, room = len(groups), LISTED
-    # Small groups first: they leave room for the large ones.
-    for remedy, group in sorted(groups.items(), key=lambda item: len(item[1])):
-        shown = group[: max(room // left, 1)]
-        left, room = left - 1, room - len(shown)
-        lines += [f"- {problem.where}: {problem.what}" for problem in shown]
-        if len(group) > len(shown):
-            lines.append(f"- and {len(group) - len(shown)} more of this kind")
-        if remedy:
-            lines.append(f"  {remedy}")
-    text = "\n".join(lines).replace(f"{root}{os.sep}", "")
-    return DataErrors(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {root}:\n{text}", problems)
 
 
 def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, layout: Layout) -> Facts:

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dice.data.batch import Sample
+from lightning_dice.data.errors import Problem
 from lightning_dice.data.images.annotators import Raters, fuse
 from lightning_dice.data.images.file_layout import Pair
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Picture, Problem, read_picture
+from lightning_dice.data.images.image_reader import Picture, read_picture
 from lightning_dice.data.images.mask_format import MaskFormat, OpenMask
 from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
 from lightning_dice.data.transforms import normalization_over

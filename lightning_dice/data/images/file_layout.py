@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import chain, product
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
+from lightning_dice.data.errors import Problem
+from lightning_dice.data.file_names import EXTENSIONS, IMAGE_SUFFIXES, MASK_SUFFIXES, stem, strip
 from lightning_dice.data.images.file_patterns import is_file, names_files, walk
-from lightning_dice.data.images.image_reader import EXTENSIONS, Problem
 from lightning_dice.data.images.mask_format import MaskFile
 from lightning_dice.data.interfaces import Split
-
-SPLITS: tuple[Split, ...] = get_args(Split)
-FOLDERS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-MASK_SUFFIXES = (
-    *("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels"),
-    *("_gt", "_groundtruth", "_manual1", "_annotation"),
-)
-IMAGE_SUFFIXES = ("_image", "_img", "_0000")
+from lightning_dice.data.splits import FOLDERS, complete, split_words
 
 
 @dataclass(frozen=True)
@@ -170,110 +159,6 @@ def no_folder(root: Path) -> Problem | None:
         return None
     what = "is a file" if root.exists() else "does not exist"
     return Problem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
-
-
-def complete(
-    parts: Mapping[Split | None, list[Pair]],
-    fractions: Sequence[float],
-    seed: int,
-    problems: list[Problem],
-    where: Path,
-) -> dict[Split, list[Pair]]:
-    """Splits, drawn where there are none, or none to validate on.
-
-    Args:
-        parts: the cases of each split; under `None` those of no split, which are then all.
-        fractions: shares of train, val and test.
-        seed: of the draw.
-        problems: to which it is added that there is nothing to train on, unless there is another problem.
-        where: the images are, for this message.
-    """
-    if None in parts:
-        return divide(parts[None], fractions, seed)
-    pairs = {split: parts[split] for split in SPLITS if split in parts}
-    if problems:
-        return pairs
-    if "train" not in pairs:
-        found = ", ".join(pairs)
-        problems.append(Problem(f"has no split to train on, only {found}", where, "Add a folder train."))
-    elif "val" not in pairs:
-        rest, share = fractions[0] + fractions[1], fractions[1]
-        drawn = divide(pairs["train"], (1 - share / rest, share / rest, 0.0), seed)
-        pairs = {**drawn, **{split: pairs[split] for split in SPLITS if split == "test" and split in pairs}}
-    return pairs
-
-
-def check_splits(splits: Mapping[Split, str | None] | None) -> dict[Split, str | None] | None:
-    """What stands for each split, by the names `train`, `val` and `test`.
-
-    Raises:
-        ValueError: for another name, or nothing to train on.
-    """
-    if splits is None:
-        return None
-    if not isinstance(splits, Mapping) or not set(splits) <= set(SPLITS) or splits.get("train") is None:
-        raise ValueError(
-            f"splits must say what stands for train, val and test, at least for train, got {splits!r}; "
-            "for instance 'data.splits={train:train2017,val:val2017}'"
-        )
-    return {split: None if splits.get(split) is None else str(splits[split]) for split in SPLITS}
-
-
-def split_words(splits: Mapping[Split, str | None] | None) -> dict[Split, tuple[str, ...]]:
-    """What may stand for `{split}`: what the user says, or the customary words.
-
-    >>> split_words({"train": "train2017", "val": None})
-    {'train': ('train2017',)}
-    """
-    if splits is None:
-        return dict(FOLDERS)
-    return {split: (str(splits[split]),) for split in SPLITS if splits.get(split) is not None}
-
-
-def divide(pairs: Sequence[Pair], fractions: Sequence[float], seed: int) -> dict[Split, list[Pair]]:
-    """Draw splits.
-
-    A case's rank hangs on its name and the seed alone, so that neither the file system nor Python's version has a say,
-    and a case that is added later moves few others. Two cases or more give at least one for validation, unless its
-    fraction is 0.
-
-    >>> pairs = [Pair(name, Path(name), ()) for name in "abcdefghij"]
-    >>> {split: [pair.case for pair in part] for split, part in divide(pairs, (0.7, 0.2, 0.1), seed=0).items()}
-    {'train': ['a', 'c', 'd', 'e', 'g', 'h', 'j'], 'val': ['b', 'f'], 'test': ['i']}
-    """
-    ranked = sorted(pairs, key=lambda pair: (blake2b(f"{seed}/{pair.case}".encode()).digest(), pair.case))
-    val, test = (int(len(ranked) * fraction + 0.5) for fraction in fractions[1:])
-    if fractions[1] > 0 and len(ranked) >= 2:
-        val = max(val, 1)
-    test = min(test, max(len(ranked) - 1 - val, 0))
-    parts: dict[Split, list[Pair]] = {
-        "train": ranked[val + test :],
-        "val": ranked[:val],
-        "test": ranked[val : val + test],
-    }
-    return {split: sorted(part, key=lambda pair: pair.case) for split, part in parts.items() if part}
-
-
-def strip(stem: str, suffixes: Iterable[str]) -> str:
-    """A stem without a customary suffix, in any case.
-
-    >>> strip("a_Segmentation", MASK_SUFFIXES), strip("frame_0001", IMAGE_SUFFIXES)
-    ('a', 'frame_0001')
-    """
-    for suffix in suffixes:
-        if stem.lower().endswith(suffix) and len(stem) > len(suffix):
-            return stem[: -len(suffix)]
-    return stem
-
-
-def stem(path: Path, extensions: Sequence[str] = EXTENSIONS) -> str:
-    """A file's name without its suffix, which may have two parts.
-
-    >>> stem(Path("a.b.nii.gz"), (".nii.gz",)), stem(Path("a.b.PNG"))
-    ('a.b', 'a.b')
-    """
-    ending = next((one for one in extensions if path.name.lower().endswith(one)), path.suffix)
-    return path.name[: len(path.name) - len(ending)]
 
 
 def image_files(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:

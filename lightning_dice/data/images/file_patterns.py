@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lightning_dice.data.images.image_reader import EXTENSIONS
+from lightning_dice.data.file_names import EXTENSIONS
 
 _TOKEN = re.compile(r"\{(\w*)\}|(\*)")
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.images.image_reader import Picture, Problem, to_image
+from lightning_dice.data.errors import Problem
+from lightning_dice.data.images.image_reader import Picture, to_image
 
 
 class Blockwise(Protocol):

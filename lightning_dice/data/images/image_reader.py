@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import Problem
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # by content: a GIF or WebP that is named .png is read, too
 LOSSY = ("JPEG", "MPO", "WEBP")
 COLORS = {1: "gray", 2: "gray+alpha", 3: "RGB", 4: "RGBA"}
@@ -31,23 +30,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 NUMPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274  # the tag of EXIF and of TIFF
-
-
-class Problem(DataError):
-    """One thing wrong with one file.
-
-    Args:
-        what: what was required and what came.
-        where: the file or folder.
-        remedy: how to mend it, where known.
-
-    >>> print(Problem("is empty (0 bytes)", where="images/a.png", remedy="Copy it again."))
-    images/a.png: is empty (0 bytes). Copy it again.
-    """
-
-    def __init__(self, what: str, where: str | Path = "", remedy: str = "") -> None:
-        self.what, self.where, self.remedy = what, where, remedy
-        super().__init__(f"{where}: {what}. {remedy}".strip() if where else what)
 
 
 @dataclass(frozen=True)
@@ -211,7 +193,7 @@ def to_image(picture: Picture, channels: int) -> Tensor:
     torch.Size([3, 1, 3])
     >>> to_image(picture, channels=4)
     Traceback (most recent call last):
-    lightning_dice.data.images.image_reader.Problem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
+    lightning_dice.data.errors.Problem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
     """
     pixels = picture.colors()
     if picture.alpha and pixels.shape[2] != channels:

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.images.image_reader import Picture, Problem, read_picture
+from lightning_dice.data.errors import Problem
+from lightning_dice.data.images.image_reader import Picture, read_picture
 from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
+from lightning_dice.data.label_map import count_values
 
 SHOWN = 8  # values or colours in one message
 CLEAN_GAP = 16  # JPEG's errors are smaller where it is harmless at all
@@ -361,21 +363,6 @@ def check_size(size: tuple[int, int], image: Sized, where: Path | str) -> None:
     its = f"its image {image.path.name} is {tall}x{wide}{turned}{swapped}"
     remedy = "Give the mask the image's size; resize with nearest neighbour."
     raise Problem(f"is {height}x{width} (height x width), but {its}", where, remedy)
-
-
-def count_values(stored: NDArray[Any]) -> dict[int, int]:
-    """Pixels of each value.
-
-    >>> count_values(np.array([[0, 7, 7]], dtype=np.uint8))
-    {0: 1, 7: 2}
-    """
-    if stored.dtype in (np.uint8, np.uint16):
-        counts = np.bincount(stored.ravel())
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(stored, return_counts=True)
-    return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
 def suggest(values: set[int], ids: range, ignore_index: int | None) -> str:

@@ -20,22 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lightning_dice.data.errors import DataError, FileWarning, Problem, SkippedWarning
+from lightning_dice.data.file_names import EXTENSIONS
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import (
-    EXTENSIONS,
-    FORMATS,
-    NUMPY,
-    PNG,
-    TIFF,
-    Picture,
-    Problem,
-    read_bytes,
-    read_picture,
-)
+from lightning_dice.data.images.image_reader import FORMATS, NUMPY, PNG, TIFF, Picture, read_bytes, read_picture
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.interfaces import DataError
-from lightning_dice.data.large import LARGE, open_large
-from lightning_dice.data.reader import Item, Scan
+from lightning_dice.data.images.windowed_tiff import LARGE, open_large
+from lightning_dice.data.interfaces import Item, Scan
 from lightning_dice.io import write_atomically
 
 SUFFIXES = {"png": ".png", "tiff": ".tif"}
@@ -48,14 +39,6 @@ KINDS = {
     "NumPy": (".npy",),
 }
 TILE = 512  # pixels
-
-
-class FileWarning(UserWarning):
-    """Something about one file that whoever brought it should know, and that does not keep the rest from being done."""
-
-
-class SkippedWarning(FileWarning):
-    """A file or folder that was found and will not be read."""
 
 
 class Origin(NamedTuple):
@@ -83,7 +66,8 @@ class PictureReader:
     two values; those that exclude each other are ids in one file, even where training's have a file for each.
 
     **Large pictures.** A TIFF of more than `large` pixels is not decoded: `Scan.image` is then a
-    `lightning_dice.data.large.LargeImage`, and its mask is written as a tiled TIFF unless another format is asked for.
+    `lightning_dice.data.images.windowed_tiff.LargeImage`, and its mask is written as a tiled TIFF unless another format
+    is asked for.
 
     Args:
         mask_format: the classes, and how the training's masks are stored.

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.images.image_reader import Problem
-from lightning_dice.data.images.mask_format import count_values
+from lightning_dice.data.errors import Problem
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.label_map import LabelMap
+from lightning_dice.data.label_map import LabelMap, count_values
 from lightning_dice.data.volumes.file_layout import VolumePair
 from lightning_dice.data.volumes.fingerprint import SAMPLED, CaseFacts, Stamp
 from lightning_dice.data.volumes.nifti import Geometry, read_labels, read_volume, turned

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_dice.data.images.file_layout import FOLDERS, MASK_SUFFIXES, Pair, complete, strip
-from lightning_dice.data.images.image_reader import Problem
+from lightning_dice.data.errors import Problem
+from lightning_dice.data.file_names import MASK_SUFFIXES, strip
 from lightning_dice.data.interfaces import Split
+from lightning_dice.data.splits import FOLDERS, complete
 from lightning_dice.data.volumes.nifti import EXTENSIONS, stem, volume_files
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -123,7 +124,7 @@ def scan_folders(
         layout.planes = layout.planes or bool(own)
         cases = cases_of(folder, channels, layout.problems)
         parts[split] = pair(cases, [beside / name for name in own] or [beside], layout.problems)
-    layout.pairs = with_splits(parts, fractions, seed, layout.problems, root / images)
+    layout.pairs = complete(parts, fractions, seed, layout.problems, root / images)
     return layout
 
 
@@ -174,20 +175,6 @@ def pair(
             what = f"has no mask in {', '.join(lacking)}"
             problems.append(Problem(what, images[0], "Add the mask, or remove the image."))
     return pairs
-
-
-def with_splits(
-    parts: Mapping[Split | None, list[VolumePair]],
-    fractions: Sequence[float],
-    seed: int,
-    problems: list[Problem],
-    where: Path,
-) -> dict[Split, list[VolumePair]]:
-    """Splits as `lightning_dice.data.images.file_layout.complete` draws them, where there are none or none to validate on."""
-    volumes = {found.images[0]: found for part in parts.values() for found in part}
-    pairs = {split: [Pair(found.case, found.images[0], found.masks) for found in part] for split, part in parts.items()}
-    drawn = complete(pairs, fractions, seed, problems, where)
-    return {split: [volumes[found.image] for found in part] for split, part in drawn.items()}
 
 
 def _split_folders(root: Path, inside: str, setting: str) -> dict[Split | None, Path]:

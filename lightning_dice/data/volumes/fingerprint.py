@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_dice.data.interfaces import DataError, Split
+from lightning_dice.data.errors import DataError
+from lightning_dice.data.interfaces import Split
 from lightning_dice.data.volumes.normalization import Intensities
 from lightning_dice.io import write_atomically
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.images.image_reader import Problem
+from lightning_dice.data.errors import Problem
 from lightning_dice.io import write_atomically
 
 if TYPE_CHECKING:

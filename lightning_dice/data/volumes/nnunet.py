@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dice.data.images.image_reader import Problem
+from lightning_dice.data.errors import Problem
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, cases_of, pair, with_splits
+from lightning_dice.data.splits import complete
+from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, cases_of, pair
 from lightning_dice.data.volumes.nifti import EXTENSIONS
 from lightning_dice.data.volumes.sources import VolumeSet, checked_fractions
 
@@ -192,7 +193,7 @@ def scan_nnunet(root: Path, channels: int, fold: int, fractions: Sequence[float]
             layout.pairs["test"] = test
         return layout
     parts: dict[Split | None, list[VolumePair]] = {"train": train, "test": test} if test else {None: train}
-    layout.pairs = with_splits(parts, fractions, seed, problems, root / "imagesTr")
+    layout.pairs = complete(parts, fractions, seed, problems, root / "imagesTr")
     return layout
 
 

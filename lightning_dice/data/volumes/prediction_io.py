@@ -14,12 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.images.dataset_summary import error
-from lightning_dice.data.images.image_reader import Problem
-from lightning_dice.data.images.prediction_io import SkippedWarning
-from lightning_dice.data.interfaces import DataError
+from lightning_dice.data.errors import DataError, Problem, SkippedWarning, error
+from lightning_dice.data.interfaces import Item, Scan
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.reader import Item, Scan
 from lightning_dice.data.volumes.dataset_summary import read_channels
 from lightning_dice.data.volumes.file_layout import group_channels
 from lightning_dice.data.volumes.nifti import (

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.images.dataset_summary import error
-from lightning_dice.data.images.image_reader import Problem
-from lightning_dice.data.interfaces import DataError, Split
+from lightning_dice.data.errors import DataError, Problem, error
+from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.dataset_summary import (
     Inspected,

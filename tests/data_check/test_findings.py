@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from doctor.planted import SIZES, TASK, Listed, broken, change, inspected, sound
+from data_check.planted import SIZES, TASK, Listed, broken, change, inspected, sound
 
 from lightning_dice import doctor
 from lightning_dice.data import Sample
-from lightning_dice.data.images.image_reader import Problem
-from lightning_dice.data.interfaces import DataErrors
+from lightning_dice.data.errors import DataErrors, Problem
 from lightning_dice.data_check import alignment_checks
 from lightning_dice.data_check.case_statistics import Task
 from lightning_dice.data_check.checks import judge

@@ -1,0 +1,156 @@
+"""Command lines: arguments, help text and Hydra's main."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.errors import UserError, mistakes_told
+
+_PATHS = {"data.root", "runs", "folder", "run", "predictions", "input", "output", "checkpoint", "resume"}
+# Maps whose keys are no settings, but what the user has.
+_MAPS = {
+    *("data.values", "data.splits", "data.categories", "data.train", "data.val", "data.test"),
+    "callbacks.freeze.parts",
+}
+
+
+def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tell a command's own arguments from overrides of the config of the run that it works on.
+
+    Args:
+        arguments: of the command line.
+        own: the names of the command's settings.
+
+    >>> split_arguments(["run=a", "data.root=b", "--help"], ["run"])
+    (['run=a', '--help'], ['data.root=b'])
+    """
+    names = {*own, "hydra"}
+    mine: list[str] = []
+    others: list[str] = []
+    for argument in arguments:
+        key = argument.partition("=")[0].partition(".")[0]
+        (mine if argument.startswith("-") or key in names else others).append(argument)
+    return mine, others
+
+
+def quoted(arguments: Iterable[str]) -> list[str]:
+    """Arguments as Hydra takes them, so that they mean what they say.
+
+    A path is quoted: Hydra's grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
+    takes the place of the config's: Hydra would merge the two, and refuse the keys that are new.
+
+    >>> quoted(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
+    ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
+    >>> quoted(["data.values={255:1}"])
+    ['data.values=null', 'data.values={255:1}']
+    """
+    result = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in _PATHS and value and value[0] not in "\"'" and value != "null":
+            value = quote(value)
+        if key in _MAPS and value.startswith("{"):
+            result.append(f"{key}=null")
+        result.append(f"{key}{equals}{value}")
+    return result
+
+
+def quote(value: str) -> str:
+    r"""A value in quotes, as Hydra's grammar has them: backslashes mean something before a quote alone.
+
+    >>> print(quote(r'a\b "c"'))
+    "a\b \"c\""
+    """
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
+
+
+def refuse_misspelt(overrides: Iterable[str], settings: Iterable[str]) -> None:
+    """See that no override is a setting of the command itself with a letter wrong.
+
+    Raises:
+        UserError: names the setting.
+
+    >>> refuse_misspelt(["spilt=val"], ["run", "split"])
+    Traceback (most recent call last):
+    lightning_dice.cli.errors.UserError: spilt=val: there is no such setting; did you mean split?
+    """
+    # What stands at the top of every run's config.
+    known = {path.stem for path in CONF_DIR.iterdir()} | {str(key) for key in OmegaConf.load(CONF_DIR / "fit.yaml")}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.isidentifier() and key not in known and (close := difflib.get_close_matches(key, settings, 1)):
+            raise UserError(f"{override}: there is no such setting; did you mean {close[0]}?")
+
+
+def help_text(name: str) -> str:
+    """What `--help` shows: the choices there are, and the command's settings with their comments.
+
+    Hydra's own help composes the config and lists its own groups too, which takes a second and a screen.
+    """
+    lines = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    about = [line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    start = lines.index("defaults:")
+    defaults = list(itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :]))
+    settings = itertools.takewhile(lambda line: line != "hydra:", lines[start + 1 + len(defaults) :])
+    chosen = dict(line.removeprefix("  - ").split(": ") for line in defaults if ": " in line and "override" not in line)
+    if "  - fit" in defaults:  # Of a training's choices these decide the data.
+        chosen |= {"data": "synthetic", "experiment": "null"}
+    choices = [f"  {group:<11}{', '.join(_files(group, default))}" for group, default in chosen.items()]
+    return "\n".join(
+        [
+            *about,
+            *(["\nChoices, as in model=unet (default in brackets):", *choices] if choices else []),
+            "\nSettings, as in seed=1; those of a choice too, as in loss.smooth=1e-5:",
+            *(f"  {line}" for line in "\n".join(settings).strip().splitlines()),
+            "\nFlags:",
+            "  --cfg job                     show the whole config and do nothing; --package loss shows a part of it",
+            *(["  --multirun loss.smooth=0.1,1  a run for each value"] if name == "fit" else []),
+            "  --config-dir my_conf          choices of your own, as in my_conf/loss/volume.yaml",
+            "  --hydra-help                  more flags",
+        ]
+    )
+
+
+def _files(group: str, default: str) -> list[str]:
+    names = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+    return [f"[{name}]" if name == default else name for name in names]
+
+
+def run_command(
+    name: str, act: Callable[[DictConfig, list[str]], int | None], settings: Iterable[str] | None = None
+) -> None:
+    """Answer `--help`, or compose a command's config from the command line and act.
+
+    Args:
+        name: of the command, and of its config.
+        act: called with the config, and with what is to override another one; returns the exit status, if not 0. A
+            `UserError` is told, with exit status 2.
+        settings: the names of the command's own settings: what is not among them overrides the config of the run that
+            the command works on. `None`: all arguments are its own, and are in Hydra's grammar already.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(name))
+        return
+    register_resolvers()
+    overrides: list[str] = []
+    if settings is not None:
+        sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), settings)
+        with mistakes_told():
+            refuse_misspelt(overrides, settings)
+
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
+    def from_command_line(config: DictConfig) -> None:
+        with mistakes_told():
+            status = act(config, overrides)
+        if status:
+            raise SystemExit(status)
+
+    from_command_line()

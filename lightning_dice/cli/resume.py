@@ -1,0 +1,54 @@
+"""What changes when a run is resumed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
+    """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
+    if old is None or old == new:
+        return
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {moved(key): moved(entry) for key, entry in value.items()}
+        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old + os.sep) else value
+
+    checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
+
+
+def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True) -> None:
+    """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
+
+    Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
+    schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
+
+    Args:
+        checkpoint: changed in place.
+        module: which makes optimizer and schedule.
+        rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
+    """
+    configured: Any = module.configure_optimizers()
+    optimizers, schedulers, _ = _configure_optimizers(configured)  # Lightning's reading of all its forms
+    kept = {"params"}
+    for index, (described, state) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=False)):
+        scheduler = described["scheduler"] if isinstance(described, dict) else described
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not rate_changed:
+                kept.add("lr")  # It has been lowered, perhaps.
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That the optimizer has not stepped.
+            for _ in range(state["last_epoch"]):
+                scheduler.step()
+        checkpoint["lr_schedulers"][index] = scheduler.state_dict()
+    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        for saved, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in new.items() if name not in kept})

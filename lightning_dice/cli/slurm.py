@@ -1,0 +1,45 @@
+"""SLURM jobs that are requeued."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+
+
+class Job:
+    """A job of a cluster that may be started again: SLURM requeues it under its number, with the same command line.
+
+    Args:
+        arguments: of the command line; a job may run several commands.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        number = os.environ.get("SLURM_JOB_ID")
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) if number else 0
+        self.path: Path | None = None
+        if number:
+            command = hashlib.sha256("\0".join([os.getcwd(), *arguments]).encode()).hexdigest()[:12]
+            cluster = os.environ.get("SLURM_CLUSTER_NAME", "slurm")
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            self.path = cache / "lightning_dice" / "jobs" / f"{cluster}-{number}-{command}"
+
+    def began(self, folder: Path) -> None:
+        """Note where the job's run lies; it goes on without the note, should that fail."""
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for old in self.path.parent.iterdir():
+                if time.time() - old.stat().st_mtime > 90 * 86400:
+                    old.unlink(missing_ok=True)
+            self.path.write_text(str(folder), encoding="utf-8")
+
+    def earlier(self) -> Path | None:
+        """The folder of the run or sweep that this job began before it was started again."""
+        if self.path is None or not self.restarts or not self.path.is_file():
+            return None
+        folder = Path(self.path.read_text(encoding="utf-8"))
+        return folder if folder.is_dir() else None
