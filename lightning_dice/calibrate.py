@@ -14,7 +14,7 @@ from lightning_dice.cli.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lightning_dice.inference import Decision
+    from lightning_dice.inference import PostProcessing
     from lightning_dice.inference.calibrator import Calibrator
     from lightning_dice.module import SegmentationModule
 
@@ -32,7 +32,7 @@ def main() -> None:
     run_command("calibrate", act, SETTINGS)
 
 
-def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
+def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     """Find the temperature and the thresholds of a checkpoint on the run's validation cases, and write them.
 
     Cases are whole, and their logits as prediction has them, by windows and flips if the run does so. The Dice score
@@ -51,8 +51,8 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     import torch
 
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.errors import own_mistakes_told
-    from lightning_dice.cli.experiment import Session, say
+    from lightning_dice.cli.errors import as_user_errors
+    from lightning_dice.cli.experiment import Experiment, print_line
     from lightning_dice.inference import CALIBRATION
     from lightning_dice.inference.postprocessing import digest
 
@@ -65,7 +65,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.update(logger={}, callbacks={})
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
-    session = Session(run, Path(run.folder), trained=True)
+    session = Experiment(run, Path(run.folder), trained=True)
     module, data = session.module, session.data
     given = module.inference.decision
     if given.temperature is not None or given.thresholds is not None:
@@ -80,8 +80,8 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
     module.load_state_dict(saved["state_dict"])
     device = session.trainer.strategy.root_device
     module.eval().to(device)
-    say(f"{checkpoint} on val, on {device}")
-    with own_mistakes_told(), torch.inference_mode():
+    print_line(f"{checkpoint} on val, on {device}")
+    with as_user_errors(), torch.inference_mode():
         data.setup("validate")
         calibrator = _calibrator(module, config, run, cases=len(cases))
         collected = collect(module, data.val_dataloader(), device, calibrator)
@@ -110,8 +110,10 @@ def calibrate(config: DictConfig, overrides: list[str]) -> Decision:
 
     Console().print(table(scores, found, classes))
     if not collected.has_thresholds:
-        say("thresholds are not sought for a softmax of more than two classes: each would move all others' pixels")
-    say(f"{collected.cases} cases, {collected.drawn} pixels for the temperature: {path}")
+        print_line(
+            "thresholds are not sought for a softmax of more than two classes: each would move all others' pixels"
+        )
+    print_line(f"{collected.cases} cases, {collected.drawn} pixels for the temperature: {path}")
     return found
 
 
@@ -134,9 +136,9 @@ def collect(module: SegmentationModule, loader: Any, device: Any, calibrator: Ca
 
 def decide(
     calibrator: Calibrator, classes: list[str], *, thresholds: bool
-) -> tuple[Decision, dict[str, dict[str, float]]]:
+) -> tuple[PostProcessing, dict[str, dict[str, float]]]:
     """The best decision, and the scores `"before"` and `"after"` it: `dice`, `dice/<class>`, `nll`, `ece`."""
-    from lightning_dice.inference import Decision
+    from lightning_dice.inference import PostProcessing
 
     temperature = calibrator.temperature()
     found = calibrator.thresholds(temperature) if thresholds and calibrator.has_thresholds else None
@@ -149,7 +151,7 @@ def decide(
             "nll": score.nll,
             "ece": calibration_error(calibrator, scale),
         }
-    return Decision(temperature=temperature, thresholds=found), scores
+    return PostProcessing(temperature=temperature, thresholds=found), scores
 
 
 def calibration_error(calibrator: Calibrator, temperature: float) -> float:
@@ -164,7 +166,7 @@ def calibration_error(calibrator: Calibrator, temperature: float) -> float:
     return sum(errors) / len(errors) if errors else math.nan
 
 
-def table(scores: dict[str, dict[str, float]], found: Decision, classes: list[str]) -> Table:
+def table(scores: dict[str, dict[str, float]], found: PostProcessing, classes: list[str]) -> Table:
     """Scores before and after, for a terminal."""
     from rich import box
     from rich.table import Table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from lightning_dice.cli.command import quote, quoted, run_command
+from lightning_dice.cli.command import hydra_escape, hydra_quote, run_command
 from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def arguments(given: Sequence[str]) -> list[str]:
     # A folder may have = in its name, and then is one.
     folders = [each for each in given if not each.startswith("-") and ("=" not in each or Path(each).exists())]
     settings = [each for each in given if each not in folders]
-    return [*quoted(settings), *([f"runs=[{','.join(map(quote, folders))}]"] if folders else [])]
+    return [*hydra_escape(settings), *([f"runs=[{','.join(map(hydra_quote, folders))}]"] if folders else [])]
 
 
 def compare(config: DictConfig) -> None:
@@ -59,7 +59,7 @@ def compare(config: DictConfig) -> None:
         raise UserError(f"resamples must be an integer of at least 100, got {config.resamples}")
     from lightning_dice.cli import run_folder
     from lightning_dice.scoring.comparison import adjusted
-    from lightning_dice.scoring.comparison import compare as compare_tables
+    from lightning_dice.scoring.comparison import compare_tables as compare_tables
 
     names = distinct(folders)
     tables = read_tables(folders, names, config)

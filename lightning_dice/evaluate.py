@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from lightning_dice.cli.command import run_command
-from lightning_dice.cli.config import composed, instantiate
+from lightning_dice.cli.config import compose, instantiate
 from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_dice import report
     from lightning_dice.callbacks import CaseTable, Overlays
-    from lightning_dice.cli.experiment import Session
+    from lightning_dice.cli.experiment import Experiment
     from lightning_dice.data import Split
 
 SETTINGS = ("run", "predictions", "checkpoint", "calibration", "split", "missing", "output", "device")
@@ -62,7 +62,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
         UserError: as `evaluate`.
     """
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.experiment import Session, say
+    from lightning_dice.cli.experiment import Experiment, print_line
 
     run = run_folder.reopen(config.run, overrides)
     if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
@@ -72,7 +72,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     run.logger = {}
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     # The data and the weights are read, and a mistake in them told, before a folder is made.
-    session = Session(run, Path(run.folder), trained=True)
+    session = Experiment(run, Path(run.folder), trained=True)
     run_folder.check_weights(session.module, checkpoint)
     calibration = run_folder.calibrate(session.module, config.run, config.calibration, checkpoint)
     split = _split(config, session)
@@ -82,9 +82,9 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
         session.folder = run_folder.new_folder(config.run, f"evaluate_{split}", dated=False)
     run.folder = str(session.folder)
     run_folder.save_config(session.folder, run)
-    say(f"{checkpoint} on {split}")
+    print_line(f"{checkpoint} on {split}")
     if calibration is not None:
-        say(calibration)
+        print_line(calibration)
     session.evaluate(split, checkpoint)
     _show(session.summary, session.folder)
     session.show()
@@ -100,9 +100,9 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
 
     from lightning_dice import report
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.errors import own_mistakes_told
-    from lightning_dice.cli.experiment import Session, say, scored_facts
-    from lightning_dice.data.volumes.prediction_io import VolumeReader
+    from lightning_dice.cli.errors import as_user_errors
+    from lightning_dice.cli.experiment import Experiment, print_line, score_provenance
+    from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
     from lightning_dice.data.volumes.sources import VolumeCases
     from lightning_dice.report.score_predictions import score_predictions
 
@@ -116,15 +116,15 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     output = None if config.output is None else Path(config.output).expanduser().absolute()
     if output is not None and output.exists():
         raise UserError(f"{output} exists, and nothing is overwritten: choose a new folder")
-    session = Session(run, folder)
+    session = Experiment(run, folder)
     split = _split(config, session)
     table, overlays = _recorders(run, folder)
     cases, reader = session.data.source.split(split), getattr(session.data.source, "reader", None)
     if reader is None:
         raise UserError(f"a {type(session.data.source).__name__} has no reader, so that it reads no predictions")
-    if isinstance(reader, VolumeReader) and isinstance(cases, VolumeCases):
+    if isinstance(reader, VolumePredictionIO) and isinstance(cases, VolumeCases):
         reader = replace(reader, stored=cases.stored)
-    with own_mistakes_told(), Progress(transient=True) as progress:
+    with as_user_errors(), Progress(transient=True) as progress:
         bar = progress.add_task("scoring", total=None if cases is None else len(cases))
         scored = score_predictions(
             session.data,
@@ -144,14 +144,16 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     if overlays is not None:
         overlays.folder = made
         overlays.draw(split)
-    lines = report.conclude(made, split, scored_facts(run, folder.name, _origin(config, folder, scored.missing)))
+    lines = report.write_report(
+        made, split, score_provenance(run, folder.name, _origin(config, folder, scored.missing))
+    )
     _tell_files(scored.missing, scored.leftover, split)
-    say(f"{scored.cases} {split} cases of {folder}")
+    print_line(f"{scored.cases} {split} cases of {folder}")
     _show(lines, made)
-    say(f"folder  {made}\nreport  {made / report.REPORT}")
+    print_line(f"folder  {made}\nreport  {made / report.REPORT}")
 
 
-def _split(config: DictConfig, session: Session) -> Split:
+def _split(config: DictConfig, session: Experiment) -> Split:
     split: Split = config.split or session.last_split
     if session.data.source.split(split) is None:
         raise UserError(f"the data have no {split} split")
@@ -168,8 +170,8 @@ def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
         raise UserError(
             "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
         )
-    run = composed("fit", overrides)
-    run_folder.settle_data(run)
+    run = compose("fit", overrides)
+    run_folder.resolve_data(run)
     return run
 
 

@@ -19,7 +19,7 @@ from lightning_dice.cli.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_dice.exporting import Agreement, Captured, Case, Format
+    from lightning_dice.exporting import Agreement, ExportedGraph, Format, VerificationCase
     from lightning_dice.module import SegmentationModule
 
 SETTINGS = (
@@ -84,7 +84,7 @@ class Checked(NamedTuple):
         splits: how many cases each split of the data has; `None` where the data are not at hand.
     """
 
-    cases: Iterator[Case]
+    cases: Iterator[VerificationCase]
     words: str
     splits: dict[str, int] | None
 
@@ -110,12 +110,12 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
     from tempfile import TemporaryDirectory
 
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.experiment import quiet
+    from lightning_dice.cli.experiment import silence_libraries
     from lightning_dice.exporting import MissingExtra, describe, model_card, script
     from lightning_dice.io import write_atomically
     from lightning_dice.scoring import Scoring
 
-    quiet()
+    silence_libraries()
     try:
         made.require()
     except MissingExtra as error:
@@ -308,18 +308,18 @@ def normalized_inside(
 
 def graph_of(
     module: SegmentationModule, config: DictConfig, made: Format, normalize: Any, channels: int, ndim: int
-) -> Captured | None:
+) -> ExportedGraph | None:
     """The graph of a module, for formats that hold one.
 
     Raises:
         UserError: there is none; the message says what to try.
     """
-    from lightning_dice.exporting import Deployed, NotExportable, capture
+    from lightning_dice.exporting import ExportWrapper, NotExportable, capture
 
     if not made.graphs:
         return None
     size = None if config.size is None else list(config.size)
-    deployed = Deployed(module, normalize, config.graph, wide=config.format == "onnx")
+    deployed = ExportWrapper(module, normalize, config.graph, wide=config.format == "onnx")
     try:
         captured = capture(deployed, channels, ndim, size, portable=config.format == "onnx")
     except NotExportable as error:
@@ -332,7 +332,7 @@ def graph_of(
     return captured
 
 
-def prepare(made: Format, captured: Captured | None, module: SegmentationModule, config: DictConfig) -> Any:
+def prepare(made: Format, captured: ExportedGraph | None, module: SegmentationModule, config: DictConfig) -> Any:
     """What the format writes.
 
     Raises:
@@ -357,7 +357,7 @@ def not_exportable(module: SegmentationModule, config: DictConfig, error: Except
     )
 
 
-def dynamic_axes(captured: Captured | None, ndim: int) -> tuple[str, ...]:
+def dynamic_axes(captured: ExportedGraph | None, ndim: int) -> tuple[str, ...]:
     """The axes of a batch that may have any size; without a graph all but the channels."""
     from lightning_dice.exporting.graph import axes
 
@@ -378,12 +378,12 @@ def find_cases(run: DictConfig, config: DictConfig, channels: int) -> Checked:
     import torch
 
     from lightning_dice.data import DataError
-    from lightning_dice.exporting import Case
+    from lightning_dice.exporting import VerificationCase
 
-    def noise() -> Iterator[Case]:
+    def noise() -> Iterator[VerificationCase]:
         generator = torch.Generator().manual_seed(0)
         for number in range(NOISE):
-            yield Case(f"noise {number + 1}", torch.rand(channels, *run.data.size, generator=generator))
+            yield VerificationCase(f"noise {number + 1}", torch.rand(channels, *run.data.size, generator=generator))
 
     words = f"images of noise of {' x '.join(map(str, run.data.size))} pixels"
     try:
@@ -400,13 +400,13 @@ def find_cases(run: DictConfig, config: DictConfig, channels: int) -> Checked:
         return Checked(noise(), words, counts)
     count = min(int(config.cases), counts[name])
 
-    def real() -> Iterator[Case]:
+    def real() -> Iterator[VerificationCase]:
         for index in range(count):
             try:
                 sample = splits[name][(2 * index + 1) * counts[name] // (2 * count)]
             except DataError as error:
                 raise UserError(f"the {name} split has a case that cannot be read: {error}") from error
-            yield Case(sample.case, sample.image, sample.mask)
+            yield VerificationCase(sample.case, sample.image, sample.mask)
 
     return Checked(real(), f"of {counts[name]} cases of the {name} split", counts)
 
@@ -416,7 +416,7 @@ def agreement(
     module: SegmentationModule,
     checked: Checked,
     config: DictConfig,
-    captured: Captured | None,
+    captured: ExportedGraph | None,
     scoring: Any,
     *,
     normalize: Any,
@@ -425,14 +425,14 @@ def agreement(
     """Run the file beside the module."""
     from rich.progress import track
 
-    from lightning_dice.exporting import compare
+    from lightning_dice.exporting import verify
     from lightning_dice.inference import SlidingWindow
 
     window = module.inference.window
     if config.size is not None:
         window = SlidingWindow(list(config.size))
     fixed = captured is not None and "batch" not in captured.dynamic
-    return compare(
+    return verify(
         run,
         module.predictor("cpu"),
         track(

@@ -13,16 +13,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli import rendezvous, slurm, sweep
-from lightning_dice.cli.command import help_text, quoted, split_arguments
-from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, traces_removed
-from lightning_dice.cli.errors import UserError, mistakes_told
-from lightning_dice.cli.rendezvous import Start
-from lightning_dice.trials import Status, conclude
+from lightning_dice.cli.command import help_text, hydra_escape, split_arguments
+from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
+from lightning_dice.cli.errors import UserError, report_user_errors
+from lightning_dice.cli.rendezvous import RunSpec
+from lightning_dice.trials import Status, record_outcome
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
 
-CHANNEL = rendezvous.Channel(rendezvous.place())
-JOB = slurm.Job(sys.argv[1:])
+CHANNEL = rendezvous.Rendezvous(rendezvous.process_info())
+JOB = slurm.RequeuedJob(sys.argv[1:])
 
 
 def main() -> None:
@@ -31,19 +31,19 @@ def main() -> None:
         print(help_text("fit"))
         return
     register_resolvers()
-    with mistakes_told():
+    with report_user_errors():
         try:
-            if (start := rendezvous.given()) is not None:
+            if (start := rendezvous.inherited_run_spec()) is not None:
                 train(start)
-            elif CHANNEL.place.rank > 0:
+            elif CHANNEL.process.rank > 0:
                 for start in CHANNEL.starts():
-                    with traces_removed():
+                    with restore_environment():
                         train(start)
             else:
-                with rendezvous.leading(CHANNEL):
+                with rendezvous.announce_exit(CHANNEL):
                     lead(sys.argv[1:])
         finally:
-            rendezvous.part()
+            rendezvous.leave_process_group()
 
 
 def lead(arguments: list[str]) -> None:
@@ -62,10 +62,10 @@ def lead(arguments: list[str]) -> None:
         resume_sweep(resumed[-1], [argument for argument in arguments if not argument.startswith("resume=")])
     elif resumed:
         # Not through Hydra, which would check the overrides against the default config instead of the run's.
-        resume(resumed[-1], quoted(overrides))
+        resume(resumed[-1], hydra_escape(overrides))
     else:
         # Between overrides, argparse would refuse those behind it.
-        begin(quoted(sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))))
+        begin(hydra_escape(sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))))
 
 
 def begin(arguments: list[str]) -> None:
@@ -73,11 +73,11 @@ def begin(arguments: list[str]) -> None:
     sys.argv[1:] = arguments
     if (hint := sweep.missing_plugin(arguments)) is not None:
         raise UserError(hint)
-    with sweep.told():
+    with sweep.report_trials():
         try:
             from_command_line()
         except SystemExit as error:
-            if error.code == 1 and not sweep.begun():  # Hydra's; ours is 2.
+            if error.code == 1 and not sweep.sweep_started():  # Hydra's; ours is 2.
                 explain_typos("fit", sys.argv[1:])
             raise
 
@@ -97,11 +97,11 @@ def resume_sweep(folder: str, arguments: list[str]) -> None:
     if retry and retry[-1] not in ("retry_failed=true", "retry_failed=false"):
         raise UserError(f"retry_failed must be true or false, got {retry[-1].removeprefix('retry_failed=')}")
     others = [argument for argument in arguments if argument not in retry]
-    replayed = sweep.reopened(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
+    replayed = sweep.replay_arguments(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
     if replayed is not None:
         begin(replayed)
         return
-    with sweep.told():
+    with sweep.report_trials():
         pass  # It is done: its table is shown.
 
 
@@ -113,7 +113,7 @@ def from_command_line(config: DictConfig) -> float | None:
         The best value of what the checkpoint callback watches, for sweepers that optimize it.
     """
     hydra_config = HydraConfig.get()
-    with traces_removed(), mistakes_told():
+    with restore_environment(), report_user_errors():
         from lightning_dice.cli import run_folder
 
         choices = hydra_config.runtime.choices
@@ -152,7 +152,7 @@ def complete(config: DictConfig, folder: Path) -> None:
     from lightning_dice.cli import run_folder
 
     config.folder = str(folder)
-    run_folder.settle_data(config)
+    run_folder.resolve_data(config)
     if config.seed is None:
         config.seed = secrets.randbelow(2**32)  # So that the run can be resumed, and told of.
 
@@ -182,7 +182,7 @@ def train_trial(config: DictConfig, folder: Path) -> None:
         complete(config, folder)
     run_folder.save_config(folder, config)
     if CHANNEL.alone and _processes(config.trainer) != 1:
-        sweep.in_own_process(folder)
+        sweep.run_in_own_process(folder)
         return
     train(start_of(folder, run_folder.newest_checkpoint(folder)))
 
@@ -193,7 +193,7 @@ def check_processes(trainer: DictConfig) -> None:
     Raises:
         UserError: they ask for others.
     """
-    there, flags = CHANNEL.place, _processes(trainer)
+    there, flags = CHANNEL.process, _processes(trainer)
     if there.processes is not None and there.processes > 1 and there.processes != (flags or there.processes):
         raise UserError(
             f"{there.processes} processes were started for trainer.devices={trainer.devices} trainer.num_nodes="
@@ -234,20 +234,20 @@ def resume(folder: str, overrides: list[str]) -> float | None:
     return train(start_of(path, checkpoint))
 
 
-def start_of(folder: Path, checkpoint: Path | None = None) -> Start:
+def start_of(folder: Path, checkpoint: Path | None = None) -> RunSpec:
     """What all processes of a run start from: the config that lies in its folder."""
     from lightning_dice.cli import run_folder
 
     text = (folder / run_folder.CONFIG).read_text(encoding="utf-8")
-    return Start(str(folder), text, None if checkpoint is None else str(checkpoint))
+    return RunSpec(str(folder), text, None if checkpoint is None else str(checkpoint))
 
 
-def train(start: Start) -> float | None:
+def train(start: RunSpec) -> float | None:
     """Train, score the best checkpoint and show what came of it: what every process of a run does."""
-    from lightning_dice.cli.experiment import Session
+    from lightning_dice.cli.experiment import Experiment
 
     os.environ[RUN_VARIABLE] = start.text()  # For the processes that Lightning starts.
-    session = Session.of(start)
+    session = Experiment.of(start)
     try:
         session.check()
         CHANNEL.tell(start)
@@ -257,12 +257,12 @@ def train(start: Start) -> float | None:
         session.show()
         if session.trainer.is_global_zero:
             ended: Status = "pruned" if session.pruned else "finished"
-            conclude(session.folder, ended, value=session.best_score, epochs=session.epochs, **session.watched)
+            record_outcome(session.folder, ended, value=session.best_score, epochs=session.epochs, **session.watched)
         return session.best_score
     finally:
         if CHANNEL.alone:
             # The next run of a sweep makes a connection of its own. One made from outside serves all runs.
-            rendezvous.part()
+            rendezvous.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.command import quoted, run_command
+from lightning_dice.cli.command import hydra_escape, run_command
 from lightning_dice.cli.config import explain_typos, instantiate
 from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_dice.data import Source
     from lightning_dice.data_check.finding import Finding
-    from lightning_dice.data_check.survey import Examination
+    from lightning_dice.data_check.survey import SurveyResult
 
 PAGE, TABLE, FINDINGS = "inspection.html", "cases.csv", "findings.json"
 
@@ -25,7 +25,7 @@ def main() -> None:
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         print("\nerror: inspect looks at one data set at a time, without --multirun", file=sys.stderr)
         raise SystemExit(2)
-    sys.argv[1:] = quoted(sys.argv[1:])
+    sys.argv[1:] = hydra_escape(sys.argv[1:])
     composed = False
 
     def act(config: DictConfig, _: list[str]) -> int:
@@ -58,17 +58,17 @@ def inspect(config: DictConfig) -> list[Finding]:
         UserError: a setting is not as it should be, or the folder cannot be made; before the data are read.
     """
     from lightning_dice.cli import run_folder
-    from lightning_dice.cli.experiment import quiet
+    from lightning_dice.cli.experiment import silence_libraries
     from lightning_dice.data_check.finding import KINDS
 
-    quiet()
+    silence_libraries()
     if unknown := [kind for kind in config.accept if kind not in KINDS]:
         raise UserError(f"accept: there is no finding {', '.join(unknown)}, only {', '.join(KINDS)}")
     for name, least in (("thumbnails", 0), ("workers", 1)):
         value = config[name]
         if not (isinstance(value, int) and value >= least) and not (name == "workers" and value is None):
             raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
-    run_folder.settle_data(config)
+    run_folder.resolve_data(config)
     OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)  # Before a folder is made.
     choice = data_choice()
     if config.output is not None:
@@ -78,12 +78,12 @@ def inspect(config: DictConfig) -> list[Finding]:
     try:
         config.folder = str(folder)
         source: Source = instantiate(config.data.datamodule.source, "data")
-        found = examine(source, config)
+        found = run_survey(source, config)
     except BaseException:
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
-    return conclude(source, found, config, folder)
+    return write_results(source, found, config, folder)
 
 
 def data_choice() -> str:
@@ -93,14 +93,14 @@ def data_choice() -> str:
     return str(HydraConfig.get().runtime.choices.get("data")) if HydraConfig.initialized() else "data"
 
 
-def examine(source: Source, config: DictConfig) -> Examination:
+def run_survey(source: Source, config: DictConfig) -> SurveyResult:
     """Read and measure all cases, with a bar."""
     import os
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lightning_dice.data_check.case_statistics import Task
-    from lightning_dice.data_check.survey import examine
+    from lightning_dice.data_check.survey import survey
 
     data = config.data
     task = Task(
@@ -124,7 +124,7 @@ def examine(source: Source, config: DictConfig) -> Examination:
         def advance(done: int, total: int) -> None:
             bar.update(shown, description="looking at cases", completed=done, total=total)
 
-        return examine(
+        return survey(
             source,
             task,
             workers=config.workers or min(8, cores),
@@ -134,7 +134,7 @@ def examine(source: Source, config: DictConfig) -> Examination:
         )
 
 
-def conclude(source: Source, found: Examination, config: DictConfig, folder: Path) -> list[Finding]:
+def write_results(source: Source, found: SurveyResult, config: DictConfig, folder: Path) -> list[Finding]:
     """Judge what was measured, show it, and write the files."""
     import dataclasses
     import datetime

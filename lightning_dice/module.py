@@ -23,7 +23,7 @@ from lightning_dice.argument_checks import count, one_of
 from lightning_dice.functional import hard_prediction, hard_target, micro_batched, pad_to_multiple, read_logits
 from lightning_dice.functional.model_outputs import crop_to, resize_to
 from lightning_dice.functional.target_resizing import pad_target
-from lightning_dice.inference import Decision, Inference, Predictor, find_decision
+from lightning_dice.inference import Inference, PostProcessing, Predictor, find_postprocessing
 from lightning_dice.inference.logit_resampling import resized
 from lightning_dice.loading import _TRUSTED, build, check_targets, without_pretrained
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
@@ -191,7 +191,7 @@ class SegmentationModule(L.LightningModule):
             checkpoint: `"best"`, `"last"`, or the path of a checkpoint file, within `folder` or not.
             map_location: where the weights go, as in `torch.load`.
             calibration: `"auto"`: the run's `calibration.json`, if it has one; `"none"`; or the path of one. See
-                `lightning_dice.inference.find_decision`.
+                `lightning_dice.inference.find_postprocessing`.
 
         Raises:
             FileNotFoundError: there is no such checkpoint or calibration; the message says what is there.
@@ -214,7 +214,7 @@ class SegmentationModule(L.LightningModule):
         if not isinstance(module, cls):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(saved["state_dict"])
-        module.calibrate(find_decision(folder, calibration, path))
+        module.calibrate(find_postprocessing(folder, calibration, path))
         data = config.get("data", {})
         module._normalized_by(config.get("normalize"), data.get("normalization"))
         module._white = data.get("white")
@@ -254,8 +254,8 @@ class SegmentationModule(L.LightningModule):
         if not isinstance(module, cls):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(weights)
-        names = {entry.name for entry in dataclasses.fields(Decision)}
-        module.calibrate(Decision(**{key: value for key, value in facts["decision"].items() if key in names}))
+        names = {entry.name for entry in dataclasses.fields(PostProcessing)}
+        module.calibrate(PostProcessing(**{key: value for key, value in facts["decision"].items() if key in names}))
         normalization = facts.get("normalization") or {}
         transform, known = normalization.get("transform"), normalization.get("intensities")
         try:
@@ -270,7 +270,7 @@ class SegmentationModule(L.LightningModule):
         # A partial, as a module of torch would become a part of this one.
         self._normalize = known or (partial(build(transform)) if transform else None)
 
-    def calibrate(self, decision: Decision) -> None:
+    def calibrate(self, decision: PostProcessing) -> None:
         """Decide by what a calibration has found, wherever `inference` leaves it open."""
         self.inference = copy(self.inference)
         self.inference.decision = self.inference.decision.filled(decision)
@@ -531,7 +531,7 @@ class SegmentationModule(L.LightningModule):
     def _decides(self) -> bool:
         """Whether labels are others than `threshold` alone would make."""
         decision = self.inference.decision
-        return decision != Decision() and decision.changes(self._activation(), self.threshold)
+        return decision != PostProcessing() and decision.changes(self._activation(), self.threshold)
 
     def _decided(self, logits: Tensor, spacing: Any) -> Tensor:
         """Class ids, int64 `(batch, *space)`, or bool planes `(batch, classes, *space)`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.command import run_command
-from lightning_dice.cli.config import composed, instantiate
+from lightning_dice.cli.config import compose, instantiate
 from lightning_dice.cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
 def _composed(overrides: list[str]) -> DictConfig:
     from lightning_dice.cli import run_folder
 
-    run = composed("fit", overrides)
-    run_folder.settle_data(run)
+    run = compose("fit", overrides)
+    run_folder.resolve_data(run)
     missing = sorted(OmegaConf.missing_keys(run))
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")

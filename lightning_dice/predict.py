@@ -17,14 +17,14 @@ from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli.command import run_command
 from lightning_dice.cli.errors import UserError
-from lightning_dice.cli.prediction import Method, Skipped
+from lightning_dice.cli.prediction import PredictionPipeline, Skipped
 from lightning_dice.cli.progress import Progress, Stop, Terminated
 
 if TYPE_CHECKING:
     import torch
 
-    from lightning_dice.cli.workers import Shares
-    from lightning_dice.data.interfaces import Item, Reader, Scan
+    from lightning_dice.cli.workers import WorkerPool
+    from lightning_dice.data.interfaces import LoadedImage, PredictionIO, PredictionItem
 
 SETTINGS = (
     *("run", "input", "output", "checkpoint", "calibration", "format", "probabilities", "overlays"),
@@ -58,10 +58,10 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
         UserError: a run, its checkpoint, the input or the output is not as it should be; before any work. Or the output
             can no longer be written to.
     """
-    from lightning_dice.cli.workers import Shares
+    from lightning_dice.cli.workers import WorkerPool
 
     folders = run_folders(config.run)
-    shares = Shares(number_of_processes(config.trainer), "lightning_dice.predict", arguments)
+    shares = WorkerPool(number_of_processes(config.trainer), "lightning_dice.predict", arguments)
     stop = Stop()
     stop.silent = not shares.first
     if not any(argument.startswith("trainer.precision=") for argument in arguments):
@@ -77,22 +77,22 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
         shares.close()
 
 
-def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shares: Shares, stop: Stop) -> int:
-    from lightning_dice.data.interfaces import Item
+def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shares: WorkerPool, stop: Stop) -> int:
+    from lightning_dice.data.interfaces import PredictionItem
 
     device = choose_device(config.trainer.accelerator, config.trainer.devices, shares.local)
     output = Path(config.output).expanduser()
-    method: Method | None = None
+    method: PredictionPipeline | None = None
 
     def decide() -> dict[str, Any]:
         nonlocal method
-        method = Method(config, overrides, folders, device)
+        method = PredictionPipeline(config, overrides, folders, device)
         return _plan(config, method, output)
 
     plan = shares.agreed(decide)
     if method is None:
-        method = Method(config, overrides, folders, device)
-    waiting = [Item(case, tuple(map(Path, files))) for case, files in plan["waiting"]]
+        method = PredictionPipeline(config, overrides, folders, device)
+    waiting = [PredictionItem(case, tuple(map(Path, files))) for case, files in plan["waiting"]]
     if shares.first:
         for note in (*method.notes, *plan["notes"], *plan["skipped"]):
             print(note, file=sys.stderr)
@@ -127,9 +127,9 @@ def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shar
     return 1 if failed or lost else 0
 
 
-def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
+def _plan(config: DictConfig, method: PredictionPipeline, output: Path) -> dict[str, Any]:
     """Find the images, see that no file would be lost, and what is done already: plain values."""
-    from lightning_dice.cli.prediction_manifest import Manifest, begin
+    from lightning_dice.cli.prediction_manifest import Manifest, prepare_folder
     from lightning_dice.data import DataError
 
     source = Path(config.input).expanduser()
@@ -148,7 +148,7 @@ def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
         raise UserError(f"cannot make the output folder {output}: {error.strerror}") from error
     if config.overwrite:
         files = {item.case: [output / path for path in method.traces(item.case)] for item in items}
-    begin(output, about, files, overwrite=config.overwrite)
+    prepare_folder(output, about, files, overwrite=config.overwrite)
     waiting = [item for item in items if not finished_already(method, item, output)]
     return {
         "waiting": [[item.case, [str(path) for path in item.files]] for item in waiting],
@@ -159,7 +159,7 @@ def _plan(config: DictConfig, method: Method, output: Path) -> dict[str, Any]:
     }
 
 
-def find_images(reader: Reader, source: Path, output: Path) -> tuple[list[Item], list[str], list[str]]:
+def find_images(reader: PredictionIO, source: Path, output: Path) -> tuple[list[PredictionItem], list[str], list[str]]:
     """The images of a folder, those of the output folder left out; what was passed over and why; what else to tell.
 
     Raises:
@@ -185,7 +185,7 @@ def find_images(reader: Reader, source: Path, output: Path) -> tuple[list[Item],
 
 
 def refuse_collisions(
-    items: Iterable[Item], files: dict[str, list[Path]], output: Path, reserved: Sequence[str]
+    items: Iterable[PredictionItem], files: dict[str, list[Path]], output: Path, reserved: Sequence[str]
 ) -> None:
     """See that no two masks have one file, that none would be written over an image, or among other things.
 
@@ -212,17 +212,19 @@ def refuse_collisions(
             owner[path] = case
 
 
-def finished_already(method: Method, item: Item, output: Path) -> bool:
+def finished_already(method: PredictionPipeline, item: PredictionItem, output: Path) -> bool:
     """Whether an image has its mask."""
-    from lightning_dice.cli.prediction_manifest import finished
+    from lightning_dice.cli.prediction_manifest import is_finished
 
-    return finished([[output / path for path in group] for group in method.masks(item.case)], item.files)
+    return is_finished([[output / path for path in group] for group in method.masks(item.case)], item.files)
 
 
-def ahead(items: Iterable[Item], read: Callable[[Item], Scan]) -> Iterator[tuple[Item, Future[Scan]]]:
+def ahead(
+    items: Iterable[PredictionItem], read: Callable[[PredictionItem], LoadedImage]
+) -> Iterator[tuple[PredictionItem, Future[LoadedImage]]]:
     """Each image, while a thread reads the next one: two are in memory at a time."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="read")
-    coming: deque[tuple[Item, Future[Scan]]] = deque()
+    coming: deque[tuple[PredictionItem, Future[LoadedImage]]] = deque()
     try:
         for item in items:
             coming.append((item, pool.submit(read, item)))

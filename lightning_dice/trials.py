@@ -111,7 +111,7 @@ def best_first(trials: Iterable[Trial]) -> list[Trial]:
     return sorted(trials, key=key)
 
 
-def conclude(folder: str | Path, status: Status, **changes: object) -> None:
+def record_outcome(folder: str | Path, status: Status, **changes: object) -> None:
     """Note that the training in this folder has ended, if it is a trial of a sweep.
 
     Args:

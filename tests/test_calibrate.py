@@ -18,11 +18,11 @@ from lightning_dice.calibrate import _calibrator, calibrate, calibration_error, 
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError
-from lightning_dice.cli.experiment import Session
+from lightning_dice.cli.experiment import Experiment
 from lightning_dice.data import Batch, DataError
 from lightning_dice.evaluate import evaluate
 from lightning_dice.functional import AbsentPolicy
-from lightning_dice.inference import CALIBRATION, Decision
+from lightning_dice.inference import CALIBRATION, PostProcessing
 from lightning_dice.inference.calibrator import Calibrator, Scores
 from lightning_dice.scoring import reliability
 
@@ -98,7 +98,7 @@ def test_the_scores_are_those_of_an_evaluation(run):
     scores = content(run / CALIBRATION)["scores"]
     config = run_folder.reopen(run)
     config.update(logger={}, callbacks={})
-    session = Session(config, run, trained=True)
+    session = Experiment(config, run, trained=True)
     for calibration, when in (("none", "before"), ("auto", "after")):
         module = SegmentationModule.from_run(run, calibration=calibration)
         (logged,) = session.trainer.validate(module, session.data, verbose=False)
@@ -126,7 +126,7 @@ def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
 @pytest.mark.usefixtures("told")
 def test_a_module_of_the_run_decides_by_it(run):
     module = SegmentationModule.from_run(run)
-    decision = Decision.load(run / CALIBRATION)
+    decision = PostProcessing.load(run / CALIBRATION)
     assert module.inference.decision == decision
     image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_the_network_is_in_evaluation_mode(home, run, monkeypatch):
 
 def test_what_has_no_score_is_null(home, run, monkeypatch):
     scores = {when: {"dice": math.nan, "nll": 0.5} for when in ("before", "after")}
-    monkeypatch.setattr("lightning_dice.calibrate.decide", lambda *_, **__: (Decision(2.0), scores))
+    monkeypatch.setattr("lightning_dice.calibrate.decide", lambda *_, **__: (PostProcessing(2.0), scores))
     calibrated(run, output=home / "null.json")
     assert content(home / "null.json")["scores"]["after"] == {"dice": None, "nll": 0.5}
 
@@ -177,8 +177,8 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     torch.save({**saved, "epoch": 7}, other)
     with pytest.raises(ValueError, match="was made for another checkpoint than"):
         SegmentationModule.from_run(run, other)
-    assert SegmentationModule.from_run(run, other, calibration="none").inference.decision == Decision()
-    assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.decision != Decision()
+    assert SegmentationModule.from_run(run, other, calibration="none").inference.decision == PostProcessing()
+    assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.decision != PostProcessing()
     with pytest.raises(UserError, match="calibrate again"):
         run_folder.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
 
@@ -235,7 +235,7 @@ def test_a_case_that_cannot_be_is_named():
 def test_a_class_of_two_has_its_threshold_beside_its_dice():
     shown = table(
         {when: {"dice": 0.5, "dice/a": math.nan, "dice/b": 0.5} for when in ("before", "after")},
-        Decision(2.0, [0.25, 0.125]),
+        PostProcessing(2.0, [0.25, 0.125]),
         ["a", "b"],
     )
     lines = [column._cells for column in shown.columns]
@@ -311,7 +311,9 @@ def test_thresholds_are_probabilities_whatever_the_temperature():
     calibrator.add(torch.tensor([[11.9, 11.0, 2.5, 0.5]]), torch.tensor([[1, 0, 0, 0]]))
     (found,) = calibrator.thresholds(0.1)
     assert 0.5 < found < 1
-    assert Decision(0.1, [found]).labels(torch.tensor([[11.9, 2.0]]), activation="sigmoid").tolist() == [[True, False]]
+    assert PostProcessing(0.1, [found]).labels(torch.tensor([[11.9, 2.0]]), activation="sigmoid").tolist() == [
+        [True, False]
+    ]
 
 
 def test_a_class_that_no_case_has_keeps_its_threshold_whatever_is_predicted():

@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.command import quoted
+from lightning_dice.cli.command import hydra_escape
 from lightning_dice.cli.config import CONF_DIR, apply_overrides, explain_typos, instantiate, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.experiment import instantiate_each
@@ -105,7 +105,7 @@ def test_any_trainer_flag_and_device_is_an_override():
 
 @pytest.mark.parametrize("base", [["data=folder"], ["experiment=camvid"], ["data=torchvision"]], ids=str)
 def test_a_map_of_the_users_own_takes_the_place_of_the_configs(base):
-    config = composed(*base, *quoted(["data.root=x", "data.values={255:1}"]))
+    config = composed(*base, *hydra_escape(["data.root=x", "data.values={255:1}"]))
     assert dict(config.data["values"]) == {255: 1}
 
 

@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from PIL import Image
 from rich.progress import Progress
 from scipy import ndimage
@@ -17,7 +18,7 @@ from volume_files import AFFINES, blob, folders, write
 
 from lightning_dice.callbacks import Overlays
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import CONF_DIR, composed, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, compose, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.evaluate import evaluate
 from lightning_dice.report import score_predictions
@@ -55,7 +56,7 @@ def run(home, *settings):
         given = [f"predictions={home / 'predictions'}", "device=cpu"]
         names = {setting.partition("=")[0] for setting in settings}
         own = [setting for setting in settings if setting.partition("=")[0] in OWN]
-        config = compose("evaluate", overrides=[*(s for s in given if s.partition("=")[0] not in names), *own])
+        config = hydra_compose("evaluate", overrides=[*(s for s in given if s.partition("=")[0] not in names), *own])
         others = [setting for setting in settings if setting not in own]
         data = [] if "data=synthetic" in others else ["data=folder", f"data.root={home / 'data'}"]
         evaluate(config, [*data, "data.num_workers=0", *others])
@@ -211,12 +212,12 @@ def test_the_data_are_those_of_the_run(home, tmp_path):
     register_resolvers()
     (tmp_path / "run").mkdir()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = composed("fit", ["data=folder", f"data.root={home / 'data'}", "data.num_workers=0"])
+        config = compose("fit", ["data=folder", f"data.root={home / 'data'}", "data.num_workers=0"])
         config.callbacks.case_table.tolerance = 0.25
         config.folder = str(tmp_path / "run")
         run_folder.save_config(tmp_path / "run", config)
         given = [f"run={tmp_path / 'run'}", "device=cpu"]
-        config = compose("evaluate", overrides=[*given, f"predictions={home / 'predictions'}"])
+        config = hydra_compose("evaluate", overrides=[*given, f"predictions={home / 'predictions'}"])
         config.output = str(tmp_path / "scores")
         evaluate(config, [])
         data = json.loads((tmp_path / "scores" / "summary.json").read_text())
@@ -251,7 +252,7 @@ def test_an_output_that_exists_is_refused(home):
 def test_the_masks_need_data(home):
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("evaluate", overrides=[f"predictions={home / 'predictions'}"])
+        config = hydra_compose("evaluate", overrides=[f"predictions={home / 'predictions'}"])
         with pytest.raises(UserError, match="predictions need masks to be compared with"):
             evaluate(config, ["module.threshold=0.3"])
 

@@ -28,17 +28,17 @@ from lightning_dice.data.images.image_reader import read_picture, to_image
 from lightning_dice.exporting import (
     FORMATS,
     SCHEMA,
-    Case,
-    Deployed,
+    ExportWrapper,
     MissingExtra,
     NotExportable,
+    VerificationCase,
     capture,
-    compare,
     model_card,
-    onnx_script,
+    script,
+    verify,
 )
 from lightning_dice.exporting.formats import Onnx, Program, Weights
-from lightning_dice.inference import CALIBRATION, Decision, Inference, Predictor
+from lightning_dice.inference import CALIBRATION, Inference, PostProcessing, Predictor
 from lightning_dice.io import write_csv
 from lightning_dice.loading import check_targets
 from lightning_dice.scoring import Scoring
@@ -60,7 +60,7 @@ def make_run(folder: Path, *overrides: str) -> Path:
     """The folder that fit would leave, of a convolution with random weights."""
     folder.mkdir(parents=True)
     config = composed("fit", "model=custom", f"folder={folder}", "device=cpu", *overrides)
-    run_folder.settle_data(config)
+    run_folder.resolve_data(config)
     run_folder.save_config(folder, config)
     torch.manual_seed(0)
     module = run_folder.build_module(config)
@@ -146,7 +146,7 @@ for picture in pictures:
     sys.argv = [script, picture, folder + "/" + picture.rpartition("/")[2]]
     runpy.run_path(script)
 """
-    without_package(code, onnx_script, folder, *pictures)
+    without_package(code, script, folder, *pictures)
 
 
 class TestOnnx:
@@ -225,7 +225,7 @@ class TestOnnx:
         image[1] = 0.3  # A constant image has no standard deviation, and becomes zeros.
         module = SegmentationModule(nn.Identity())
         exact = torch.stack([Standardize()(one.double()) for one in image])
-        run, _ = opened(Onnx(), Deployed(module, Standardize(), wide=True), 2)
+        run, _ = opened(Onnx(), ExportWrapper(module, Standardize(), wide=True), 2)
         found = run(image)
         assert (found - exact).abs().max() < 1e-5
         assert not found[1].any()
@@ -248,7 +248,7 @@ class Coarse(nn.Module):
         return {"out": [self.head(self.up(coarse.relu())), self.head(coarse)]}
 
 
-def opened(format, deployed: Deployed, ndim: int, size=None):
+def opened(format, deployed: ExportWrapper, ndim: int, size=None):
     """A function of images of one channel, from a file, and the least size that it takes."""
     captured = capture(deployed, 1, ndim, size, portable=isinstance(format, Onnx))
     prepared = format.prepare(captured, SegmentationModule(deployed.net), deployed.graph)
@@ -265,7 +265,7 @@ class TestGraphs:
     def test_images_of_any_number_and_size(self, format, ndim):
         torch.manual_seed(0)
         module = SegmentationModule(Coarse(ndim, 2), divisor=4, channels_last=True).eval()
-        run, least = opened(format, Deployed(module), ndim)
+        run, least = opened(format, ExportWrapper(module), ndim)
         # torch may ask a program for more than one of the network's coarsest cells.
         assert least in ((1, 5) if isinstance(format, Program) else (1,))
         for batch, *space in ((1, 8, 8, 8), (3, 9, 14, 5), (2, *[least] * 3), (1, 16, 8, 12)):
@@ -278,7 +278,7 @@ class TestGraphs:
     )
     def test_what_a_graph_decides(self, activation, graph):
         torch.manual_seed(0)
-        decision = Decision(temperature=2.0, thresholds=[0.2, 0.5, 0.4], smallest=50)
+        decision = PostProcessing(temperature=2.0, thresholds=[0.2, 0.5, 0.4], smallest=50)
         module = SegmentationModule(
             nn.Conv2d(1, 3, 3, padding=1), activation=activation, inference=Inference(decision=decision)
         )
@@ -289,7 +289,7 @@ class TestGraphs:
         scaled = probs / torch.tensor([0.2, 0.5, 0.4]).view(1, 3, 1, 1)
         # Components are not removed: that is the business of whoever runs the file.
         labels = scaled.argmax(1) if activation == "softmax" else scaled > 1
-        run, _ = opened(Onnx(), Deployed(module, graph=graph), 2)
+        run, _ = opened(Onnx(), ExportWrapper(module, graph=graph), 2)
         found = run(image)
         if graph == "labels":
             assert found.dtype == torch.uint8
@@ -300,7 +300,7 @@ class TestGraphs:
     def test_a_program_runs_without_the_package(self, tmp_path):
         torch.manual_seed(0)
         module = SegmentationModule(Coarse(2, 1), divisor=4).eval()
-        captured = capture(Deployed(module, Standardize()), 1, 2)
+        captured = capture(ExportWrapper(module, Standardize()), 1, 2)
         image = torch.rand(3, 1, 9, 14)
         with torch.no_grad():
             expected = module(torch.stack([Standardize()(one) for one in image]))
@@ -327,7 +327,7 @@ print(json.loads(facts["model.json"])["name"])
             def forward(self, image):
                 return image + self.values
 
-        deployed = Deployed(SegmentationModule(Positions()))
+        deployed = ExportWrapper(SegmentationModule(Positions()))
         with pytest.raises(NotExportable, match="size"):
             capture(deployed, 1, 2)
         run, _ = opened(Onnx(), deployed, 2, [8, 12])
@@ -345,7 +345,7 @@ print(json.loads(facts["model.json"])["name"])
                 return image
 
         with pytest.raises(NotExportable):
-            capture(Deployed(SegmentationModule(Counted(), divisor=2)), 1, 2, portable=portable)
+            capture(ExportWrapper(SegmentationModule(Counted(), divisor=2)), 1, 2, portable=portable)
 
     def test_a_network_that_asks_for_values(self):
         class Asking(nn.Module):
@@ -353,7 +353,7 @@ print(json.loads(facts["model.json"])["name"])
                 return image if image.sum() > 0 else -image
 
         with pytest.raises(NotExportable, match=r"^\w+: .*data-dependent") as told:
-            capture(Deployed(SegmentationModule(Asking())), 1, 2)
+            capture(ExportWrapper(SegmentationModule(Asking())), 1, 2)
         assert "\n" not in str(told.value)
         config = composed("export", "run=a")
         message = str(command.not_exportable(SegmentationModule(Asking()), config, told.value))
@@ -365,7 +365,7 @@ print(json.loads(facts["model.json"])["name"])
 def weights(tmp_path_factory, run):
     """Exported with a calibration."""
     folder = tmp_path_factory.mktemp("weights")
-    Decision(temperature=1.5, thresholds=[0.3]).save(folder / CALIBRATION)
+    PostProcessing(temperature=1.5, thresholds=[0.3]).save(folder / CALIBRATION)
     export(run, "format=safetensors", f'output="{folder}"', f'calibration="{folder / CALIBRATION}"', "split=val")
     return folder / "model.safetensors"
 
@@ -426,7 +426,7 @@ def test_scripts_decide_as_the_module(tmp_path, activation, graph):
     overrides = [*SOFTMAX, "normalize=fixed", "data.channels=1"] if activation == "softmax" else ["data.classes=[a,b]"]
     folder = make_run(tmp_path / "run", "data=folder", f'data.root="{tmp_path}"', "data.values={90:1,40:2}", *overrides)
     thresholds = [0.5, 0.2, 0.4] if activation == "softmax" else [0.3, 0.6]
-    Decision(temperature=0.7, thresholds=thresholds).save(folder / CALIBRATION)
+    PostProcessing(temperature=0.7, thresholds=thresholds).save(folder / CALIBRATION)
     export(folder, f"graph={graph}", f'output="{tmp_path / "out"}"', "normalization=outside")
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
@@ -452,7 +452,7 @@ def test_scripts_decide_as_the_module(tmp_path, activation, graph):
 def trained(folder: Path) -> SegmentationModule:
     module = run_folder.build_module(run_folder.reopen(folder))
     module.load_state_dict(torch.load(folder / "checkpoints" / "best.ckpt")["state_dict"])
-    module.calibrate(Decision.load(folder / CALIBRATION))
+    module.calibrate(PostProcessing.load(folder / CALIBRATION))
     return module.eval()
 
 
@@ -466,7 +466,7 @@ class TestCommand:
         assert facts["verification"]["different_pixels"] == 0
         assert facts["scores"] is None
         assert "Not measured for these weights and settings" in (tmp_path / "MODEL_CARD.md").read_text()
-        assert "np.load(sys.argv[1])" in onnx_script(facts, "a.onnx")
+        assert "np.load(sys.argv[1])" in script(facts, "a.onnx")
         assert not (tmp_path / "run_onnx.py").exists()
 
     def test_writes_nothing_that_says_otherwise(self, run, tmp_path, monkeypatch):
@@ -523,10 +523,10 @@ class TestCompare:
         wrong = logits.clone()
         wrong[0, 0, :2], wrong[0, 2, 3] = -1, 2
         predictor = Predictor([lambda image: image], activation="sigmoid")
-        found = compare(
+        found = verify(
             lambda image: wrong[None],
             predictor,
-            [Case("a", logits, (logits > 0).long())],
+            [VerificationCase("a", logits, (logits > 0).long())],
             data="a case",
             graph="logits",
             scoring=Scoring(["a"], "sigmoid", surfaces=False, lesions=False),
@@ -542,17 +542,17 @@ class TestCompare:
         scoring = Scoring(["a"], "sigmoid", surfaces=False, lesions=False)
         predictor = Predictor([lambda batch: batch], activation="sigmoid")
         for graph, run in (("logits", lambda x: x), ("labels", lambda x: (x > 0).to(torch.uint8))):
-            case = Case("a", image, mask)
-            found = compare(run, predictor, [case], data="", graph=graph, scoring=scoring)
+            case = VerificationCase("a", image, mask)
+            found = verify(run, predictor, [case], data="", graph=graph, scoring=scoring)
             assert (found.dice, found.exported_dice, found.different) == (1.0, 1.0, 0)
 
     def test_what_is_not_finite(self):
         predictor = Predictor([lambda batch: batch], activation="sigmoid")
         with pytest.raises(ValueError, match="the file's logits of a are not finite"):
-            compare(
+            verify(
                 lambda image: image * math.nan,
                 predictor,
-                [Case("a", torch.zeros(1, 2, 2))],
+                [VerificationCase("a", torch.zeros(1, 2, 2))],
                 data="",
                 graph="logits",
                 scoring=Scoring(["a"], "sigmoid"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doctor.planted import sound
+from data_check.planted import sound
 from hydra import compose, initialize_config_dir
 from omegaconf.errors import MissingMandatoryValue
 from PIL import Image

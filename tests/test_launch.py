@@ -228,19 +228,19 @@ class TestPlace:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         if rendezvous.RUN_VARIABLE in environment:
-            monkeypatch.setenv(rendezvous.RUN_VARIABLE, rendezvous.Start("a", "b").text())
-        assert rendezvous.place() == expected
+            monkeypatch.setenv(rendezvous.RUN_VARIABLE, rendezvous.RunSpec("a", "b").text())
+        assert rendezvous.process_info() == expected
 
     def test_a_process_alone_tells_nobody(self):
-        channel = rendezvous.Channel(rendezvous.place())
-        channel.tell(rendezvous.Start("a", "b"))
+        channel = rendezvous.Rendezvous(rendezvous.process_info())
+        channel.tell(rendezvous.RunSpec("a", "b"))
         channel.end(0)
         assert "store" not in vars(channel)
 
 
 def test_what_is_told_arrives(tmp_path):
-    start = rendezvous.Start("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
-    assert rendezvous.Start.of(start.text()) == start
+    start = rendezvous.RunSpec("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
+    assert rendezvous.RunSpec.of(start.text()) == start
 
 
 class TestJob:
@@ -250,33 +250,33 @@ class TestJob:
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         run = tmp_path / "run"
         run.mkdir()
-        slurm.Job(["a=1"]).began(run)
-        assert slurm.Job(["a=1"]).earlier() is None
+        slurm.RequeuedJob(["a=1"]).began(run)
+        assert slurm.RequeuedJob(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        assert slurm.Job(["a=1"]).earlier() == run
-        assert slurm.Job(["a=2"]).earlier() is None, "another command of the same job"
+        assert slurm.RequeuedJob(["a=1"]).earlier() == run
+        assert slurm.RequeuedJob(["a=2"]).earlier() is None, "another command of the same job"
         monkeypatch.setenv("SLURM_JOB_ID", "13")
-        assert slurm.Job(["a=1"]).earlier() is None
+        assert slurm.RequeuedJob(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_JOB_ID", "12")
         run.rmdir()
-        assert slurm.Job(["a=1"]).earlier() is None, "its folder is gone"
+        assert slurm.RequeuedJob(["a=1"]).earlier() is None, "its folder is gone"
 
     def test_outside_of_slurm_there_is_no_note(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        slurm.Job([]).began(tmp_path)
-        assert slurm.Job([]).earlier() is None
+        slurm.RequeuedJob([]).began(tmp_path)
+        assert slurm.RequeuedJob([]).earlier() is None
         assert not list(tmp_path.iterdir())
 
 
 def agree(rank: int, folder: str, configs: list[str]) -> None:
     import torch.distributed as dist
 
-    from lightning_dice.cli.experiment import check_agreement
+    from lightning_dice.cli.experiment import check_config_consistency
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(configs))
     try:
-        check_agreement(configs[rank])
+        check_config_consistency(configs[rank])
         told = "agreed"
     except UserError as error:
         told = str(error)

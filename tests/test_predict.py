@@ -22,11 +22,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.command import quoted, split_arguments
+from lightning_dice.cli.command import hydra_escape, split_arguments
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction_manifest import Manifest
-from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.predict import SETTINGS, predict
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
@@ -39,7 +39,7 @@ def made_run(folder: Path, *overrides: str, seed: int = 0) -> Path:
     register_resolvers()
     small = [setting for setting in SMALL if "data=folder" not in overrides or "cases" not in setting]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("fit", overrides=quoted([*small, f"folder={folder}", *overrides]))
+        config = compose("fit", overrides=hydra_escape([*small, f"folder={folder}", *overrides]))
     (folder / "checkpoints").mkdir(parents=True)
     run_folder.save_config(folder, config)
     torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def made_run(folder: Path, *overrides: str, seed: int = 0) -> Path:
 
 
 def run_predict(*arguments: object) -> int:
-    own, overrides = split_arguments(quoted(map(str, arguments)), SETTINGS)
+    own, overrides = split_arguments(hydra_escape(map(str, arguments)), SETTINGS)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("predict", overrides=["device=cpu", *own])
     return predict(config, overrides, [str(argument) for argument in arguments])
@@ -224,7 +224,7 @@ class TestGoingOn:
             seen.append(method)
             return method.predictor
 
-        monkeypatch.setattr("lightning_dice.cli.prediction.Method._by_windows", by_windows)
+        monkeypatch.setattr("lightning_dice.cli.prediction.PredictionPipeline._by_windows", by_windows)
         for window, large in (("null", 0), ("[64,64]", 3)):  # Of the pictures, three have more than 1000 pixels.
             folder = made_run(tmp_path / window, *FILES, f"data.window={window}")
             assert run_predict(f'run=["{folder}"]', f"input={pictures}", f"output={tmp_path / f'm{large}'}") == 0
@@ -248,14 +248,14 @@ class TestGoingOn:
         output = tmp_path / "m"
         arguments = [f"run={run}", f"input={pictures}", f"output={output}"]
         run_predict(*arguments, "module.threshold=0.01")
-        write = PictureReader.write
+        write = ImagePredictionIO.write
 
         def write_one(self, folder, case, *rest):
             if case != "a":
                 raise KeyboardInterrupt
             write(self, folder, case, *rest)
 
-        monkeypatch.setattr(PictureReader, "write", write_one)
+        monkeypatch.setattr(ImagePredictionIO, "write", write_one)
         assert run_predict(*arguments, "overwrite=true") == 130
         monkeypatch.undo()
         assert sorted(path.name for path in output.rglob("*.png")) == ["a.png"]
@@ -332,14 +332,14 @@ class TestBadInput:
         assert "7 of 11 images" in capsys.readouterr().out
 
     def test_an_image_that_vanishes_after_it_was_found(self, run, pictures, tmp_path, monkeypatch, capsys):
-        find = PictureReader.find
+        find = ImagePredictionIO.find
 
         def find_and_lose(self, path):
             items = find(self, path)
             (pictures / "b.tif").unlink()
             return items
 
-        monkeypatch.setattr(PictureReader, "find", find_and_lose)
+        monkeypatch.setattr(ImagePredictionIO, "find", find_and_lose)
         assert run_predict(f"run={run}", f"input={pictures}", f"output={tmp_path / 'm'}") == 1
         told = capsys.readouterr()
         assert "3 of 4 images" in told.out
@@ -390,14 +390,14 @@ class TestOutput:
         )
 
     def test_on_a_disk_that_is_full(self, run, pictures, tmp_path, monkeypatch):
-        write, output = PictureReader.write, tmp_path / "m"
+        write, output = ImagePredictionIO.write, tmp_path / "m"
 
         def full(self, folder, case, *rest):
             if case == "b":
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(self, folder, case, *rest)
 
-        monkeypatch.setattr(PictureReader, "write", full)
+        monkeypatch.setattr(ImagePredictionIO, "write", full)
         told = refused(f"run={run}", f"input={pictures}", f"output={output}")
         assert f"cannot write the mask of b to {output}: No space left on device; what is written stays" in told
         monkeypatch.undo()
@@ -520,13 +520,13 @@ class TestProcesses:
 
     def test_ctrl_c_lets_the_image_be_finished(self, run, tmp_path, monkeypatch, capfd):
         folder, output = self.many(tmp_path, 4), tmp_path / "m"
-        write = PictureReader.write
+        write = ImagePredictionIO.write
 
         def interrupted(self, folder, case, *rest):
             os.kill(os.getpid(), signal.SIGINT)
             write(self, folder, case, *rest)
 
-        monkeypatch.setattr(PictureReader, "write", interrupted)
+        monkeypatch.setattr(ImagePredictionIO, "write", interrupted)
         assert run_predict(f"run={run}", f"input={folder}", f"output={output}") == 130
         told = capfd.readouterr()
         assert "1 of 5 images" in told.out

@@ -21,7 +21,9 @@ from lightning_dice.report.html import page
 from lightning_dice.scoring.summary import summarize
 from lightning_dice.scoring.table import read
 
-FACTS = report.Facts("Evaluation of <b>bold & brave", {"run": "/r <i>"}, {"tolerance": 2.0, "lesion_iou": 0.0})
+FACTS = report.ScoreProvenance(
+    "Evaluation of <b>bold & brave", {"run": "/r <i>"}, {"tolerance": 2.0, "lesion_iou": 0.0}
+)
 CLASSES = ["one <i>", "two"]
 
 
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
         overlays.offer(name, torch.rand(1, 40, 30, generator=generator), mask, predicted)
     table.write("test")
     overlays.draw("test")
-    report.conclude(made, "test", FACTS)
+    report.write_report(made, "test", FACTS)
     return made
 
 
@@ -112,10 +114,10 @@ def test_the_summary(folder):
 
 
 def test_without_a_table_there_is_nothing_to_conclude(tmp_path):
-    assert report.conclude(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", FACTS) == []
     assert not list(tmp_path.iterdir())
     (tmp_path / "cases.csv").write_text("split,case,dice,dice/a,actual/a,predicted/a\nval,c,1,1,4,4\n")
-    assert report.conclude(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", FACTS) == []
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
@@ -123,7 +125,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
     lines = ["split,case,dice,dice/a,actual/a,predicted/a,spacing"]
     lines += ["test,c,0.25,0.25,4,4,1 1", "val,c,0.5,0.5,4,4,1 1", "test,d,,,0,0,"]
     (tmp_path / "cases.csv").write_text("\n".join(lines))
-    (line,) = report.conclude(tmp_path, "test", FACTS)
+    (line,) = report.write_report(tmp_path, "test", FACTS)
     assert line.mean == 0.25
     data = json.loads((tmp_path / "summary.json").read_text())
     assert (data["scores"][0]["mean"], data["scores"][0]["low"], data["scores"][0]["high"]) == (0.25, None, None)
@@ -131,7 +133,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
     assert "no interval: one case" in (tmp_path / "report.html").read_text()
     (row,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
     assert (row["low"], row["high"], row["median"], row["absent"]) == ("", "", "0.25", "1")
-    (line,) = report.conclude(tmp_path, "val", FACTS)
+    (line,) = report.write_report(tmp_path, "val", FACTS)
     assert line.mean == 0.5
 
 
@@ -247,7 +249,7 @@ def test_a_table_without_any_score_has_a_report_that_says_so(tmp_path):
     table = CaseTable(tmp_path, ["a", "b"], "sigmoid")
     table.add("empty", *torch.zeros(2, 2, 8, 8).long())
     table.write("test")
-    assert report.conclude(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", FACTS) == []
     assert "No case has a score" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["scores"] == []
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.resume import follow_folder, follow_settings
+from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoint_paths
 
 
 def test_callbacks_follow_a_folder_that_was_moved():
@@ -20,7 +20,7 @@ def test_callbacks_follow_a_folder_that_was_moved():
         "best_model_score": 0.5,
     }
     checkpoint = {"callbacks": {"ModelCheckpoint": state}}
-    follow_folder(checkpoint, "/old/run", "/new")
+    update_checkpoint_paths(checkpoint, "/old/run", "/new")
     assert checkpoint["callbacks"]["ModelCheckpoint"] == {
         "dirpath": "/new/checkpoints",
         "best_model_path": "/new/checkpoints/best.ckpt",
@@ -62,7 +62,7 @@ def test_settings_follow_in_every_form_of_configure_optimizers(form):
         "optimizer_states": [old.state_dict()],
         "lr_schedulers": [{**scheduled.state_dict(), "last_epoch": 2}],
     }
-    follow_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)))
+    apply_optimizer_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)))
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     has_schedule = "lr_scheduler" in str(form(rate(lr=1))) or "ExponentialLR" in str(form(rate(lr=1)))
     assert group["momentum"] == 0.9
@@ -80,7 +80,7 @@ def test_a_rate_that_a_metric_has_lowered_stays(changed, expected):
     old = rate(lr=1e-4)
     state = torch.optim.lr_scheduler.ReduceLROnPlateau(old).state_dict()
     checkpoint = {"optimizer_states": [old.state_dict()], "lr_schedulers": [state]}
-    follow_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)), rate_changed=changed)
+    apply_optimizer_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)), rate_changed=changed)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (expected, 0.2)
     assert checkpoint["lr_schedulers"][0] is state

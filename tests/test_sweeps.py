@@ -21,7 +21,7 @@ from lightning_dice.callbacks import MedianPruner
 from lightning_dice.cli import sweep
 from lightning_dice.cli.errors import UserError
 from lightning_dice.plotting.sweep_chart import trials_figure
-from lightning_dice.trials import Trial, conclude, read_trial, read_trials, write_trial
+from lightning_dice.trials import Trial, read_trial, read_trials, record_outcome, write_trial
 
 SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
@@ -289,7 +289,7 @@ class TestRunTrial:
             (folder / lost).write_text("")
 
             def train(folder=folder):
-                conclude(folder, "finished", value=0.5)
+                record_outcome(folder, "finished", value=0.5)
 
             assert sweep.run_trial(folder, ["a=1"], train) == 0.5
 
@@ -324,7 +324,7 @@ def test_a_sweep_in_any_folder_is_reopened(tmp_path, name, monkeypatch):
     opened = sweep.Sweep(tmp_path / name)
     (tmp_path / name).mkdir()
     opened.save(version="0", cwd=None, arguments=["-m", "a=1,2"], finished=False)
-    arguments = sweep.reopened(tmp_path / name)
+    arguments = sweep.replay_arguments(tmp_path / name)
     sweep._led._lock.close()
     override = OverridesParser.create().parse_override(arguments[-1])
     assert override.value() == str(tmp_path / name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_dice.callbacks.overlays import Overlays
     from lightning_dice.callbacks.progress_bar import ProgressBar
     from lightning_dice.callbacks.pruning import MedianPruner
-    from lightning_dice.callbacks.save_on_interrupt import SaveOnInterrupt, honest_exit
+    from lightning_dice.callbacks.save_on_interrupt import SaveOnInterrupt, exit_with_signal_status
 
 # Imported on first use: Lightning alone takes seconds.
 _MODULES = {
@@ -38,7 +38,7 @@ _MODULES = {
     "ProgressBar": "progress_bar",
     "SaveOnInterrupt": "save_on_interrupt",
     "WeightEMA": "ema",
-    "honest_exit": "save_on_interrupt",
+    "exit_with_signal_status": "save_on_interrupt",
     "log_picture": "loggers",
 }
 
@@ -58,7 +58,7 @@ __all__ = [
     "ProgressBar",
     "SaveOnInterrupt",
     "WeightEMA",
-    "honest_exit",
+    "exit_with_signal_status",
     "log_picture",
 ]
 

@@ -46,7 +46,7 @@ class SaveOnInterrupt(Callback):
     or of a second Ctrl-C, is of the middle of a step: the batch that was under way comes again, and it is not exact.
 
     A training that was ended so raises `KeyboardInterrupt` or Lightning's `SIGTERMException`; for the exit status that
-    shells expect, 130, 143 or 138 (SIGUSR1), call `fit` within `honest_exit()`.
+    shells expect, 130, 143 or 138 (SIGUSR1), call `fit` within `exit_with_signal_status()`.
 
     Args:
         folder: the run's folder.
@@ -177,13 +177,13 @@ class SaveOnInterrupt(Callback):
 
 
 @contextmanager
-def honest_exit() -> Iterator[None]:
+def exit_with_signal_status() -> Iterator[None]:
     """Let a training that was interrupted end the process with the status that shells expect.
 
     Lightning turns Ctrl-C into exit status 1 and SIGTERM into 0; within this context they are 130 and 143. Without it,
     a script that goes on after `fit` would take a terminated training for a finished one.
 
-    >>> with honest_exit():
+    >>> with exit_with_signal_status():
     ...     raise SIGTERMException
     Traceback (most recent call last):
     SystemExit: 143

@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
-from lightning_dice.cli.errors import UserError, mistakes_told
+from lightning_dice.cli.errors import UserError, report_user_errors
 
 _PATHS = {"data.root", "runs", "folder", "run", "predictions", "input", "output", "checkpoint", "resume"}
 # Maps whose keys are no settings, but what the user has.
@@ -41,44 +41,44 @@ def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[
     return mine, others
 
 
-def quoted(arguments: Iterable[str]) -> list[str]:
+def hydra_escape(arguments: Iterable[str]) -> list[str]:
     """Arguments as Hydra takes them, so that they mean what they say.
 
     A path is quoted: Hydra's grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
     takes the place of the config's: Hydra would merge the two, and refuse the keys that are new.
 
-    >>> quoted(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
+    >>> hydra_escape(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
     ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
-    >>> quoted(["data.values={255:1}"])
+    >>> hydra_escape(["data.values={255:1}"])
     ['data.values=null', 'data.values={255:1}']
     """
     result = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key in _PATHS and value and value[0] not in "\"'" and value != "null":
-            value = quote(value)
+            value = hydra_quote(value)
         if key in _MAPS and value.startswith("{"):
             result.append(f"{key}=null")
         result.append(f"{key}{equals}{value}")
     return result
 
 
-def quote(value: str) -> str:
+def hydra_quote(value: str) -> str:
     r"""A value in quotes, as Hydra's grammar has them: backslashes mean something before a quote alone.
 
-    >>> print(quote(r'a\b "c"'))
+    >>> print(hydra_quote(r'a\b "c"'))
     "a\b \"c\""
     """
     return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
 
 
-def refuse_misspelt(overrides: Iterable[str], settings: Iterable[str]) -> None:
+def refuse_misspelled(overrides: Iterable[str], settings: Iterable[str]) -> None:
     """See that no override is a setting of the command itself with a letter wrong.
 
     Raises:
         UserError: names the setting.
 
-    >>> refuse_misspelt(["spilt=val"], ["run", "split"])
+    >>> refuse_misspelled(["spilt=val"], ["run", "split"])
     Traceback (most recent call last):
     lightning_dice.cli.errors.UserError: spilt=val: there is no such setting; did you mean split?
     """
@@ -142,13 +142,13 @@ def run_command(
     register_resolvers()
     overrides: list[str] = []
     if settings is not None:
-        sys.argv[1:], overrides = split_arguments(quoted(sys.argv[1:]), settings)
-        with mistakes_told():
-            refuse_misspelt(overrides, settings)
+        sys.argv[1:], overrides = split_arguments(hydra_escape(sys.argv[1:]), settings)
+        with report_user_errors():
+            refuse_misspelled(overrides, settings)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
     def from_command_line(config: DictConfig) -> None:
-        with mistakes_told():
+        with report_user_errors():
             status = act(config, overrides)
         if status:
             raise SystemExit(status)

@@ -67,7 +67,7 @@ def _node(value: Any) -> Any:
     return OmegaConf.create(value) if isinstance(value, (dict, list)) else value
 
 
-def settle(config: DictConfig) -> None:
+def resolve_from_files(config: DictConfig) -> None:
     """Put what is read from files of the data into the config, so that a run goes on where these are not.
 
     Raises:
@@ -121,7 +121,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
 
 
 @contextmanager
-def traces_removed() -> Iterator[None]:
+def restore_environment() -> Iterator[None]:
     """Leave nothing of this run in the environment to the next one of a sweep."""
     before = dict(os.environ)
     try:
@@ -134,7 +134,7 @@ def traces_removed() -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-def composed(name: str, overrides: Iterable[str]) -> DictConfig:
+def compose(name: str, overrides: Iterable[str]) -> DictConfig:
     """Another config than the command's own, composed within it.
 
     Raises:

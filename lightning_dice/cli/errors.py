@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 @contextmanager
-def mistakes_told() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2."""
     try:
         yield
@@ -29,7 +29,7 @@ def mistakes_told() -> Iterator[None]:
 
 
 @contextmanager
-def own_mistakes_told() -> Iterator[None]:
+def as_user_errors() -> Iterator[None]:
     """Turn what this package refuses, data or settings that do not fit them, into a message without a traceback."""
     try:
         yield

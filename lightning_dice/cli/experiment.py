@@ -21,12 +21,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice import report
-from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, exit_with_signal_status
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import instantiate
-from lightning_dice.cli.errors import UserError, own_mistakes_told
-from lightning_dice.cli.rendezvous import Start
-from lightning_dice.cli.resume import follow_folder, follow_settings
+from lightning_dice.cli.errors import UserError, as_user_errors
+from lightning_dice.cli.rendezvous import RunSpec
+from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoint_paths
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced
@@ -50,7 +50,7 @@ _NOISE = (
 )
 
 
-class Session:
+class Experiment:
     """The objects of one run, each made when it is first asked for.
 
     Args:
@@ -67,11 +67,11 @@ class Session:
         self.run = folder  # Which an evaluation's folder differs from.
         self.scores: dict[str, dict[str, float]] = {}
         self.summary: list[report.Line] = []
-        quiet()
+        silence_libraries()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
     @classmethod
-    def of(cls, start: Start) -> Session:
+    def of(cls, start: RunSpec) -> Experiment:
         """What a process is told to train."""
         config = cast("DictConfig", OmegaConf.create(start.config))
         return cls(config, Path(start.folder), trained=start.checkpoint is not None)
@@ -88,7 +88,7 @@ class Session:
     @cached_property
     def data(self) -> SegmentationData:
         """The datamodule, its data checked."""
-        with own_mistakes_told():
+        with as_user_errors():
             data: SegmentationData = instantiate(self.config.data.datamodule, "data")
             rank_zero_only(data.prepare_data)()  # Lightning asks again, for nothing, in every process.
         return data
@@ -96,7 +96,7 @@ class Session:
     @cached_property
     def module(self) -> SegmentationModule:
         """Network, loss, metrics, optimizer and scheduler."""
-        with own_mistakes_told():
+        with as_user_errors():
             check_forced()
         return run_folder.build_module(self.config, trained=self.trained)
 
@@ -104,7 +104,7 @@ class Session:
     def trainer(self) -> L.Trainer:
         """The Trainer with its callbacks and loggers."""
         callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
-        callbacks.append(_OneConfig(_plain(self.config)))
+        callbacks.append(ConfigConsistency(_plain(self.config)))
         # Ends a training after a step, which the others must have seen.
         callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
         loggers = instantiate_each(self.config.logger, "logger")
@@ -130,19 +130,19 @@ class Session:
         data, module, trainer = self.data, self.module, self.trainer
         if checkpoint is not None:
             done = run_folder.check_weights(module, checkpoint)
-            say(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
+            print_line(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
             ended = done["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= ended:
-                say(
+                print_line(
                     f"all {ended} epochs are done, and are scored again: trainer.max_epochs={2 * ended} trains for more"
                 )
-        say(str(data.report))
+        print_line(str(data.report))
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        say(f"net     {type(module.net).__name__}, {parameters:,} parameters")
-        say(f"loss    {module.loss}")
-        say(f"batch   {self.batch_text()}")
-        say(f"folder  {self.folder}")
-        with honest_exit(), own_mistakes_told():
+        print_line(f"net     {type(module.net).__name__}, {parameters:,} parameters")
+        print_line(f"loss    {module.loss}")
+        print_line(f"batch   {self.batch_text()}")
+        print_line(f"folder  {self.folder}")
+        with exit_with_signal_status(), as_user_errors():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
     def batch_text(self) -> str:
@@ -160,12 +160,12 @@ class Session:
     def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
         """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
         run = self.trainer.test if split == "test" else self.trainer.validate
-        with honest_exit(), own_mistakes_told():
+        with exit_with_signal_status(), as_user_errors():
             logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
         self.scores[split] = dict(logged[0]) if logged else {}
         if self.trainer.is_global_zero:
-            facts = scored_facts(self.config, self.run.name, {"run": str(self.run), "checkpoint": str(checkpoint)})
-            self.summary = report.conclude(self.folder, split, facts)
+            facts = score_provenance(self.config, self.run.name, {"run": str(self.run), "checkpoint": str(checkpoint)})
+            self.summary = report.write_report(self.folder, split, facts)
         return self.scores[split]
 
     def score_best(self) -> None:
@@ -175,7 +175,7 @@ class Session:
         if best:
             self.evaluate(self.last_split, best)
         elif last.is_file() and self.data.source.split(self.last_split) is not None:
-            say("without a validation there is no best checkpoint: scoring the last one")
+            print_line("without a validation there is no best checkpoint: scoring the last one")
             self.evaluate(self.last_split, last)
 
     @property
@@ -250,32 +250,36 @@ class Session:
         }
 
 
-class _OneConfig(Callback):
+class ConfigConsistency(Callback):
     """Keep the config beside the weights, as plain values, tell the loggers, and see that all ranks have the same."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        check_agreement(OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        """Compare the config across ranks."""
+        check_config_consistency(OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the config."""
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Apply the settings that changed."""
         saved = checkpoint.get("config") or {}
-        follow_folder(checkpoint, saved.get("folder"), self.config["folder"])
+        update_checkpoint_paths(checkpoint, saved.get("folder"), self.config["folder"])
         changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
         if trainer.state.fn == "fit" and changed:
             rates = [(config.get("optimizer") or {}).get("lr") for config in (saved, self.config)]
-            follow_settings(checkpoint, pl_module, rate_changed=rates[0] != rates[1])
+            apply_optimizer_settings(checkpoint, pl_module, rate_changed=rates[0] != rates[1])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the config in the checkpoint."""
         checkpoint["config"] = self.config
 
 
-def check_agreement(config: str) -> None:
+def check_config_consistency(config: str) -> None:
     """See that all ranks train the same: a hash is compared, and only if it differs are the configs sent.
 
     Raises:
@@ -305,7 +309,7 @@ def cluster() -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() else []
 
 
-def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.Facts:
+def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.ScoreProvenance:
     """What a report says of an evaluation.
 
     Args:
@@ -323,7 +327,7 @@ def scored_facts(config: DictConfig, name: str, made_of: Mapping[str, str]) -> r
     for key in settings:
         value = table.get(key, settings[key])
         settings[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return report.Facts(f"Evaluation of {name}", known, settings)
+    return report.ScoreProvenance(f"Evaluation of {name}", known, settings)
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
@@ -331,7 +335,7 @@ def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence what Lightning says in every run; warnings that tell something pass."""
     # MONAI imports MLflow where that is installed, whose database then lists its plug-ins.
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "alembic"):
@@ -341,7 +345,7 @@ def quiet() -> None:
 
 
 @rank_zero_only
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line, once for all processes."""
     print(text, flush=True)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from lightning_dice.data.interfaces import Item, Reader, Scan
+    from lightning_dice.data.interfaces import LoadedImage, PredictionIO, PredictionItem
     from lightning_dice.inference import Predictor
     from lightning_dice.module import SegmentationModule
 
@@ -43,7 +43,7 @@ class Skipped(Exception):
     """An image that could not be read or predicted; the others can."""
 
 
-class Method:
+class PredictionPipeline:
     """Images to masks, as some runs and settings have it.
 
     Args:
@@ -65,13 +65,13 @@ class Method:
 
     def __init__(self, config: DictConfig, overrides: list[str], folders: Sequence[Path], device: torch.device) -> None:
         from lightning_dice.cli import run_folder
-        from lightning_dice.cli.experiment import quiet
+        from lightning_dice.cli.experiment import silence_libraries
         from lightning_dice.data import DataError
-        from lightning_dice.data.volumes.prediction_io import VolumeReader
+        from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
         from lightning_dice.inference import Predictor
         from lightning_dice.inference.postprocessing import digest
 
-        quiet()
+        silence_libraries()
         self.device, self.format = device, config.format
         self.overlays, self.wants_probabilities = bool(config.overlays), bool(config.probabilities)
         if len(folders) > 1 and config.checkpoint not in ("best", "last"):
@@ -85,7 +85,11 @@ class Method:
             self.reader.names("case", self.format)
             # What volumes become for a network is a fact of its training cases.
             prepared = [
-                _plain(reader.prepare() if isinstance(reader, VolumeReader) else getattr(reader, "image_format", None))
+                _plain(
+                    reader.prepare()
+                    if isinstance(reader, VolumePredictionIO)
+                    else getattr(reader, "image_format", None)
+                )
                 for reader in readers
             ]
         except DataError as error:
@@ -123,7 +127,7 @@ class Method:
         except ValueError as error:
             raise UserError(str(error)) from error
         self.normalize: Any = instantiate(self.run.normalize, "normalize")
-        self._context, dtype = numbers(precision, device)
+        self._context, dtype = precision_context(precision, device)
         self.predictor.nets = [_in_dtype(net.to(dtype), dtype) for net in self.predictor.nets]  # type: ignore[attr-defined]
         self.folders = ["overlays"] * self.overlays + ["probabilities"] * self.wants_probabilities
 
@@ -158,7 +162,7 @@ class Method:
                 paths += self.reader.names(case, format)
         return list(dict.fromkeys(paths))
 
-    def read(self, item: Item) -> Scan:
+    def read(self, item: PredictionItem) -> LoadedImage:
         """An image, normalized. Called in the thread that reads ahead.
 
         Raises:
@@ -180,7 +184,7 @@ class Method:
             raise Skipped(f"{item.files[0]}: {type(error).__name__}: {error}") from error
         return scan._replace(image=image)
 
-    def write(self, scan: Scan, item: Item, output: Path) -> None:
+    def write(self, scan: LoadedImage, item: PredictionItem, output: Path) -> None:
         """Predict an image, and write what is made of it; the mask last, by which it is known to be done.
 
         Raises:
@@ -212,7 +216,7 @@ class Method:
                 "and the same command goes on from there"
             ) from error
 
-    def _labels(self, scan: Scan, item: Item) -> tuple[Tensor, Tensor | None]:
+    def _labels(self, scan: LoadedImage, item: PredictionItem) -> tuple[Tensor, Tensor | None]:
         import torch
 
         from lightning_dice.data.images.windowed_tiff import LargeImage
@@ -251,7 +255,7 @@ class Method:
         )
 
 
-def numbers(precision: str, device: torch.device) -> tuple[Callable[[], Any], torch.dtype]:
+def precision_context(precision: str, device: torch.device) -> tuple[Callable[[], Any], torch.dtype]:
     """What a Trainer's precision means on a device: a context for the network, and the type of its weights.
 
     On a CPU, which has no float16 to speak of, that is float32.
@@ -300,7 +304,7 @@ def overlay(image: Tensor, labels: Tensor, run: DictConfig) -> NDArray[np.uint8]
     return pixels
 
 
-def _flat(scan: Scan, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(scan: LoadedImage, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Image and labels in a plane: of a volume the slice with most foreground, of a large picture every n-th pixel."""
     import torch.nn.functional as F
 
@@ -342,14 +346,14 @@ def _check_alike(folders: Sequence[Path], configs: Sequence[DictConfig]) -> None
                 )
 
 
-def _reader(run: DictConfig, config: DictConfig) -> Reader:
-    from lightning_dice.data.images.prediction_io import PictureReader
+def _reader(run: DictConfig, config: DictConfig) -> PredictionIO:
+    from lightning_dice.data.images.prediction_io import ImagePredictionIO
 
     source = instantiate(run.data.datamodule.source, "data")
-    reader: Reader | None = getattr(source, "reader", None)
+    reader: PredictionIO | None = getattr(source, "reader", None)
     if reader is None:
         raise UserError(f"the run's data, a {type(source).__name__}, say nothing of how files are read: no reader")
-    if isinstance(reader, PictureReader):
+    if isinstance(reader, ImagePredictionIO):
         return dataclasses.replace(reader, follow_links=bool(config.follow_links), large=int(config.large))
     return reader
 

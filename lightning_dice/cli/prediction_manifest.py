@@ -60,7 +60,9 @@ class Manifest:
             raise UserError(f"cannot write to the output folder {folder}: {error.strerror}") from error
 
 
-def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]], *, overwrite: bool = False) -> None:
+def prepare_folder(
+    folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]], *, overwrite: bool = False
+) -> None:
     """Make the folder ready for the masks of some images; those that it then holds are of these settings and images.
 
     Args:
@@ -108,7 +110,7 @@ def begin(folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]],
     manifest.write(folder)
 
 
-def finished(masks: Iterable[Sequence[Path]], images: Iterable[Path]) -> bool:
+def is_finished(masks: Iterable[Sequence[Path]], images: Iterable[Path]) -> bool:
     """Whether an image has its masks, none of them older than itself.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from lightning_dice.cli.workers import Shares
+    from lightning_dice.cli.workers import WorkerPool
 
 _LINE = 30.0  # seconds between lines of progress, where there is no terminal
 
@@ -26,7 +26,7 @@ class Progress:
         shares: which counts them.
     """
 
-    def __init__(self, total: int, device: torch.device, shares: Shares) -> None:
+    def __init__(self, total: int, device: torch.device, shares: WorkerPool) -> None:
         import time
 
         from rich.console import Console

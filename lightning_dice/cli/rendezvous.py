@@ -31,7 +31,7 @@ LINGER = 20.0
 _END = "end"
 
 
-class Start(NamedTuple):
+class RunSpec(NamedTuple):
     """What every process of a run starts from.
 
     Attributes:
@@ -49,18 +49,18 @@ class Start(NamedTuple):
         return json.dumps(self._asdict())
 
     @classmethod
-    def of(cls, text: str) -> Start:
+    def of(cls, text: str) -> RunSpec:
         """What `text` has made."""
         return cls(**json.loads(text))
 
 
-def given() -> Start | None:
+def inherited_run_spec() -> RunSpec | None:
     """What a process that Lightning has started is to train; `None` in every other process."""
     text = os.environ.get(RUN_VARIABLE)
-    return Start.of(text) if text and os.environ.get("LOCAL_RANK", "0") != "0" else None
+    return RunSpec.of(text) if text and os.environ.get("LOCAL_RANK", "0") != "0" else None
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """Which of the processes that were started from outside this one is.
 
     Attributes:
@@ -74,18 +74,18 @@ class Place(NamedTuple):
     kind: str
 
 
-def place() -> Place:
+def process_info() -> ProcessInfo:
     """This process's place, as Lightning will see it."""
     environment = os.environ
-    if given() is not None:
-        return Place(0, 1, "")
+    if inherited_run_spec() is not None:
+        return ProcessInfo(0, 1, "")
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(int(environment["RANK"]), int(environment["WORLD_SIZE"]), "torchrun")
+        return ProcessInfo(int(environment["RANK"]), int(environment["WORLD_SIZE"]), "torchrun")
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and _environment().__class__.__name__ == "SLURMEnvironment":
-        return Place(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), "srun")
+        return ProcessInfo(int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"]), "srun")
     if "NODE_RANK" in environment and "MASTER_ADDR" in environment:
-        return Place(int(environment["NODE_RANK"]), None, "node")
-    return Place(0, 1, "")
+        return ProcessInfo(int(environment["NODE_RANK"]), None, "node")
+    return ProcessInfo(0, 1, "")
 
 
 def _environment() -> Any:
@@ -95,17 +95,17 @@ def _environment() -> Any:
     return SLURMEnvironment() if SLURMEnvironment.detect() else LightningEnvironment()
 
 
-class Channel:
+class Rendezvous:
     """How the first process tells the others what to train, run after run, until it ends.
 
     Args:
-        place: of this process.
+        process: this process.
 
     A process alone has nobody to tell, and its channel does nothing.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, process: ProcessInfo) -> None:
+        self.process = process
         self._runs = 0
         self.told: str | None = None  # the folder of the run that the others train
         # torchrun keeps its store when it starts the processes anew.
@@ -114,14 +114,14 @@ class Channel:
     @property
     def alone(self) -> bool:
         """Whether there is no other process."""
-        return self.place.kind == "" or self.place.processes == 1
+        return self.process.kind == "" or self.process.processes == 1
 
     @cached_property
     def store(self) -> Any:
         """The store of torch.distributed that all processes reach; the first one waits here for nobody."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        if self.place.kind == "srun":
+        if self.process.kind == "srun":
             environment = _environment()
             address, port = environment.main_address, environment.main_port
         else:
@@ -131,12 +131,12 @@ class Channel:
             return TCPStore(address, port, is_master=False, timeout=PATIENCE)
         # Not the port itself, which is that of the training's own connection.
         port = port + 1 if port < 65535 else port - 1
-        first = self.place.rank == 0
+        first = self.process.rank == 0
         return TCPStore(address, port, is_master=first, wait_for_workers=False, timeout=PATIENCE)
 
-    def tell(self, start: Start) -> None:
+    def tell(self, start: RunSpec) -> None:
         """Let the others train the same, if this is the first process."""
-        if not self.alone and self.place.rank == 0:
+        if not self.alone and self.process.rank == 0:
             self.store.set(f"{self.prefix}/{self._runs}", start.text())
             self._runs += 1
             self.told = start.folder
@@ -147,7 +147,7 @@ class Channel:
             return
         self.store.set(f"{self.prefix}/{self._runs}", json.dumps({_END: status}))
         # Those that have not been heard of yet may still come, and would wait for this process.
-        others = None if self.place.processes is None else self.place.processes - 1
+        others = None if self.process.processes is None else self.process.processes - 1
         end = time.monotonic() + LINGER
         while self.store.add(f"{self.prefix}/ended", 0) < (self._known() if others is None else others):
             if time.monotonic() > end:
@@ -158,7 +158,7 @@ class Channel:
         """How many others have asked what to train."""
         return int(self.store.add(f"{self.prefix}/others", 0))
 
-    def starts(self) -> Iterator[Start]:
+    def starts(self) -> Iterator[RunSpec]:
         """What the first process tells, one run after the other.
 
         Raises:
@@ -183,11 +183,11 @@ class Channel:
                 if message[_END]:
                     raise SystemExit(message[_END])
                 return
-            yield Start(**message)
+            yield RunSpec(**message)
 
 
 @contextmanager
-def leading(channel: Channel) -> Iterator[None]:
+def announce_exit(channel: Rendezvous) -> Iterator[None]:
     """Tell the others when this process, the first one, has ended, and how."""
     status = 1
     try:
@@ -204,7 +204,7 @@ def leading(channel: Channel) -> Iterator[None]:
             channel.end(status)
 
 
-def part() -> None:
+def leave_process_group() -> None:
     """Close the connection of the processes: none may end while another still talks to it."""
     if "torch" not in sys.modules:
         return

@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
-def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
+def update_checkpoint_paths(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
     """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
     if old is None or old == new:
         return
@@ -24,7 +24,9 @@ def follow_folder(checkpoint: dict[str, Any], old: str | None, new: str) -> None
     checkpoint["callbacks"] = {name: moved(state) for name, state in checkpoint.get("callbacks", {}).items()}
 
 
-def follow_settings(checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True) -> None:
+def apply_optimizer_settings(
+    checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True
+) -> None:
     """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
 
     Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_dice.checkpoints import newest_readable, remove_parts
-from lightning_dice.cli.config import apply_overrides, instantiate, settle
+from lightning_dice.cli.config import apply_overrides, instantiate, resolve_from_files
 from lightning_dice.cli.errors import UserError
-from lightning_dice.inference import find_decision
+from lightning_dice.inference import find_postprocessing
 from lightning_dice.io import write_atomically
 from lightning_dice.loading import without_pretrained
 
@@ -69,7 +69,7 @@ def exact_folder(path: str | Path) -> Path:
     return path
 
 
-def settle_data(config: DictConfig) -> None:
+def resolve_data(config: DictConfig) -> None:
     """Let the data be found from any folder, and keep what their files say of them: see `configs.settle`.
 
     Raises:
@@ -77,7 +77,7 @@ def settle_data(config: DictConfig) -> None:
     """
     if "data" in config and not OmegaConf.is_missing(config.data, "root") and config.data.get("root"):
         config.data.root = str(Path(config.data.root).expanduser().absolute())
-    settle(config)
+    resolve_from_files(config)
 
 
 def save_config(folder: Path, config: DictConfig) -> None:
@@ -132,7 +132,7 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
     """
     config = load_config(folder, TEMPLATE)
     apply_overrides(config, overrides)
-    settle_data(config)
+    resolve_data(config)
     config.folder = str(output if output is not None else Path(folder).expanduser().absolute())
     return config
 
@@ -173,7 +173,7 @@ def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
 
 
 def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path, checkpoint: Path) -> str | None:
-    """Let a module decide by `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_decision`.
+    """Let a module decide by `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_postprocessing`.
 
     Returns:
         By what it now decides, to be told; `None` if there is no calibration.
@@ -182,7 +182,7 @@ def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path
         UserError: the file is not there, cannot be read, is that of another checkpoint, or does not fit the module.
     """
     try:
-        decision = find_decision(folder, choice, checkpoint)
+        decision = find_postprocessing(folder, choice, checkpoint)
         module.calibrate(decision)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error

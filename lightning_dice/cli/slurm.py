@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 
-class Job:
+class RequeuedJob:
     """A job of a cluster that may be started again: SLURM requeues it under its number, with the same command line.
 
     Args:

@@ -31,9 +31,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.command import quote
+from lightning_dice.cli.command import hydra_quote
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
-from lightning_dice.cli.errors import UserError, mistakes_told
+from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.io import number, write_atomically, write_csv
 from lightning_dice.trials import ERROR, RECORD, Trial, best_first, read_trial, read_trials, write_trial
 
@@ -155,7 +155,7 @@ class SweepFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the folder, or take up that of a sweep that goes on."""
         global _led
-        with mistakes_told():
+        with report_user_errors():
             _check_direction(config)
             folder = Path(config.hydra.sweep.dir).expanduser().absolute()
             if _led is None or _led.folder != folder:
@@ -223,7 +223,9 @@ def is_sweep(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / SWEEP).is_file()
 
 
-def reopened(folder: str | Path, arguments: Iterable[str] = (), *, retry_failed: bool = False) -> list[str] | None:
+def replay_arguments(
+    folder: str | Path, arguments: Iterable[str] = (), *, retry_failed: bool = False
+) -> list[str] | None:
     """Prepare a sweep to be replayed.
 
     Args:
@@ -262,7 +264,7 @@ def reopened(folder: str | Path, arguments: Iterable[str] = (), *, retry_failed:
         sys.path[:] = [cwd if path == os.getcwd() else path for path in sys.path]
         os.chdir(cwd)
     _led = sweep
-    place = f"hydra.sweep.dir={quote(str(sweep.folder))}"
+    place = f"hydra.sweep.dir={hydra_quote(str(sweep.folder))}"
     keys = {_key(argument) for argument in (*changed, place)}
     return [*(a for a in settings.arguments if a.startswith("-") or _key(a) not in keys), *changed, place]
 
@@ -272,7 +274,7 @@ def _key(argument: str) -> str:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def report_trials() -> Iterator[None]:
     """Tell what came of the sweep that has run within, if one has.
 
     Raises:
@@ -295,7 +297,7 @@ def told() -> Iterator[None]:
             raise SystemExit(1)
 
 
-def begun() -> bool:
+def sweep_started() -> bool:
     """Whether this process leads a sweep that has trials."""
     return _led is not None and bool(read_trials(_led.folder))
 
@@ -425,7 +427,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def in_own_process(folder: Path) -> None:
+def run_in_own_process(folder: Path) -> None:
     """Train a trial by a process of its own, which starts those of the other devices.
 
     Where one of a trial's processes fails, Lightning kills the one that started it, within seconds; that must not be
@@ -560,14 +562,14 @@ def trial_table(sweep: Path, trials: Sequence[Trial], parameters: Sequence[str])
     ordered = best_first(trials)
     best = ordered[0] if ordered and ordered[0].value is not None else None
     for trial in ordered:
-        told = trial.status if trial.status != "running" else "broken off"
+        outcome = trial.status if trial.status != "running" else "broken off"
         table.add_row(
             str(trial.number),
             "" if trial.value is None else f"{trial.value:.4f}",
             *(Text(trial.parameters.get(key, "")) for key in parameters),
             "" if trial.epochs is None else str(trial.epochs),
             _clock(trial.seconds),
-            Text(f"{told}: {trial.error}" if trial.error else told, overflow="ellipsis", no_wrap=True),
+            Text(f"{outcome}: {trial.error}" if trial.error else outcome, overflow="ellipsis", no_wrap=True),
             style="bold" if trial is best else "red" if trial.status == "failed" else "",
         )
     whole, paths = Table.grid(padding=(0, 0)), Table.grid(padding=(0, 2))

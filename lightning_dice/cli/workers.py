@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_dice.cli.errors import UserError
-from lightning_dice.cli.rendezvous import Channel, Place, place
+from lightning_dice.cli.rendezvous import ProcessInfo, Rendezvous, process_info
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 POLL = 0.2
 
 
-class Shares:
+class WorkerPool:
     """This process's part of the work, and what it hears of the others'.
 
     Args:
@@ -39,7 +39,7 @@ class Shares:
     """
 
     def __init__(self, processes: int, module: str, arguments: Sequence[str]) -> None:
-        here = place()
+        here = process_info()
         if here.kind == "node":
             raise UserError("processes on several machines must be started by torchrun or srun")
         self.started: list[subprocess.Popen[bytes]] = []
@@ -47,7 +47,7 @@ class Shares:
         if here.kind == "" and processes > 1:
             here = self._start(processes, module, arguments)
         self.rank, self.size = here.rank, here.processes or 1
-        self._channel = Channel(here)
+        self._channel = Rendezvous(here)
         self._done = 0
         if self.size > 1:
             _ = self._channel.store  # Opened at once: the others may ask before this one has anything to say.
@@ -131,7 +131,7 @@ class Shares:
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def _start(self, processes: int, module: str, arguments: Sequence[str]) -> Place:
+    def _start(self, processes: int, module: str, arguments: Sequence[str]) -> ProcessInfo:
         port = _free_port()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Read when torch is imported, here too: else each process would take all cores.
@@ -141,7 +141,7 @@ class Shares:
             environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             line = [sys.executable, "-m", module, *arguments]
             self.started.append(subprocess.Popen(line, env=environment))
-        return Place(0, processes, "torchrun")
+        return ProcessInfo(0, processes, "torchrun")
 
     def _key(self, name: str) -> str:
         return f"{self._channel.prefix}/shares/{name}"

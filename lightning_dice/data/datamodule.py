@@ -18,14 +18,7 @@ from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.interfaces import Cases, Source, Split
 from lightning_dice.data.patches import PatchSampler
-from lightning_dice.data.samplers import (
-    _EvalSampler,
-    _LateLoader,
-    _leave_signals,
-    _seeded,
-    _start_method,
-    _TrainSampler,
-)
+from lightning_dice.data.samplers import EvalSampler, LazyDataLoader, TrainSampler, ignore_signals, seeded, start_method
 from lightning_dice.data.transforms import normalization_of
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
@@ -140,7 +133,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.maps = maps
         self.report: str | None = None
         self._cases: dict[Split, Cases | None] = {}
-        self._train_sampler: _TrainSampler | None = None
+        self._train_sampler: TrainSampler | None = None
         # Of a training that goes on: its seed, and the epoch that was broken off with the batches done in it.
         self._resumed: dict[str, int] | None = None
 
@@ -189,11 +182,11 @@ class SegmentationData(lightning.LightningDataModule):
         if self._train_sampler is None:
             # A loader made anew for each epoch goes on where the last one stopped.
             resumed, self._resumed = self._resumed or {}, None
-            self._train_sampler = _TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
+            self._train_sampler = TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
             if resumed:
                 self._go_on(self._train_sampler, resumed)
         return self._loader(
-            _LateLoader,
+            LazyDataLoader,
             _TrainItems(cases, self._prepare(self.augment, self.maps)),
             sampler=self._train_sampler,
             batch_size=self.batch_size,
@@ -233,7 +226,7 @@ class SegmentationData(lightning.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resumed = dict(state_dict)
 
-    def _go_on(self, sampler: _TrainSampler, resumed: dict[str, int]) -> None:
+    def _go_on(self, sampler: TrainSampler, resumed: dict[str, int]) -> None:
         """Let a sampler pass over what was seen of an epoch, by all processes together."""
         now = self.batch_size * sampler.num_replicas
         before = resumed["batches"] * resumed["step"]
@@ -253,7 +246,7 @@ class SegmentationData(lightning.LightningDataModule):
         return self._loader(
             DataLoader,
             _EvalBatches(cases, self._prepare(None, maps)),
-            sampler=_EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
+            sampler=EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
             batch_size=None,
             collate_fn=_unchanged,
         )
@@ -286,8 +279,8 @@ class SegmentationData(lightning.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_signals,
-            multiprocessing_context=_start_method() if workers else None,
+            worker_init_fn=ignore_signals,
+            multiprocessing_context=start_method() if workers else None,
             **settings,
         )
 
@@ -391,7 +384,7 @@ class _TrainItems(Dataset[_Prepared]):
         if isinstance(key, int):  # from a sampler of Lightning's, which puts one in to overfit a few batches
             return self.prepare(self.cases[key])
         index, seed = key
-        with _seeded(seed):  # Cases may draw too: a patch, say.
+        with seeded(seed):  # Cases may draw too: a patch, say.
             return self.prepare(self.cases[index])
 
 

@@ -26,7 +26,7 @@ class DataErrors(DataError):
         self.problems = list(problems)
 
 
-class Problem(DataError):
+class DataProblem(DataError):
     """One thing wrong with one file.
 
     Args:
@@ -34,7 +34,7 @@ class Problem(DataError):
         where: the file or folder.
         remedy: how to mend it, where known.
 
-    >>> print(Problem("is empty (0 bytes)", where="images/a.png", remedy="Copy it again."))
+    >>> print(DataProblem("is empty (0 bytes)", where="images/a.png", remedy="Copy it again."))
     images/a.png: is empty (0 bytes). Copy it again.
     """
 
@@ -43,9 +43,9 @@ class Problem(DataError):
         super().__init__(f"{where}: {what}. {remedy}".strip() if where else what)
 
 
-def error(root: Path, problems: Sequence[Problem]) -> DataErrors:
+def combined_error(root: Path, problems: Sequence[DataProblem]) -> DataErrors:
     """One error of many problems: grouped by their remedy, the first files of each by name."""
-    groups: dict[str, list[Problem]] = defaultdict(list)
+    groups: dict[str, list[DataProblem]] = defaultdict(list)
     for problem in problems:
         groups[problem.remedy].append(problem)
     lines = []

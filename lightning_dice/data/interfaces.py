@@ -58,7 +58,7 @@ class Surveyed(Protocol):
         ...
 
 
-class Item(NamedTuple):
+class PredictionItem(NamedTuple):
     """An image to predict.
 
     Attributes:
@@ -70,7 +70,7 @@ class Item(NamedTuple):
     files: tuple[Path, ...]
 
 
-class Scan(NamedTuple):
+class LoadedImage(NamedTuple):
     """An image as training reads it, with what is needed to write a mask that lies on the file it came from.
 
     Attributes:
@@ -87,10 +87,10 @@ class Scan(NamedTuple):
     origin: Any = None
 
 
-class Reader(Protocol):
+class PredictionIO(Protocol):
     """Reads images and masks as a `Source` does, and writes masks that it could read. `Source.reader` is one."""
 
-    def find(self, path: Path) -> list[Item]:
+    def find(self, path: Path) -> list[PredictionItem]:
         """The images of a folder and its sub-folders, or a file as the only one.
 
         Raises:
@@ -98,7 +98,7 @@ class Reader(Protocol):
         """
         ...
 
-    def read(self, item: Item) -> Scan:
+    def read(self, item: PredictionItem) -> LoadedImage:
         """An image.
 
         Raises:
@@ -110,24 +110,24 @@ class Reader(Protocol):
         """The files that `write` makes for a case, below its folder.
 
         Args:
-            case: as in `Item`.
+            case: as in `PredictionItem`.
             format: `"png"`, `"tiff"` or `"nifti"`; `None`: the customary one of these images.
         """
         ...
 
-    def write(self, folder: Path, case: str, labels: Tensor, scan: Scan, format: str | None = None) -> None:
+    def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
         """Write a mask, each file whole or not at all, with the values that the training's masks had.
 
         Args:
             folder: below which the files go.
-            case: as in `Item`.
+            case: as in `PredictionItem`.
             labels: class ids `(*size)` or bool planes `(classes, *size)`.
             scan: what `read` gave.
             format: as for `names`.
         """
         ...
 
-    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: Scan) -> list[Path]:
+    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: LoadedImage) -> list[Path]:
         """Write probabilities `(classes, *size)`, float32, in the file's own geometry; returns the files."""
         ...
 

@@ -19,7 +19,7 @@ from lightning_dice.data.batch import Batch
 from lightning_dice.data.interfaces import Cases
 
 
-class _TrainSampler(DistributedSampler[tuple[int, int]]):
+class TrainSampler(DistributedSampler[tuple[int, int]]):
     """Pairs of an index and a seed for its augmentation; process r of n takes every n-th, from the r-th on.
 
     It is a `DistributedSampler`, which Lightning leaves in its place, even for one process.
@@ -49,7 +49,7 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-class _LateLoader(DataLoader[Batch]):
+class LazyDataLoader(DataLoader[Batch]):
     """A loader whose workers begin with the first batch asked for.
 
     Lightning makes the iterator of a resumed training before it tells the sampler which epoch it is; workers that read
@@ -60,7 +60,7 @@ class _LateLoader(DataLoader[Batch]):
         yield from super().__iter__()
 
 
-class _EvalSampler(DistributedSampler[list[int]]):
+class EvalSampler(DistributedSampler[list[int]]):
     """Batches of consecutive cases of one size; each process takes its own stretch of the cases, none twice.
 
     All processes have equally many batches, the last of which may be empty: FSDP sends weights in every forward pass,
@@ -71,7 +71,7 @@ class _EvalSampler(DistributedSampler[list[int]]):
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, shuffle=False)
         # Where images are resampled, masks of other sizes may belong to images of one size.
         shapes = getattr(cases, "shapes", cases.sizes)
-        shares = [_batches_of_one_size(shapes, world, other, batch_size) for other in range(world)]
+        shares = [batches_of_one_size(shapes, world, other, batch_size) for other in range(world)]
         most = max(map(len, shares))
         self.batches = shares[rank] + [[] for _ in range(most - len(shares[rank]))]
 
@@ -82,7 +82,8 @@ class _EvalSampler(DistributedSampler[list[int]]):
         return len(self.batches)
 
 
-def _batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size: int) -> list[list[int]]:
+def batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size: int) -> list[list[int]]:
+    """The batches of one rank: consecutive cases of one size, at most `batch_size` of them."""
     batches: list[list[int]] = []
     for i in range(rank * len(sizes) // world, (rank + 1) * len(sizes) // world):
         if batches and len(batches[-1]) < batch_size and sizes[i] == sizes[batches[-1][0]]:
@@ -92,13 +93,13 @@ def _batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size
     return batches
 
 
-def _start_method() -> str | None:
+def start_method() -> str | None:
     """The platform's way to start workers, where this process was started in another that they cannot be (joblib's)."""
     known = multiprocessing.get_all_start_methods()
     return None if multiprocessing.get_start_method(allow_none=True) in (None, *known) else known[0]
 
 
-def _leave_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let the training, not its workers, act on what a terminal or a cluster sends to all processes of a job.
 
     A worker that ends by such a signal would end the training at once, in the middle of a step. SIGTERM from the
@@ -125,7 +126,7 @@ def _leave_signals(worker: int) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed what augmentations draw from, and put it back: without workers it is the training's own."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

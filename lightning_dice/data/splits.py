@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, TypeVar, get_args
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.interfaces import Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,11 +27,11 @@ class _HasCase(Protocol):
 Named = TypeVar("Named", bound=_HasCase)
 
 
-def complete(
+def complete_splits(
     parts: Mapping[Split | None, list[Named]],
     fractions: Sequence[float],
     seed: int,
-    problems: list[Problem],
+    problems: list[DataProblem],
     where: Path,
 ) -> dict[Split, list[Named]]:
     """Splits, drawn where there are none, or none to validate on.
@@ -50,7 +50,7 @@ def complete(
         return pairs
     if "train" not in pairs:
         found = ", ".join(pairs)
-        problems.append(Problem(f"has no split to train on, only {found}", where, "Add a folder train."))
+        problems.append(DataProblem(f"has no split to train on, only {found}", where, "Add a folder train."))
     elif "val" not in pairs:
         rest, share = fractions[0] + fractions[1], fractions[1]
         drawn = divide(pairs["train"], (1 - share / rest, share / rest, 0.0), seed)
@@ -110,7 +110,7 @@ def divide(pairs: Sequence[Named], fractions: Sequence[float], seed: int) -> dic
     return {split: sorted(part, key=lambda pair: pair.case) for split, part in parts.items() if part}
 
 
-def checked_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
     """The shares of train, val and test.
 
     Raises:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.images.prediction_io import PictureReader
-from lightning_dice.data.interfaces import Cases, Reader, Split
+from lightning_dice.data.images.prediction_io import ImagePredictionIO
+from lightning_dice.data.interfaces import Cases, PredictionIO, Split
 
 Floats = NDArray[np.float32]
 Shape = Literal["disc", "ring", "square", "bar"]
@@ -141,17 +141,17 @@ class SyntheticSource:
         return self._scene.size
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> PredictionIO:
         """Reads files as if they were such cases: pictures, or NIfTI volumes as they are stored, and writes ids."""
         if len(self.size) == 2:
-            return PictureReader(
+            return ImagePredictionIO(
                 MaskFormat(self.classes, self.activation, self.ignore_index), ImageFormat(self.channels)
             )
         from lightning_dice.data.label_map import LabelMap
-        from lightning_dice.data.volumes.prediction_io import Preparation, VolumeReader
+        from lightning_dice.data.volumes.prediction_io import Preparation, VolumePredictionIO
 
         labels = LabelMap.of_ids(self.classes, self.activation, self.ignore_index)
-        return VolumeReader(labels, self.channels, lambda: Preparation(("nonorm",) * self.channels))
+        return VolumePredictionIO(labels, self.channels, lambda: Preparation(("nonorm",) * self.channels))
 
     def check(self) -> str:
         """Draw some cases of each split.

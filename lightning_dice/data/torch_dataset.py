@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.errors import DataError, Problem, error
-from lightning_dice.data.images.dataset_summary import Facts, Survey, look_at, look_at_masks
+from lightning_dice.data.errors import DataError, DataProblem, combined_error
+from lightning_dice.data.images.dataset_summary import ImageFacts, Survey, look_at, look_at_masks
 from lightning_dice.data.images.file_layout import Layout, Pair
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import Picture
 from lightning_dice.data.images.mask_format import MaskFormat, Sized, check_size
 from lightning_dice.data.images.sources import PictureSource
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import complete
+from lightning_dice.data.splits import complete_splits
 
 WHITES = {np.dtype(bool): 1, np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
@@ -60,7 +60,7 @@ class DatasetCases:
         except ValueError as wrong:
             if isinstance(wrong, DataError):
                 raise
-            raise Problem(str(wrong), mask.path, "Set data.values or data.classes.") from wrong
+            raise DataProblem(str(wrong), mask.path, "Set data.values or data.classes.") from wrong
         return Sample(self.image_format.image(image), encoded, self.names[index])
 
     def pictures(self, index: int) -> tuple[Picture, Picture]:
@@ -73,9 +73,9 @@ class DatasetCases:
         try:
             item = self.dataset[self.indices[index]]
         except Exception as error:  # Whatever a data set of anyone's raises.
-            raise Problem(f"cannot be read ({type(error).__name__}: {error})", name) from error
+            raise DataProblem(f"cannot be read ({type(error).__name__}: {error})", name) from error
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise Problem(f"must be a pair of image and mask, got {type(item).__name__}", name)
+            raise DataProblem(f"must be a pair of image and mask, got {type(item).__name__}", name)
         return as_picture(item[0], name), as_picture(item[1], f"the mask of {name}")
 
     @cached_property
@@ -164,14 +164,14 @@ class DatasetSource(PictureSource):
             DataError: as in `check`.
         """
         planes = tuple(self.mask_format.classes) if self.mask_format.stacked else ()
-        facts: dict[Split, list[Facts]] = {}
+        facts: dict[Split, list[ImageFacts]] = {}
         for split, cases in self._open().items():
             with ThreadPoolExecutor(self.workers) as pool:
                 facts[split] = list(pool.map(lambda index, cases=cases: _look(cases, index, planes), range(len(cases))))
             cases.__dict__["sizes"] = [found.size for found in facts[split]]  # Known now, without reading again.
         found = Survey(facts, planes, self.mask_format)
         if problems := found.problems():
-            raise error(self.root, problems)
+            raise combined_error(self.root, problems)
         return found
 
     def split(self, name: Split) -> DatasetCases | None:
@@ -196,13 +196,15 @@ class DatasetSource(PictureSource):
             length = len(made)
         except TypeError as wrong:
             remedy = "Set data.download=null if it knows no download." if "download" in str(wrong) else ""
-            raise Problem(f"{name} does not take {', '.join(given)} ({wrong})", self.root, remedy) from wrong
+            raise DataProblem(f"{name} does not take {', '.join(given)} ({wrong})", self.root, remedy) from wrong
         except Exception as wrong:  # Whatever a data set of anyone's raises.
             what = f"{name} cannot be read there ({type(wrong).__name__}: {wrong})"
             fetch = "set data.download=true, once, on a machine with access to the internet"
-            raise Problem(what, self.root, f"Put its files there, or {fetch}.") from wrong
+            raise DataProblem(what, self.root, f"Put its files there, or {fetch}.") from wrong
         if not length:
-            raise Problem(f"{name} is empty with {', '.join(map(str, arguments.values())) or 'no argument'}", self.root)
+            raise DataProblem(
+                f"{name} is empty with {', '.join(map(str, arguments.values())) or 'no argument'}", self.root
+            )
         return made
 
     def _all(self, dataset: Any, split: Split) -> DatasetCases:
@@ -220,7 +222,7 @@ class DatasetSource(PictureSource):
         whole = cases["train"]
         pairs = [Pair(name, Path(name), ()) for name in whole.names]
         places = {name: place for place, name in enumerate(whole.names)}
-        parts = complete({"train": pairs}, self.fractions, self.seed, [], self.root)
+        parts = complete_splits({"train": pairs}, self.fractions, self.seed, [], self.root)
         divided: dict[Split, DatasetCases] = {}
         for split, part in parts.items():
             chosen = [places[pair.case] for pair in part]
@@ -245,12 +247,12 @@ class _Decoded:
         return mask_format.read_planes(self.picture.window(rows, columns))
 
 
-def _look(cases: DatasetCases, index: int, planes: tuple[str, ...]) -> Facts:
+def _look(cases: DatasetCases, index: int, planes: tuple[str, ...]) -> ImageFacts:
     name = cases.names[index]
-    facts = Facts(Pair(name, Path(name), (Path(f"the mask of {name}"),)))
+    facts = ImageFacts(Pair(name, Path(name), (Path(f"the mask of {name}"),)))
     try:
         image, mask = cases.pictures(index)
-    except Problem as problem:
+    except DataProblem as problem:
         facts.problems.append(problem)
         return facts
     facts.digest = blake2b(np.ascontiguousarray(image.pixels).tobytes(), digest_size=16).digest()
@@ -278,7 +280,7 @@ def as_picture(value: object, name: str) -> Picture:
             palette = np.zeros((256, 3), np.uint8)
             palette[: len(stored)] = stored
         elif value.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F") and not value.mode.startswith("I;16"):
-            raise Problem(f"has the colours {value.mode}; gray, palette and RGB are read", name)
+            raise DataProblem(f"has the colours {value.mode}; gray, palette and RGB are read", name)
         pixels = np.asarray(value)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         pixels = pixels[..., :1] if palette is not None else pixels
@@ -290,7 +292,7 @@ def as_picture(value: object, name: str) -> Picture:
     elif isinstance(value, np.ndarray):
         array = value
     else:
-        raise Problem(f"must be a picture, an array or a tensor, got {type(value).__name__}", name)
+        raise DataProblem(f"must be a picture, an array or a tensor, got {type(value).__name__}", name)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
-        raise Problem(f"must be numbers of two space axes, got {array.dtype} of the shape {array.shape}", name)
+        raise DataProblem(f"must be numbers of two space axes, got {array.dtype} of the shape {array.shape}", name)
     return Picture(array[..., None] if array.ndim == 2 else array, path, WHITES.get(array.dtype))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data_check.case_statistics import Case, Move, Task, moves, placed
+from lightning_dice.data_check.case_statistics import CaseStatistics, Move, Task, moves, placed
 
 CLEARLY = 0.05  # of the mean rank: a single mask's preference for another orientation, or image
 ON_AVERAGE = 0.03  # the mean preference of many, beyond three standard errors
@@ -38,7 +38,7 @@ class Turned(NamedTuple):
     """
 
     move: Move
-    cases: list[Case]
+    cases: list[CaseStatistics]
     together: bool
 
 
@@ -52,13 +52,13 @@ class Mismatch(NamedTuple):
         other: of the other image.
     """
 
-    mask: Case
-    image: Case
+    mask: CaseStatistics
+    image: CaseStatistics
     own: float
     other: float
 
 
-def find_turned(cases: Sequence[Case]) -> list[Turned]:
+def find_turned(cases: Sequence[CaseStatistics]) -> list[Turned]:
     """Masks that lie clearly better on their images after they are turned, flipped or transposed.
 
     First all cases together, then each split; where neither shows a common move, each case alone.
@@ -73,7 +73,7 @@ def find_turned(cases: Sequence[Case]) -> list[Turned]:
     # A mask of another image may prefer any orientation a little, and fits in none.
     own = [float(case.placement[0]) for case in informative]
     usual = min(float(np.percentile(own, 10)), CHANCE + MOST_OF * (float(np.median(own)) - CHANCE))
-    single: dict[Move, list[Case]] = {}
+    single: dict[Move, list[CaseStatistics]] = {}
     for case in informative:
         best = int(np.nanargmax(case.placement))
         if case.placement[best] - case.placement[0] > CLEARLY and case.placement[best] >= usual:
@@ -81,7 +81,7 @@ def find_turned(cases: Sequence[Case]) -> list[Turned]:
     return [Turned(move, group, False) for move, group in single.items()]
 
 
-def preference(case: Case) -> float:
+def preference(case: CaseStatistics) -> float:
     """How much better a mask lies on its image than on the image's other orientations; NaN where nothing tells."""
     others = case.placement[1:]
     if not case.placement.size or np.isnan(case.placement[0]) or np.isnan(others).all():
@@ -89,13 +89,13 @@ def preference(case: Case) -> float:
     return float(case.placement[0] - np.nanmax(others))
 
 
-def astray(cases: Sequence[Case]) -> float:
+def astray(cases: Sequence[CaseStatistics]) -> float:
     """The share of masks that do not prefer their own place; NaN for fewer than 8 that tell anything."""
     known = [value for case in cases if not np.isnan(value := preference(case))]
     return float(np.mean([value < 0 for value in known])) if len(known) >= FEWEST else float("nan")
 
 
-def find_loose(cases: Sequence[Case]) -> list[Case]:
+def find_loose(cases: Sequence[CaseStatistics]) -> list[CaseStatistics]:
     """Masks whose outlines lie on the edges of their images much less than usual, the loosest first."""
     known = [case for case in cases if case.placement.size and not np.isnan(case.placement[0])]
     if len(known) < FEWEST or astray(cases) >= ASTRAY:
@@ -105,7 +105,9 @@ def find_loose(cases: Sequence[Case]) -> list[Case]:
     return sorted((case for case in known if case.placement[0] < least), key=lambda case: float(case.placement[0]))
 
 
-def find_mismatches(cases: Sequence[Case], task: Task, read: Callable[[Case], Sample | None]) -> list[Mismatch]:
+def find_mismatches(
+    cases: Sequence[CaseStatistics], task: Task, read: Callable[[CaseStatistics], Sample | None]
+) -> list[Mismatch]:
     """Masks that fit the image of another case clearly better than their own.
 
     Only cases that hardly prefer their own mask are compared, with each other, and at most 64 of them; and the mask of
@@ -122,7 +124,7 @@ def find_mismatches(cases: Sequence[Case], task: Task, read: Callable[[Case], Sa
     # Of many, a stretch: files that are paired one place off have their partner beside them.
     ranks: list[NDArray[np.float32]] = []
     outlines: list[NDArray[np.bool_]] = []
-    compared: list[Case] = []
+    compared: list[CaseStatistics] = []
     for case in doubtful[:MOST_COMPARED]:
         sample = read(case)
         found = None if sample is None else placed(sample.image.float().nan_to_num(), sample.mask, task)
@@ -150,7 +152,7 @@ def find_mismatches(cases: Sequence[Case], task: Task, read: Callable[[Case], Sa
     return [one for one in mismatches if best[one.image.key] is one and one.image.key in astray_too]
 
 
-def _common_move(cases: Sequence[Case]) -> Move | None:
+def _common_move(cases: Sequence[CaseStatistics]) -> Move | None:
     """The move after which the masks lie clearly better than after all others."""
     by_axes: dict[int, list[NDArray[np.float32]]] = {}
     for case in cases:

@@ -82,7 +82,7 @@ class Objects:
 
 
 @dataclass
-class Case:
+class CaseStatistics:
     """One case, without its pixels.
 
     Attributes:
@@ -149,7 +149,7 @@ class Case:
 
 def measure(
     sample: Sample, split: Split, task: Task, *, index: int = 0, kind: str = "", thumbnail: bool = True
-) -> Case:
+) -> CaseStatistics:
     """Measure a case.
 
     Args:
@@ -168,7 +168,7 @@ def measure(
     """
     image, mask = sample.image.float(), sample.mask
     mask_size = tuple(mask.shape[mask.ndim - image.ndim + 1 :])
-    case = Case(split, sample.case, index, tuple(image.shape[1:]), mask_size, sample.spacing, kind)
+    case = CaseStatistics(split, sample.case, index, tuple(image.shape[1:]), mask_size, sample.spacing, kind)
     case.channels = image.shape[0]
     _measure_image(image, case)
     _measure_mask(mask, case, task)
@@ -332,7 +332,7 @@ def _pooled(image: Tensor, size: Sequence[int], kind: Literal["avg", "max"]) -> 
     return result
 
 
-def _measure_image(image: Tensor, case: Case) -> None:
+def _measure_image(image: Tensor, case: CaseStatistics) -> None:
     values = image.flatten(1)
     finite = torch.isfinite(values)
     case.nonfinite = int(values.numel() - finite.sum())
@@ -352,7 +352,7 @@ def _measure_image(image: Tensor, case: Case) -> None:
     case.levels = levels if levels <= LEVELS else None
 
 
-def _measure_mask(mask: Tensor, case: Case, task: Task) -> None:
+def _measure_mask(mask: Tensor, case: CaseStatistics, task: Task) -> None:
     axes = len(case.mask_size)
     case.pixels = math.prod(case.mask_size)
     ignored = _ignored(mask, task)
@@ -422,7 +422,7 @@ def placed(image: Tensor, mask: Tensor, task: Task) -> tuple[NDArray[np.float32]
     return edge_ranks(image.unsqueeze(0))[0].numpy(), where
 
 
-def _measure_placement(image: Tensor, mask: Tensor, case: Case, task: Task) -> None:
+def _measure_placement(image: Tensor, mask: Tensor, case: CaseStatistics, task: Task) -> None:
     possible = moves(image.ndim - 1)
     case.placement = np.full(len(possible), np.nan, np.float32)
     found = placed(image, mask, task)

@@ -13,19 +13,19 @@ from lightning_dice.data_check import alignment_checks, duplicate_checks
 from lightning_dice.data_check.case_statistics import describe
 from lightning_dice.data_check.content_checks import cases_in_words, judge_contents
 from lightning_dice.data_check.finding import SEVERITIES, Finding
-from lightning_dice.data_check.survey import Examination
+from lightning_dice.data_check.survey import SurveyResult
 
 LONGEST = 160  # letters of a title
 
 
-def judge(found: Examination, accept: Sequence[str] = ()) -> list[Finding]:
+def judge(found: SurveyResult, accept: Sequence[str] = ()) -> list[Finding]:
     """All findings, the gravest first.
 
     Args:
         found: what was measured.
         accept: kinds of findings that are known: they become notes.
     """
-    findings = [*judge_problems(found), *judge_contents(found), *judge_twins(found), *judge_placement(found)]
+    findings = [*judge_problems(found), *judge_contents(found), *judge_duplicates(found), *judge_placement(found)]
     findings = [
         replace(finding, severity="note", title=f"accepted: {finding.title}") if finding.kind in accept else finding
         for finding in findings
@@ -33,7 +33,7 @@ def judge(found: Examination, accept: Sequence[str] = ()) -> list[Finding]:
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-def judge_problems(found: Examination) -> list[Finding]:
+def judge_problems(found: SurveyResult) -> list[Finding]:
     """What a training refuses: one finding for each remedy."""
     root = str(found.facts.get("root") or "")
     below = f"{root}{os.sep}" if root else ""
@@ -61,9 +61,9 @@ def judge_problems(found: Examination) -> list[Finding]:
     return findings
 
 
-def judge_twins(found: Examination) -> list[Finding]:
+def judge_duplicates(found: SurveyResult) -> list[Finding]:
     """Images that occur more than once, in one split or in several, and with different masks."""
-    pairs = duplicate_checks.find_twins(found.cases)
+    pairs = duplicate_checks.find_duplicates(found.cases)
     across = [twin for twin in pairs if twin.across]
     within = [twin for twin in pairs if not twin.across]
     findings = []
@@ -112,7 +112,7 @@ def judge_twins(found: Examination) -> list[Finding]:
     return findings
 
 
-def judge_placement(found: Examination) -> list[Finding]:
+def judge_placement(found: SurveyResult) -> list[Finding]:
     """Masks that are turned, flipped or transposed, or belong to another image."""
     findings = []
     turned = alignment_checks.find_turned(found.cases)
@@ -184,7 +184,7 @@ def judge_placement(found: Examination) -> list[Finding]:
     return findings
 
 
-def _told(pairs: Sequence[duplicate_checks.Twin]) -> tuple[list[str], list[str], list[str]]:
+def _told(pairs: Sequence[duplicate_checks.Duplicate]) -> tuple[list[str], list[str], list[str]]:
     """For each pair the first case, what is to be said of both, and the second."""
     keys, details = [], []
     for twin in pairs:

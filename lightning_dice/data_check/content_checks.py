@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data_check.case_statistics import SMALL, Case, Objects
+from lightning_dice.data_check.case_statistics import SMALL, CaseStatistics, Objects
 from lightning_dice.data_check.finding import Finding
-from lightning_dice.data_check.survey import Examination
+from lightning_dice.data_check.survey import SurveyResult
 
 FLAT = 0.01  # of the usual spread: an image of less is nearly constant
 FEW_LEVELS = 8  # distinct values: a mask has few, a photograph many
@@ -29,9 +29,9 @@ NEAR = 2.0  # interquartile ranges: cases closer than this are of one kind
 ALONE = 3  # cases of one kind that are too many to be outliers
 
 
-def judge_contents(found: Examination) -> list[Finding]:
+def judge_contents(found: SurveyResult) -> list[Finding]:
     """Everything that single cases and their numbers show."""
-    checks: tuple[Callable[[Examination], Iterable[Finding]], ...] = (
+    checks: tuple[Callable[[SurveyResult], Iterable[Finding]], ...] = (
         _splits,
         _values,
         _geometry,
@@ -53,7 +53,7 @@ def cases_in_words(count: int, noun: str = "case") -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _splits(found: Examination) -> Iterator[Finding]:
+def _splits(found: SurveyResult) -> Iterator[Finding]:
     sizes = {split: found.whole(split) for split in found.sizes}
     least = int(found.facts.get("batch_size") or 1)
     if 0 < sizes.get("train", 0) < least:
@@ -101,7 +101,7 @@ def _splits(found: Examination) -> Iterator[Finding]:
         )
 
 
-def _values(found: Examination) -> Iterator[Finding]:
+def _values(found: SurveyResult) -> Iterator[Finding]:
     if strange := [case for case in found.cases if case.strange]:
         values = sorted({value for case in strange for value in case.strange})
         yield Finding(
@@ -152,7 +152,7 @@ def _values(found: Examination) -> Iterator[Finding]:
         )
 
 
-def _geometry(found: Examination) -> Iterator[Finding]:
+def _geometry(found: SurveyResult) -> Iterator[Finding]:
     cases = found.cases
     yield from _kinds(cases)
     spacings = [case for case in cases if case.spacing]
@@ -212,7 +212,7 @@ def _geometry(found: Examination) -> Iterator[Finding]:
         )
 
 
-def _kinds(cases: Sequence[Case]) -> Iterator[Finding]:
+def _kinds(cases: Sequence[CaseStatistics]) -> Iterator[Finding]:
     """Depth and colour of the files."""
     kinds = Counter(case.kind for case in cases if case.kind)
     if len(kinds) < 2:
@@ -236,7 +236,7 @@ def _kinds(cases: Sequence[Case]) -> Iterator[Finding]:
     )
 
 
-def _intensities(found: Examination) -> Iterator[Finding]:
+def _intensities(found: SurveyResult) -> Iterator[Finding]:
     cases = found.cases
     spreads = np.array([max(case.std, default=0.0) for case in cases])
     usual = float(np.median(spreads)) if len(spreads) else 0.0
@@ -276,7 +276,7 @@ def _intensities(found: Examination) -> Iterator[Finding]:
         )
 
 
-def _outliers(cases: Sequence[Case]) -> list[Case]:
+def _outliers(cases: Sequence[CaseStatistics]) -> list[CaseStatistics]:
     """Images far from the middle of the data that no other ones are near to: a second kind of images is no outlier."""
     if len(cases) < 4 * ALONE:
         return []
@@ -290,7 +290,7 @@ def _outliers(cases: Sequence[Case]) -> list[Case]:
     return [cases[index] for index, count in zip(far.tolist(), company, strict=True) if count <= ALONE]
 
 
-def _absent_classes(found: Examination) -> Iterator[Finding]:
+def _absent_classes(found: SurveyResult) -> Iterator[Finding]:
     task = found.task
     for split in found.sizes:
         cases = found.of(split)
@@ -312,7 +312,7 @@ def _absent_classes(found: Examination) -> Iterator[Finding]:
         )
 
 
-def _blank_masks(found: Examination) -> Iterator[Finding]:
+def _blank_masks(found: SurveyResult) -> Iterator[Finding]:
     task = found.task
     ignored = [case for case in found.cases if case.pixels and case.ignored >= case.pixels]
     if ignored:
@@ -381,7 +381,7 @@ def _blank_masks(found: Examination) -> Iterator[Finding]:
             )
 
 
-def _balance(found: Examination) -> Iterator[Finding]:
+def _balance(found: SurveyResult) -> Iterator[Finding]:
     task = found.task
     shares: dict[Split, list[float]] = {
         split: class_shares(found.of(split), len(task.classes)) for split in found.sizes
@@ -415,7 +415,7 @@ def _balance(found: Examination) -> Iterator[Finding]:
             )
 
 
-def _objects(found: Examination) -> Iterator[Finding]:
+def _objects(found: SurveyResult) -> Iterator[Finding]:
     task = found.task
     small, thin, many = [], [], []
     for index in task.objects:
@@ -460,7 +460,7 @@ def _objects(found: Examination) -> Iterator[Finding]:
         )
 
 
-def class_shares(cases: Sequence[Case], classes: int) -> list[float]:
+def class_shares(cases: Sequence[CaseStatistics], classes: int) -> list[float]:
     """The share that each class has of the pixels of some cases, the ignored ones included."""
     total = sum(case.pixels for case in cases)
     return [sum(case.objects[index].pixels for case in cases) / max(total, 1) for index in range(classes)]
@@ -491,7 +491,7 @@ def _size(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def _median_size(cases: Sequence[Case]) -> str:
+def _median_size(cases: Sequence[CaseStatistics]) -> str:
     return f"[{','.join(str(int(v)) for v in np.median([case.size for case in cases], axis=0))}]"
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data_check.case_statistics import GRIDS, Case, Move, describe, moved, moves
+from lightning_dice.data_check.case_statistics import GRIDS, CaseStatistics, Move, describe, moved, moves
 
 # Copies of the images of twelve public data sets (other brightness, contrast and gamma, JPEG of quality 30, halved,
 # noise of 8 of 255) have 0.88 or more with their originals, in all but the darkest images 0.95; different images of
@@ -24,7 +24,7 @@ MOST = 50_000  # cases up to which anything but exact copies is
 ROWS = 512  # compared at once
 
 
-class Twin(NamedTuple):
+class Duplicate(NamedTuple):
     """Two cases of one picture.
 
     Attributes:
@@ -35,8 +35,8 @@ class Twin(NamedTuple):
         move: what lays the second on the first, in words; empty if it lies there.
     """
 
-    first: Case
-    second: Case
+    first: CaseStatistics
+    second: CaseStatistics
     likeness: float
     exact: bool = False
     move: str = ""
@@ -47,7 +47,7 @@ class Twin(NamedTuple):
         return self.first.split != self.second.split
 
 
-def find_twins(cases: Sequence[Case]) -> list[Twin]:
+def find_duplicates(cases: Sequence[CaseStatistics]) -> list[Duplicate]:
     """All pairs of one picture, most alike first.
 
     Crops of one large image that overlap are not found, nor are pictures shifted by more than some thousandths.
@@ -56,10 +56,10 @@ def find_twins(cases: Sequence[Case]) -> list[Twin]:
         cases: of one number of space axes. Images of one value are passed over.
     """
     cases = [case for case in cases if case.range[0] < case.range[4]]
-    exact: dict[bytes, list[Case]] = defaultdict(list)
+    exact: dict[bytes, list[CaseStatistics]] = defaultdict(list)
     for case in cases:
         exact[case.image_digest].append(case)
-    found = [Twin(group[0], case, 1.0, exact=True) for group in exact.values() for case in group[1:]]
+    found = [Duplicate(group[0], case, 1.0, exact=True) for group in exact.values() for case in group[1:]]
     # Of equal images one is compared with the others.
     single = [group[0] for group in exact.values()]
     if 2 <= len(single) <= MOST and all(case.texture.size for case in single):
@@ -67,14 +67,15 @@ def find_twins(cases: Sequence[Case]) -> list[Twin]:
     return sorted(found, key=lambda twin: (not twin.across, -twin.likeness, twin.first.key, twin.second.key))
 
 
-def groups(twins: Iterable[Twin]) -> list[list[Case]]:
+def groups(twins: Iterable[Duplicate]) -> list[list[CaseStatistics]]:
     """The cases of one picture together, each once: what is like the same is alike.
 
-    >>> a, b, c, d, e = (Case("train", name, 0, (1,), (1,)) for name in "abcde")
-    >>> [[case.name for case in group] for group in groups([Twin(a, b, 1), Twin(d, e, 1), Twin(b, c, 1)])]
+    >>> a, b, c, d, e = (CaseStatistics("train", name, 0, (1,), (1,)) for name in "abcde")
+    >>> found = [Duplicate(a, b, 1), Duplicate(d, e, 1), Duplicate(b, c, 1)]
+    >>> [[case.name for case in group] for group in groups(found)]
     [['a', 'b', 'c'], ['d', 'e']]
     """
-    group_of: dict[str, list[Case]] = {}
+    group_of: dict[str, list[CaseStatistics]] = {}
     for twin in twins:
         one, other = (group_of.setdefault(case.key, [case]) for case in (twin.first, twin.second))
         if one is not other:
@@ -84,7 +85,7 @@ def groups(twins: Iterable[Twin]) -> list[list[Case]]:
     return list(unique.values())
 
 
-def _alike(cases: Sequence[Case]) -> list[Twin]:
+def _alike(cases: Sequence[CaseStatistics]) -> list[Duplicate]:
     textures = np.stack([case.texture for case in cases])
     # What all images of a set have in common, such as the round border of a fundus, makes no two of them alike.
     common = textures.mean(0, dtype=np.float32) if len(cases) >= FEWEST_FOR_MEAN else np.zeros(textures.shape[1])
@@ -107,7 +108,7 @@ def _alike(cases: Sequence[Case]) -> list[Twin]:
                 if likeness > max(ALIKE, best.get((i, j), (0.0,))[0]):
                     best[i, j] = likeness, move
     return [
-        Twin(cases[i], cases[j], likeness, move="" if move == possible[0] else describe(move)[0])
+        Duplicate(cases[i], cases[j], likeness, move="" if move == possible[0] else describe(move)[0])
         for (i, j), (likeness, move) in best.items()
     ]
 

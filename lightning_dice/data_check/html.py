@@ -9,10 +9,10 @@ from html import escape
 
 import numpy as np
 
-from lightning_dice.data_check.case_statistics import Case, Task
+from lightning_dice.data_check.case_statistics import CaseStatistics, Task
 from lightning_dice.data_check.content_checks import cases_in_words
 from lightning_dice.data_check.finding import SEVERITIES, Finding
-from lightning_dice.data_check.survey import Examination
+from lightning_dice.data_check.survey import SurveyResult
 from lightning_dice.data_check.tables import Row, class_table, component_sizes, object_table, split_table, told
 from lightning_dice.plotting.colors import class_colors
 from lightning_dice.report.html import STYLE
@@ -59,7 +59,7 @@ document.querySelectorAll("table.sortable").forEach(table => {
 """
 
 
-def page(found: Examination, findings: Sequence[Finding], title: str, made_of: Mapping[str, str]) -> str:
+def page(found: SurveyResult, findings: Sequence[Finding], title: str, made_of: Mapping[str, str]) -> str:
     """The page.
 
     Args:
@@ -96,7 +96,7 @@ def pictured(findings: Iterable[Finding]) -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def _summary(found: Examination) -> str:
+def _summary(found: SurveyResult) -> str:
     unread = sum(found.sizes.values()) - len(found.cases)
     images = {split: found.whole(split) for split in found.sizes}
     splits = ", ".join(f"{split} {count}" for split, count in images.items())
@@ -106,7 +106,7 @@ def _summary(found: Examination) -> str:
     return text + (f"; {cases_in_words(unread)} could not be read" if unread else "")
 
 
-def _cards(found: Examination, findings: Sequence[Finding]) -> str:
+def _cards(found: SurveyResult, findings: Sequence[Finding]) -> str:
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
     cards = [
         (counts["error"], "errors", "break a training or its scores"),
@@ -121,7 +121,7 @@ def _cards(found: Examination, findings: Sequence[Finding]) -> str:
     )
 
 
-def _finding(finding: Finding, found: Examination) -> str:
+def _finding(finding: Finding, found: SurveyResult) -> str:
     by_key = found.by_key()
     details = finding.details or [""] * len(finding.cases)
     partners = finding.partners or [""] * len(finding.cases)
@@ -154,7 +154,7 @@ def _finding(finding: Finding, found: Examination) -> str:
     )
 
 
-def _picture(case: Case) -> str:
+def _picture(case: CaseStatistics) -> str:
     if case.thumbnail is None:
         return ""
     data = base64.b64encode(case.thumbnail).decode()
@@ -179,7 +179,7 @@ def _key(task: Task) -> str:
     return f'<p class="key">{"".join(names)}</p>'
 
 
-def _shares(found: Examination) -> str:
+def _shares(found: SurveyResult) -> str:
     """Bars of the classes' shares of each split, on a logarithmic axis: a class of 0.1 % is to be seen beside 50 %."""
     from lightning_dice.data_check.content_checks import class_shares
 
@@ -212,7 +212,7 @@ def _shares(found: Examination) -> str:
     )
 
 
-def _histograms(found: Examination) -> str:
+def _histograms(found: SurveyResult) -> str:
     """How many components of each class have how many pixels, in powers of two."""
     colors, figures = _colors(found.task), []
     for index in found.task.objects:
@@ -245,7 +245,7 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def _cases(found: Examination, findings: Sequence[Finding]) -> str:
+def _cases(found: SurveyResult, findings: Sequence[Finding]) -> str:
     named: dict[str, list[Finding]] = {}
     for finding in findings:
         for key in {*finding.cases, *finding.partners}:

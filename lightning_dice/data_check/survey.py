@@ -13,11 +13,11 @@ from typing import Any, get_args
 import torch
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.errors import DataError, DataErrors, Problem
+from lightning_dice.data.errors import DataError, DataErrors, DataProblem
 from lightning_dice.data.images.datasets import FolderCases, TiledCases
 from lightning_dice.data.interfaces import Cases, Source, Split, Surveyed
 from lightning_dice.data_check.alignment_checks import Mismatch, find_mismatches
-from lightning_dice.data_check.case_statistics import Case, Task, draw, measure
+from lightning_dice.data_check.case_statistics import CaseStatistics, Task, draw, measure
 
 LARGE = 2**25  # pixels, beyond which an image is measured in tiles
 TILE = 4096  # pixels along an axis
@@ -29,7 +29,7 @@ Advance = Callable[[int, int], None]  # cases done, and of how many
 
 
 @dataclass
-class Examination:
+class SurveyResult:
     """What a source holds.
 
     Attributes:
@@ -45,8 +45,8 @@ class Examination:
     """
 
     task: Task
-    cases: list[Case] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    cases: list[CaseStatistics] = field(default_factory=list)
+    problems: list[DataProblem] = field(default_factory=list)
     sizes: dict[Split, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
@@ -56,16 +56,16 @@ class Examination:
         """How many images a split has."""
         return self.images.get(split, self.sizes.get(split, 0))
 
-    def of(self, split: Split) -> list[Case]:
+    def of(self, split: Split) -> list[CaseStatistics]:
         """The cases of a split."""
         return [case for case in self.cases if case.split == split]
 
-    def by_key(self) -> dict[str, Case]:
+    def by_key(self) -> dict[str, CaseStatistics]:
         """The cases by split and name."""
         return {case.key: case for case in self.cases}
 
 
-def examine(
+def survey(
     source: Source,
     task: Task,
     *,
@@ -73,7 +73,7 @@ def examine(
     thumbnails: int = 600,
     facts: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
-) -> Examination:
+) -> SurveyResult:
     """Check a source as a training does, then read and measure each of its cases.
 
     What cannot be read is noted, and the rest is done. Of each case a few kilobytes stay in memory; at any time
@@ -84,19 +84,19 @@ def examine(
         task: what its masks mean.
         workers: threads.
         thumbnails: how many cases are drawn at most, evenly over all of them.
-        facts: as in `Examination`.
+        facts: as in `SurveyResult`.
         advance: called after each case.
 
     >>> from lightning_dice.data import SyntheticSource
     >>> source = SyntheticSource(size=(32, 32), cases={"train": 3, "val": 1})
-    >>> found = examine(source, Task(["object"], "sigmoid"))
+    >>> found = survey(source, Task(["object"], "sigmoid"))
     >>> [case.key for case in found.cases], found.sizes, found.problems
     (['train/train-0000', 'train/train-0001', 'train/train-0002', 'val/val-0000'], {'train': 3, 'val': 1}, [])
     """
-    found = Examination(task, facts=facts or {})
+    found = SurveyResult(task, facts=facts or {})
     told: set[str] = set()
 
-    def note(problems: Iterable[Problem]) -> None:
+    def note(problems: Iterable[DataProblem]) -> None:
         for problem in problems:
             # A case that is read once more brings up what the check has told of its files.
             names = {str(problem), *(place.strip() for place in str(problem.where).split(", "))}
@@ -125,7 +125,7 @@ def examine(
     places = [(split, index) for split, count in found.sizes.items() for index in range(count)]
     drawn = set(places[::step]) if step else set()
 
-    def one(place: Place) -> Case:
+    def one(place: Place) -> CaseStatistics:
         split, index = place
         cases, number = parts[split][index]
         sample = cases[number]
@@ -134,14 +134,14 @@ def examine(
 
     with _single_threaded():
         for done, (place, result) in enumerate(_each(one, places, workers), 1):
-            if isinstance(result, Case):
+            if isinstance(result, CaseStatistics):
                 found.cases.append(result)
             else:
                 note(_problems(result, f"{place[0]}[{place[1]}]"))
             if advance is not None:
                 advance(done, total)
 
-        def again(case: Case) -> Sample | None:
+        def again(case: CaseStatistics) -> Sample | None:
             try:
                 cases, number = parts[case.split][case.index]
                 return cases[number]
@@ -152,7 +152,7 @@ def examine(
     return found
 
 
-def draw_missing(source: Source, found: Examination, keys: Iterable[str]) -> None:
+def draw_missing(source: Source, found: SurveyResult, keys: Iterable[str]) -> None:
     """Draw the cases named by `keys` that have no thumbnail yet; one that cannot be read any more is passed over."""
     by_key = found.by_key()
     with _single_threaded():
@@ -186,13 +186,13 @@ def _open(source: Source, split: Split) -> tuple[Cases | None, DataError | None]
 
 
 def _each(
-    function: Callable[[Place], Case], places: Sequence[Place], workers: int
-) -> Iterator[tuple[Place, Case | Exception]]:
+    function: Callable[[Place], CaseStatistics], places: Sequence[Place], workers: int
+) -> Iterator[tuple[Place, CaseStatistics | Exception]]:
     """What a function makes of each place, in order, by threads that never run far ahead of what is taken."""
-    running: deque[tuple[Place, Future[Case]]] = deque()
+    running: deque[tuple[Place, Future[CaseStatistics]]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
 
-        def taken() -> tuple[Place, Case | Exception]:
+        def taken() -> tuple[Place, CaseStatistics | Exception]:
             place, future = running.popleft()
             error = future.exception()
             if error is None:
@@ -213,14 +213,14 @@ def _each(
                 future.cancel()
 
 
-def _problems(error: Exception, where: str = "") -> Sequence[Problem]:
+def _problems(error: Exception, where: str = "") -> Sequence[DataProblem]:
     """The single problems of an error; what no reader foresaw is told with its type."""
     if isinstance(error, DataErrors):
         return [problem for single in error.problems for problem in _problems(single)]
-    if isinstance(error, Problem):
+    if isinstance(error, DataProblem):
         return [error]
     what = str(error) if isinstance(error, DataError) else f"cannot be read ({type(error).__name__}: {error})"
-    return [Problem(what, where)]
+    return [DataProblem(what, where)]
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_dice.data_check.case_statistics import SMALL, Case
+from lightning_dice.data_check.case_statistics import SMALL, CaseStatistics
 from lightning_dice.data_check.content_checks import class_shares, thickness
 from lightning_dice.data_check.finding import Finding
-from lightning_dice.data_check.survey import Examination
+from lightning_dice.data_check.survey import SurveyResult
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +22,7 @@ SHOWN = 5  # cases of a finding on the terminal
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
-def split_table(found: Examination) -> list[Row]:
+def split_table(found: SurveyResult) -> list[Row]:
     """A row for each split, below a header: cases, sizes, spacings, channels, intensities, empty masks."""
     rows: list[Row] = [
         ["split", "cases", "sizes", "spacing (mm)", "channels", "files", "1 to 99 % of values", "empty", "ignored"]
@@ -55,7 +55,7 @@ def split_table(found: Examination) -> list[Row]:
     return rows
 
 
-def class_table(found: Examination) -> list[Row]:
+def class_table(found: SurveyResult) -> list[Row]:
     """A row for each class, below a header: its share of the pixels, and the cases it occurs in, of each split."""
     rows: list[Row] = [["class", *(f"{split}: pixels (cases)" for split in found.sizes)]]
     shares = {split: class_shares(found.of(split), len(found.task.classes)) for split in found.sizes}
@@ -68,7 +68,7 @@ def class_table(found: Examination) -> list[Row]:
     return rows
 
 
-def object_table(found: Examination) -> list[Row]:
+def object_table(found: SurveyResult) -> list[Row]:
     """A row for each class that is something: its connected components in all splits.
 
     How many there are, and in the median case that has any; their pixels; how many have fewer than 10; and how many
@@ -113,12 +113,12 @@ def object_table(found: Examination) -> list[Row]:
     return rows
 
 
-def component_sizes(cases: Sequence[Case], index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def component_sizes(cases: Sequence[CaseStatistics], index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Pixels of all connected components of a class."""
     return np.concatenate([np.zeros(0, np.int64), *(case.objects[index].sizes for case in cases)])
 
 
-def case_columns(found: Examination) -> list[str]:
+def case_columns(found: SurveyResult) -> list[str]:
     """Names of what `case_row` gives."""
     columns = ["split", "case", "size", "mask_size", "spacing", "channels", "kind"]
     columns += ["min", "p1", "median", "p99", "max", "mean", "std", "ignored"]
@@ -133,7 +133,7 @@ def case_columns(found: Examination) -> list[str]:
     return [*columns, "own_place"]
 
 
-def case_row(case: Case, found: Examination) -> dict[str, str]:
+def case_row(case: CaseStatistics, found: SurveyResult) -> dict[str, str]:
     """The numbers of a case, by column. `own_place`: the mean rank of the gradient below its mask's outline."""
     row = {
         "split": case.split,
@@ -159,7 +159,7 @@ def case_row(case: Case, found: Examination) -> dict[str, str]:
     return row
 
 
-def shown(found: Examination, findings: Sequence[Finding]) -> list[RenderableType]:
+def shown(found: SurveyResult, findings: Sequence[Finding]) -> list[RenderableType]:
     """Tables and findings for a terminal."""
     from rich.text import Text
 

@@ -5,28 +5,28 @@ must know, `compare` runs the file on real cases beside the module, and `model_c
 """
 
 from lightning_dice.exporting.formats import FORMATS, Format, MissingExtra
-from lightning_dice.exporting.graph import Captured, Deployed, Graph, NotExportable, capture, takes_batches
+from lightning_dice.exporting.graph import ExportedGraph, ExportWrapper, Graph, NotExportable, capture, takes_batches
 from lightning_dice.exporting.metadata import SCHEMA, SCHEMA_VERSION, describe
 from lightning_dice.exporting.model_card import model_card
 from lightning_dice.exporting.onnx_script import script
-from lightning_dice.exporting.verification import Agreement, Case, compare
+from lightning_dice.exporting.verification import Agreement, VerificationCase, verify
 
 __all__ = [
     "FORMATS",
     "SCHEMA",
     "SCHEMA_VERSION",
     "Agreement",
-    "Captured",
-    "Case",
-    "Deployed",
+    "ExportWrapper",
+    "ExportedGraph",
     "Format",
     "Graph",
     "MissingExtra",
     "NotExportable",
+    "VerificationCase",
     "capture",
-    "compare",
     "describe",
     "model_card",
     "script",
     "takes_batches",
+    "verify",
 ]

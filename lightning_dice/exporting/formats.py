@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.exporting.graph import Captured, NotExportable, axes
+from lightning_dice.exporting.graph import ExportedGraph, NotExportable, axes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Format(Protocol):
         """
         ...
 
-    def prepare(self, captured: Captured | None, module: SegmentationModule, output: str) -> Any:
+    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
         """What `write` writes: the slow part, done once."""
         ...
 
@@ -84,7 +84,7 @@ class Onnx:
         """onnx, onnxscript and onnxruntime."""
         _require("onnx", "onnxscript", "onnxruntime", extra="export")
 
-    def prepare(self, captured: Captured | None, module: SegmentationModule, output: str) -> Any:
+    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
         """A model in memory."""
         if captured is None:
             raise ValueError("captured must be a graph, got None")
@@ -148,7 +148,7 @@ class Program:
     def require(self) -> None:
         """Nothing but torch."""
 
-    def prepare(self, captured: Captured | None, module: SegmentationModule, output: str) -> Any:
+    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
         """The program itself."""
         if captured is None:
             raise ValueError("captured must be a graph, got None")
@@ -187,7 +187,7 @@ class Weights:
         """safetensors, which comes with segmentation-models-pytorch."""
         _require("safetensors")
 
-    def prepare(self, captured: Captured | None, module: SegmentationModule, output: str) -> Any:
+    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
         """Copies: the format has neither shared memory nor strides."""
         return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
 
@@ -243,7 +243,7 @@ def _strip(model: Any) -> None:
             part.ClearField(name)
 
 
-def _name_axes(model: Any, captured: Captured) -> None:
+def _name_axes(model: Any, captured: ExportedGraph) -> None:
     """Call the open axes of the graph by their names: `batch`, `height`, instead of `s77`."""
     shape = model.graph.input[0].type.tensor_type.shape.dim
     names = {

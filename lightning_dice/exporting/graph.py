@@ -28,7 +28,7 @@ class NotExportable(ValueError):
     """The network cannot be made into a graph; the message says why, in its cause's own first line."""
 
 
-class Deployed(nn.Module):
+class ExportWrapper(nn.Module):
     """What an exported file computes of images `(batch, channels, *space)`.
 
     The image is normalized, its last rows and columns are repeated up to a multiple of the module's divisor, the
@@ -46,7 +46,7 @@ class Deployed(nn.Module):
             wrong in the fourth digit, which moves logits by as much as half.
 
     >>> from lightning_dice import SegmentationModule
-    >>> deployed = Deployed(SegmentationModule(nn.Conv2d(1, 1, 3, padding=1), divisor=4), graph="labels")
+    >>> deployed = ExportWrapper(SegmentationModule(nn.Conv2d(1, 1, 3, padding=1), divisor=4), graph="labels")
     >>> labels = deployed(torch.zeros(2, 1, 5, 7))
     >>> labels.shape, labels.dtype
     (torch.Size([2, 1, 5, 7]), torch.uint8)
@@ -88,7 +88,7 @@ class Deployed(nn.Module):
         return labels if self.activation == "softmax" else labels.movedim(0, 1).to(torch.uint8)
 
 
-class Captured(NamedTuple):
+class ExportedGraph(NamedTuple):
     """A graph, and the images that it takes.
 
     Attributes:
@@ -112,8 +112,8 @@ def axes(ndim: int) -> tuple[str, ...]:
 
 
 def capture(
-    deployed: Deployed, channels: int, ndim: int, size: Sequence[int] | None = None, *, portable: bool = False
-) -> Captured:
+    deployed: ExportWrapper, channels: int, ndim: int, size: Sequence[int] | None = None, *, portable: bool = False
+) -> ExportedGraph:
     """Make a graph.
 
     Its batch and space axes are open where the network allows it. A network that would be right at the traced batch
@@ -149,7 +149,7 @@ def capture(
             # Some graphs need more than one cell of the coarsest features along each axis.
             cell = torch.rand(batch, channels, *[divisor] * ndim)
             large = size is None and _refusal(program, [cell], deployed, portable=portable) is not None
-            return Captured(_cleaned(program), names, divisor + 1 if large else 1)
+            return ExportedGraph(_cleaned(program), names, divisor + 1 if large else 1)
         failure = failure or refusal
     reason = " ".join(str(failure).strip().splitlines()[:1]) or type(failure).__name__
     raise NotExportable(f"{type(failure).__name__}: {reason}") from failure
@@ -209,7 +209,7 @@ def _probes(example: Tensor, dynamic: Sequence[str], divisor: int) -> list[Tenso
 
 
 def _refusal(
-    program: torch.export.ExportedProgram, probes: Sequence[Tensor], reference: Deployed, *, portable: bool
+    program: torch.export.ExportedProgram, probes: Sequence[Tensor], reference: ExportWrapper, *, portable: bool
 ) -> Exception | None:
     """Why a graph does not take some of the images; `None` if it does, with the right results."""
     # A size that the conditions exclude may be right without them, which the numbers tell; else they must hold.

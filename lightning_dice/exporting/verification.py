@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_dice.inference import Predictor, SlidingWindow
 
 
-class Case(NamedTuple):
+class VerificationCase(NamedTuple):
     """What both are run on.
 
     Attributes:
@@ -75,10 +75,10 @@ class Agreement:
         }
 
 
-def compare(
+def verify(
     run: Callable[[Tensor], Tensor],
     predictor: Predictor,
-    cases: Iterable[Case],
+    cases: Iterable[VerificationCase],
     *,
     data: str,
     graph: Graph,

@@ -6,7 +6,14 @@ from lightning_dice.functional.components import RegionMap, Regions, component_r
 from lightning_dice.functional.hard_labels import hard_prediction, hard_sums, hard_target, label_sums
 from lightning_dice.functional.micro_batches import micro_batched
 from lightning_dice.functional.model_outputs import pad_to_multiple, read_logits
-from lightning_dice.functional.reduction import Partial, Pool, complete, of_pooled, pool_sums, weighted_mean
+from lightning_dice.functional.reduction import (
+    DeferredReduction,
+    Pool,
+    finish_reductions,
+    of_pooled,
+    pool_sums,
+    weighted_mean,
+)
 from lightning_dice.functional.scores import (
     ClassWeighting,
     dice_score,
@@ -23,7 +30,7 @@ __all__ = [
     "AbsentRule",
     "BoundaryWeight",
     "ClassWeighting",
-    "Partial",
+    "DeferredReduction",
     "Pool",
     "RegionMap",
     "Regions",
@@ -31,9 +38,9 @@ __all__ = [
     "TubedSkeleton",
     "coarser_target",
     "coarser_weight",
-    "complete",
     "component_regions",
     "dice_score",
+    "finish_reductions",
     "generalized_dice_score",
     "hard_prediction",
     "hard_sums",

@@ -16,16 +16,16 @@ from lightning_dice.kernels import OverlapSums
 Pool = Literal["image", "batch", "all"]
 
 
-class Partial(NamedTuple):
+class DeferredReduction(NamedTuple):
     """A result up to the point where something is summed over the ranks of a distributed training.
 
-    What has a result in this form can wait for others, so that all of them send one message; see `complete`.
+    What has a result in this form can wait for others, so that all of them send one message; see `finish_reductions`.
 
     Attributes:
         parts: what is to be summed over the ranks: floating-point tensors of any shape, the same on every rank.
         finish: the result, given the parts in their order, summed over all ranks or of this one alone.
 
-    >>> complete([weighted_mean(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))])
+    >>> finish_reductions([weighted_mean(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))])
     [tensor(2.)]
     """
 
@@ -33,29 +33,29 @@ class Partial(NamedTuple):
     finish: Callable[..., Tensor]
 
     @staticmethod
-    def of(result: Tensor) -> Partial:
+    def of(result: Tensor) -> DeferredReduction:
         """A result for which nothing has to be summed."""
-        return Partial((), lambda: result)
+        return DeferredReduction((), lambda: result)
 
     @staticmethod
-    def joined(partials: Sequence[Partial], function: Callable[..., Tensor]) -> Partial:
+    def joined(partials: Sequence[DeferredReduction], function: Callable[..., Tensor]) -> DeferredReduction:
         """A function of several results, whose parts go in one message; it is called with the results, in order."""
 
         def finish(*parts: Tensor) -> Tensor:
             return function(*_finished(partials, parts))
 
-        return Partial(tuple(part for partial in partials for part in partial.parts), finish)
+        return DeferredReduction(tuple(part for partial in partials for part in partial.parts), finish)
 
-    def then(self, function: Callable[[Tensor], Tensor]) -> Partial:
+    def then(self, function: Callable[[Tensor], Tensor]) -> DeferredReduction:
         """The same, with `function` applied to the result."""
-        return Partial(self.parts, lambda *parts: function(self.finish(*parts)))
+        return DeferredReduction(self.parts, lambda *parts: function(self.finish(*parts)))
 
-    def local(self) -> Partial:
+    def local(self) -> DeferredReduction:
         """The result of this rank alone, as it is without other ranks."""
-        return Partial.of(self.finish(*self.parts))
+        return DeferredReduction.of(self.finish(*self.parts))
 
 
-def complete(partials: Sequence[Partial]) -> list[Tensor]:
+def finish_reductions(partials: Sequence[DeferredReduction]) -> list[Tensor]:
     """The results. In a distributed training all their parts go over the ranks in one all-reduce, with a gradient.
 
     Only where a gradient is taken: in an evaluation the ranks need not hold equally many batches, and nothing is sent.
@@ -75,7 +75,7 @@ def complete(partials: Sequence[Partial]) -> list[Tensor]:
     return _finished(partials, summed)
 
 
-def _finished(partials: Sequence[Partial], parts: Sequence[Tensor]) -> list[Tensor]:
+def _finished(partials: Sequence[DeferredReduction], parts: Sequence[Tensor]) -> list[Tensor]:
     """The results, of the parts of all of them in their order."""
     rest = iter(parts)
     return [partial.finish(*islice(rest, len(partial.parts))) for partial in partials]
@@ -100,8 +100,8 @@ def pool_sums(sums: OverlapSums, pool: Pool) -> OverlapSums:
 
 
 def of_pooled(
-    sums: Sequence[OverlapSums], pool: Pool, formula: Callable[..., Partial], *, across_ranks: bool = True
-) -> Partial:
+    sums: Sequence[OverlapSums], pool: Pool, formula: Callable[..., DeferredReduction], *, across_ranks: bool = True
+) -> DeferredReduction:
     """A formula on sums that are pooled over images, and with `"batch"` and `"all"` over the ranks.
 
     Args:
@@ -123,11 +123,11 @@ def of_pooled(
         partial = formula(*summed)
         return partial.finish(*partial.parts)
 
-    return Partial(tuple(field for one in pooled for field in one.fields.values()), finish)
+    return DeferredReduction(tuple(field for one in pooled for field in one.fields.values()), finish)
 
 
-def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = None) -> Partial:
-    """Mean of `values` over what is kept, weighted by class; over that of all ranks, once `complete`.
+def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = None) -> DeferredReduction:
+    """Mean of `values` over what is kept, weighted by class; over that of all ranks, once `finish_reductions` has run.
 
     Args:
         values: `(images, classes)`.
@@ -141,7 +141,7 @@ def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = N
     if class_weights is not None:
         weight = weight * class_weights.to(values.dtype)
     total, norm = (values.where(kept, 0.0) * weight).sum(), weight.sum()
-    return Partial((total, norm), lambda total, norm: total / torch.where(norm > 0, norm, 1.0))
+    return DeferredReduction((total, norm), lambda total, norm: total / torch.where(norm > 0, norm, 1.0))
 
 
 def gradient_shares() -> int:

@@ -26,7 +26,7 @@ Unit = Literal["pixels", "mm"]
 
 
 @dataclass(frozen=True)
-class Decision:
+class PostProcessing:
     r"""How logits become labels.
 
     The logits of a class are divided by the temperature T. With sigmoid, a pixel has class c where
@@ -52,9 +52,9 @@ class Decision:
         ValueError: a setting out of its range; in a call, another number of classes, or an unknown spacing.
 
     >>> logits = torch.tensor([[0.3, -0.3, -3.0]])
-    >>> Decision(thresholds=[0.4]).labels(logits, activation="sigmoid")
+    >>> PostProcessing(thresholds=[0.4]).labels(logits, activation="sigmoid")
     tensor([[ True,  True, False]])
-    >>> print(Decision(temperature=1.5, smallest=20))
+    >>> print(PostProcessing(temperature=1.5, smallest=20))
     temperature 1.5, components of at least 20 pixels
     """
 
@@ -188,7 +188,7 @@ class Decision:
         tempered = logits if self.scale == 1 else logits / self.scale
         return tempered.softmax(0) if activation == "softmax" else tempered.sigmoid()
 
-    def filled(self, other: Decision) -> Decision:
+    def filled(self, other: PostProcessing) -> PostProcessing:
         """This decision, with what it leaves open from another: the user's word first, then the calibration's."""
         mine = dataclasses.asdict(self)
         taken = {name: getattr(other, name) for name in ("temperature", "thresholds") if mine[name] is None}
@@ -199,7 +199,7 @@ class Decision:
         return dataclasses.replace(self, **taken, origin=self.origin or other.origin)
 
     def settings(self) -> dict[str, Any]:
-        """What is decided, as plain values: `Decision(**settings)` is this again."""
+        """What is decided, as plain values: `PostProcessing(**settings)` is this again."""
         plain = {name: value for name, value in dataclasses.asdict(self).items() if name != "origin"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -215,7 +215,7 @@ class Decision:
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def load(cls, path: Path) -> Decision:
+    def load(cls, path: Path) -> PostProcessing:
         """What `save` wrote.
 
         Raises:
@@ -225,7 +225,7 @@ class Decision:
         return cls(**_read(path)["decision"], origin=str(path))
 
 
-def pooled(decisions: Sequence[Decision], classes_threshold: float = 0.5) -> Decision:
+def pooled(decisions: Sequence[PostProcessing], classes_threshold: float = 0.5) -> PostProcessing:
     """The decision of an ensemble of networks that each have one.
 
     Probabilities are averaged after each network's own temperature, so that none is left; thresholds are the mean of
@@ -256,7 +256,7 @@ def pooled(decisions: Sequence[Decision], classes_threshold: float = 0.5) -> Dec
     return dataclasses.replace(first, temperature=None, thresholds=thresholds, origin=origins)
 
 
-def find_decision(run: str | Path, choice: str | Path = "auto", checkpoint: Path | None = None) -> Decision:
+def find_postprocessing(run: str | Path, choice: str | Path = "auto", checkpoint: Path | None = None) -> PostProcessing:
     """What calibration a run's predictions are to be made with.
 
     Args:
@@ -266,26 +266,26 @@ def find_decision(run: str | Path, choice: str | Path = "auto", checkpoint: Path
         checkpoint: the file whose weights are used.
 
     Returns:
-        A `Decision` with `origin`, the file; `Decision()` where there is none.
+        A `PostProcessing` with `origin`, the file; `PostProcessing()` where there is none.
 
     Raises:
         FileNotFoundError: the file that was named is not there.
-        ValueError: the file is not one that `Decision.save` has written; or, with `"auto"`, was made for another
+        ValueError: the file is not one that `PostProcessing.save` has written; or, with `"auto"`, was made for another
             checkpoint.
     """
     if choice == "none":
-        return Decision()
+        return PostProcessing()
     path = Path(choice).expanduser() if choice != "auto" else Path(run).expanduser() / CALIBRATION
     if choice == "auto":
         if not path.is_file():
-            return Decision()
+            return PostProcessing()
         made_for = (_read(path).get("checkpoint") or {}).get("sha256")
         if checkpoint is not None and made_for is not None and made_for != digest(checkpoint):
             raise ValueError(
                 f"{path} was made for another checkpoint than {checkpoint}: calibrate again (overwrite=true), or "
                 f"choose calibration=none, or calibration={path} to use it all the same"
             )
-    return Decision.load(path)
+    return PostProcessing.load(path)
 
 
 def digest(path: Path) -> str:
@@ -308,11 +308,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not a calibration file: it holds no "decision"')
     if content.get("version") != VERSION:
         raise ValueError(f"{path} has version {content.get('version')!r}, and this package reads {VERSION}")
-    known = {entry.name for entry in dataclasses.fields(Decision)} - {"origin"}
+    known = {entry.name for entry in dataclasses.fields(PostProcessing)} - {"origin"}
     if unknown := sorted(set(content["decision"]) - known):
         raise ValueError(f"{path}: a decision has no {', '.join(unknown)}, only {', '.join(sorted(known))}")
     try:
-        Decision(**content["decision"])
+        PostProcessing(**content["decision"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return content

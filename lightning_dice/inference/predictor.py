@@ -12,7 +12,7 @@ from lightning_dice.argument_checks import number, one_of
 from lightning_dice.functional.activations import probabilities
 from lightning_dice.functional.model_outputs import read_logits, resize_to
 from lightning_dice.inference.logit_resampling import resized
-from lightning_dice.inference.postprocessing import Decision, pooled
+from lightning_dice.inference.postprocessing import PostProcessing, pooled
 from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow, Weighting
 from lightning_dice.inference.test_time_augmentation import Flips, flipped, mean_logits
 
@@ -42,13 +42,13 @@ class Inference:
         weighting: Weighting = "gaussian",
         batch_size: int = 4,
         flips: Iterable[int] = (),
-        decision: Decision | None = None,
+        decision: PostProcessing | None = None,
     ) -> None:
         # Made in any case, so that a mistake in a setting is told before it is of account.
         window = SlidingWindow(size if size is not None else [1], overlap, weighting, batch_size)
         self.window = window if size is not None else None
         self.flips = Flips(flips)
-        self.decision = decision if decision is not None else Decision()
+        self.decision = decision if decision is not None else PostProcessing()
 
     def __repr__(self) -> str:
         return f"Inference(window={self.window}, flips={list(self.flips.axes)}, decision={self.decision})"
@@ -94,7 +94,7 @@ class Predictor:
         nets: Sequence[Net],
         window: SlidingWindow | None = None,
         flips: Flips | None = None,
-        decision: Decision | Sequence[Decision] | None = None,
+        decision: PostProcessing | Sequence[PostProcessing] | None = None,
         *,
         activation: Literal["sigmoid", "softmax"],
         threshold: float = 0.5,
@@ -108,8 +108,8 @@ class Predictor:
         self.activation: Literal["sigmoid", "softmax"] = one_of("activation", activation, ("sigmoid", "softmax"))
         self.threshold = number("threshold", threshold, 0, 1, open_ends=True)
         self.device = torch.device(device)
-        decision = decision if decision is not None else Decision()
-        each = [decision] * len(self.nets) if isinstance(decision, Decision) else list(decision)
+        decision = decision if decision is not None else PostProcessing()
+        each = [decision] * len(self.nets) if isinstance(decision, PostProcessing) else list(decision)
         if len(each) != len(self.nets):
             raise ValueError(f"decision must be one, or one for each of the {len(self.nets)} nets, got {len(each)}")
         self.decisions = each
@@ -182,7 +182,7 @@ class Predictor:
             spacing: between pixels of the labels along each axis, in mm, for a decision that measures components.
 
         Returns:
-            As `Decision.labels`: class ids `(*size)` or bool planes `(classes, *size)`.
+            As `PostProcessing.labels`: class ids `(*size)` or bool planes `(classes, *size)`.
 
         Raises:
             ValueError: the network's logits are not numbers, which no label stands for; in `decide` too.

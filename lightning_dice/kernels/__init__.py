@@ -11,14 +11,14 @@ from lightning_dice.kernels.overlap_sums import checked_pixels, overlap_sums
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import total
 from lightning_dice.kernels.regions import region_sums
-from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
+from lightning_dice.kernels.sums import Focal, OverlapSums, RequiredSums, wide_dtype
 
 __all__ = [
     "Activation",
     "Focal",
     "OverlapSums",
     "Pixels",
-    "Wanted",
+    "RequiredSums",
     "available",
     "check_forced",
     "check_logits",

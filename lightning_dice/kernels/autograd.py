@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import reference
-from lightning_dice.kernels.backend import OutOfRange, Work
+from lightning_dice.kernels.backend import OutOfRange, SumsSpec
 from lightning_dice.kernels.checks import check_values
 from lightning_dice.kernels.dispatch import TWINS
 from lightning_dice.kernels.pixels import read_pixels
-from lightning_dice.kernels.sums import Focal, Wanted
+from lightning_dice.kernels.sums import Focal, RequiredSums
 
-_WISHES = tuple(field.name for field in dataclasses.fields(Wanted))
+_WISHES = tuple(field.name for field in dataclasses.fields(RequiredSums))
 # What a call is told apart from its tensors: the twin, activation, ignored label, names of the sums, focal factor.
 Told = tuple[str, str, int | None, str, float, float | None]
 
 
-def told(twin: str, work: Work) -> Told:
+def told(twin: str, work: SumsSpec) -> Told:
     """A twin and a work as an operator takes them."""
     focal = work.wanted.focal
     wanted = [name for name in _WISHES if getattr(work.wanted, name)]
@@ -33,9 +33,9 @@ def told(twin: str, work: Work) -> Told:
     return twin, str(work.activation), work.ignore_index, ",".join(wanted), gamma, alpha
 
 
-def _work(logits: Tensor, target: Tensor, activation: str, ignore_index: int | None, *wanted: Any) -> Work:
+def _work(logits: Tensor, target: Tensor, activation: str, ignore_index: int | None, *wanted: Any) -> SumsSpec:
     planes = target.shape == logits.shape
-    return Work(
+    return SumsSpec(
         "softmax" if activation == "softmax" else "sigmoid",
         planes,
         planes and target.is_floating_point(),
@@ -45,10 +45,10 @@ def _work(logits: Tensor, target: Tensor, activation: str, ignore_index: int | N
 
 
 @functools.cache
-def _wanted(names: str, gamma: float, alpha: float | None) -> Wanted:
+def _wanted(names: str, gamma: float, alpha: float | None) -> RequiredSums:
     found = set(names.split(",")) - {""}
     flags: dict[str, Any] = dict.fromkeys(found - {"focal"}, True)
-    return Wanted(**flags, focal=Focal(gamma, alpha) if "focal" in found else None)
+    return RequiredSums(**flags, focal=Focal(gamma, alpha) if "focal" in found else None)
 
 
 @torch.library.custom_op("lightning_dice::overlap_sums", mutates_args=())
@@ -118,7 +118,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 overlap_sums.register_autograd(_backward, setup_context=_remember)
 
 
-def plain_sums(logits: Tensor, target: Tensor, weight: Tensor | None, twin: str, work: Work) -> Tensor:
+def plain_sums(logits: Tensor, target: Tensor, weight: Tensor | None, twin: str, work: SumsSpec) -> Tensor:
     """The same in a call that is not compiled."""
     sums: Tensor = _Sums.apply(logits, target, weight, twin, work)
     return sums
@@ -126,7 +126,7 @@ def plain_sums(logits: Tensor, target: Tensor, weight: Tensor | None, twin: str,
 
 class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, twin: str, work: Work) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, twin: str, work: SumsSpec) -> Tensor:
         ctx.save_for_backward(logits, target, weight)
         ctx.twin, ctx.work = twin, work
         return _forward(twin, work, logits, target, weight)
@@ -141,7 +141,7 @@ class _Sums(torch.autograd.Function):
         return slope, None, None, None, None
 
 
-def _forward(twin: str, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def _forward(twin: str, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     done = TWINS[twin]
     asked = {"activation": work.activation, "ignore_index": work.ignore_index, "weight": weight}
     if logits.device.type == "cpu" and not done.CHECKS_VALUES:
@@ -153,14 +153,14 @@ def _forward(twin: str, work: Work, logits: Tensor, target: Tensor, weight: Tens
         return _reference(work, logits, target, weight)  # At the limits of another dtype, and in range after all.
 
 
-def _slope_of_reference(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def _slope_of_reference(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits as somebody needs it who differentiates it again: which only the reference can have."""
     sums = _reference(work, logits, target, weight)
     (slope,) = torch.autograd.grad(sums, logits, grad, create_graph=True)
     return slope
 
 
-def _reference(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def _reference(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     pixels = read_pixels(logits, target, activation=work.activation, ignore_index=work.ignore_index, weight=weight)
     sums = reference.overlap_sums(pixels, work.wanted)
     return torch.stack([sums.fields[name].double() for name in work.rows])

@@ -7,11 +7,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from lightning_dice.kernels.sums import Wanted
+from lightning_dice.kernels.sums import RequiredSums
 
 
 @dataclass(frozen=True)
-class Work:
+class SumsSpec:
     """The sums of one call, apart from its tensors.
 
     Attributes:
@@ -28,7 +28,7 @@ class Work:
     planes: bool
     soft: bool
     ignore_index: int | None = None
-    wanted: Wanted = Wanted()  # noqa: RUF009  (frozen)
+    wanted: RequiredSums = RequiredSums()  # noqa: RUF009  (frozen)
     rows: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class OutOfRange(Exception):
     """A twin has met a label or a weight outside its range; the checks of `inputs` can name it."""
 
 
-class Twin(Protocol):
+class Backend(Protocol):
     """An implementation of the sums: a module with these functions. None of them sees a gradient's graph.
 
     Tensors are as `overlap_sums` takes them, of any strides: logits `(images, classes, *space)`; target `(images,
@@ -60,11 +60,11 @@ class Twin(Protocol):
     def missing(self) -> str | None:
         """Why it cannot run here, such as `"no C++ compiler"`; `None`: it can."""
 
-    def takes(self, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    def takes(self, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
         """Whether it can do this work on these tensors."""
 
-    def forward(self, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(self, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """The sums, float64 `(rows, images, classes)`; may raise `OutOfRange`."""
 
-    def backward(self, work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    def backward(self, work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""

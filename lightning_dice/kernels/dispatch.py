@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import native, torch_blocked, triton_backend
-from lightning_dice.kernels.backend import Twin, Work
+from lightning_dice.kernels.backend import Backend, SumsSpec
 
-TWINS = {"native": cast(Twin, native), "blocked": cast(Twin, torch_blocked), "triton": cast(Twin, triton_backend)}
+TWINS = {
+    "native": cast(Backend, native),
+    "blocked": cast(Backend, torch_blocked),
+    "triton": cast(Backend, triton_backend),
+}
 NAMES = ("reference", *TWINS)
 # The first that can does the work.
 _BY_DEVICE = {"cpu": ("native", "blocked"), "cuda": ("triton",)}
@@ -56,7 +60,7 @@ def forced(name: str | None, *, strict: bool = False) -> Iterator[None]:
         _forced, _strict = before
 
 
-def chosen(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+def chosen(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """The name of the twin that does this work; `None`: the reference does."""
     if not _lies_in_memory(logits, target, weight):
         return None

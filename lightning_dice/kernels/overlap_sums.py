@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels import autograd, reference
-from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels.backend import SumsSpec
 from lightning_dice.kernels.checks import COMPARABLE, Activation, check_logits, check_shapes, check_values, reads_values
 from lightning_dice.kernels.dispatch import chosen, refuse_if_strict
 from lightning_dice.kernels.pixels import Pixels, read_pixels
-from lightning_dice.kernels.sums import OverlapSums, Wanted, holds_label
+from lightning_dice.kernels.sums import OverlapSums, RequiredSums, holds_label
 
 
 def overlap_sums(
@@ -23,7 +23,7 @@ def overlap_sums(
     ignore_index: int | None = None,
     weight: Tensor | None = None,
     annotated: Tensor | None = None,
-    wanted: Wanted = Wanted(),  # noqa: B008  (frozen)
+    wanted: RequiredSums = RequiredSums(),  # noqa: B008  (frozen)
 ) -> OverlapSums:
     """Sum what overlap losses need of each class in each image.
 
@@ -64,20 +64,22 @@ def overlap_sums(
         return reference.overlap_sums(pixels, wanted)
 
 
-def _work(logits: Tensor, target: Tensor, activation: Activation, ignore_index: int | None, wanted: Wanted) -> Work:
+def _work(
+    logits: Tensor, target: Tensor, activation: Activation, ignore_index: int | None, wanted: RequiredSums
+) -> SumsSpec:
     planes = target.shape == logits.shape
     ignore_index = ignore_index if holds_label(target, ignore_index) else None
-    return Work(activation, planes, planes and target.is_floating_point(), ignore_index, wanted)
+    return SumsSpec(activation, planes, planes and target.is_floating_point(), ignore_index, wanted)
 
 
-def _twin(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+def _twin(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """The twin that does it: they differentiate in the logits alone."""
     if target.requires_grad or (weight is not None and weight.requires_grad):
         return None
     return chosen(work, logits, target, weight)
 
 
-def _by_twin(twin: str, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> OverlapSums:
+def _by_twin(twin: str, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> OverlapSums:
     if reads_values(logits):
         check_logits(logits, activation=work.activation)
     if torch.compiler.is_compiling():

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.pixels import Pixels, log, softplus
-from lightning_dice.kernels.sums import Focal, OverlapSums, Wanted, wide_dtype
+from lightning_dice.kernels.sums import Focal, OverlapSums, RequiredSums, wide_dtype
 
 _BLOCK = 1 << 16  # pixels
 
 
-def overlap_sums(pixels: Pixels, wanted: Wanted) -> OverlapSums:
+def overlap_sums(pixels: Pixels, wanted: RequiredSums) -> OverlapSums:
     """The sums of `lightning_dice.kernels.overlap_sums`."""
     z, w = pixels.logits, pixels.weight
     p = pixels.probs()

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import minus_log_complement
-from lightning_dice.kernels.sums import OverlapSums, Wanted, wide_dtype
+from lightning_dice.kernels.sums import OverlapSums, RequiredSums, wide_dtype
 
 
-def region_sums(pixels: Pixels, regions: Tensor, wanted: Wanted = Wanted()) -> tuple[OverlapSums, Tensor]:  # noqa: B008
+def region_sums(pixels: Pixels, regions: Tensor, wanted: RequiredSums = RequiredSums()) -> tuple[OverlapSums, Tensor]:  # noqa: B008
     """Sum over each region of each class in each image.
 
     Each pixel is added once: to its region or, where it belongs to all regions of its class and image, to a sum that

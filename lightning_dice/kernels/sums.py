@@ -24,11 +24,11 @@ class Focal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequiredSums:
     """Sums beyond the four that are always there; see `OverlapSums` for what each is.
 
-    >>> Wanted(nll=True) | Wanted(squares=True)
-    Wanted(squares=True, minimum=False, nll=True, all_nll=False, absent_nll=False, focal=None)
+    >>> RequiredSums(nll=True) | RequiredSums(squares=True)
+    RequiredSums(squares=True, minimum=False, nll=True, all_nll=False, absent_nll=False, focal=None)
     """
 
     squares: bool = False
@@ -38,7 +38,7 @@ class Wanted:
     absent_nll: bool = False
     focal: Focal | None = None
 
-    def __or__(self, other: Wanted) -> Wanted:
+    def __or__(self, other: RequiredSums) -> RequiredSums:
         """What either wants.
 
         Raises:
@@ -46,7 +46,7 @@ class Wanted:
         """
         if not self.agrees(other):
             raise ValueError(f"one pass has one focal factor, got {self.focal} and {other.focal}")
-        return Wanted(
+        return RequiredSums(
             self.squares or other.squares,
             self.minimum or other.minimum,
             self.nll or other.nll,
@@ -55,7 +55,7 @@ class Wanted:
             self.focal or other.focal,
         )
 
-    def agrees(self, other: Wanted) -> bool:
+    def agrees(self, other: RequiredSums) -> bool:
         """Whether one pass can serve both."""
         return self.focal is None or other.focal is None or self.focal == other.focal
 
@@ -94,7 +94,7 @@ class OverlapSums:
         actual: :math:`\sum w t`.
         count: :math:`\sum w`, in pixels.
         predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless wanted (a loss says so by its
-            `wanted`: `Wanted(squares=True)`).
+            `wanted`: `RequiredSums(squares=True)`).
         actual_squares: :math:`\sum w t^2`.
         minimum: :math:`\sum w \min(p, t)`; the overlap, where every label is 0 or 1.
         nll: :math:`\sum w\,(-\log p)` over the pixels of the true class, in the sum of that class, where classes

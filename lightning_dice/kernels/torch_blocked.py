@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels.backend import SumsSpec
 from lightning_dice.kernels.pages import ask_for_large_pages
 from lightning_dice.kernels.pixels import read_pixels
 
@@ -26,14 +26,14 @@ def missing() -> str | None:
     return None
 
 
-def takes(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Softmax with class ids and sigmoid, with the sums of Dice and cross-entropy."""
     shared = weight is None or weight.shape != logits.shape
     form = work.activation == "sigmoid" if work.planes else work.activation == "softmax" and shared
     return form and set(work.rows) <= _DICE_AND_CE and logits.device.type != "mps"
 
 
-def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The sums, float64 `(rows, images, classes)`."""
     sums = logits.new_zeros((len(work.rows), *logits.shape[:2]), dtype=torch.float64)
     for image, _, read in _blocks(work, logits, target, weight):
@@ -42,7 +42,7 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
     return sums
 
 
-def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
     slope = torch.empty_like(logits)
     ask_for_large_pages(slope)
@@ -55,7 +55,9 @@ def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: T
     return slope if flat.data_ptr() == slope.data_ptr() else slope.copy_(flat.view(slope.shape))
 
 
-def _blocks(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Iterator[tuple[int, slice, _Read]]:
+def _blocks(
+    work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None
+) -> Iterator[tuple[int, slice, _Read]]:
     """Runs of pixels of one image: its number, which pixels, and what they hold."""
     images, classes = logits.shape[:2]
     length = max(_BLOCK // max(classes, 1), 1024)
@@ -113,7 +115,7 @@ class _Softened:
         return _Softened(x, top, own, others, (others + own).reciprocal_())
 
 
-def _softmax_sums(read: _Read, work: Work) -> dict[str, Tensor]:
+def _softmax_sums(read: _Read, work: SumsSpec) -> dict[str, Tensor]:
     z, ids = read.z, read.target.long()
     soft = _Softened.of(z, ids, z.amax(0, keepdim=True))
     share = soft.inv if read.weight is None else soft.inv * read.weight
@@ -156,7 +158,7 @@ def _by_class(values: Tensor, ids: Tensor, classes: int) -> Tensor:
     return values.new_zeros(classes, dtype=torch.float64).scatter_add_(0, ids[0], values[0].double())
 
 
-def _sigmoid_sums(read: _Read, work: Work) -> dict[str, Tensor]:
+def _sigmoid_sums(read: _Read, work: SumsSpec) -> dict[str, Tensor]:
     z, t, w = read.z, read.target.to(read.z.dtype), read.weight
     p = z.sigmoid()
     fields = {"count": read.count}

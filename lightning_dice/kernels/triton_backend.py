@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels.backend import SumsSpec
 
 # Reading a verdict back would make the GPU wait.
 CHECKS_VALUES = False
@@ -52,7 +52,7 @@ def missing() -> str | None:
     return None
 
 
-def takes(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Whether it can do this work on these tensors: on a GPU, and up to 1024 classes where they exclude each other."""
     if not _ready():
         return False
@@ -72,7 +72,7 @@ def takes(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> 
     return together and known and (not _exclusive(work) or logits.shape[1] <= _CLASSES)
 
 
-def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The sums, float64 `(rows, images, classes)`, in the order of `work.rows`."""
     images, classes = logits.shape[:2]
     if logits.numel() == 0:
@@ -97,7 +97,7 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
     return parts[0] if plan.chunks == 1 else parts.sum(0)
 
 
-def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits, with the shape, dtype and strides of `torch.empty_like(logits)`.
 
     Args:
@@ -149,7 +149,7 @@ class _Flat:
     order: tuple[int, ...]
 
     @classmethod
-    def of(cls, work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> _Flat:
+    def of(cls, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> _Flat:
         order = tuple(sorted(range(2, logits.ndim), key=lambda axis: -logits.stride()[axis]))
 
         def flat(tensor: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class _Plan:
     programs: int
 
     @classmethod
-    def of(cls, work: Work, logits: Tensor) -> _Plan:
+    def of(cls, work: SumsSpec, logits: Tensor) -> _Plan:
         images, classes, pixels = logits.shape
         widest = classes if _exclusive(work) else min(classes, _CLASS_BLOCK)
         block_c = 1 << (widest - 1).bit_length()
@@ -217,7 +217,7 @@ class _Plan:
     def arguments(self, ignore: float) -> tuple[float, ...]:
         return ignore, self.chunks, self.steps
 
-    def constants(self, work: Work, tensors: _Flat) -> dict[str, Any]:
+    def constants(self, work: SumsSpec, tensors: _Flat) -> dict[str, Any]:
         wide = tensors.logits.dtype == torch.float64
         compute = torch.float64 if wide else torch.float32
         focal = work.wanted.focal
@@ -271,15 +271,15 @@ def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _exclusive(work: Work) -> bool:
+def _exclusive(work: SumsSpec) -> bool:
     return not work.planes or work.activation == "softmax"
 
 
-def _row(work: Work, name: str) -> int:
+def _row(work: SumsSpec, name: str) -> int:
     return work.rows.index(name) if name in work.rows else -1
 
 
-def _ignored_value(work: Work, target: Tensor) -> float:
+def _ignored_value(work: SumsSpec, target: Tensor) -> float:
     """The ignored label as a target of this dtype holds it."""
     if work.ignore_index is None:
         return 0

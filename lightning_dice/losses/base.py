@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dice.argument_checks import class_weights_tensor, flag, label, one_of
-from lightning_dice.functional import AbsentPolicy, Partial, Pool, complete, of_pooled, weighted_mean
-from lightning_dice.kernels import Activation, OverlapSums, Wanted, overlap_sums
+from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, finish_reductions, of_pooled, weighted_mean
+from lightning_dice.kernels import Activation, OverlapSums, RequiredSums, overlap_sums
 
 TargetMap = Callable[[Tensor], Tensor]
 
@@ -76,7 +76,7 @@ class SegmentationLoss(nn.Module):
         Returns:
             A scalar, but with `reduction="none"` where the loss has that; float32 (float64 for float64 logits).
         """
-        (loss,) = complete([self.partial(logits, target, weight, annotated=annotated, maps=maps)])
+        (loss,) = finish_reductions([self.partial(logits, target, weight, annotated=annotated, maps=maps)])
         return loss
 
     def partial(
@@ -87,7 +87,7 @@ class SegmentationLoss(nn.Module):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what is summed over the ranks of a distributed training; arguments as in `forward`."""
         raise NotImplementedError(f"{type(self).__name__} must define partial, or forward")
 
@@ -99,12 +99,12 @@ class SegmentationLoss(nn.Module):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """What a loss that is made of others takes of this one; arguments as in `forward`."""
         if type(self).forward is SegmentationLoss.forward:
             return self.partial(logits, target, weight, annotated=annotated, maps=maps)
         # A subclass has its own word on what a call returns.
-        return Partial.of(self(logits, target, weight, annotated=annotated, maps=maps))
+        return DeferredReduction.of(self(logits, target, weight, annotated=annotated, maps=maps))
 
     def map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
         """The map `name` of every target of a batch: the given one, or computed now."""
@@ -176,17 +176,17 @@ class SumsLoss(SegmentationLoss):
     """Base of the losses that are a formula on `OverlapSums`: those that share a pass over the pixels in a compound."""
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> RequiredSums:
         """Sums it needs beyond the four that are always there."""
-        return Wanted()
+        return RequiredSums()
 
-    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+    def partial_of_sums(self, sums: OverlapSums) -> DeferredReduction:
         """The loss of sums `(images, classes)`, up to what the ranks sum. What a subclass defines."""
         raise NotImplementedError(f"{type(self).__name__} must define partial_of_sums")
 
     def from_sums(self, sums: OverlapSums) -> Tensor:
         """The loss of sums `(images, classes)` that have been added up elsewhere, over micro-batches for example."""
-        (loss,) = complete([self.partial_of_sums(sums)])
+        (loss,) = finish_reductions([self.partial_of_sums(sums)])
         return loss
 
     def partial(
@@ -197,7 +197,7 @@ class SumsLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
         sums = overlap_sums(
             logits,
@@ -252,11 +252,11 @@ class PixelMeanLoss(SumsLoss):
         """What is divided by the number of pixels, `(images, classes)`."""
         raise NotImplementedError
 
-    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+    def partial_of_sums(self, sums: OverlapSums) -> DeferredReduction:
         """The mean over the pixels of the sums."""
         return of_pooled([sums], self.pool, self._mean, across_ranks=self.across_ranks)
 
-    def _mean(self, pooled: OverlapSums) -> Partial:
+    def _mean(self, pooled: OverlapSums) -> DeferredReduction:
         classes = pooled.overlap.shape[1]
         weights = class_weights_of(self.class_weights, classes, pooled.overlap)
         # Where classes exclude each other a pixel counts once, for its own class; otherwise in each plane.

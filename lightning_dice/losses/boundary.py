@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.argument_checks import class_indices, flag, kept_classes, number
-from lightning_dice.functional import Partial, weighted_mean
+from lightning_dice.functional import DeferredReduction, weighted_mean
 from lightning_dice.functional.target_maps import BoundaryWeight, SignedDistance
 from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
@@ -91,7 +91,7 @@ class DistanceLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
 
         Of maps it takes `"signed_distance"`, of the shape of logits.
@@ -119,7 +119,7 @@ class DistanceLoss(SegmentationLoss):
             mean = self._mean(values, pixels, counted).then(lambda loss: loss.to(dtype))
             return mean if self.across_ranks else mean.local()
 
-    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> Partial:
+    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> DeferredReduction:
         w = pixels.weight
         above = total(values if w is None else values * w)
         below = values.new_full((1, 1), values.shape[2], dtype=wide_dtype(values)) if w is None else total(w)
@@ -290,7 +290,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
 
         Of maps it takes `"boundary_weight"`, of the shape of target.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dice.argument_checks import number
-from lightning_dice.functional import Partial
-from lightning_dice.kernels import Wanted, overlap_sums
+from lightning_dice.functional import DeferredReduction
+from lightning_dice.kernels import RequiredSums, overlap_sums
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses import compat
 from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap, call_plain
@@ -109,12 +109,12 @@ class CompoundLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The weighted sum up to what the ranks sum, of all terms together; see `SegmentationLoss.forward`.
 
         A module that is not of this library sends what it sends by itself.
         """
-        found: dict[str, Partial] = {}
+        found: dict[str, DeferredReduction] = {}
         active = {name: term for name, term in self.terms.items() if self.weights[name] != 0}
 
         def of_logits(value: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class CompoundLoss(SegmentationLoss):
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
             else:
                 self._check_ignored(name, term, target)
-                found[name] = Partial.of(call_plain(term, logits, target))
+                found[name] = DeferredReduction.of(call_plain(term, logits, target))
 
         def weighted_sum(*values: Tensor) -> Tensor:
             for name, value in zip(found, values, strict=True):
@@ -154,7 +154,7 @@ class CompoundLoss(SegmentationLoss):
                 return logits[:0].float().sum()
             return torch.stack([self.weights[name] * value for name, value in zip(found, values, strict=True)]).sum()
 
-        return Partial.joined(list(found.values()), weighted_sum)
+        return DeferredReduction.joined(list(found.values()), weighted_sum)
 
     def _check_ignored(self, name: str, term: nn.Module, target: Tensor) -> None:
         """Refuse ignored labels for a module that would take them for labels; on a GPU in the first call only."""
@@ -367,9 +367,9 @@ def _by_pixel(settings: OverlapSettings) -> dict[str, object]:
     return {name: settings[name] for name in shared if name in settings}  # type: ignore[literal-required]
 
 
-def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[Wanted, dict[str, SumsLoss]]]:
+def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[RequiredSums, dict[str, SumsLoss]]]:
     """Terms that one pass over the pixels can serve, and what it must sum."""
-    passes: list[tuple[Wanted, dict[str, SumsLoss]]] = []
+    passes: list[tuple[RequiredSums, dict[str, SumsLoss]]] = []
     for name, term in terms.items():
         if not isinstance(term, SumsLoss) or type(term).forward is not SegmentationLoss.forward:
             continue

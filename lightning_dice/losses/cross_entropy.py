@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_dice.argument_checks import class_weights_tensor, flag, number
-from lightning_dice.functional import Partial, weighted_mean
-from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, Wanted, checked_pixels, wide_dtype
+from lightning_dice.functional import DeferredReduction, weighted_mean
+from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, RequiredSums, checked_pixels, wide_dtype
 from lightning_dice.losses import compat
 from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, class_weights_of
 
@@ -53,10 +53,10 @@ class CrossEntropyLoss(PixelMeanLoss):
             raise ValueError("label_smoothing must be less than 1: nothing would be left of the labels")
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> RequiredSums:
         """The cross-entropy, and with smoothing that of every class."""
         smoothed = self.label_smoothing > 0
-        return Wanted(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
+        return RequiredSums(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """The sum of -log p of the (smoothed) label."""
@@ -95,9 +95,9 @@ class FocalLoss(PixelMeanLoss):
             raise ValueError("alpha sets foreground against background; with a softmax give class_weights")
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> RequiredSums:
         """The focal sum."""
-        return Wanted(focal=Focal(self.gamma, self.alpha))
+        return RequiredSums(focal=Focal(self.gamma, self.alpha))
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """The focal sum."""
@@ -205,7 +205,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
         pixels = checked_pixels(
             logits,
@@ -237,7 +237,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             cost, weights = cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)
         return cost.flatten(1), weights.flatten(1)
 
-    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> Partial:
+    def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> DeferredReduction:
         counted = weights > 0
         kept = counted.any(1)
         # In float64, and with a billionth to spare: 0.53 of 100 pixels is 53, not 52.

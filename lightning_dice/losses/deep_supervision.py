@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dice.argument_checks import number, one_of
-from lightning_dice.functional import Partial
+from lightning_dice.functional import DeferredReduction
 from lightning_dice.functional.target_resizing import Reduce, coarser_target, coarser_weight
 from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_plain
 from lightning_dice.losses.overlap import OverlapLoss
@@ -86,7 +86,7 @@ class DeepSupervision(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum, of all levels together.
 
         Args:
@@ -121,7 +121,7 @@ class DeepSupervision(SegmentationLoss):
                     raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
             return torch.stack([share * value for (_, share), value in zip(counted, values, strict=True)]).sum()
 
-        return Partial.joined(found, mean)
+        return DeferredReduction.joined(found, mean)
 
     def _at(
         self,
@@ -131,7 +131,7 @@ class DeepSupervision(SegmentationLoss):
         *,
         annotated: Tensor | None,
         maps: Mapping[str, Tensor] | None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         space, classes = tuple(logits.shape[2:]), logits.shape[1]
         own = target
         if tuple(target.shape[-len(space) :]) != space:
@@ -151,7 +151,7 @@ class DeepSupervision(SegmentationLoss):
             raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
         if own.is_floating_point() and self.ignore_index is not None:
             own = own.masked_fill(own == self.ignore_index, 0)
-        return Partial.of(call_plain(self.loss, logits, own))
+        return DeferredReduction.of(call_plain(self.loss, logits, own))
 
     def _coarser_maps(
         self, target: Tensor, own: Tensor, space: tuple[int, ...], classes: int

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.argument_checks import count, kept_classes, one_of
-from lightning_dice.functional import Partial
+from lightning_dice.functional import DeferredReduction
 from lightning_dice.functional.components import RegionMap, Regions
 from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import checked_pixels
@@ -102,7 +102,7 @@ class LesionWiseLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
 
         Of maps it takes `"regions"`, `(batch, classes, *space)`.

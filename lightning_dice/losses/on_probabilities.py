@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_dice.functional import Partial
+from lightning_dice.functional import DeferredReduction
 from lightning_dice.kernels import Activation, checked_pixels, wide_dtype
 from lightning_dice.kernels.overlap_sums import full_precision
 from lightning_dice.losses.base import SegmentationLoss
@@ -49,7 +49,7 @@ class OnProbabilities(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss of probabilities, up to what the ranks sum; `weight` and `annotated` are refused."""
         if weight is not None or annotated is not None:
             raise ValueError(f"{type(self.loss).__name__} takes neither weight nor annotated")
@@ -67,8 +67,10 @@ class OnProbabilities(SegmentationLoss):
             # The mean of nothing is NaN.
             value: Tensor = self.loss(probs, planes) if probs.numel() else probs.sum()
         if getattr(self.loss, "reduction", "mean") == "sum":
-            return Partial((value,), lambda total: total)
+            return DeferredReduction((value,), lambda total: total)
         # Wide, so that a mean comes back from its sum as it was.
         entries = probs.new_full((), probs.numel(), dtype=wide_dtype(probs))
         above = value.to(entries.dtype) * entries
-        return Partial((above, entries), lambda above, entries: (above / entries.clamp(min=1)).to(value.dtype))
+        return DeferredReduction(
+            (above, entries), lambda above, entries: (above / entries.clamp(min=1)).to(value.dtype)
+        )

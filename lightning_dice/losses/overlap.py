@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_dice.argument_checks import class_indices, class_weights_tensor, flag, kept_classes, one_of, smooth_pair
-from lightning_dice.functional import AbsentPolicy, AbsentRule, Partial, Pool, of_pooled, weighted_mean
-from lightning_dice.kernels import Activation, OverlapSums, Wanted
+from lightning_dice.functional import AbsentPolicy, AbsentRule, DeferredReduction, Pool, of_pooled, weighted_mean
+from lightning_dice.kernels import Activation, OverlapSums, RequiredSums
 from lightning_dice.losses.base import SumsLoss, class_weights_of
 
 Reduction = Literal["mean", "sum", "none"]
@@ -106,13 +106,13 @@ class OverlapLoss(SumsLoss):
         raise NotImplementedError(f"{type(self).__name__} must define per_class(self, sums), the loss of each class")
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> RequiredSums:
         """Sums it needs beyond the four that are always there."""
-        return Wanted(
+        return RequiredSums(
             squares=self.squared, minimum=self.overlap == "minimum", absent_nll=self.absent.rule == "penalize"
         )
 
-    def partial_of_sums(self, sums: OverlapSums) -> Partial:
+    def partial_of_sums(self, sums: OverlapSums) -> DeferredReduction:
         """The loss of sums `(images, classes)`, up to what the ranks sum."""
         weights = None
         if self.class_weights is not None:
@@ -122,7 +122,7 @@ class OverlapLoss(SumsLoss):
             sums = sums.map(lambda field: field[:, kept_indices])
             weights = None if weights is None else weights[kept_indices]
 
-        def formula(pooled: OverlapSums) -> Partial:
+        def formula(pooled: OverlapSums) -> DeferredReduction:
             return self.reduced(*self.table(pooled), weights)
 
         return of_pooled([sums], self.pool, formula, across_ranks=self.across_ranks)
@@ -137,13 +137,13 @@ class OverlapLoss(SumsLoss):
             )
         return self.absent.loss(loss, sums), self.absent.kept(loss, sums)
 
-    def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> Partial:
+    def reduced(self, loss: Tensor, kept: Tensor, weights: Tensor | None) -> DeferredReduction:
         """A table, `(images, classes)`, as one number; weights are `(classes,)` or of the shape of the table."""
         if self.reduction == "none":
-            return Partial.of(loss.where(kept, torch.nan))
+            return DeferredReduction.of(loss.where(kept, torch.nan))
         if self.reduction == "sum":
             total = (loss.where(kept, 0.0) * (1.0 if weights is None else weights)).sum()
-            return Partial((total,), lambda total: total)
+            return DeferredReduction((total,), lambda total: total)
         return weighted_mean(loss, kept, weights)
 
     def _own(self, sums: OverlapSums) -> OverlapSums:

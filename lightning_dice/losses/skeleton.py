@@ -19,7 +19,7 @@ from lightning_dice.argument_checks import (
     one_of,
     smooth_pair,
 )
-from lightning_dice.functional import AbsentPolicy, Partial, Pool, of_pooled, weighted_mean
+from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, of_pooled, weighted_mean
 from lightning_dice.functional.target_maps import TubedSkeleton
 from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
@@ -152,7 +152,7 @@ class ClDiceLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`. It takes no maps."""
         with full_precision(logits):
             pixels = checked_pixels(
@@ -172,14 +172,14 @@ class ClDiceLoss(SegmentationLoss):
             weights = None if weights is None else weights[counted]
             sums = self._sums(pixels, counted, logits, target)
 
-        def formula(precision: OverlapSums, sensitivity: OverlapSums) -> Partial:
+        def formula(precision: OverlapSums, sensitivity: OverlapSums) -> DeferredReduction:
             return self._mean(precision, sensitivity, weights)
 
         dtype = torch.promote_types(logits.dtype, torch.float32)
         mean = of_pooled(sums, self.pool, formula, across_ranks=self.across_ranks)
         return mean.then(lambda loss: loss.to(dtype))
 
-    def _mean(self, precision: OverlapSums, sensitivity: OverlapSums, weights: Tensor | None) -> Partial:
+    def _mean(self, precision: OverlapSums, sensitivity: OverlapSums, weights: Tensor | None) -> DeferredReduction:
         tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
         tsens = _ratio(sensitivity.overlap, sensitivity.actual, self.smooth)
         both = tprec + tsens
@@ -302,7 +302,7 @@ class SkeletonRecallLoss(SegmentationLoss):
         *,
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
-    ) -> Partial:
+    ) -> DeferredReduction:
         """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
 
         Of maps it takes `"skeleton"`, `(batch, classes, *space)`.

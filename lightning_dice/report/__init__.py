@@ -23,13 +23,13 @@ from lightning_dice.scoring.table import SCORES, Cases, read
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT", "SUMMARY", "SUMMARY_DATA", "Facts", "Line", "conclude", "shown", "summary_of_scores"]
+__all__ = ["REPORT", "SUMMARY", "SUMMARY_DATA", "Line", "ScoreProvenance", "conclude", "shown", "summary_of_scores"]
 
 SUMMARY, SUMMARY_DATA, REPORT = "summary.csv", "summary.json", "report.html"
 INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap over cases, {RESAMPLES} resamples, seed 0"
 
 
-class Facts(NamedTuple):
+class ScoreProvenance(NamedTuple):
     """What was evaluated, and how.
 
     Attributes:
@@ -43,7 +43,7 @@ class Facts(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def conclude(folder: Path, split: str, facts: Facts) -> list[Line]:
+def write_report(folder: Path, split: str, facts: ScoreProvenance) -> list[Line]:
     """Sum an evaluation up: write the summary and the report beside its `cases.csv`.
 
     Args:
@@ -69,7 +69,7 @@ def conclude(folder: Path, split: str, facts: Facts) -> list[Line]:
     return lines
 
 
-def write_summary(folder: Path, cases: Cases, lines: Sequence[Line], facts: Facts) -> None:
+def write_summary(folder: Path, cases: Cases, lines: Sequence[Line], facts: ScoreProvenance) -> None:
     """Write `summary.csv`, a row for each score and class, and `summary.json`, which also says how it came about."""
     columns = ["score", "class", "unit", "mean", "low", "high", "median", "cases", "undefined", "absent"]
 

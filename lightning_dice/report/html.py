@@ -16,7 +16,7 @@ from lightning_dice.scoring.summary import ALL, TOP, Line, worst_first
 from lightning_dice.scoring.table import SCORES, Cases
 
 if TYPE_CHECKING:
-    from lightning_dice.report import Facts
+    from lightning_dice.report import ScoreProvenance
 
 LISTED = 20  # cases of a list; all are in the table
 
@@ -48,7 +48,7 @@ dt { font-weight: 600; } dd { margin: 0; }
 """
 
 
-def page(folder: Path, cases: Cases, lines: Sequence[Line], facts: Facts) -> str:
+def page(folder: Path, cases: Cases, lines: Sequence[Line], facts: ScoreProvenance) -> str:
     """The report of an evaluation.
 
     Args:
@@ -205,14 +205,14 @@ def _calibration(rows: list[dict[str, str]]) -> str:
     return _figure(report_plots.reliability(rows), text)
 
 
-def _facts(facts: Facts) -> str:
+def _facts(facts: ScoreProvenance) -> str:
     rows = "".join(
         f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.made_of.items()
     )
     return f'<div class="wide"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
-def _definitions(cases: Cases, facts: Facts) -> str:
+def _definitions(cases: Cases, facts: ScoreProvenance) -> str:
     settings = facts.settings
     tolerance = settings.get("tolerance", "")
     iou = settings.get("lesion_iou", 0)

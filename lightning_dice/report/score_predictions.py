@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dice.callbacks import CaseTable, Overlays
 from lightning_dice.data import DataError, SegmentationData, Split
-from lightning_dice.data.interfaces import Reader
+from lightning_dice.data.interfaces import PredictionIO
 
 FORMATS = (None, "png", "tiff", "nifti")
 # What `predict` writes beside the masks, and what no mask is called.
@@ -36,7 +36,7 @@ class Scored(NamedTuple):
 
 def score_predictions(
     data: SegmentationData,
-    reader: Reader,
+    reader: PredictionIO,
     folder: Path,
     split: Split,
     table: CaseTable,
@@ -111,7 +111,7 @@ def _add(
 class _Files:
     """The predictions of cases; of a tile, its part of the prediction of the whole image."""
 
-    def __init__(self, reader: Reader, folder: Path, cases: Any) -> None:
+    def __init__(self, reader: PredictionIO, folder: Path, cases: Any) -> None:
         self.reader, self.folder = reader, folder
         self._part = getattr(cases, "part", None)
         self._last: tuple[str, Tensor, Tensor | None] | None = None

@@ -99,7 +99,7 @@ def common(a: Cases, b: Cases) -> tuple[Cases, Cases]:
     return tuple(_only(table, both) for table in (a, b))  # type: ignore[return-value]
 
 
-def compare(
+def compare_tables(
     a: Cases,
     b: Cases,
     score: str = "dice",

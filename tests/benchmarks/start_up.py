@@ -65,14 +65,14 @@ def second_process(folder: Path) -> None:
     from omegaconf import OmegaConf
 
     from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, register_resolvers
-    from lightning_dice.cli.rendezvous import Start
+    from lightning_dice.cli.rendezvous import RunSpec
 
     register_resolvers()
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = hydra.compose("fit", overrides=[f"folder={folder}", "device=cpu", "trainer.devices=2"])
     config.trainer.strategy = "ddp"
     config.name = "start"
-    told = Start(str(folder), OmegaConf.to_yaml(config, resolve=True)).text()
+    told = RunSpec(str(folder), OmegaConf.to_yaml(config, resolve=True)).text()
     environment = {RUN_VARIABLE: told, "LOCAL_RANK": "1"}
     second, imports, names = folder / "second.py", folder / "imports.py", folder / "names"
     second.write_text(SECOND)

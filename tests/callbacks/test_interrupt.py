@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dice.callbacks import History, SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks import History, SaveOnInterrupt, exit_with_signal_status
 
 SCRIPT = """
 import sys, time, warnings
@@ -20,7 +20,7 @@ from conftest import Cases, Net, collate
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
-from lightning_dice.callbacks import History, SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks import History, SaveOnInterrupt, exit_with_signal_status
 
 class Slow(Net):
     def training_step(self, batch, batch_idx):
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     checkpoint = ModelCheckpoint({folder!r} + "/checkpoints", save_last=True)
     callbacks = [History({folder!r}), SaveOnInterrupt({folder!r}), checkpoint]
     trainer = pl.Trainer(accelerator="cpu", max_epochs=50, logger=False, enable_progress_bar=False, callbacks=callbacks)
-    with honest_exit():
+    with exit_with_signal_status():
         trainer.fit(Slow(), loader, loader)
     print("went on after fit")
 """
@@ -181,7 +181,7 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path, trainer, net, loader,
     ("error", "status"), [(SIGTERMException(), 143), (KeyboardInterrupt(), 130), (SystemExit(3), 3)]
 )
 def test_exit_status(error, status):
-    with pytest.raises(SystemExit) as caught, honest_exit():
+    with pytest.raises(SystemExit) as caught, exit_with_signal_status():
         raise error
     assert caught.value.code == status
 
@@ -193,6 +193,6 @@ def test_lightnings_exit_after_ctrl_c_is_told_from_others():
         except KeyboardInterrupt:
             sys.exit(1)
 
-    with pytest.raises(SystemExit) as caught, honest_exit():
+    with pytest.raises(SystemExit) as caught, exit_with_signal_status():
         fit()
     assert caught.value.code == 130

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training import differences, train
 
-from lightning_dice.callbacks import SaveOnInterrupt, honest_exit
+from lightning_dice.callbacks import SaveOnInterrupt, exit_with_signal_status
 
 
 class Send(L.Callback):
@@ -44,7 +44,7 @@ def _handlers():
 
 def stopped(folder, *callbacks, **settings):
     """Train until a signal; returns the checkpoint it left."""
-    with pytest.raises(SystemExit) as caught, honest_exit():
+    with pytest.raises(SystemExit) as caught, exit_with_signal_status():
         train(callbacks=(*callbacks, SaveOnInterrupt(folder)), **settings)
     return folder / "checkpoints" / "last.ckpt", caught.value.code
 

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.datamodule import SegmentationData, _augmented
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.samplers import _EvalSampler, _TrainSampler
+from lightning_dice.data.samplers import EvalSampler, TrainSampler
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.transforms import Standardize
 
@@ -212,7 +212,7 @@ def test_evaluation_batches_hold_one_size():
 def test_each_case_is_evaluated_once(number, world, batch_size):
     rng = random.Random(number * world)
     cases = Cases([rng.choice([(4, 4), (8, 4)]) for _ in range(number)])
-    shares = [_EvalSampler(cases, world, rank, batch_size=batch_size) for rank in range(world)]
+    shares = [EvalSampler(cases, world, rank, batch_size=batch_size) for rank in range(world)]
     seen = [i for share in shares for batch in share for i in batch]
     assert sorted(seen) == list(range(number))
     # A process with fewer batches than others has empty ones: all must run the network equally often.
@@ -247,24 +247,24 @@ def test_workers_change_no_evaluation(workers):
 @pytest.mark.parametrize(("number", "world"), [(8, 1), (8, 2), (9, 2), (10, 3), (7, 4), (64, 8)])
 def test_processes_share_an_epoch(number, world):
     cases = Cases([(4, 4)] * number)
-    shares = [list(_TrainSampler(cases, world, rank, seed=3)) for rank in range(world)]
+    shares = [list(TrainSampler(cases, world, rank, seed=3)) for rank in range(world)]
     assert {len(share) for share in shares} == {number // world}
     assert max(Counter(i for share in shares for i, _ in share).values()) == 1
-    whole = list(_TrainSampler(cases, 1, 0, seed=3))
+    whole = list(TrainSampler(cases, 1, 0, seed=3))
     together = [pair for step in zip(*shares, strict=True) for pair in step]
     assert together == whole[: len(together)]
 
 
 def test_the_order_follows_seed_and_epoch():
     def order(seed, epoch):
-        sampler = _TrainSampler(Cases([(4, 4)] * 50), 1, 0, seed=seed)
+        sampler = TrainSampler(Cases([(4, 4)] * 50), 1, 0, seed=seed)
         sampler.set_epoch(epoch)
         return tuple(sampler)
 
     orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
     assert order(1, 2) == orders[5]
-    sampler = _TrainSampler(Cases([(4, 4)] * 50), 1, 0, seed=0)
+    sampler = TrainSampler(Cases([(4, 4)] * 50), 1, 0, seed=0)
     assert [tuple(sampler) for _ in range(3)] == orders[:3]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lightning_dice.data import Standardize
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import read_picture, to_image
 from lightning_dice.data.images.windowed_tiff import LargeImage, normalized, open_large
@@ -144,7 +144,7 @@ class TestNormalized:
     def test_another_is_refused(self, tmp_path):
         with (
             LargeImage(stored(tmp_path, GRAY), ImageFormat(1)) as image,
-            pytest.raises(Problem, match="normalization by function"),
+            pytest.raises(DataProblem, match="normalization by function"),
         ):
             normalized(image, lambda x: x - x.amin())
 
@@ -153,7 +153,7 @@ class TestRefused:
     def test_truncated(self, tmp_path):
         path = stored(tmp_path, GRAY, tile=(32, 32))
         path.write_bytes(path.read_bytes()[:-3000])
-        with pytest.raises(Problem, match=r"is truncated: .* bytes expected"):
+        with pytest.raises(DataProblem, match=r"is truncated: .* bytes expected"):
             LargeImage(path, ImageFormat(1))
 
     def test_a_damaged_tile_is_told_when_it_is_read(self, tmp_path):
@@ -165,22 +165,22 @@ class TestRefused:
         path.write_bytes(bytes(data))
         with LargeImage(path, ImageFormat(1)) as image:
             _ = image[..., :100, :]
-            with pytest.raises(Problem, match=r"a\.tif: cannot be decoded from row 128 on"):
+            with pytest.raises(DataProblem, match=r"a\.tif: cannot be decoded from row 128 on"):
                 _ = image[..., 120:, :]
 
     def test_one_piece(self, tmp_path, monkeypatch):
         monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.PIECE", 20000)
         path = stored(tmp_path, GRAY, rowsperstrip=150, compression="zlib")
-        with pytest.raises(Problem, match=r"compressed in pieces of 150 rows.*Save it in tiles"):
+        with pytest.raises(DataProblem, match=r"compressed in pieces of 150 rows.*Save it in tiles"):
             LargeImage(path, ImageFormat(1))
 
     def test_a_bomb(self, tmp_path):
         path = stored(tmp_path, np.zeros((3000, 3000), np.uint8), tile=(1024, 1024), compression="zstd")
-        with pytest.raises(Problem, match="may be a decompression bomb: 9000000 bytes of pixels in a file of"):
+        with pytest.raises(DataProblem, match="may be a decompression bomb: 9000000 bytes of pixels in a file of"):
             LargeImage(path, ImageFormat(1))
 
     def test_channels(self, tmp_path):
-        with pytest.raises(Problem, match=r"has 3 channels .*data\.channels=5 was asked for"):
+        with pytest.raises(DataProblem, match=r"has 3 channels .*data\.channels=5 was asked for"):
             LargeImage(stored(tmp_path, RGB, photometric="rgb"), ImageFormat(5))
 
     def test_two_pictures(self, tmp_path):
@@ -188,12 +188,12 @@ class TestRefused:
         with tifffile.TiffWriter(path) as writer:
             writer.write(GRAY)
             writer.write(GRAY)
-        with pytest.raises(Problem, match="holds 2 pictures"):
+        with pytest.raises(DataProblem, match="holds 2 pictures"):
             LargeImage(path, ImageFormat(1))
 
     def test_turned(self, tmp_path):
         path = stored(tmp_path, GRAY, extratags=[(274, "H", 1, 6, True)])
-        with pytest.raises(Problem, match="stored turned"):
+        with pytest.raises(DataProblem, match="stored turned"):
             LargeImage(path, ImageFormat(1))
 
     def test_values_that_are_not_finite(self, tmp_path):
@@ -201,7 +201,7 @@ class TestRefused:
         pixels[100, 100] = np.nan
         with LargeImage(stored(tmp_path, pixels, tile=(32, 32)), ImageFormat(1)) as image:
             _ = image[..., :90, :]
-            with pytest.raises(Problem, match="1 values that are not finite"):
+            with pytest.raises(DataProblem, match="1 values that are not finite"):
                 _ = image[..., 90:110, :]
 
 
@@ -216,7 +216,7 @@ class TestOpenLarge:
     def test_what_pillow_would_call_a_bomb(self, tmp_path, monkeypatch):
         path = stored(tmp_path, GRAY, tile=(32, 32))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(Problem, match="bomb"):
+        with pytest.raises(DataProblem, match="bomb"):
             read_picture(path)
         image = open_large(path, ImageFormat(1))
         assert image is not None

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from volume_files import AFFINES, blob, nnunet, write
 
-from lightning_dice.cli.config import CONF_DIR, register_resolvers, settle
+from lightning_dice.cli.config import CONF_DIR, register_resolvers, resolve_from_files
 from lightning_dice.cli.errors import UserError
 from lightning_dice.data import NnunetSource
 from lightning_dice.data.errors import DataError
@@ -169,7 +169,7 @@ class TestConfig:
     def test_facts_come_from_the_data_set_and_stay(self, tmp_path):
         root = nnunet(tmp_path / "data", channels=2)
         config = self.composed(f"data.root={root}", "folder=run")
-        settle(config)
+        resolve_from_files(config)
         (root / "dataset.json").unlink()
         data = config.data
         assert (data.classes, data.activation, data.exclude_classes) == (
@@ -186,14 +186,14 @@ class TestConfig:
         merged = self.composed(
             f"data.root={root}", "data.labels={background:0,all:[1,2]}", "data.regions_class_order=[1]"
         )
-        settle(merged)
+        resolve_from_files(merged)
         assert (merged.data.classes, merged.data.activation, merged.data.exclude_classes) == (["all"], "sigmoid", [])
         renamed = self.composed(f"data.root={root}", "data.classes=[a,b,c]", "data.channel_names=[CT]")
-        settle(renamed)
+        resolve_from_files(renamed)
         assert (renamed.model.out_channels, renamed.data.datamodule.source.normalization) == (3, ["CT"])
 
     def test_what_is_missing_is_told(self, tmp_path):
         with pytest.raises(UserError, match=r"data\.root has no value: give data\.root="):
-            settle(self.composed())
+            resolve_from_files(self.composed())
         with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/dataset\.json: there is no such file"):
-            settle(self.composed(f"data.root={tmp_path}"))
+            resolve_from_files(self.composed(f"data.root={tmp_path}"))

@@ -13,9 +13,9 @@ from lightning_dice.data import DataError, FolderSource, MaskFormat, SyntheticSo
 from lightning_dice.data.errors import FileWarning, SkippedWarning
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import read_picture
-from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.data.images.windowed_tiff import LargeImage
-from lightning_dice.data.interfaces import Item
+from lightning_dice.data.interfaces import PredictionItem
 
 GRAY = ImageFormat(channels=1)
 LESION = MaskFormat(["lesion"], "sigmoid")
@@ -55,8 +55,8 @@ def labels_of(form: MaskFormat, size: tuple[int, int] = (6, 9)) -> torch.Tensor:
     return torch.stack([ids == index for index in form.class_ids])
 
 
-def scan_of(reader: PictureReader, path: Path):
-    return reader.read(Item("a", (path,)))
+def scan_of(reader: ImagePredictionIO, path: Path):
+    return reader.read(PredictionItem("a", (path,)))
 
 
 class TestWritten:
@@ -64,7 +64,7 @@ class TestWritten:
     @pytest.mark.parametrize("name", FORMATS)
     def test_has_the_values_of_the_trainings_masks_and_is_read_back(self, name, format, tmp_path):
         form, values = FORMATS[name]
-        reader = PictureReader(form, GRAY)
+        reader = ImagePredictionIO(form, GRAY)
         labels = labels_of(form)
         reader.write(tmp_path / "out", "sub/a", labels, scan_of(reader, picture(tmp_path)), format)
         (file,) = reader.names("sub/a", format)
@@ -81,7 +81,7 @@ class TestWritten:
 
     def test_classes_that_overlap_have_a_folder_each(self, tmp_path):
         form = MaskFormat(["ma/EX", "he"], "sigmoid", values={255: 1})
-        reader = PictureReader(form, GRAY)
+        reader = ImagePredictionIO(form, GRAY)
         labels = torch.rand(2, 6, 9) < 0.5
         reader.write(tmp_path, "x", labels, scan_of(reader, picture(tmp_path)))
         for name, plane in zip(("ma_EX", "he"), labels, strict=True):
@@ -90,7 +90,7 @@ class TestWritten:
 
     def test_what_png_cannot_hold_is_told(self, tmp_path):
         form = MaskFormat(["background", "a"], values={70000: 1, -3: 0, 0: 255})
-        reader = PictureReader(form, GRAY)
+        reader = ImagePredictionIO(form, GRAY)
         scan, labels = scan_of(reader, picture(tmp_path)), labels_of(form)
         with pytest.raises(DataError, match=r"PNG cannot hold the values -3 to 70000.*format=tiff"):
             reader.write(tmp_path / "out", "a", labels, scan)
@@ -101,13 +101,13 @@ class TestWritten:
 
     def test_a_class_without_a_value_is_told_at_once(self):
         with pytest.raises(DataError, match=r"no value of the masks means 'b' \(id 2\).*data\.values"):
-            PictureReader(MaskFormat(["background", "a", "b"], values={2: 1}), GRAY)
+            ImagePredictionIO(MaskFormat(["background", "a", "b"], values={2: 1}), GRAY)
 
     def test_lies_on_the_picture_as_it_is_shown(self, tmp_path):
         exif = Image.Exif()
         exif[274] = 6
         path = picture(tmp_path, "turned.jpg", exif=exif)
-        reader = PictureReader(LESION, GRAY)
+        reader = ImagePredictionIO(LESION, GRAY)
         scan = scan_of(reader, path)
         assert scan.size == (9, 6)
         with pytest.raises(ValueError, match="the picture's size"):
@@ -121,7 +121,7 @@ class TestWritten:
         pixels = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(32, 32))
         for form in (MaskFormat(["background", "a", "b"], values={255: 1}), FORMATS["colors"][0]):
-            reader = PictureReader(form, GRAY, large=100)
+            reader = ImagePredictionIO(form, GRAY, large=100)
             scan = scan_of(reader, tmp_path / "a.tif")
             assert isinstance(scan.image, LargeImage)
             assert scan.size == (70, 90)
@@ -141,7 +141,7 @@ class TestWritten:
     @pytest.mark.parametrize("classes", [1, 3])
     @pytest.mark.parametrize("size", [(6, 9), (600, 530)])
     def test_probabilities(self, classes, size, tmp_path):
-        reader = PictureReader(MaskFormat(["c0", "c1", "c2"][:classes], "sigmoid"), GRAY)
+        reader = ImagePredictionIO(MaskFormat(["c0", "c1", "c2"][:classes], "sigmoid"), GRAY)
         probs = torch.rand(classes, *size)
         scan = scan_of(reader, picture(tmp_path, size=size))
         assert reader.write_probabilities(tmp_path / "p", "sub/a", probs, scan) == [tmp_path / "p" / "sub" / "a.tif"]
@@ -153,7 +153,7 @@ class TestWritten:
         assert torch.equal(reader.load_probabilities(tmp_path / "p", "sub/a"), probs)
         assert reader.load_probabilities(tmp_path / "p", "a") is None
         with pytest.raises(DataError, match=rf"a\.tif: holds {classes} planes, 2 are required"):
-            PictureReader(MaskFormat(["x", "y"], "sigmoid"), GRAY).load_probabilities(tmp_path / "p", "sub/a")
+            ImagePredictionIO(MaskFormat(["x", "y"], "sigmoid"), GRAY).load_probabilities(tmp_path / "p", "sub/a")
         whole = (tmp_path / "p" / "sub" / "a.tif").read_bytes()
         (tmp_path / "p" / "sub" / "a.tif").write_bytes(whole[:100])
         with pytest.raises(DataError, match=r"a\.tif: cannot be decoded"):
@@ -162,16 +162,16 @@ class TestWritten:
     @pytest.mark.parametrize("case", ["../a", "/a", "a/../../b", ""])
     def test_nothing_is_written_elsewhere(self, case):
         with pytest.raises(DataError, match="outside the folder"):
-            PictureReader(LESION, GRAY).names(case)
+            ImagePredictionIO(LESION, GRAY).names(case)
 
     def test_another_format(self):
         with pytest.raises(DataError, match="format must be png or tiff for pictures, got nifti"):
-            PictureReader(LESION, GRAY).names("a", "nifti")
+            ImagePredictionIO(LESION, GRAY).names("a", "nifti")
 
 
 class TestLoad:
     def test_what_is_not_there_or_twice(self, tmp_path):
-        reader = PictureReader(LESION, GRAY)
+        reader = ImagePredictionIO(LESION, GRAY)
         with pytest.raises(DataError, match=r"the mask of the case a is not there: a\.png or a\.tif"):
             reader.load(tmp_path, "a")
         scan = scan_of(reader, picture(tmp_path, "image.png"))
@@ -183,10 +183,10 @@ class TestLoad:
     def test_strange_values(self, tmp_path):
         Image.fromarray(np.full((3, 3), 7, np.uint8)).save(tmp_path / "a.png")
         with pytest.raises(DataError, match=r"a\.png: holds the values 7 \(9 pixels\)"):
-            PictureReader(LESION, GRAY).load(tmp_path, "a")
+            ImagePredictionIO(LESION, GRAY).load(tmp_path, "a")
 
     def test_a_plane_that_is_missing_or_of_another_size(self, tmp_path):
-        reader = PictureReader(MaskFormat(["a", "b"], "sigmoid"), GRAY)
+        reader = ImagePredictionIO(MaskFormat(["a", "b"], "sigmoid"), GRAY)
         for name, size in (("a", (3, 3)), ("b", (3, 4))):
             (tmp_path / name).mkdir()
             Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / name / "x.png")
@@ -202,19 +202,19 @@ class TestFind:
         for name in ("b.png", "a c.jpg", "sub/ü.tif", "sub/deeper/a.BMP", ".hidden.png", ".git/x.png", "sub/.x.png"):
             picture(tmp_path, name)
         (tmp_path / "notes.txt").write_text("no image")
-        found = PictureReader(LESION, GRAY).find(tmp_path)
+        found = ImagePredictionIO(LESION, GRAY).find(tmp_path)
         assert [item.case for item in found] == ["a c", "b", "sub/deeper/a", "sub/ü"]
         assert [item.files for item in found][3] == (tmp_path / "sub" / "ü.tif",)
 
     def test_a_file(self, tmp_path):
         path = picture(tmp_path, "sub/a.png")
-        assert PictureReader(LESION, GRAY).find(path) == [Item("a", (path,))]
+        assert ImagePredictionIO(LESION, GRAY).find(path) == [PredictionItem("a", (path,))]
 
     def test_two_of_one_name(self, tmp_path):
         picture(tmp_path, "x/a.png")
         picture(tmp_path, "x/a.bmp")
         with pytest.raises(DataError, match=r"a\.bmp and a\.png would have masks of one name"):
-            PictureReader(LESION, GRAY).find(tmp_path)
+            ImagePredictionIO(LESION, GRAY).find(tmp_path)
 
     def test_links(self, tmp_path):
         home, away = tmp_path / "home", tmp_path / "away"
@@ -229,39 +229,39 @@ class TestFind:
         (home / "outside").symlink_to(away)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            found = PictureReader(LESION, GRAY).find(home)
+            found = ImagePredictionIO(LESION, GRAY).find(home)
         assert [item.case for item in found] == ["a", "gone", "self", "twin"]
         texts = {str(warning.message).split(": ")[0].rsplit("/")[-1]: warning.category for warning in told}
         assert texts == {"loop": FileWarning, "out.png": SkippedWarning, "outside": SkippedWarning}
         for name in ("gone", "self"):
             with pytest.raises(DataError, match=rf"{name}\.png: "):
-                PictureReader(LESION, GRAY).read(Item(name, (home / f"{name}.png",)))
+                ImagePredictionIO(LESION, GRAY).read(PredictionItem(name, (home / f"{name}.png",)))
         with pytest.warns(FileWarning, match="loop: is a link"):
-            found = PictureReader(LESION, GRAY, follow_links=True).find(home)
+            found = ImagePredictionIO(LESION, GRAY, follow_links=True).find(home)
         assert [item.case for item in found] == ["a", "gone", "out", "outside/b", "outside/c", "self", "twin"]
 
 
 class TestRead:
     def test_a_gif_named_png_is_read_and_told(self, tmp_path):
         picture(tmp_path, "a.gif").rename(tmp_path / "a.png")
-        reader = PictureReader(LESION, GRAY)
+        reader = ImagePredictionIO(LESION, GRAY)
         with pytest.warns(FileWarning, match=r"a\.png: is a GIF file by its content, and was read as one"):
             assert scan_of(reader, tmp_path / "a.png").image.shape == (1, 6, 9)
 
     @pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg", "a.bmp", "a.tif", "a.TIFF"])
     def test_others_are_not(self, name, tmp_path):
-        assert scan_of(PictureReader(LESION, GRAY), picture(tmp_path, name)).size == (6, 9)
+        assert scan_of(ImagePredictionIO(LESION, GRAY), picture(tmp_path, name)).size == (6, 9)
 
     def test_an_array_is_read_as_training_does(self, tmp_path):
         pixels = np.random.default_rng(0).random((6, 9), dtype=np.float32)
         np.save(tmp_path / "a.npy", pixels)
-        assert np.array_equal(scan_of(PictureReader(LESION, GRAY), tmp_path / "a.npy").image[0].numpy(), pixels)
+        assert np.array_equal(scan_of(ImagePredictionIO(LESION, GRAY), tmp_path / "a.npy").image[0].numpy(), pixels)
 
 
 def test_sources_have_readers(tmp_path):
     form = MaskFormat(["background", "a"], values={255: 1})
     reader = FolderSource(tmp_path / "nowhere", form, channels=1).reader
-    assert reader == PictureReader(form, GRAY)
+    assert reader == ImagePredictionIO(form, GRAY)
     drawn = SyntheticSource(size=(32, 32)).reader
-    assert drawn == PictureReader(MaskFormat(["object"], "sigmoid"), GRAY)
+    assert drawn == ImagePredictionIO(MaskFormat(["object"], "sigmoid"), GRAY)
     assert SyntheticSource(size=(32, 32, 32)).reader.names("a") == [Path("a.nii.gz")]

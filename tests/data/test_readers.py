@@ -14,7 +14,7 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from lightning_dice.data.errors import DataError, Problem
+from lightning_dice.data.errors import DataError, DataProblem
 from lightning_dice.data.images.image_reader import read_picture, read_size, to_image
 from lightning_dice.data.images.mask_format import MaskFormat
 
@@ -276,5 +276,5 @@ def test_what_is_no_image_for_the_net_is_refused(tmp_path, source, channels, mes
 
 def test_a_problem_survives_a_worker():
     """The data loader makes an error anew from its text alone."""
-    problem = Problem("is empty", where="a.png", remedy="Copy it again.")
+    problem = DataProblem("is empty", where="a.png", remedy="Copy it again.")
     assert str(type(problem)(str(problem))) == str(problem)

@@ -16,10 +16,10 @@ from volume_files import AFFINES, blob, folders, nnunet, write
 
 from lightning_dice.data import SegmentationData
 from lightning_dice.data.errors import DataError, SkippedWarning
-from lightning_dice.data.interfaces import Item
+from lightning_dice.data.interfaces import PredictionItem
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.nifti import read_geometry, read_labels, read_volume
-from lightning_dice.data.volumes.prediction_io import Preparation, VolumeReader
+from lightning_dice.data.volumes.prediction_io import Preparation, VolumePredictionIO
 from lightning_dice.data.volumes.resampling import zoomed_image, zoomed_mask
 from lightning_dice.data.volumes.sources import VolumeSource
 
@@ -27,8 +27,8 @@ THREE = ["background", "front", "back"]
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "hippocampus3d"
 
 
-def reader(labels: LabelMap | None = None, channels: int = 1) -> VolumeReader:
-    return VolumeReader(labels or LabelMap.of_ids(THREE), channels, lambda: Preparation(("nonorm",) * channels))
+def reader(labels: LabelMap | None = None, channels: int = 1) -> VolumePredictionIO:
+    return VolumePredictionIO(labels or LabelMap.of_ids(THREE), channels, lambda: Preparation(("nonorm",) * channels))
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -61,7 +61,7 @@ def test_a_mask_is_written_as_it_was_stored(tmp_path, name, suffix):
         write(root / f"masks/{split}/a{suffix}", mask, AFFINES[name])
     source = VolumeSource(root, THREE, normalization="nonorm", spacing=None)
     sample = source.split("val")[0]
-    item, scan = Item("sub/a", (path,)), source.reader.read(Item("a", (path,)))
+    item, scan = PredictionItem("sub/a", (path,)), source.reader.read(PredictionItem("a", (path,)))
     assert torch.equal(scan.image, sample.image)
     assert (scan.size, scan.spacing) == (tuple(sample.mask.shape), sample.spacing)
     source.reader.write(tmp_path / "out", item.case, sample.mask, scan)
@@ -84,7 +84,7 @@ def test_a_mask_is_written_as_it_was_stored(tmp_path, name, suffix):
 
 def test_probabilities_are_the_fourth_axis(tmp_path):
     path = write(tmp_path / "a.nii.gz", blob(0)[0], AFFINES["permuted"])
-    scan = reader().read(Item("a", (path,)))
+    scan = reader().read(PredictionItem("a", (path,)))
     probs = torch.rand(3, *scan.size)
     (file,) = reader().write_probabilities(tmp_path / "p", "a", probs, scan)
     found = nib.load(file)
@@ -105,7 +105,7 @@ def test_a_scaled_image_gives_an_unscaled_mask(tmp_path):
     image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
     image.header.set_slope_inter(0.5, 3)
     nib.save(image, tmp_path / "a.nii.gz")
-    scan = reader().read(Item("a", (tmp_path / "a.nii.gz",)))
+    scan = reader().read(PredictionItem("a", (tmp_path / "a.nii.gz",)))
     assert np.array_equal(scan.image[0].numpy(), np.asanyarray(nib.load(tmp_path / "a.nii.gz").dataobj))
     labels = torch.randint(0, 3, scan.size, dtype=torch.uint8)
     reader().write(tmp_path / "out", "a", labels, scan)

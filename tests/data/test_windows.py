@@ -19,7 +19,7 @@ from PIL import Image
 
 from lightning_dice.data import CocoSource, DataError, FolderSource, MaskFormat, PatchSampler, SegmentationData
 from lightning_dice.data.images.datasets import FolderCases, TiledCases, starts
-from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
 from lightning_dice.data.patches import windows
 
@@ -324,7 +324,7 @@ class TestNodata:
         reader = FolderSource(root, form, nodata=0).reader
         (item,) = reader.find(root / "images/train")
         whole = reader.read(item).image
-        large = PictureReader(form, reader.image_format, large=1000).read(item).image
+        large = ImagePredictionIO(form, reader.image_format, large=1000).read(item).image
         for top, left in ((0, 0), (20, 30), (120, 170)):
             assert torch.equal(large[..., top : top + 50, left : left + 60], whole[:, top : top + 50, left : left + 60])
 

@@ -8,7 +8,7 @@ from lightning_dice.data import DataError, Sample, SyntheticSource
 from lightning_dice.data_check.case_statistics import Task
 from lightning_dice.data_check.checks import judge
 from lightning_dice.data_check.finding import Finding
-from lightning_dice.data_check.survey import Examination, examine
+from lightning_dice.data_check.survey import SurveyResult, survey
 
 TASK = Task(["object"], "sigmoid")
 SIZES = {"train": 14, "val": 6, "test": 6}
@@ -69,9 +69,9 @@ def change(data: Data, split: str, index: int, **fields: object) -> str:
     return f"{split}/{data[split][index].case}"
 
 
-def inspected(data: Data, task: Task = TASK, **facts: object) -> tuple[Examination, dict[str, Finding]]:
+def inspected(data: Data, task: Task = TASK, **facts: object) -> tuple[SurveyResult, dict[str, Finding]]:
     """What is measured, and what is found, by kind."""
-    found = examine(Listed(data), task, facts=facts)
+    found = survey(Listed(data), task, facts=facts)
     return found, {finding.kind: finding for finding in judge(found)}
 
 

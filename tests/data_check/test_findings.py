@@ -10,14 +10,14 @@ import pytest
 import torch
 from data_check.planted import SIZES, TASK, Listed, broken, change, inspected, sound
 
-from lightning_dice import doctor
+from lightning_dice import data_check
 from lightning_dice.data import Sample
-from lightning_dice.data.errors import DataErrors, Problem
+from lightning_dice.data.errors import DataErrors, DataProblem
 from lightning_dice.data_check import alignment_checks
 from lightning_dice.data_check.case_statistics import Task
 from lightning_dice.data_check.checks import judge
 from lightning_dice.data_check.finding import KINDS
-from lightning_dice.data_check.survey import examine
+from lightning_dice.data_check.survey import survey
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -292,7 +292,7 @@ class TestContents:
             def kinds(self):
                 return {("train", sample.case): kinds[sample.case == "train-0004"] for sample in self.data["train"]}
 
-        (finding,) = judge(examine(Known(sound()), TASK))
+        (finding,) = judge(survey(Known(sound()), TASK))
         assert (finding.kind, finding.severity, list(finding.cases)) == (
             "kinds-of-images",
             severity,
@@ -374,15 +374,15 @@ def test_several_classes_and_their_background():
 
 def test_the_check_of_the_source_is_asked_and_told_once():
 
-    problems = [Problem("has no mask", "x/b.png", "Add it."), Problem("is empty", "x/a.png", "Copy it again.")]
+    problems = [DataProblem("has no mask", "x/b.png", "Add it."), DataProblem("is empty", "x/a.png", "Copy it again.")]
 
     class Refusing(Listed):
         def check(self):
             raise DataErrors("all", problems)
 
     data = sound()
-    data["train"][0] = Problem("is empty, once more", "x/a.png", "Copy it.")
-    found = examine(Refusing(data), TASK, facts={"root": "x"})
+    data["train"][0] = DataProblem("is empty, once more", "x/a.png", "Copy it.")
+    found = survey(Refusing(data), TASK, facts={"root": "x"})
     assert [str(problem) for problem in found.problems] == [str(problem) for problem in problems]
     titles = [finding.title for finding in judge(found) if finding.kind == "refused"]
     assert titles == ["b.png: has no mask", "a.png: is empty"]
@@ -398,16 +398,16 @@ def test_accepted_findings_are_notes():
 
 
 def test_all_kinds_are_listed():
-    sources = [path.read_text() for path in Path(doctor.__file__).parent.glob("*.py")]
+    sources = [path.read_text() for path in Path(data_check.__file__).parent.glob("*.py")]
     made = {kind for text in sources for kind in re.findall(r'Finding\(\s*"([a-z-]+)"', text)}
     assert made - {"refused"} == set(KINDS)
 
 
 def test_threads_and_thumbnails_change_nothing_else():
     data = sound()
-    one, many = (examine(Listed(data), TASK, workers=n, thumbnails=t) for n, t in ((1, 0), (5, 100)))
+    one, many = (survey(Listed(data), TASK, workers=n, thumbnails=t) for n, t in ((1, 0), (5, 100)))
     assert [case.key for case in one.cases] == [case.key for case in many.cases]
     assert all(np.array_equal(a.texture, b.texture) for a, b in zip(one.cases, many.cases, strict=True))
     assert not any(case.thumbnail for case in one.cases)
     assert all(case.thumbnail for case in many.cases)
-    assert 4 <= sum(case.thumbnail is not None for case in examine(Listed(data), TASK, thumbnails=6).cases) <= 6
+    assert 4 <= sum(case.thumbnail is not None for case in survey(Listed(data), TASK, thumbnails=6).cases) <= 6

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lightning_dice.data import Sample
 from lightning_dice.data_check.case_statistics import (
-    Case,
+    CaseStatistics,
     Task,
     count_objects,
     describe,
@@ -147,7 +147,7 @@ class TestMoves:
 
 class TestPlacement:
     @staticmethod
-    def case(size: tuple[int, ...], transform=lambda mask: mask) -> Case:
+    def case(size: tuple[int, ...], transform=lambda mask: mask) -> CaseStatistics:
         plane = np.zeros(size, bool)
         plane[tuple(slice(length // 6, length // 2) for length in size)] = True
         plane[tuple(slice(length // 2, 2 * length // 3) for length in size)] = True

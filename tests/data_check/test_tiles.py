@@ -12,7 +12,7 @@ from lightning_dice import inspect
 from lightning_dice.data import FolderSource, MaskFormat
 from lightning_dice.data_check.case_statistics import Task
 from lightning_dice.data_check.checks import judge
-from lightning_dice.data_check.survey import draw_missing, examine
+from lightning_dice.data_check.survey import draw_missing, survey
 from lightning_dice.data_check.tables import split_table
 
 CLASSES = ["background", "disc"]
@@ -37,7 +37,7 @@ def source(tmp_path, monkeypatch):
 
 
 def test_they_are_measured_in_tiles(source):
-    found = examine(source, Task(CLASSES), thumbnails=0)
+    found = survey(source, Task(CLASSES), thumbnails=0)
     names = ["photo", "scene@0-0", "scene@0-100", "scene@100-0", "scene@100-100"]
     assert [case.key for case in found.cases] == [f"{split}/{name}" for split in ("train", "val") for name in names]
     assert found.sizes == {"train": 5, "val": 5}
@@ -66,4 +66,4 @@ def test_windows_fill_batches(settings, least, source):
     """A batch needs as many cases as it has windows that do not come from one image."""
     data = {"classes": CLASSES, "activation": "softmax", "ignore_index": 255, "exclude_classes": [], "channels": 1}
     config = {"data": {**data, "batch_size": 8, **settings}, "workers": 1, "thumbnails": 0}
-    assert inspect.examine(source, OmegaConf.create(config)).facts["batch_size"] == least
+    assert inspect.run_survey(source, OmegaConf.create(config)).facts["batch_size"] == least

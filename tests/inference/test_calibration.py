@@ -7,7 +7,7 @@ import torch
 
 from lightning_dice import DiceScore
 from lightning_dice.functional import AbsentPolicy
-from lightning_dice.inference import Decision
+from lightning_dice.inference import PostProcessing
 from lightning_dice.inference.calibrator import Calibrator
 
 
@@ -106,15 +106,17 @@ def test_no_threshold_is_better(activation, classes, settings):
     calibrator = filled(activation, classes, given, exclude_classes=excluded, **policy)
     temperature = 1.6
     found = calibrator.thresholds(temperature)
-    decision = Decision(temperature, found)
+    decision = PostProcessing(temperature, found)
     dice = scored(given, decision, activation, classes, exclude_classes=excluded, **settings)
     # What was found is what the metric says of the labels that come of it.
     assert calibrator.scores(temperature, found).dice == pytest.approx(dice.tolist(), rel=1e-6, nan_ok=True)
-    before = scored(given, Decision(), activation, classes, exclude_classes=excluded, **settings)
+    before = scored(given, PostProcessing(), activation, classes, exclude_classes=excluded, **settings)
     assert calibrator.scores().dice == pytest.approx(before.tolist(), rel=1e-6, nan_ok=True)
     for p in torch.arange(0.02, 1, 0.04).tolist():
         each = [1 - p, p] if activation == "softmax" else [p] * classes
-        other = scored(given, Decision(temperature, each), activation, classes, exclude_classes=excluded, **settings)
+        other = scored(
+            given, PostProcessing(temperature, each), activation, classes, exclude_classes=excluded, **settings
+        )
         # Thresholds between those that are tried differ by some pixels.
         assert (other[other.isfinite()] <= dice[other.isfinite()] + 5e-3).all()
     assert dice.nansum() > before.nansum()
@@ -124,7 +126,7 @@ def test_a_logit_at_a_threshold_is_not_above_it():
     generator = torch.Generator().manual_seed(0)
     given = [(torch.randint(-4, 5, (1, 200), generator=generator) / 4.0, torch.randint(2, (1, 200)))]
     calibrator = filled("sigmoid", 1, given)
-    assert calibrator.scores().dice == pytest.approx(scored(given, Decision(), "sigmoid", 1).tolist(), rel=1e-6)
+    assert calibrator.scores().dice == pytest.approx(scored(given, PostProcessing(), "sigmoid", 1).tolist(), rel=1e-6)
 
 
 def test_of_equally_good_thresholds_the_present_one_stays():
@@ -150,7 +152,7 @@ def test_a_softmax_of_more_classes_has_a_temperature_alone():
     assert not calibrator.has_thresholds
     with pytest.raises(ValueError, match=r"no thresholds of 6 cases with 4 classes \(softmax\)"):
         calibrator.thresholds(1.0)
-    expected = scored(given, Decision(), "softmax", 4, exclude_classes=[0])
+    expected = scored(given, PostProcessing(), "softmax", 4, exclude_classes=[0])
     assert calibrator.scores(3.0).dice == pytest.approx(expected.tolist(), rel=1e-6, nan_ok=True)
 
 

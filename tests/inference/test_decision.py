@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_dice.functional import hard_prediction
-from lightning_dice.inference import CALIBRATION, Decision, find_decision, pooled
+from lightning_dice.inference import CALIBRATION, PostProcessing, find_postprocessing, pooled
 
 
 def logits(classes, *space):
@@ -19,9 +19,9 @@ def logits(classes, *space):
 def test_without_settings_labels_are_those_of_the_module(activation, threshold):
     z = logits(3, 9, 8)
     expected = hard_prediction(z[None], activation=activation, threshold=threshold)[0]
-    found = Decision().labels(z, activation=activation, threshold=threshold)
+    found = PostProcessing().labels(z, activation=activation, threshold=threshold)
     assert torch.equal(found.long(), expected.long())
-    assert not Decision().changes(activation, threshold)
+    assert not PostProcessing().changes(activation, threshold)
     assert found.dtype == (torch.uint8 if activation == "softmax" else torch.bool)
 
 
@@ -29,7 +29,7 @@ def test_without_settings_labels_are_those_of_the_module(activation, threshold):
 @pytest.mark.parametrize("thresholds", [None, [0.1, 0.5, 0.8]])
 def test_planes_by_probabilities(temperature, thresholds):
     z = logits(3, 40).double()
-    decision = Decision(temperature, thresholds)
+    decision = PostProcessing(temperature, thresholds)
     found = decision.labels(z, activation="sigmoid", threshold=0.3)
     probs = decision.probabilities(z, activation="sigmoid")
     for c in range(3):
@@ -43,7 +43,7 @@ def test_planes_by_probabilities(temperature, thresholds):
 @pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
 def test_ids_by_probabilities(temperature):
     z, thresholds = logits(3, 60).double(), [0.7, 0.2, 0.4]
-    decision = Decision(temperature, thresholds)
+    decision = PostProcessing(temperature, thresholds)
     found = decision.labels(z, activation="softmax")
     for pixel in range(60):
         each = [math.exp(value / (temperature or 1)) for value in z[:, pixel].tolist()]
@@ -55,23 +55,23 @@ def test_ids_by_probabilities(temperature):
 
 def test_the_threshold_of_two_classes_is_a_probability():
     z = logits(2, 500).double()
-    found = Decision(2.0, [0.8, 0.2]).labels(z, activation="softmax")
+    found = PostProcessing(2.0, [0.8, 0.2]).labels(z, activation="softmax")
     assert torch.equal(found.bool(), (z / 2).softmax(0)[1] > 0.2)
-    equal = Decision(thresholds=[0.3, 0.3]).labels(z, activation="softmax")
+    equal = PostProcessing(thresholds=[0.3, 0.3]).labels(z, activation="softmax")
     assert torch.equal(equal.long(), z.argmax(0))
 
 
 @pytest.mark.parametrize(
     ("decision", "activation", "threshold", "changes"),
     [
-        (Decision(temperature=2), "softmax", 0.5, False),
-        (Decision(temperature=2), "sigmoid", 0.5, False),
-        (Decision(temperature=2), "sigmoid", 0.4, True),
-        (Decision(temperature=1), "sigmoid", 0.4, False),
-        (Decision(thresholds=[0.5]), "sigmoid", 0.5, True),
-        (Decision(smallest=0), "sigmoid", 0.5, False),
-        (Decision(smallest=[0, 3]), "softmax", 0.5, True),
-        (Decision(largest_only=[1]), "softmax", 0.5, True),
+        (PostProcessing(temperature=2), "softmax", 0.5, False),
+        (PostProcessing(temperature=2), "sigmoid", 0.5, False),
+        (PostProcessing(temperature=2), "sigmoid", 0.4, True),
+        (PostProcessing(temperature=1), "sigmoid", 0.4, False),
+        (PostProcessing(thresholds=[0.5]), "sigmoid", 0.5, True),
+        (PostProcessing(smallest=0), "sigmoid", 0.5, False),
+        (PostProcessing(smallest=[0, 3]), "softmax", 0.5, True),
+        (PostProcessing(largest_only=[1]), "softmax", 0.5, True),
     ],
 )
 def test_whether_labels_change(decision, activation, threshold, changes):
@@ -80,30 +80,30 @@ def test_whether_labels_change(decision, activation, threshold, changes):
 
 def test_components_go_by_pixels_or_millimetres():
     z = torch.tensor([[5.0, 5.0, -5.0, 5.0, -5.0, 5.0, 5.0, 5.0]])
-    assert Decision(smallest=2).labels(z, activation="sigmoid").int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1]]
-    measured = Decision(smallest=1.5, unit="mm")
+    assert PostProcessing(smallest=2).labels(z, activation="sigmoid").int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1]]
+    measured = PostProcessing(smallest=1.5, unit="mm")
     assert measured.labels(z, activation="sigmoid", spacing=(0.5,)).int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
     with pytest.raises(ValueError, match="the spacing of the image is not known"):
         measured.labels(z, activation="sigmoid")
     with pytest.raises(ValueError, match="one number for each of the 1 axes"):
         measured.labels(z, activation="sigmoid", spacing=(0.5, 0.5))
     two = torch.stack([-z[0], z[0]])
-    assert Decision(smallest=[9, 2]).labels(two, activation="softmax").tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
-    everywhere = Decision(smallest=2, background=None).labels(two, activation="softmax")
+    assert PostProcessing(smallest=[9, 2]).labels(two, activation="softmax").tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
+    everywhere = PostProcessing(smallest=2, background=None).labels(two, activation="softmax")
     assert everywhere.tolist() == [1] * 8  # The gaps, of class 0, come first.
 
 
 def test_many_classes_have_ids_that_fit():
-    assert Decision().labels(torch.eye(257), activation="softmax").tolist() == list(range(257))
+    assert PostProcessing().labels(torch.eye(257), activation="softmax").tolist() == list(range(257))
 
 
 def test_what_the_user_says_goes_first():
-    calibration = Decision(1.5, [0.4], smallest=3, unit="mm", origin="file")
-    own = Decision(smallest=7, largest_only=[1], background=None)
-    expected = Decision(1.5, [0.4], smallest=7, largest_only=[1], background=None)
+    calibration = PostProcessing(1.5, [0.4], smallest=3, unit="mm", origin="file")
+    own = PostProcessing(smallest=7, largest_only=[1], background=None)
+    expected = PostProcessing(1.5, [0.4], smallest=7, largest_only=[1], background=None)
     assert own.filled(calibration) == expected
     assert own.filled(calibration).origin == "file"
-    assert Decision(2.0, [0.9]).filled(calibration) == Decision(2.0, [0.9], smallest=3, unit="mm")
+    assert PostProcessing(2.0, [0.9]).filled(calibration) == PostProcessing(2.0, [0.9], smallest=3, unit="mm")
 
 
 @pytest.mark.parametrize(
@@ -121,57 +121,57 @@ def test_what_the_user_says_goes_first():
 )
 def test_refuses_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Decision(**settings)
+        PostProcessing(**settings)
 
 
 def test_refuses_another_number_of_classes():
     with pytest.raises(ValueError, match="one for each of the 3 classes, got 1 from here"):
-        Decision(thresholds=[0.5], origin="here").labels(logits(3, 4), activation="sigmoid")
+        PostProcessing(thresholds=[0.5], origin="here").labels(logits(3, 4), activation="sigmoid")
 
 
 class TestPooled:
     def test_equal_ones_are_one(self):
-        assert pooled([Decision(2.0, [0.5])] * 3) == Decision(2.0, [0.5])
+        assert pooled([PostProcessing(2.0, [0.5])] * 3) == PostProcessing(2.0, [0.5])
 
     def test_thresholds_are_averaged_and_temperatures_gone(self):
-        found = pooled([Decision(2.0, [0.2, 0.4], smallest=3), Decision(None, None, smallest=3)], 0.5)
+        found = pooled([PostProcessing(2.0, [0.2, 0.4], smallest=3), PostProcessing(None, None, smallest=3)], 0.5)
         assert found.temperature is None
         assert found.thresholds == pytest.approx([0.35, 0.45])
         assert found.smallest == 3
 
     def test_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="must remove the same components"):
-            pooled([Decision(smallest=2), Decision(smallest=3)])
+            pooled([PostProcessing(smallest=2), PostProcessing(smallest=3)])
         with pytest.raises(ValueError, match="different numbers of classes"):
-            pooled([Decision(thresholds=[0.2]), Decision(thresholds=[0.2, 0.3])])
+            pooled([PostProcessing(thresholds=[0.2]), PostProcessing(thresholds=[0.2, 0.3])])
 
 
 class TestFile:
-    full = Decision(1.25, (0.3, 0.6), smallest=(0, 12.5), unit="mm", largest_only=[1], background=None)
+    full = PostProcessing(1.25, (0.3, 0.6), smallest=(0, 12.5), unit="mm", largest_only=[1], background=None)
 
     def test_comes_back(self, tmp_path):
         path = tmp_path / CALIBRATION
         self.full.save(path, {"cases": 4})
-        assert Decision.load(path) == self.full
-        assert Decision.load(path).origin == str(path)
+        assert PostProcessing.load(path) == self.full
+        assert PostProcessing.load(path).origin == str(path)
         assert json.loads(path.read_text())["cases"] == 4
         assert [entry.name for entry in tmp_path.iterdir()] == [CALIBRATION]
 
     def test_is_found(self, tmp_path):
         checkpoint = tmp_path / "best.ckpt"
         checkpoint.write_bytes(b"weights")
-        assert find_decision(tmp_path, "auto", checkpoint) == Decision()
+        assert find_postprocessing(tmp_path, "auto", checkpoint) == PostProcessing()
         path = tmp_path / CALIBRATION
         self.full.save(path, {"checkpoint": {"sha256": hashlib.sha256(b"other weights").hexdigest()}})
-        assert find_decision(tmp_path, "none", checkpoint) == Decision()
-        assert find_decision(tmp_path) == self.full
+        assert find_postprocessing(tmp_path, "none", checkpoint) == PostProcessing()
+        assert find_postprocessing(tmp_path) == self.full
         with pytest.raises(ValueError, match=r"was made for another checkpoint .*overwrite=true"):
-            find_decision(tmp_path, "auto", checkpoint)
-        assert find_decision(tmp_path, path, checkpoint) == self.full
+            find_postprocessing(tmp_path, "auto", checkpoint)
+        assert find_postprocessing(tmp_path, path, checkpoint) == self.full
         self.full.save(path, {"checkpoint": {"sha256": hashlib.sha256(b"weights").hexdigest()}})
-        assert find_decision(tmp_path, "auto", checkpoint) == self.full
+        assert find_postprocessing(tmp_path, "auto", checkpoint) == self.full
         with pytest.raises(FileNotFoundError, match="there is no calibration file"):
-            find_decision(tmp_path, tmp_path / "another.json")
+            find_postprocessing(tmp_path, tmp_path / "another.json")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -187,7 +187,7 @@ class TestFile:
     def test_is_checked(self, tmp_path, content, message):
         path = tmp_path / CALIBRATION
         path.write_text(content)
-        for read in (Decision.load, lambda _: find_decision(tmp_path)):
+        for read in (PostProcessing.load, lambda _: find_postprocessing(tmp_path)):
             with pytest.raises(ValueError, match=message) as told:
                 read(path)
             assert str(path) in str(told.value)

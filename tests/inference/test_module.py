@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.data import Batch
 from lightning_dice.functional import hard_prediction
-from lightning_dice.inference import Decision, Inference, Predictor
+from lightning_dice.inference import Inference, PostProcessing, Predictor
 
 SLIDING = Inference([8, 8], flips=[1])
 
@@ -78,9 +78,9 @@ def test_without_settings_nothing_is_different():
 @pytest.mark.parametrize(
     ("activation", "decision"),
     [
-        ("softmax", Decision(thresholds=[0.8, 0.1, 0.3])),
-        ("softmax", Decision(smallest=2, unit="mm")),
-        ("sigmoid", Decision(2.0, [0.3, 0.7], smallest=3)),
+        ("softmax", PostProcessing(thresholds=[0.8, 0.1, 0.3])),
+        ("softmax", PostProcessing(smallest=2, unit="mm")),
+        ("sigmoid", PostProcessing(2.0, [0.3, 0.7], smallest=3)),
     ],
 )
 def test_what_is_decided_is_what_is_scored_and_predicted(activation, decision, mask_size):
@@ -108,8 +108,8 @@ def test_what_is_decided_is_what_is_scored_and_predicted(activation, decision, m
 def test_predicted_components_are_measured_at_the_size_of_the_image():
     given = batches(mask_size=(38, 13))[0]
     # A pixel of the image is two of the mask, 0.5 mm by 0.5 mm each.
-    tested = module(Inference(decision=Decision(smallest=1.0, unit="mm")))
-    by_pixels = module(Inference(decision=Decision(smallest=2)))
+    tested = module(Inference(decision=PostProcessing(smallest=1.0, unit="mm")))
+    by_pixels = module(Inference(decision=PostProcessing(smallest=2)))
     with torch.no_grad():
         found = tested.predict_step(given)
         assert torch.equal(found, by_pixels.predict_step(given))
@@ -118,7 +118,7 @@ def test_predicted_components_are_measured_at_the_size_of_the_image():
 
 def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
     given = batches("sigmoid")
-    tested = module(Inference(decision=Decision(thresholds=[0.4, 0.4])), "sigmoid")
+    tested = module(Inference(decision=PostProcessing(thresholds=[0.4, 0.4])), "sigmoid")
     strict = SegmentationModule(
         tested.net,
         tested.loss,
@@ -128,7 +128,7 @@ def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
     assert evaluated(strict, given)["val/dice"] == evaluated(tested, given)["val/dice"]
 
 
-@pytest.mark.parametrize("inference", [SLIDING, Inference([8, 8], decision=Decision(thresholds=[0.2, 0.3, 0.4]))])
+@pytest.mark.parametrize("inference", [SLIDING, Inference([8, 8], decision=PostProcessing(thresholds=[0.2, 0.3, 0.4]))])
 def test_training_knows_nothing_of_it(inference):
     batch = batches()[0]
     found = [silent(module(each)).train().training_step(batch, 0) for each in (None, inference)]
@@ -143,7 +143,7 @@ def test_a_batch_of_no_image_runs_the_network_on_one_window():
             seen.append(tuple(image.shape))
             return super().forward(image)
 
-    decision = Decision(smallest=3)
+    decision = PostProcessing(smallest=3)
     tested = SegmentationModule(
         Seeing(1, 3, 1),
         DiceLoss(activation="softmax"),
@@ -177,11 +177,11 @@ def test_windows_are_padded_to_the_divisor():
 
 
 def test_calibrating_leaves_other_modules_alone():
-    shared = Inference(decision=Decision(smallest=4))
+    shared = Inference(decision=PostProcessing(smallest=4))
     one, other = module(shared), module(shared)
-    one.calibrate(Decision(2.0, [0.2, 0.3, 0.5], smallest=9))
-    assert one.inference.decision == Decision(2.0, [0.2, 0.3, 0.5], smallest=4)
-    assert other.inference.decision == Decision(smallest=4)
+    one.calibrate(PostProcessing(2.0, [0.2, 0.3, 0.5], smallest=9))
+    assert one.inference.decision == PostProcessing(2.0, [0.2, 0.3, 0.5], smallest=4)
+    assert other.inference.decision == PostProcessing(smallest=4)
 
 
 def test_flips_are_averaged():
@@ -192,7 +192,7 @@ def test_flips_are_averaged():
 
 
 def test_a_temperature_goes_before_the_threshold_and_is_told():
-    tested = silent(module(Inference(decision=Decision(temperature=2.0)), "sigmoid", threshold=0.3))
+    tested = silent(module(Inference(decision=PostProcessing(temperature=2.0)), "sigmoid", threshold=0.3))
     given = batches("sigmoid")[0]
     with torch.no_grad():
         expected = (tested.net(given.image) / 2).sigmoid() > 0.3
@@ -204,7 +204,7 @@ def test_a_temperature_goes_before_the_threshold_and_is_told():
 
 
 def test_several_modules_are_an_ensemble():
-    modules = [module(), module(Inference(decision=Decision(temperature=2.0)))]
+    modules = [module(), module(Inference(decision=PostProcessing(temperature=2.0)))]
     image = batches()[0].image[0]
     with torch.no_grad():
         mean = sum((m(image[None])[0] / t).softmax(0) for m, t in zip(modules, (1, 2), strict=True)) / 2

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_dice.inference import Decision, Flips, Inference, Predictor, SlidingWindow
+from lightning_dice.inference import Flips, Inference, PostProcessing, Predictor, SlidingWindow
 from lightning_dice.inference import sliding_window as windows_file
 
 SPACE, SIZE = (19, 23), (26, 15)
@@ -26,9 +26,9 @@ def image():
 @pytest.mark.parametrize(
     "decision",
     [
-        Decision(),
-        Decision(2.0, [0.3, 0.5, 0.6]),
-        Decision(thresholds=[0.1, 0.2, 0.3], smallest=4, largest_only=[1]),
+        PostProcessing(),
+        PostProcessing(2.0, [0.3, 0.5, 0.6]),
+        PostProcessing(thresholds=[0.1, 0.2, 0.3], smallest=4, largest_only=[1]),
     ],
     ids=["plain", "thresholds", "components"],
 )
@@ -50,7 +50,7 @@ def test_one_network_has_its_own_logits():
     (net,) = nets(1)
     with torch.no_grad():
         expected = net(image()[None])[0]
-    predictor = Predictor([net], decision=Decision(temperature=3.0), activation="softmax")
+    predictor = Predictor([net], decision=PostProcessing(temperature=3.0), activation="softmax")
     assert torch.equal(predictor.logits(image()), expected)
     torch.testing.assert_close(predictor.probabilities(expected), (expected / 3).softmax(0))
 
@@ -66,7 +66,7 @@ def test_logits_at_another_size():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
     (net,) = nets(1)
-    predictor = Predictor([net], flips=Flips([0, 1]), decision=Decision(temperature), activation=activation)
+    predictor = Predictor([net], flips=Flips([0, 1]), decision=PostProcessing(temperature), activation=activation)
     probs = []
     with torch.no_grad():
         for axes in ([], [1], [2], [1, 2]):
@@ -85,7 +85,7 @@ def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
     several = nets(3)
-    decisions = [Decision(temperature, [0.2 * temperature] * 3) for temperature in (0.5, 1.0, 2.0)]
+    decisions = [PostProcessing(temperature, [0.2 * temperature] * 3) for temperature in (0.5, 1.0, 2.0)]
     predictor = Predictor(several, window, decision=decisions, activation=activation)
     probs = []
     padded = image() if window is None else F.pad(image(), (4, 5, 6, 7))
@@ -103,7 +103,7 @@ def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
 
 
 def test_equal_temperatures_stay_with_the_decision():
-    several, decision = nets(2), Decision(2.0, [0.3, 0.3, 0.3])
+    several, decision = nets(2), PostProcessing(2.0, [0.3, 0.3, 0.3])
     predictor = Predictor(several, decision=decision, activation="softmax")
     with torch.no_grad():
         mean = torch.stack([(net(image()[None])[0] / 2).softmax(0) for net in several]).mean(0)
@@ -113,7 +113,7 @@ def test_equal_temperatures_stay_with_the_decision():
 
 def test_predictors_are_joined():
     several = nets(2)
-    decisions = [Decision(1), Decision(3)]
+    decisions = [PostProcessing(1), PostProcessing(3)]
     each = [Predictor([net], decision=d, activation="softmax") for net, d in zip(several, decisions, strict=True)]
     joined = Predictor.ensemble(each)
     expected = Predictor(several, decision=decisions, activation="softmax")
@@ -135,7 +135,7 @@ def test_coarse_logits_are_resized():
         ({"nets": []}, "nets must be at least one network"),
         ({"activation": None}, "activation must be one of 'sigmoid', 'softmax', got None"),
         ({"threshold": 1}, r"threshold must be a number in \(0, 1\)"),
-        ({"decision": [Decision()] * 3}, "one for each of the 2 nets, got 3"),
+        ({"decision": [PostProcessing()] * 3}, "one for each of the 2 nets, got 3"),
     ],
 )
 def test_refuses_settings(settings, message):

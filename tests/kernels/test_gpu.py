@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import Focal, Wanted, reference, triton_backend
-from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels import Focal, RequiredSums, reference, triton_backend
+from lightning_dice.kernels.backend import SumsSpec
 from lightning_dice.kernels.pixels import read_pixels
 
 pytest.importorskip("triton", reason="no triton")
@@ -26,8 +26,8 @@ pytest.importorskip("triton", reason="no triton")
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))
-TYPICAL = Wanted(nll=True)
+ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))
+TYPICAL = RequiredSums(nll=True)
 
 # NumPy, which interprets, warns of the logarithm of 0 and the like.
 pytestmark = [
@@ -79,7 +79,7 @@ def case(
         target = (target * 4).softmax(1) if activation == "softmax" else target
     if ignored:
         target = target.masked_fill(torch.rand(target.shape, generator=generator) < 0.2, 255)
-    work = Work(activation, kind != "ids", kind == "soft", 255 if ignored else None, wanted)
+    work = SumsSpec(activation, kind != "ids", kind == "soft", 255 if ignored else None, wanted)
     logits = logits.masked_fill(ignored_places(work, target), math.nan).to(dtype)
     if weight is not None:
         weight = torch.rand(shape if weight == "class" else ids.shape, generator=generator)
@@ -180,7 +180,7 @@ def test_single_precision(activation, kind):
 @pytest.mark.parametrize("name", ["squares", "minimum", "nll", "all_nll", "absent_nll", "focal", None])
 @pytest.mark.parametrize(("activation", "kind"), KINDS)
 def test_each_sum_alone(activation, kind, name):
-    wanted = Wanted(**{name: Focal(2.0) if name == "focal" else True}) if name else Wanted()
+    wanted = RequiredSums(**{name: Focal(2.0) if name == "focal" else True}) if name else RequiredSums()
     work, logits, target, _ = case(activation, kind, wanted=wanted, space=(5,))
     check(work, logits, target)
 
@@ -189,7 +189,7 @@ def test_each_sum_alone(activation, kind, name):
 @pytest.mark.parametrize("alpha", [None, 0.3])
 @pytest.mark.parametrize(("activation", "kind"), [("softmax", "ids"), ("sigmoid", "soft"), (None, "hard")])
 def test_any_focal_factor(activation, kind, gamma, alpha):
-    wanted = Wanted(focal=Focal(gamma, alpha if activation != "softmax" else None))
+    wanted = RequiredSums(focal=Focal(gamma, alpha if activation != "softmax" else None))
     work, logits, target, _ = case(activation, kind, wanted=wanted, space=(4, 5))
     check(work, logits, target)
 
@@ -203,7 +203,7 @@ def test_any_focal_factor(activation, kind, gamma, alpha):
     kind=st.sampled_from(KINDS),
     ignored=st.booleans(),
     weight=st.sampled_from([None, "pixel", "class"]),
-    wanted=st.sampled_from([Wanted(), TYPICAL, ALL]),
+    wanted=st.sampled_from([RequiredSums(), TYPICAL, ALL]),
 )
 def test_any_shape(seed, batch, classes, space, kind, ignored, weight, wanted):
     classes = max(classes, 2) if kind[0] == "softmax" or kind[1] == "ids" else classes
@@ -241,7 +241,7 @@ def test_ids_of_any_dtype(dtype, ignore_index):
     work, logits, target, _ = case("softmax", "ids", wanted=TYPICAL, space=(11,))
     if ignore_index == -1:
         target[:, ::3] = -1
-    work = Work("softmax", False, False, ignore_index, TYPICAL)
+    work = SumsSpec("softmax", False, False, ignore_index, TYPICAL)
     grad = gradient_for(work, logits)
     expected = expected_of(work, logits, target, None, grad)
     torch.testing.assert_close(twin_of(work, logits, target.to(dtype), None, grad), expected, rtol=1e-12, atol=1e-12)
@@ -254,7 +254,7 @@ def test_planes_of_any_dtype(dtype, activation):
     work, logits, target, _ = case(activation, "hard", ignored=ignored, wanted=TYPICAL, space=(11,))
     grad = gradient_for(work, logits)
     expected = expected_of(work, logits, target, None, grad)
-    work = Work(activation, True, dtype.is_floating_point, work.ignore_index, TYPICAL)
+    work = SumsSpec(activation, True, dtype.is_floating_point, work.ignore_index, TYPICAL)
     torch.testing.assert_close(twin_of(work, logits, target.to(dtype), None, grad), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -341,7 +341,7 @@ def test_saturated_logits(size, dtype, activation):
     logits[0, :, 7] = torch.tensor([size, size - 1, -size])
     ids = torch.tensor([[0, 1, 2, 1, 2, 0, 2, 0]])
     target = ids if activation == "softmax" else torch.nn.functional.one_hot(ids, classes).movedim(-1, 1)
-    work = Work(activation, activation == "sigmoid", False, None, ALL)
+    work = SumsSpec(activation, activation == "sigmoid", False, None, ALL)
     logits, target = logits.to(DEVICE, dtype), target.to(DEVICE)
     grad = gradient_for(work, logits)
     sums, gradient = twin_of(work, logits, target, None, grad)
@@ -355,12 +355,14 @@ def test_saturated_logits(size, dtype, activation):
 
 
 # Each alone: the gradient of absent_nll is of the order of 1 where that of the others vanishes.
-@pytest.mark.parametrize("wanted", [Wanted(), TYPICAL, Wanted(absent_nll=True)], ids=["overlap", "nll", "absent"])
+@pytest.mark.parametrize(
+    "wanted", [RequiredSums(), TYPICAL, RequiredSums(absent_nll=True)], ids=["overlap", "nll", "absent"]
+)
 @pytest.mark.parametrize("z", [2.0, 9.0, 17.0, 40.0])
 def test_certain_pixels_keep_their_digits(z, wanted):
     # p is 1 in single precision from a logit of 17 on; 1 - p, the cross-entropy and the gradient are not 0.
     logits = torch.tensor([[[z], [-z], [0.5 - z]]], device=DEVICE)
-    work = Work("softmax", False, False, None, wanted)
+    work = SumsSpec("softmax", False, False, None, wanted)
     target = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     grad = gradient_for(work, logits)
     sums, gradient = twin_of(work, logits, target, None, grad)
@@ -372,7 +374,7 @@ def test_certain_pixels_keep_their_digits(z, wanted):
 def test_equal_probability_and_label_share_the_gradient_of_the_minimum():
     probs = torch.tensor([[[0.5, 0.25, 0.75]]], dtype=torch.float64, device=DEVICE)
     target = torch.full_like(probs, 0.5)
-    work = Work(None, True, True, None, Wanted(minimum=True))
+    work = SumsSpec(None, True, True, None, RequiredSums(minimum=True))
     grad = torch.zeros(len(work.rows), 1, 1, dtype=torch.float64, device=DEVICE)
     grad[work.rows.index("minimum")] = 1
     _, gradient = twin_of(work, probs, target, None, grad)
@@ -400,7 +402,7 @@ def test_a_class_that_is_ruled_out():
     logits[:, 2] = -math.inf
     sums, gradient = twin_of(work, logits, target, None, grad := gradient_for(work, logits))
     assert sums.isfinite().all()
-    without = Work("softmax", False, False, None, TYPICAL)
+    without = SumsSpec("softmax", False, False, None, TYPICAL)
     expected = expected_of(without, logits[:, :2], target, None, grad[..., :2])
     torch.testing.assert_close((sums[..., :2], gradient[:, :2]), expected, rtol=1e-10, atol=1e-12)
     assert (gradient[:, 2] == 0).all()
@@ -417,7 +419,7 @@ def test_a_diverged_network_shows():
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0)])
 def test_nothing_to_sum(shape):
     logits, target = torch.zeros(shape, device=DEVICE), torch.zeros(shape[0], shape[2], dtype=torch.long, device=DEVICE)
-    work = Work("softmax", False, False, None, ALL)
+    work = SumsSpec("softmax", False, False, None, ALL)
     sums, gradient = twin_of(work, logits, target, None, gradient_for(work, logits))
     assert sums.shape == (len(work.rows), *shape[:2])
     assert (sums == 0).all()
@@ -473,14 +475,14 @@ def test_offsets_inside_an_image_beyond_31_bits():
 
 
 HOPPER = [
-    (Work("softmax", False, False, 255, TYPICAL), (2, 19, 64 * 64), torch.bfloat16, torch.uint8, None),
-    (Work("softmax", False, False, -100, ALL), (1, 118, 31 * 33), torch.float32, torch.int64, "pixel"),
-    (Work("softmax", True, True, 255, ALL), (1, 4, 63), torch.float16, torch.float32, "class"),
-    (Work("sigmoid", True, False, 1, TYPICAL), (2, 1, 64), torch.float16, torch.uint8, "pixel"),
-    (Work("sigmoid", True, True, None, ALL), (1, 40, 64), torch.float64, torch.float64, "class"),
-    (Work(None, False, False, 255, ALL), (1, 3, 64), torch.float32, torch.int32, None),
-    (Work(None, True, False, None, TYPICAL), (1, 1, 1), torch.float32, torch.int64, None),
-    (Work("softmax", True, True, 255, TYPICAL), (1, 1000, 64), torch.float32, torch.float32, "class"),
+    (SumsSpec("softmax", False, False, 255, TYPICAL), (2, 19, 64 * 64), torch.bfloat16, torch.uint8, None),
+    (SumsSpec("softmax", False, False, -100, ALL), (1, 118, 31 * 33), torch.float32, torch.int64, "pixel"),
+    (SumsSpec("softmax", True, True, 255, ALL), (1, 4, 63), torch.float16, torch.float32, "class"),
+    (SumsSpec("sigmoid", True, False, 1, TYPICAL), (2, 1, 64), torch.float16, torch.uint8, "pixel"),
+    (SumsSpec("sigmoid", True, True, None, ALL), (1, 40, 64), torch.float64, torch.float64, "class"),
+    (SumsSpec(None, False, False, 255, ALL), (1, 3, 64), torch.float32, torch.int32, None),
+    (SumsSpec(None, True, False, None, TYPICAL), (1, 1, 1), torch.float32, torch.int64, None),
+    (SumsSpec("softmax", True, True, 255, TYPICAL), (1, 1000, 64), torch.float32, torch.float32, "class"),
 ]
 
 

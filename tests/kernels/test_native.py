@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_dice.kernels import Wanted, available, forced, native, overlap_sums
+from lightning_dice.kernels import RequiredSums, available, forced, native, overlap_sums
 from lightning_dice.kernels.native import build
 
 needs_native = pytest.mark.skipif(available()["native"] is not None, reason=str(available()["native"]))
@@ -237,7 +237,7 @@ def test_results_do_not_depend_on_the_number_of_threads(activation):
             torch.set_num_threads(threads)
             leaf = logits.clone().requires_grad_()
             with forced("native", strict=True):
-                sums = overlap_sums(leaf, target, activation=activation, wanted=Wanted(nll=True))
+                sums = overlap_sums(leaf, target, activation=activation, wanted=RequiredSums(nll=True))
             stacked = torch.stack(list(sums.fields.values()))
             (stacked * torch.linspace(-1, 1, stacked.numel()).view(stacked.shape)).sum().backward()
             results.append((stacked.detach(), leaf.grad))

@@ -9,16 +9,16 @@ from definitions import plain_sums, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import Focal, Wanted, check_values, forced, overlap_sums, reference
+from lightning_dice.kernels import Focal, RequiredSums, check_values, forced, overlap_sums, reference
 from lightning_dice.kernels.pixels import read_pixels
 
-ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
+ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
 
 
 def reference_sums(logits, target, *, ignore_index):
     """Without the checks of the CPU, as on a GPU."""
     return reference.overlap_sums(
-        read_pixels(logits, target, activation="softmax", ignore_index=ignore_index), Wanted()
+        read_pixels(logits, target, activation="softmax", ignore_index=ignore_index), RequiredSums()
     )
 
 
@@ -330,6 +330,6 @@ def test_a_mask_in_the_place_of_logits_is_named():
 
 
 def test_one_pass_has_one_focal_factor():
-    assert (Wanted(focal=Focal()) | Wanted(nll=True)) == Wanted(nll=True, focal=Focal())
+    assert (RequiredSums(focal=Focal()) | RequiredSums(nll=True)) == RequiredSums(nll=True, focal=Focal())
     with pytest.raises(ValueError, match="one focal factor"):
-        Wanted(focal=Focal(1.0)) | Wanted(focal=Focal(2.0))
+        RequiredSums(focal=Focal(1.0)) | RequiredSums(focal=Focal(2.0))

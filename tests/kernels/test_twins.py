@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_dice import DiceLoss
-from lightning_dice.kernels import Focal, Wanted, available, forced, native, overlap_sums
-from lightning_dice.kernels.backend import Work
+from lightning_dice.kernels import Focal, RequiredSums, available, forced, native, overlap_sums
+from lightning_dice.kernels.backend import SumsSpec
 from lightning_dice.kernels.dispatch import chosen
 from lightning_dice.losses import DiceCELoss, HausdorffLoss
 
-ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))
-DICE_AND_CE = Wanted(nll=True)
+ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal(1.5))
+DICE_AND_CE = RequiredSums(nll=True)
 # What each twin can do.
 WANTED = {"native": ALL, "blocked": DICE_AND_CE}
 TWINS = [
@@ -103,7 +103,7 @@ def test_equals_the_reference_on_any_shape(twin, seed, batch, classes, space, fo
         weight = torch.rand(logits.shape if weighted == "class" else (batch, *space), dtype=torch.float64)
     options = {"activation": activation, "ignore_index": 255, "weight": weight}
     assert_same(twin, logits, target, WANTED[twin], **options)
-    assert_same(twin, logits, target, Wanted(), **options)
+    assert_same(twin, logits, target, RequiredSums(), **options)
     assert_same(twin, logits, target, DICE_AND_CE, **options)
 
 
@@ -311,7 +311,11 @@ def test_a_class_that_is_masked_out(twin):
     torch.manual_seed(0)
     logits, target = torch.randn(2, 4, 9, 9, dtype=torch.float64), torch.randint(0, 3, (2, 9, 9))
     logits[:, 3] = -math.inf
-    for wanted in (WANTED[twin], replace(WANTED[twin], all_nll=False), Wanted(nll=True, squares=twin == "native")):
+    for wanted in (
+        WANTED[twin],
+        replace(WANTED[twin], all_nll=False),
+        RequiredSums(nll=True, squares=twin == "native"),
+    ):
         expected = run("reference", logits, target, replace(wanted, all_nll=False), activation="softmax")
         came = run(twin, logits, target, replace(wanted, all_nll=False), activation="softmax")
         torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-9)
@@ -333,7 +337,7 @@ def test_sums_of_equal_float32_terms(twin):
 def test_a_minimum_of_equals_has_half_of_each_slope(twin):
     logits, target = torch.zeros(1, 2, 5, dtype=torch.float64), torch.full((1, 2, 5), 0.5, dtype=torch.float64)
     for activation in ("sigmoid", "softmax"):
-        assert_same(twin, logits, target, Wanted(minimum=True), activation=activation)
+        assert_same(twin, logits, target, RequiredSums(minimum=True), activation=activation)
 
 
 @pytest.mark.parametrize("twin", [twin for twin in TWINS if twin.values[0] == "native"])
@@ -341,7 +345,7 @@ def test_a_minimum_of_equals_has_half_of_each_slope(twin):
 def test_ignored_planes_with_weights_by_class(twin, activation):
     logits, target = case(13, activation, 2, 3, (40,), kind="soft", ignored=0.5)
     weight = torch.rand(logits.shape, dtype=torch.float64)
-    for wanted in (Wanted(), DICE_AND_CE, ALL):
+    for wanted in (RequiredSums(), DICE_AND_CE, ALL):
         assert_same(twin, logits, target, wanted, activation=activation, ignore_index=255, weight=weight)
 
 
@@ -382,9 +386,9 @@ def test_views_that_are_not_what_their_memory_says(twin):
 def test_a_fake_tensor_is_left_to_the_reference(twin):
     with forced(twin), FakeTensorMode() as mode:
         logits, target = (mode.from_tensor(t) for t in (torch.zeros(1, 2, 8), torch.zeros(1, 8, dtype=torch.long)))
-        assert chosen(Work("softmax", False, False), logits, target, None) is None
+        assert chosen(SumsSpec("softmax", False, False), logits, target, None) is None
     with forced(twin):
-        assert chosen(Work("softmax", False, False), torch.zeros(1, 2, 8), logits_of(target), None) == twin
+        assert chosen(SumsSpec("softmax", False, False), torch.zeros(1, 2, 8), logits_of(target), None) == twin
 
 
 def logits_of(fake):

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dice import DiceLoss
 from lightning_dice.functional import RegionMap, complete
-from lightning_dice.kernels import OverlapSums, Wanted, checked_pixels, region_sums
+from lightning_dice.kernels import OverlapSums, RequiredSums, checked_pixels, region_sums
 from lightning_dice.losses import (
     CompoundLoss,
     FocalTverskyLoss,
@@ -288,7 +288,7 @@ class TestInvariances:
         pixels = checked_pixels(logits, target, activation="softmax", ignore_index=255)
         made = RegionMap("softmax", classes=3, ignore_index=255)
         regions = torch.stack([made(one) for one in target]).flatten(2)
-        wanted = Wanted(squares=True, minimum=True, absent_nll=True)
+        wanted = RequiredSums(squares=True, minimum=True, absent_nll=True)
         parts, own_class = region_sums(pixels, regions, wanted)
         table = plain_sums(logits, target, activation="softmax", ignore_index=255)
         for name, field in parts.fields.items():
@@ -454,7 +454,9 @@ def test_refuses_settings_that_do_not_fit_the_call():
     with pytest.raises(ValueError, match="one for each of the 3 classes, got 2"):
         LesionWiseLoss(DiceLoss(pool="image", class_weights=[1, 2]))(*lesions(18, activation="sigmoid"))
     with pytest.raises(ValueError, match="regions have no sums of cross-entropy"):
-        region_sums(checked_pixels(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)), torch.zeros(1, 1, 2), Wanted(nll=True))
+        region_sums(
+            checked_pixels(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)), torch.zeros(1, 1, 2), RequiredSums(nll=True)
+        )
 
 
 RANK_SETTINGS = [

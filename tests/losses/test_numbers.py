@@ -8,12 +8,12 @@ import pytest
 import torch
 from losses.family import CASES, EACH, FIRST, ids_of, value_and_gradient
 
-from lightning_dice.kernels import Focal, Wanted, overlap_sums
+from lightning_dice.kernels import Focal, RequiredSums, overlap_sums
 
 HALVES = [torch.float16, torch.bfloat16]
 PIXELS = 10_000_000
 
-ALL = Wanted(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
+ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
 
 
 def ten_million(dtype, activation):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dice.scoring.comparison import adjusted, check_same, common, compare, holm
+from lightning_dice.scoring.comparison import adjusted, check_same, common, compare_tables, holm
 from lightning_dice.scoring.summary import ALL
 from lightning_dice.scoring.table import Cases
 
@@ -21,20 +21,20 @@ def cases(actual=None, split="test", unit="pixels", **scores):
 
 
 def test_a_difference_by_hand():
-    (line,) = compare(cases(a=[0.5, 0.7, 0.9, 0.4]), cases(a=[0.6, 0.9, 0.8, 0.4]))
+    (line,) = compare_tables(cases(a=[0.5, 0.7, 0.9, 0.4]), cases(a=[0.6, 0.9, 0.8, 0.4]))
     assert (line.name, line.cases, line.wins, line.losses, line.ties) == ("a", 4, 2, 1, 1)
     assert (line.mean_a, line.mean_b, line.mean) == pytest.approx((0.625, 0.675, 0.05))
     assert line.differences == pytest.approx([0.1, 0.2, -0.1, 0])
 
 
 def test_less_is_better_of_distances():
-    (line,) = compare(cases(a=[5, 7, 9]), cases(a=[4, 8, 2]), "hd95")
+    (line,) = compare_tables(cases(a=[5, 7, 9]), cases(a=[4, 8, 2]), "hd95")
     assert (line.wins, line.losses) == (2, 1)
     assert line.mean == pytest.approx(-7 / 3)
 
 
 def test_nearer_to_zero_is_better_of_volumes():
-    (line,) = compare(cases(a=[0.1, -0.8, 0.5, -0.2]), cases(a=[-0.3, 0.7, 0.2, 0.2]), "volume_error")
+    (line,) = compare_tables(cases(a=[0.1, -0.8, 0.5, -0.2]), cases(a=[-0.3, 0.7, 0.2, 0.2]), "volume_error")
     assert (line.wins, line.losses, line.ties) == (2, 1, 1)
 
 
@@ -44,7 +44,7 @@ def test_the_draws_are_those_that_are_asked_for():
     tables = cases(a=one), cases(a=one + random.normal(0.02, 0.1, 30))
 
     def ends(**settings):
-        (line,) = compare(*tables, **{"resamples": 400, **settings})
+        (line,) = compare_tables(*tables, **{"resamples": 400, **settings})
         return line.low, line.high, line.permutation
 
     assert ends() == ends()
@@ -58,7 +58,7 @@ def test_p_values_are_exact_for_few_cases():
     random = np.random.default_rng(0)
     one = random.uniform(size=9)
     other = one + random.normal(0.1, 0.15, 9)
-    (line,) = compare(cases(a=one), cases(a=other))
+    (line,) = compare_tables(cases(a=one), cases(a=other))
     differences = other - one
     signs = np.array(list(itertools.product((1, -1), repeat=9)))
     flipped = np.abs((signs * differences).mean(1))
@@ -71,7 +71,7 @@ def test_many_cases_with_ties():
     random = np.random.default_rng(1)
     one = random.uniform(size=80).round(1)
     other = (one + random.normal(0.03, 0.1, 80)).round(1)
-    (line,) = compare(cases(a=one), cases(a=other))
+    (line,) = compare_tables(cases(a=one), cases(a=other))
     expected = stats.wilcoxon(np.round(other - one, 9), zero_method="pratt", method="approx").pvalue
     assert line.wilcoxon == pytest.approx(expected)
     assert line.permutation == pytest.approx(stats.ttest_rel(other, one).pvalue, abs=0.03)
@@ -81,19 +81,19 @@ def test_many_cases_with_ties():
 @pytest.mark.filterwarnings("ignore:Sample size too small")  # SciPy before 1.15
 def test_a_case_without_a_difference_has_a_rank():
     differences = np.array([0.1, -0.2, 0.3, 0.5, 0])
-    (line,) = compare(cases(a=np.zeros(5)), cases(a=differences))
+    (line,) = compare_tables(cases(a=np.zeros(5)), cases(a=differences))
     expected = stats.wilcoxon(differences, zero_method="pratt", method="approx").pvalue
     assert line.wilcoxon == pytest.approx(expected)
 
 
 def test_without_a_difference_nothing_is_significant():
     for count in (1, 5):
-        (line,) = compare(cases(a=[0.5] * count), cases(a=[0.5] * count))
+        (line,) = compare_tables(cases(a=[0.5] * count), cases(a=[0.5] * count))
         assert (line.mean, line.wilcoxon, line.permutation, line.ties) == (0, 1, 1, count)
 
 
 def test_one_case_is_no_evidence():
-    (line,) = compare(cases(a=[0.5]), cases(a=[0.9]))
+    (line,) = compare_tables(cases(a=[0.5]), cases(a=[0.9]))
     assert (line.mean, line.wins, line.wilcoxon, line.permutation) == (0.4, 1, 1, 1)
     assert math.isnan(line.low)
     assert math.isnan(line.high)
@@ -103,7 +103,7 @@ def test_cases_that_one_has_no_score_of_are_counted_apart():
     nan = math.nan
     first = cases(a=[nan, 0, 1, nan, 0], b=[1, 1, 0, nan, nan])
     second = cases(a=[0, nan, 0.5, nan, nan], b=[0.5, 1, 1, nan, nan])
-    whole, a, _ = compare(first, second, resamples=100)
+    whole, a, _ = compare_tables(first, second, resamples=100)
     assert (a.cases, a.only_a, a.only_b) == (1, 2, 1)
     assert (a.mean_a, a.mean_b, a.mean) == (1, 0.5, -0.5)
     # Of each case the mean is over the classes that both have: b, b, both, none, none.
@@ -122,7 +122,7 @@ def test_p_values_are_adjusted_over_classes_and_pairs():
     random = np.random.default_rng(2)
     table = {name: random.uniform(size=12) for name in "ab"}
     others = [{name: values + random.normal(0.05, 0.1, 12) for name, values in table.items()} for _ in range(2)]
-    lines = [line for other in others for line in compare(cases(**table), cases(**other))]
+    lines = [line for other in others for line in compare_tables(cases(**table), cases(**other))]
     found = adjusted(lines)
     single = [place for place, line in enumerate(lines) if line.name != ALL]
     assert [found[p].wilcoxon_holm for p in single] == holm([lines[p].wilcoxon for p in single])
@@ -148,6 +148,6 @@ def test_cases_in_common_keep_their_scores():
     for pair in (common(one, other), common(other, one)[::-1]):
         check_same(*pair, ("old", "new"))
         assert pair[0].names == ["c1", "c2"]
-        assert compare(*pair)[0].differences == pytest.approx([0.2, 0.3])
+        assert compare_tables(*pair)[0].differences == pytest.approx([0.2, 0.3])
     with pytest.raises(ValueError, match="the tables have no test case in common"):
         common(cases(a=[1]), other)

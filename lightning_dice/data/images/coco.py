@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.file_layout import Layout, Pair, contents, no_folder
 from lightning_dice.data.images.file_patterns import check_pattern
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat, Sized, check_size
 from lightning_dice.data.images.sources import PairSource
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import check_splits, complete, split_words
+from lightning_dice.data.splits import check_splits, complete_splits, split_words
 
 NAMED = 8  # categories or images in one message
 
@@ -231,11 +231,11 @@ class CocoSource(PairSource):
                 parts[split] = _Reading(file, folder, self.mask_format, self.categories, layout).pairs()
             elif self.splits is not None:
                 what = f"is not there, and data.splits names the split {split}"
-                layout.problems.append(Problem(what, options[-1][1], "Set data.splits to what there is."))
+                layout.problems.append(DataProblem(what, options[-1][1], "Set data.splits to what there is."))
         if not parts and not layout.problems:
             what = f"there is no {self.annotations.replace('{split}', 'train')}; {contents(self.root)}"
-            layout.problems.append(Problem(what, self.root, "Set data.annotations, or data.splits."))
-        layout.pairs = complete(parts, self.fractions, self.seed, layout.problems, self.root / self.annotations)
+            layout.problems.append(DataProblem(what, self.root, "Set data.annotations, or data.splits."))
+        layout.pairs = complete_splits(parts, self.fractions, self.seed, layout.problems, self.root / self.annotations)
         return layout
 
 
@@ -252,7 +252,7 @@ class _Reading:
         try:
             content = _load(self.file)
             labels = self._labels(content)
-        except Problem as problem:
+        except DataProblem as problem:
             self.layout.problems.append(problem)
             return []
         images = self._images(content)
@@ -312,11 +312,11 @@ class _Reading:
         unknown = [name for name in self.names if name not in names.values()]
         if unknown:
             what = f"has no category {', '.join(unknown)}, only {_some(names.values())}"
-            raise Problem(what, self.file, "Set data.categories to categories that there are.")
+            raise DataProblem(what, self.file, "Set data.categories to categories that there are.")
         lacking = [name for name in classes if name not in meant.values() and name != self.mask_format.background]
         if lacking:
             what = f"has no category for the classes {', '.join(lacking)}, only {_some(names.values())}"
-            raise Problem(what, self.file, "Set data.classes, or data.categories={category:class}.")
+            raise DataProblem(what, self.file, "Set data.classes, or data.categories={category:class}.")
         unused = [name for key, name in names.items() if meant[key] not in classes]
         if unused:
             note = f"categories in {self.file.name} that no class has, and that count as background: {_some(unused)}"
@@ -341,26 +341,26 @@ class _Reading:
         return images
 
     def _refuse(self, what: str, remedy: str) -> None:
-        self.layout.problems.append(Problem(what, self.file, remedy))
+        self.layout.problems.append(DataProblem(what, self.file, remedy))
 
     def _refuse_image(self, path: Path, what: str) -> None:
-        self.layout.problems.append(Problem(what, path, "Add it, or remove it from the annotations."))
+        self.layout.problems.append(DataProblem(what, path, "Add it, or remove it from the annotations."))
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise Problem(f"cannot be opened ({error.strerror})", file) from error
+        raise DataProblem(f"cannot be opened ({error.strerror})", file) from error
     except (ValueError, RecursionError) as error:
-        raise Problem(f"is no JSON ({error})", file, "Copy it again.") from error
+        raise DataProblem(f"is no JSON ({error})", file, "Copy it again.") from error
     parts = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(
         isinstance(content.get(part), list) and all(isinstance(entry, dict) for entry in content[part])
         for part in parts
     ):
         found = f"an object of {_some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise Problem(f"must be an object with lists of images, annotations and categories, got {found}", file)
+        raise DataProblem(f"must be an object with lists of images, annotations and categories, got {found}", file)
     return content
 
 

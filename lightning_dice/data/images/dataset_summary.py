@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.file_layout import Layout, Pair
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import Picture, read_bytes, read_picture
@@ -29,7 +29,7 @@ PICTURE = 64  # values of a mask that is none
 
 
 @dataclass
-class Facts:
+class ImageFacts:
     """What reading a case has shown.
 
     Attributes:
@@ -49,7 +49,7 @@ class Facts:
     levels: int = 0
     digest: bytes = b""
     counts: list[dict[int, int]] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[DataProblem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Survey:
         notes: what is to be told beside.
     """
 
-    facts: Mapping[Split, Sequence[Facts]]
+    facts: Mapping[Split, Sequence[ImageFacts]]
     planes: Sequence[str]
     mask_format: MaskFormat
     raters: Sequence[str] = ()
@@ -112,12 +112,12 @@ class Survey:
             pixels[None] //= len(self.planes)
         return {name: Share(pixels[name] / max(total, 1), cases[name]) for name in (*self.mask_format.classes, None)}
 
-    def _class_of(self, facts: Facts, position: int) -> str:
+    def _class_of(self, facts: ImageFacts, position: int) -> str:
         """The class of a plane: of the first one, the background, there may be none."""
         each = len(facts.counts) // max(len(self.raters), 1)
         return self.mask_format.classes[position % each - each]
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[DataProblem]:
         """All that is wrong, the values of masks judged over all cases."""
         everything = [facts for part in self.facts.values() for facts in part]
         found = [problem for facts in everything for problem in facts.problems]
@@ -125,7 +125,7 @@ class Survey:
             found += self._value_problems([facts for facts in everything if len(facts.counts) > position], position)
         return found
 
-    def _value_problems(self, everything: Sequence[Facts], position: int) -> list[Problem]:
+    def _value_problems(self, everything: Sequence[ImageFacts], position: int) -> list[DataProblem]:
         """Values without an id, or a set of masks in 0 and 255 of which nothing but the ignored label is left."""
         form = self.mask_format
         values = {value for facts in everything for value in facts.counts[position]}
@@ -140,7 +140,7 @@ class Survey:
             return [_picture(facts, position) for facts in pictures]
         if wrong:
             remedy = suggest(values, range(2) if self.planes else form.ids, form.ignore_index)
-            return [Problem(f"holds {what}", _mask_at(facts, position), remedy) for facts, what in wrong]
+            return [DataProblem(f"holds {what}", _mask_at(facts, position), remedy) for facts, what in wrong]
         unannotated = self.planes and 0 not in values  # of this class, which is no reason to refuse the others
         if unannotated or not self._doubtful(values):
             return []
@@ -148,7 +148,7 @@ class Survey:
         what = f"all masks hold {' and '.join(map(str, sorted(values)))} alone, and {label} is the ignored label"
         where = Path(_mask_at(everything[0], position)).parent
         remedy = f"If {label} is foreground, set 'data.values={{{label}:1}}'."
-        return [Problem(f"{what}: no foreground would be left to learn", where, remedy)]
+        return [DataProblem(f"{what}: no foreground would be left to learn", where, remedy)]
 
     def _doubtful(self, values: Collection[int]) -> bool:
         """Whether the ignored label is there as stored, and no foreground."""
@@ -212,8 +212,8 @@ def survey(layout: Layout, image_format: ImageFormat, mask_format: MaskFormat, w
     return Survey(facts, layout.planes, mask_format, layout.raters, tuple(layout.notes))
 
 
-def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, layout: Layout) -> Facts:
-    facts = Facts(pair)
+def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, layout: Layout) -> ImageFacts:
+    facts = ImageFacts(pair)
     try:
         picture: Picture | LargePicture | None = open_windows(pair.image)
         if picture is None:
@@ -222,7 +222,7 @@ def _inspect(pair: Pair, image_format: ImageFormat, mask_format: MaskFormat, lay
             picture = read_picture(pair.image, data)
         else:
             facts.digest = _digest(pair.image)
-    except Problem as problem:
+    except DataProblem as problem:
         facts.problems.append(problem)
         return facts
     look_at(facts, picture, image_format)
@@ -239,7 +239,7 @@ def _digest(path: Path) -> bytes:
     return state.digest()
 
 
-def look_at(facts: Facts, picture: Picture | LargePicture, image_format: ImageFormat) -> None:
+def look_at(facts: ImageFacts, picture: Picture | LargePicture, image_format: ImageFormat) -> None:
     """Note what an image shows, block by block where it is not decoded."""
     facts.size, facts.kind = picture.size, picture.kind
     step = max(1, picture.size[0] // 64), max(1, picture.size[1] // 64)
@@ -256,7 +256,7 @@ def look_at(facts: Facts, picture: Picture | LargePicture, image_format: ImageFo
             some = block.pixels.dtype.kind != "f" and block.palette is None
             with _in_rows(rows, picture):
                 image_format.image(block.window(slice(0, 1), slice(0, 1)) if some else block, 0.0)
-    except Problem as problem:
+    except DataProblem as problem:
         facts.problems.append(problem)
     facts.levels = 0 if levels is None or len(levels) > LEVELS else len(levels)
 
@@ -266,21 +266,21 @@ def _in_rows(rows: slice, picture: Picture | LargePicture) -> Iterator[None]:
     """Let a problem of a block say where it lies: the numbers in it are of these rows alone."""
     try:
         yield
-    except Problem as problem:
+    except DataProblem as problem:
         if rows.stop - rows.start == picture.size[0]:
             raise
         what = f"{problem.what} (in the rows {rows.start} to {rows.stop - 1})"
-        raise Problem(what, problem.where, problem.remedy) from problem
+        raise DataProblem(what, problem.where, problem.remedy) from problem
 
 
-def look_at_masks(facts: Facts, picture: Picture | LargePicture, mask_format: MaskFormat, layout: Layout) -> None:
+def look_at_masks(facts: ImageFacts, picture: Picture | LargePicture, mask_format: MaskFormat, layout: Layout) -> None:
     """Note what the masks of an image hold."""
     files = facts.pair.masks
     masks: dict[int, OpenMask] = {}
     for number, file in enumerate(files):
         try:
             masks[number] = OpenMask(picture, file, mask_format)
-        except Problem as problem:
+        except DataProblem as problem:
             facts.problems.append(_refused(facts, file, problem))
     counts: dict[int, list[Counter[int]]] = {}
     # Planes that exclude each other can be judged together alone, once each is sound.
@@ -293,7 +293,7 @@ def look_at_masks(facts: Facts, picture: Picture | LargePicture, mask_format: Ma
             try:
                 with _in_rows(rows, picture):
                     stored[number] = mask.planes(rows, slice(0, picture.size[1]))
-            except Problem as problem:
+            except DataProblem as problem:
                 facts.problems.append(_refused(facts, files[number], problem))
                 del masks[number]
                 continue
@@ -311,25 +311,25 @@ def look_at_masks(facts: Facts, picture: Picture | LargePicture, mask_format: Ma
                     try:
                         mask_format.encode(planes, planes=True)
                     except ValueError as wrong:
-                        raise Problem(str(wrong), str(files[start])) from wrong
-            except Problem as problem:
+                        raise DataProblem(str(wrong), str(files[start])) from wrong
+            except DataProblem as problem:
                 facts.problems.append(problem)
                 del raters[start]
     if len(masks) == len(files):
         facts.counts = [dict(sorted(total.items())) for number in range(len(files)) for total in counts[number]]
 
 
-def _refused(facts: Facts, file: MaskFile, problem: Problem) -> Problem:
+def _refused(facts: ImageFacts, file: MaskFile, problem: DataProblem) -> DataProblem:
     return _exchanged(facts, str(file)) if facts.levels > 1 and _has_colors(file) else problem
 
 
-def _picture(facts: Facts, position: int) -> Problem:
+def _picture(facts: ImageFacts, position: int) -> DataProblem:
     """What is wrong with a mask of more values than a mask has."""
     where = _mask_at(facts, position)
     if facts.levels > 1:
         return _exchanged(facts, where)
     what = f"looks like a picture, or numbers objects: it holds {len(facts.counts[position])} values, ids are required"
-    return Problem(what, where, "Put a mask there; of a map of instances make one of classes.")
+    return DataProblem(what, where, "Put a mask there; of a map of instances make one of classes.")
 
 
 def _has_colors(file: object) -> bool:
@@ -338,17 +338,17 @@ def _has_colors(file: object) -> bool:
         return False
     try:
         pixels = read_picture(file).pixels
-    except Problem:
+    except DataProblem:
         return False
     return pixels.shape[2] > 1 and len(np.unique(pixels)) > PICTURE
 
 
-def _exchanged(facts: Facts, mask: str) -> Problem:
+def _exchanged(facts: ImageFacts, mask: str) -> DataProblem:
     what = f"looks like a picture, and its image {facts.pair.image.name} like a mask: it holds {facts.levels} values"
-    return Problem(what, mask, "Exchange the two files, or data.images and data.masks.")
+    return DataProblem(what, mask, "Exchange the two files, or data.images and data.masks.")
 
 
-def _mask_at(facts: Facts, position: int) -> str:
+def _mask_at(facts: ImageFacts, position: int) -> str:
     """The file of a mask: several planes may stand in one."""
     masks = facts.pair.masks
     return str(masks[position * len(masks) // max(len(facts.counts), 1)])

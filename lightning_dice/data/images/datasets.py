@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.annotators import Raters, fuse
 from lightning_dice.data.images.file_layout import Pair
 from lightning_dice.data.images.image_format import ImageFormat
@@ -57,7 +57,7 @@ class FolderCases:
             height, width = self.sizes[index]
             what = f"is too large to be read whole: {height}x{width} pixels, more than {Image.MAX_IMAGE_PIXELS}"
             remedy = "Set data.window=[768,768] to train on windows of it, data.tile=4096 to score it in tiles."
-            raise Problem(what, self.pairs[index].image, remedy)
+            raise DataProblem(what, self.pairs[index].image, remedy)
         opened = OpenPair(self, self.pairs[index], whole=True)
         height, width = opened.size
         return opened.window((slice(0, height), slice(0, width)))._replace(whole=None)
@@ -181,7 +181,7 @@ class OpenPair:
             return form.encode(stored, bool(self.cases.planes))
         except ValueError as wrong:
             where = ", ".join(str(files[number]) for number in numbers)
-            raise Problem(str(wrong), where, "Set data.values or data.classes.") from wrong
+            raise DataProblem(str(wrong), where, "Set data.values or data.classes.") from wrong
 
 
 class TiledCases:

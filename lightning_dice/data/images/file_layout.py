@@ -9,12 +9,12 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.file_names import EXTENSIONS, IMAGE_SUFFIXES, MASK_SUFFIXES, stem, strip
 from lightning_dice.data.images.file_patterns import is_file, names_files, walk
 from lightning_dice.data.images.mask_format import MaskFile
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import FOLDERS, complete, split_words
+from lightning_dice.data.splits import FOLDERS, complete_splits, split_words
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Layout:
     pairs: dict[Split, list[Pair]] = field(default_factory=dict)
     planes: tuple[str, ...] = ()
     raters: tuple[str, ...] = ()
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[DataProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -114,9 +114,9 @@ def scan(
         for wanted in words if splits is not None else ():
             if wanted not in found:
                 what = f"there is nothing for the split {wanted}, which data.splits calls {words[wanted][0]!r}"
-                layout.problems.append(Problem(what, root / (lists or images), "Set data.splits to what there is."))
+                layout.problems.append(DataProblem(what, root / (lists or images), "Set data.splits to what there is."))
         places = _Masks(root, masks, tuple(planes), background, tuple(raters), words, extensions)
-    except Problem as problem:
+    except DataProblem as problem:
         layout.problems.append(problem)
         return layout
     used: set[Path] = set()
@@ -125,19 +125,19 @@ def scan(
     for split, (folder, files) in found.items():
         try:
             slots = places.slots(split, folder)
-        except Problem as problem:
+        except DataProblem as problem:
             layout.problems.append(problem)
             continue
         if slots is None:
             what = f"has no folder of masks beside it; masks found for: {', '.join(places.splits)}"
             place = masks.replace("{split}", str(split)) if "{split}" in masks else f"{masks}/{split}"
-            layout.problems.append(Problem(what, folder, f"Add {place}, or remove the images."))
+            layout.problems.append(DataProblem(what, folder, f"Add {place}, or remove the images."))
             continue
         each = {rater: [slot.plane for slot in slots if slot.rater == rater] for rater in raters}
         if any(planes_of != each[raters[0]] for planes_of in each.values()):
             what = "; ".join(f"{rater}: {', '.join(map(str, names)) or 'none'}" for rater, names in each.items())
             layout.problems.append(
-                Problem(f"raters have masks of different classes: {what}", folder, "Add the others.")
+                DataProblem(f"raters have masks of different classes: {what}", folder, "Add the others.")
             )
             continue
         masks_here = {file.path for slot in slots for file in slot.files}  # which may lie, and fit, among the images
@@ -148,17 +148,17 @@ def scan(
         parts[split] = pairs
     if lists is None:
         orphans = [mask for mask in offered if mask not in used]
-        layout.problems += [Problem("has no image", mask, "Add the image, or remove the mask.") for mask in orphans]
-    layout.pairs = complete(parts, fractions, seed, layout.problems, root / images)
+        layout.problems += [DataProblem("has no image", mask, "Add the image, or remove the mask.") for mask in orphans]
+    layout.pairs = complete_splits(parts, fractions, seed, layout.problems, root / images)
     return layout
 
 
-def no_folder(root: Path) -> Problem | None:
+def no_folder(root: Path) -> DataProblem | None:
     """What is wrong with a root that is no folder."""
     if root.is_dir():
         return None
     what = "is a file" if root.exists() else "does not exist"
-    return Problem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
+    return DataProblem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
 
 
 def image_files(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
@@ -169,7 +169,7 @@ def image_files(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Pa
 
 def match(
     images: Sequence[Named], masks: Sequence[Named], exact: bool = False
-) -> tuple[dict[Path, Path], list[Problem], set[Path]]:
+) -> tuple[dict[Path, Path], list[DataProblem], set[Path]]:
     """Find each image's mask by its name, with and without the customary suffixes.
 
     Args:
@@ -180,11 +180,11 @@ def match(
     Returns:
         The mask of each image that has exactly one; what is ambiguous; the files that are part of an ambiguity.
     """
-    problems: list[Problem] = []
+    problems: list[DataProblem] = []
     blamed: set[Path] = set()
 
     def refuse(what: str, several: Sequence[Path], where: Path, others: Sequence[Path], remedy: str) -> None:
-        problems.append(Problem(f"{what}: {', '.join(path.name for path in several)}", where, remedy))
+        problems.append(DataProblem(f"{what}: {', '.join(path.name for path in several)}", where, remedy))
         blamed.update(several, others, [where])
 
     by_name: dict[str, list[Path]] = defaultdict(list)
@@ -234,7 +234,7 @@ def _pair(
             pairs.append(Pair(name, image, tuple(found[image] for found, _, _ in matched)))
         elif image not in blamed:
             what = f"has no mask in {', '.join(lacking)}"
-            layout.problems.append(Problem(what, image, "Add the mask, or remove the image."))
+            layout.problems.append(DataProblem(what, image, "Add the mask, or remove the image."))
     # A mask whose image lacks one of another class has its image all the same.
     blamed |= {mask for found, _, _ in matched for mask in found.values()}
     return pairs, [mask.path for slot in slots for mask in slot.files if mask.path not in blamed]
@@ -256,7 +256,7 @@ def _find_images(
             parts[_split_of(bound, words)].append(Named(bound["case"], path))
         if not parts:
             remedy = "Set data.images; data.splits, if the splits have other names than train, val and test."
-            raise Problem(f"no file has such a name; {contents(root)}", root / pattern, remedy)
+            raise DataProblem(f"no file has such a name; {contents(root)}", root / pattern, remedy)
         return {split: _Images(root / pattern, parts[split]) for split in (None, *words) if split in parts}
     folders = _find(root, pattern, "images", words, extensions)
     return {
@@ -282,7 +282,7 @@ def _listed(
             continue
         if len(lists) > 1:
             several = ", ".join(path.name for path in lists)
-            raise Problem(f"cases of the split {split} are in several lists: {several}", root, "Keep one of them.")
+            raise DataProblem(f"cases of the split {split} are in several lists: {several}", root, "Keep one of them.")
         chosen: list[Named] = []
         for line in lists[0].read_text(encoding="utf-8-sig", errors="replace").splitlines():
             if not line.strip() or line.startswith("#"):
@@ -292,17 +292,17 @@ def _listed(
             name = next((option for option in options if option in files), None)
             if name is None:
                 what = f"names {line.strip()!r}, of which there is no image"
-                layout.problems.append(Problem(what, lists[0], f"Add the image to {folder}, or remove the line."))
+                layout.problems.append(DataProblem(what, lists[0], f"Add the image to {folder}, or remove the line."))
             elif name in homes:
                 twice = "twice" if homes[name] == split else f"which the list of {homes[name]} names too"
-                layout.problems.append(Problem(f"names {name!r}, {twice}", lists[0], "Remove one of the lines."))
+                layout.problems.append(DataProblem(f"names {name!r}, {twice}", lists[0], "Remove one of the lines."))
             else:
                 homes[name] = split
                 chosen.append(files[name])
         parts[split] = _Images(folder, sorted(chosen))
     if not parts:
         wanted = ", ".join(pattern.replace("{split}", names[0]) for names in words.values())
-        raise Problem(f"there is no list of cases; looked for {wanted}", root, "Set data.lists, or data.splits.")
+        raise DataProblem(f"there is no list of cases; looked for {wanted}", root, "Set data.lists, or data.splits.")
     return parts
 
 
@@ -335,14 +335,14 @@ class _Masks:
             names = {"split": list(chain(*words.values())), "class": planes, "rater": raters}
             self._files = list(walk(root, pattern, names, extensions))
             if not self._files:
-                raise Problem(f"no file has such a name; {contents(root)}", root / pattern, "Set data.masks.")
+                raise DataProblem(f"no file has such a name; {contents(root)}", root / pattern, "Set data.masks.")
             self.splits = sorted({str(_split_of(bound, words)) for bound, _ in self._files})
             return
         for rater, plane in self._spoken:
             place = _filled(pattern, rater=rater, plane=plane)
             try:
                 self._folders[rater, plane] = _find(root, place, "masks", words, extensions)
-            except Problem:
+            except DataProblem:
                 if plane is None or plane != background:
                     raise
         self.splits = list(dict.fromkeys(str(split) for part in self._folders.values() for split in part))
@@ -392,7 +392,7 @@ class _Masks:
         missing = [name for name in raters if not (base / name).is_dir()]
         if missing:
             what = f"has no folder for the rater{'s' * (len(missing) > 1)} {', '.join(missing)}; {contents(base)}"
-            raise Problem(what, base, "Set data.raters to the folders that there are.")
+            raise DataProblem(what, base, "Set data.raters to the folders that there are.")
         return [(base / name, name) for name in raters] or [(base, rater)]
 
     def _planes_in(self, folder: Path, planes: tuple[str, ...]) -> list[tuple[Path, str]]:
@@ -400,7 +400,7 @@ class _Masks:
         missing = [name for name in planes if name not in labelled and name != self.background]
         if labelled and missing:
             what = f"has folders for the classes {', '.join(labelled)}, but none for {', '.join(missing)}"
-            raise Problem(what, folder, "Add them, or leave the classes out of data.classes.")
+            raise DataProblem(what, folder, "Add them, or leave the classes out of data.classes.")
         return [(folder / name, name) for name in labelled]
 
 
@@ -435,7 +435,7 @@ def _find(
     if folders and loose:
         names = ", ".join(sorted(path.name for path in folders.values()))
         what = f"holds {len(loose)} images such as {loose[0].name} beside the folders {names}"
-        raise Problem(what, base, "Move them into the folders, or the folders elsewhere.")
+        raise DataProblem(what, base, "Move them into the folders, or the folders elsewhere.")
     return folders or {None: base}
 
 
@@ -448,22 +448,22 @@ def _split_folders(
         found = [path for path in found if path.is_dir()]
         if len(found) > 1:
             several = ", ".join(path.name for path in found)
-            raise Problem(f"{setting} of the split {split} are in several folders: {several}", base, "Merge them.")
+            raise DataProblem(f"{setting} of the split {split} are in several folders: {several}", base, "Merge them.")
         folders.update(dict.fromkeys([split], found[0]) if found else {})
     return folders
 
 
-def _missing(root: Path, wanted: Path, setting: str) -> Problem:
+def _missing(root: Path, wanted: Path, setting: str) -> DataProblem:
     remedy = f"Set data.{setting}=<sub-folder of data.root>."
     for name in ("images", "masks") if (root / "train").is_dir() else ():
         if (root / "train" / name).is_dir():
             remedy = """Set 'data.images="{split}/images"' 'data.masks="{split}/masks"'."""
-    return Problem(f"there is no such folder; {contents(root)}", wanted, remedy)
+    return DataProblem(f"there is no such folder; {contents(root)}", wanted, remedy)
 
 
-def _empty(place: Path, kind: str) -> Problem:
+def _empty(place: Path, kind: str) -> DataProblem:
     if not place.is_dir():
-        return Problem(f"no {kind} has such a name", place, f"Add the {kind}s, or set data.{kind}s.")
+        return DataProblem(f"no {kind} has such a name", place, f"Add the {kind}s, or set data.{kind}s.")
     inner = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     remedy = f"Put the {kind}s there."
     if kind == "mask" and inner:
@@ -471,7 +471,7 @@ def _empty(place: Path, kind: str) -> Problem:
         remedy = f"""Choose one of its folders: 'data.masks="{above}/{inner[0]}"'."""
         if len(inner) > 1:
             remedy += f" If each is a rater's: 'data.raters=[{','.join(inner)}]'."
-    return Problem(f"holds no {kind} ({' '.join(EXTENSIONS)}); {contents(place)}", place, remedy)
+    return DataProblem(f"holds no {kind} ({' '.join(EXTENSIONS)}); {contents(place)}", place, remedy)
 
 
 def contents(folder: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_reader import Picture, to_image
 
 
@@ -128,7 +128,7 @@ class ImageFormat:
         pixels = picture.pixels if picture.palette is None else picture.palette[picture.pixels[..., 0]]
         if max(self.bands) > pixels.shape[2]:
             what = f"has {pixels.shape[2]} channels ({picture.kind}), data.bands={list(self.bands)} was asked for"
-            raise Problem(what, picture.path, "Bands are counted from 1.")
+            raise DataProblem(what, picture.path, "Bands are counted from 1.")
         chosen = pixels[..., [band - 1 for band in self.bands]]
         return replace(picture, pixels=chosen, alpha=False, palette=None)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # by content: a GIF or WebP that is named .png is read, too
 LOSSY = ("JPEG", "MPO", "WEBP")
@@ -115,7 +115,7 @@ def read_picture(path: Path, data: bytes | None = None) -> Picture:
         if data.startswith(NUMPY):
             return _read_array(path, data)
         picture = _read_tiff(path, data) if data[:4] in TIFF else _read_pillow(path, data)
-    except Problem:
+    except DataProblem:
         raise
     except Exception as error:  # Decoders raise whatever their format brings up: struct.error, KeyError, zlib.error ...
         raise _undecodable(path, data, error) from error
@@ -130,9 +130,9 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         link = path.is_symlink() and not path.exists()
         what = f"is a link to {path.readlink()}, which is not there" if link else f"cannot be opened ({error.strerror})"
-        raise Problem(what, path) from error
+        raise DataProblem(what, path) from error
     if not data:
-        raise Problem("is empty (0 bytes)", path, "Copy it again or remove it.")
+        raise DataProblem("is empty (0 bytes)", path, "Copy it again or remove it.")
     return data
 
 
@@ -162,7 +162,7 @@ def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> t
         else:
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
-    except Problem:
+    except DataProblem:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, str(error)) from error
@@ -193,7 +193,7 @@ def to_image(picture: Picture, channels: int) -> Tensor:
     torch.Size([3, 1, 3])
     >>> to_image(picture, channels=4)
     Traceback (most recent call last):
-    lightning_dice.data.errors.Problem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
+    lightning_dice.data.errors.DataProblem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
     """
     pixels = picture.colors()
     if picture.alpha and pixels.shape[2] != channels:
@@ -201,15 +201,17 @@ def to_image(picture: Picture, channels: int) -> Tensor:
     found = pixels.shape[2]
     if found != channels and (found, channels) != (1, 3):
         asked = f"has {found} channel{'s' * (found != 1)} ({picture.kind}), data.channels={channels} was asked for"
-        raise Problem(asked, picture.path, f"Set data.channels={found}, or convert the file.")
+        raise DataProblem(asked, picture.path, f"Set data.channels={found}, or convert the file.")
     if picture.white is None and pixels.dtype.kind != "f":
         remedy = "Set data.white to the value of full brightness."
-        raise Problem(f"holds {pixels.dtype} values, which have no agreed white", picture.path, remedy)
+        raise DataProblem(f"holds {pixels.dtype} values, which have no agreed white", picture.path, remedy)
     with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused below.
         values = np.array(pixels.transpose(2, 0, 1), dtype=np.float32, order="C")
     if pixels.dtype.kind == "f" and not np.isfinite(values).all():
         count = int(values.size - np.isfinite(values).sum())
-        raise Problem(f"holds {count} values that are not finite (NaN or infinite)", picture.path, "Fill them first.")
+        raise DataProblem(
+            f"holds {count} values that are not finite (NaN or infinite)", picture.path, "Fill them first."
+        )
     # NumPy divides and repeats: torch would wake its threads for each small image, from every reading thread.
     if picture.white is not None:
         values /= picture.white
@@ -260,7 +262,7 @@ def _read_tiff(path: Path, data: bytes) -> Picture:
         ends = [start + count for start, count in spans]
         if not ends or max(ends) > len(data):  # A truncated JPEG strip decodes without a word.
             what = f"is truncated: {max(ends, default=0)} bytes expected, {len(data)} found"
-            raise Problem(what, path, "Copy it again.")
+            raise DataProblem(what, path, "Copy it again.")
         pixels = page.asarray()
         if channels:
             pixels = np.stack([pixels, *(one.asarray() for one in pages[1:])], axis=-1)
@@ -308,11 +310,11 @@ def _array_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tu
     """Whether channels come first, height and width of an array."""
     form = "arrays must be (height, width), (height, width, channels) or (channels, height, width)"
     if dtype.kind not in "buif":
-        raise Problem(f"holds {dtype}, numbers are required", path, "Save it as integers or floats.")
+        raise DataProblem(f"holds {dtype}, numbers are required", path, "Save it as integers or floats.")
     if len(shape) == 2:
         return False, shape[0], shape[1]
     if len(shape) != 3 or shape[0] == shape[2]:
-        raise Problem(f"has the shape {shape}: {form}, with fewer channels than pixels", path, "Save it so.")
+        raise DataProblem(f"has the shape {shape}: {form}, with fewer channels than pixels", path, "Save it so.")
     first = shape[0] < shape[2]
     return (True, shape[1], shape[2]) if first else (False, shape[0], shape[1])
 
@@ -361,27 +363,27 @@ def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return pixels
 
 
-def _undecodable(path: Path, data: bytes, error: Exception) -> Problem:
+def _undecodable(path: Path, data: bytes, error: Exception) -> DataProblem:
     if data.startswith(b"version https://git-lfs"):
-        return Problem("is a Git LFS pointer, not the image", path, "Fetch the images with `git lfs pull`.")
+        return DataProblem("is a Git LFS pointer, not the image", path, "Fetch the images with `git lfs pull`.")
     if isinstance(error, UnidentifiedImageError):
         what = f"is not a PNG, JPEG, BMP, TIFF or NumPy image: it begins with {data[:12]!r}"
-        return Problem(what, path, "Remove or replace it.")
-    return Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again or remove it.")
+        return DataProblem(what, path, "Remove or replace it.")
+    return DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again or remove it.")
 
 
-def _too_large(path: Path, reason: str) -> Problem:
+def _too_large(path: Path, reason: str) -> DataProblem:
     remedy = (
         "If it is what it should be, save it as a TIFF in tiles of 512x512 pixels, which is read by windows "
         "(data.window, data.tile), or raise PIL.Image.MAX_IMAGE_PIXELS."
     )
-    return Problem(f"may be a decompression bomb: {reason}", path, remedy)
+    return DataProblem(f"may be a decompression bomb: {reason}", path, remedy)
 
 
-def _frames(path: Path, frames: int) -> Problem:
+def _frames(path: Path, frames: int) -> DataProblem:
     remedy = "Save each frame as a file of its own; if they are channels, with tifffile's planarconfig='separate'."
-    return Problem(f"holds {frames} frames, one is required", path, remedy)
+    return DataProblem(f"holds {frames} frames, one is required", path, remedy)
 
 
-def _colors(path: Path, found: str) -> Problem:
-    return Problem(f"has the colours {found}; gray, palette and RGB are read", path, "Save it as RGB or gray.")
+def _colors(path: Path, found: str) -> DataProblem:
+    return DataProblem(f"has the colours {found}; gray, palette and RGB are read", path, "Save it as RGB or gray.")

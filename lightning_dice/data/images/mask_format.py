@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_reader import Picture, read_picture
 from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
 from lightning_dice.data.label_map import count_values
@@ -190,7 +190,7 @@ class MaskFormat:
             what = (
                 f"has {channels} channels ({picture.kind}), data.stacked=true needs one for each of {classes} classes"
             )
-            raise Problem(
+            raise DataProblem(
                 what + less, picture.path, "Set data.classes to what the channels are, or data.stacked=false."
             )
         plain = replace(picture, alpha=False, palette=None)
@@ -205,7 +205,7 @@ class MaskFormat:
         """
         try:
             stored = self._positions(picture) if self.colors is not None else _samples(picture)
-        except Problem as problem:
+        except DataProblem as problem:
             raise _lossy(picture) if picture.lossy else problem from None
         if picture.lossy and self.colors is None:
             found = np.unique(stored).astype(np.int64)
@@ -219,7 +219,7 @@ class MaskFormat:
         if pixels.dtype == bool:
             pixels = pixels * np.uint8(255)
         if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
-            raise Problem(f"is {picture.kind}, data.colors needs 8-bit RGB", picture.path, "Save it as 8-bit RGB.")
+            raise DataProblem(f"is {picture.kind}, data.colors needs 8-bit RGB", picture.path, "Save it as 8-bit RGB.")
         codes = _codes(np.broadcast_to(pixels, (*picture.size, 3)))
         listed = _codes(np.asarray(self.colors, dtype=np.uint8))
         order = np.argsort(listed)
@@ -228,7 +228,7 @@ class MaskFormat:
         strange = codes[listed[positions] != codes]
         if strange.size:
             what = f"holds colours that data.colors does not list: {_count_colors(strange)}"
-            raise Problem(what, picture.path, "List them, in the order of the ids.")
+            raise DataProblem(what, picture.path, "List them, in the order of the ids.")
         return np.asarray(positions, dtype=np.uint8 if len(listed) <= 256 else np.int32)
 
     def encode(self, stored: Sequence[NDArray[Any]], planes: bool = False) -> Tensor:
@@ -362,7 +362,7 @@ def check_size(size: tuple[int, int], image: Sized, where: Path | str) -> None:
     swapped = ", transposed" if (height, width) == (wide, tall) else ""
     its = f"its image {image.path.name} is {tall}x{wide}{turned}{swapped}"
     remedy = "Give the mask the image's size; resize with nearest neighbour."
-    raise Problem(f"is {height}x{width} (height x width), but {its}", where, remedy)
+    raise DataProblem(f"is {height}x{width} (height x width), but {its}", where, remedy)
 
 
 def suggest(values: set[int], ids: range, ignore_index: int | None) -> str:
@@ -391,20 +391,20 @@ def _samples(picture: Picture) -> NDArray[Any]:
     if pixels.shape[2] > 1 and (pixels != pixels[..., :1]).any():
         found = f" ({_count_colors(_codes(pixels))})" if pixels.dtype == np.uint8 and pixels.shape[2] == 3 else ""
         remedy = "List the colours in the order of the ids: 'data.colors=[[0,0,0],[255,0,0]]'."
-        raise Problem(f"is painted in colours{found}, ids are required", picture.path, remedy)
+        raise DataProblem(f"is painted in colours{found}, ids are required", picture.path, remedy)
     stored = pixels[..., 0]
     if stored.dtype.kind == "f":
         whole = np.nan_to_num(stored, nan=0.5, posinf=0.5, neginf=0.5)
         if (whole != np.rint(whole)).any():
-            raise Problem("holds fractions, ids are required", picture.path, "Threshold it and save whole numbers.")
+            raise DataProblem("holds fractions, ids are required", picture.path, "Threshold it and save whole numbers.")
         return np.asarray(whole.astype(np.int64))
     return stored.view(np.uint8) if stored.dtype == bool else stored
 
 
-def _lossy(picture: Picture, values: Sequence[int] = ()) -> Problem:
+def _lossy(picture: Picture, values: Sequence[int] = ()) -> DataProblem:
     found = f" ({', '.join(str(value) for value in values[:SHOWN])} ...)" if values else ""
     what = f"is compressed with loss (JPEG), which blurs ids into their neighbours{found}"
-    return Problem(what, picture.path, "Save masks as PNG, from the original and not from the JPEG.")
+    return DataProblem(what, picture.path, "Save masks as PNG, from the original and not from the JPEG.")
 
 
 def _codes(colors: NDArray[np.uint8]) -> NDArray[np.int64]:

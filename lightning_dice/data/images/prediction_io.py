@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lightning_dice.data.errors import DataError, FileWarning, Problem, SkippedWarning
+from lightning_dice.data.errors import DataError, DataProblem, FileWarning, SkippedWarning
 from lightning_dice.data.file_names import EXTENSIONS
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import FORMATS, NUMPY, PNG, TIFF, Picture, read_bytes, read_picture
 from lightning_dice.data.images.mask_format import MaskFormat
 from lightning_dice.data.images.windowed_tiff import LARGE, open_large
-from lightning_dice.data.interfaces import Item, Scan
+from lightning_dice.data.interfaces import LoadedImage, PredictionItem
 from lightning_dice.io import write_atomically
 
 SUFFIXES = {"png": ".png", "tiff": ".tif"}
@@ -54,7 +54,7 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureReader:
+class ImagePredictionIO:
     """Reads PNG, JPEG, BMP, TIFF and NumPy files as training does, and writes masks that training could read.
 
     **Geometry.** A mask lies on the picture as it is shown: where an EXIF or TIFF orientation tag turns a picture, the
@@ -65,7 +65,7 @@ class PictureReader:
     Classes that may overlap (sigmoid, more than one) have a folder each, named as the class, with masks of
     two values; those that exclude each other are ids in one file, even where training's have a file for each.
 
-    **Large pictures.** A TIFF of more than `large` pixels is not decoded: `Scan.image` is then a
+    **Large pictures.** A TIFF of more than `large` pixels is not decoded: `LoadedImage.image` is then a
     `lightning_dice.data.images.windowed_tiff.LargeImage`, and its mask is written as a tiled TIFF unless another format
     is asked for.
 
@@ -81,7 +81,7 @@ class PictureReader:
 
     >>> import tempfile
     >>> import torch
-    >>> reader = PictureReader(MaskFormat(["lesion"], "sigmoid", values={255: 1}), ImageFormat(channels=1))
+    >>> reader = ImagePredictionIO(MaskFormat(["lesion"], "sigmoid", values={255: 1}), ImageFormat(channels=1))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     Image.new("L", (3, 2), 128).save(Path(folder) / "a.png")
     ...     (item,) = reader.find(Path(folder))
@@ -107,30 +107,30 @@ class PictureReader:
         """Whether masks are a file for each class."""
         return self.mask_format.activation == "sigmoid" and len(self.mask_format.classes) > 1
 
-    def find(self, path: Path) -> list[Item]:
+    def find(self, path: Path) -> list[PredictionItem]:
         """The pictures of a folder and its sub-folders, sorted; hidden ones are passed over. Or a file as the only one.
 
         Raises:
             DataError: there are none, or two would have masks of one name.
         """
         if path.is_file():
-            return [Item(path.stem, (path,))]
+            return [PredictionItem(path.stem, (path,))]
         if not path.is_dir():
-            raise Problem("is neither a file nor a folder", path)
+            raise DataProblem("is neither a file nor a folder", path)
         files = sorted(_walk(path, self.follow_links))
         if not files:
             inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise Problem(f"holds no PNG, JPEG, BMP, TIFF or NumPy file; there is {inside}", path)
-        items: dict[str, Item] = {}
+            raise DataProblem(f"holds no PNG, JPEG, BMP, TIFF or NumPy file; there is {inside}", path)
+        items: dict[str, PredictionItem] = {}
         for file in files:
             case = file.relative_to(path).with_suffix("").as_posix()
             if case in items:
                 both = f"{items[case].files[0].name} and {file.name}"
-                raise Problem(f"{both} would have masks of one name", file.parent, "Rename one.")
-            items[case] = Item(case, (file,))
+                raise DataProblem(f"{both} would have masks of one name", file.parent, "Rename one.")
+            items[case] = PredictionItem(case, (file,))
         return list(items.values())
 
-    def read(self, item: Item) -> Scan:
+    def read(self, item: PredictionItem) -> LoadedImage:
         """A picture, as in training; one whose name tells another format than its content is told as `FileWarning`.
 
         Raises:
@@ -144,7 +144,7 @@ class PictureReader:
             data = read_bytes(path)
             image = self.image_format.image(read_picture(path, data))
             _tell_kind(path, data)
-        return Scan(image, tuple(image.shape[1:]), None, Origin(path, large is not None))
+        return LoadedImage(image, tuple(image.shape[1:]), None, Origin(path, large is not None))
 
     def names(self, case: str, format: str | None = None) -> list[Path]:
         """`<case>.png` or `.tif`; with classes that may overlap, one in a folder for each.
@@ -159,12 +159,12 @@ class PictureReader:
         folders = [name.replace("/", "_").replace("\\", "_") for name in self.mask_format.classes]
         return [folder / file for folder in map(Path, folders)] if self.planes else [file]
 
-    def write(self, folder: Path, case: str, labels: Tensor, scan: Scan, format: str | None = None) -> None:
+    def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
         """Write a mask, with the values that training's masks have.
 
         Args:
             folder: below which the files go.
-            case: as in `Item`.
+            case: as in `PredictionItem`.
             labels: class ids `(height, width)` or bool planes `(classes, height, width)`.
             scan: what `read` gave.
             format: `"png"`, `"tiff"`, or `None`: PNG, and TIFF for a picture that was read by windows.
@@ -184,7 +184,7 @@ class PictureReader:
             save = partial(_save_png if format == "png" else _save_tiff, ids, self._stored)
             write_atomically(folder / name, save)
 
-    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: Scan) -> list[Path]:
+    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: LoadedImage) -> list[Path]:
         """Write `<case>.tif`: float32, a plane for each class, in tiles where it is large."""
         path = folder / _place(case, ".tif")
         array = probs.float().cpu().numpy()
@@ -217,10 +217,12 @@ class PictureReader:
         try:
             stored = tifffile.imread(path)
         except Exception as error:  # tifffile raises whatever a damaged file brings up.
-            raise Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
+            raise DataProblem(
+                f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again."
+            ) from error
         planes = stored.reshape(-1, *stored.shape[-2:])
         if len(planes) != len(self.mask_format.classes):
-            raise Problem(f"holds {len(planes)} planes, {len(self.mask_format.classes)} are required", path)
+            raise DataProblem(f"holds {len(planes)} planes, {len(self.mask_format.classes)} are required", path)
         return torch.from_numpy(np.ascontiguousarray(planes, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
@@ -233,16 +235,16 @@ class PictureReader:
         if len(found) != 1:
             wanted = " or ".join(str(self.names(case, name)[0]) for name in SUFFIXES)
             what = "is there twice" if found else "is not there"
-            raise Problem(f"the mask of the case {case} {what}: {wanted}", folder)
+            raise DataProblem(f"the mask of the case {case} {what}: {wanted}", folder)
         paths = [folder / name for name in found[0]]
         stored = [self.mask_format.read(_read_written(path)) for path in paths]
         sizes = {part.shape for part in stored}
         if len(sizes) > 1:
-            raise Problem(f"the planes of {case} differ in size: {sizes}", folder)
+            raise DataProblem(f"the planes of {case} differ in size: {sizes}", folder)
         try:
             return self.mask_format.encode(stored, self.planes)
         except ValueError as error:
-            raise Problem(str(error), ", ".join(map(str, paths))) from error
+            raise DataProblem(str(error), ", ".join(map(str, paths))) from error
 
     @cached_property
     def _stored(self) -> NDArray[Any]:
@@ -290,7 +292,7 @@ def _walk(folder: Path, follow_links: bool) -> Iterator[Path]:
             with os.scandir(place) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            warnings.warn(SkippedWarning(str(Problem(f"cannot be read ({error.strerror})", place))), stacklevel=3)
+            warnings.warn(SkippedWarning(str(DataProblem(f"cannot be read ({error.strerror})", place))), stacklevel=3)
             continue
         for entry in found:
             path, target = Path(entry.path), None
@@ -313,10 +315,10 @@ def _skipped(path: Path, target: Path, root: Path, seen: set[Path], follow_links
     """Whether a link is not followed, which is then told."""
     inside = target.is_relative_to(root)
     if target in seen or (inside and target.is_dir()):
-        told = FileWarning(str(Problem(f"is a link to {target}, which is read already", path)))
+        told = FileWarning(str(DataProblem(f"is a link to {target}, which is read already", path)))
     elif not inside and not follow_links:
         what, remedy = f"is a link out of the folder, to {target}; it was skipped", "Set follow_links=true to read it."
-        told = SkippedWarning(str(Problem(what, path, remedy)))
+        told = SkippedWarning(str(DataProblem(what, path, remedy)))
     else:
         return False
     warnings.warn(told, stacklevel=4)
@@ -334,12 +336,12 @@ def _tell_kind(path: Path, data: bytes) -> None:
             kind = image.format or "?"
     if path.suffix.lower() not in KINDS.get(kind, ()):
         what = f"is a {kind} file by its content, and was read as one"
-        warnings.warn(FileWarning(str(Problem(what, path, "Rename it."))), stacklevel=3)
+        warnings.warn(FileWarning(str(DataProblem(what, path, "Rename it."))), stacklevel=3)
 
 
 def _save_png(ids: NDArray[Any], stored: NDArray[Any], path: Path) -> None:
     if stored.dtype not in (np.uint8, np.uint16):
-        raise Problem(f"PNG cannot hold the values {stored.min()} to {stored.max()}", path, "Set format=tiff.")
+        raise DataProblem(f"PNG cannot hold the values {stored.min()} to {stored.max()}", path, "Set format=tiff.")
     Image.fromarray(stored[ids]).save(path, format="PNG")
 
 
@@ -386,6 +388,6 @@ def _read_written(path: Path) -> Picture:
     except DataError:
         raise
     except Exception as error:  # Decoders raise whatever their format brings up.
-        raise Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
+        raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
     white = int(np.iinfo(pixels.dtype).max) if pixels.dtype in (np.uint8, np.uint16) else None
     return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, path, white=white)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_dice.data.errors import DataError, Problem, error
+from lightning_dice.data.errors import DataError, DataProblem, combined_error
 from lightning_dice.data.images.annotators import Raters
 from lightning_dice.data.images.dataset_summary import Survey, survey
 from lightning_dice.data.images.datasets import FolderCases, TiledCases
@@ -21,9 +21,9 @@ from lightning_dice.data.images.file_patterns import check_pattern, names_files
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import read_size
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.images.prediction_io import PictureReader
+from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import check_splits, checked_fractions
+from lightning_dice.data.splits import check_fractions, check_splits
 
 __all__ = ["FolderCases", "FolderSource"]
 
@@ -57,7 +57,7 @@ class PictureSource(ABC):
         self.root = Path(root).expanduser()
         self.image_format = image_format
         self.mask_format = mask_format
-        self.fractions, self.seed = checked_fractions(fractions), int(seed)
+        self.fractions, self.seed = check_fractions(fractions), int(seed)
         self.workers = count_workers(workers)
 
     @property
@@ -66,9 +66,9 @@ class PictureSource(ABC):
         return self.image_format.channels
 
     @property
-    def reader(self) -> PictureReader:
+    def reader(self) -> ImagePredictionIO:
         """Reads further images as these are read, and writes masks as these are stored."""
-        return PictureReader(self.mask_format, self.image_format)
+        return ImagePredictionIO(self.mask_format, self.image_format)
 
     def check(self) -> str:
         """Read everything once.
@@ -141,7 +141,7 @@ class PairSource(PictureSource):
         for split, part in found.facts.items():
             problems += [self._beyond(one.pair.image, one.size) for one in part if self._is_beyond(split, one.size)]
         if problems:
-            raise error(self.root, problems)
+            raise combined_error(self.root, problems)
         return found
 
     def split(self, name: Split) -> FolderCases | TiledCases | None:
@@ -156,7 +156,7 @@ class PairSource(PictureSource):
         """
         layout = self.layout()
         if layout.problems:
-            raise error(self.root, layout.problems)
+            raise combined_error(self.root, layout.problems)
         if name not in layout.pairs:
             return None
         if name not in self._cases:
@@ -164,7 +164,7 @@ class PairSource(PictureSource):
             sized = zip(cases.pairs, cases.sizes, strict=True)
             beyond = [self._beyond(pair.image, size) for pair, size in sized if self._is_beyond(name, size)]
             if beyond:
-                raise error(self.root, beyond)
+                raise combined_error(self.root, beyond)
             self._cases[name] = cases if name == "train" or self.tile is None else TiledCases(cases, self.tile)
         return self._cases[name]
 
@@ -172,9 +172,9 @@ class PairSource(PictureSource):
         limit = Image.MAX_IMAGE_PIXELS
         return split != "train" and self.tile is None and limit is not None and math.prod(size) > limit
 
-    def _beyond(self, path: Path, size: Sequence[int]) -> Problem:
+    def _beyond(self, path: Path, size: Sequence[int]) -> DataProblem:
         what = f"is too large to be scored whole: {size[0]}x{size[1]} pixels, more than {Image.MAX_IMAGE_PIXELS}"
-        return Problem(what, path, "Set data.tile=4096 to score it in tiles.")
+        return DataProblem(what, path, "Set data.tile=4096 to score it in tiles.")
 
     def readable(self, name: Split) -> FolderCases | None:
         """The cases of a split whose files belong together; each may fail when it is read, and has then no size."""

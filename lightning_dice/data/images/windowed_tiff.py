@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import ORIENTATION, TIFF, Picture, page_picture
 from lightning_dice.data.transforms import Standardize
@@ -70,42 +70,44 @@ class LargePicture:
         try:
             with tifffile.TiffFile(path) as tiff:
                 self._look(tiff)
-        except Problem:
+        except DataProblem:
             raise
         except OSError as error:
-            raise Problem(f"cannot be opened ({error.strerror})", path) from error
+            raise DataProblem(f"cannot be opened ({error.strerror})", path) from error
         except Exception as error:  # tifffile raises whatever a damaged header brings up.
-            raise Problem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again.") from error
+            raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again.") from error
 
     def _look(self, tiff: tifffile.TiffFile) -> None:
         # Reduced copies and transparency masks come along as pages of their own: bits 0 and 2.
         pages: list[Any] = [p for p in tiff.pages if not int(getattr(p, "subfiletype", 0)) & 0b101]
         if len(pages) != 1 or pages[0].imagedepth != 1:
-            raise Problem(f"holds {len(pages)} pictures, one is required", self.path, "Save each as a file of its own.")
+            raise DataProblem(
+                f"holds {len(pages)} pictures, one is required", self.path, "Save each as a file of its own."
+            )
         self._page = page = pages[0]
         self._planes, _, height, width, self._samples = page.shaped
         self.size: tuple[int, int] = (height, width)
         turn = page.tags.valueof(ORIENTATION, default=1)
         if turn in range(2, 9):
             what = f"is stored turned (orientation tag {turn}), and with {height}x{width} pixels too large"
-            raise Problem(f"{what} to be turned in memory", self.path, "Save it upright.")
+            raise DataProblem(f"{what} to be turned in memory", self.path, "Save it upright.")
         self._offsets, self._counts = page.dataoffsets, page.databytecounts
         found = tiff.filehandle.size
         ends = [start + count for start, count in zip(self._offsets, self._counts, strict=True)]
         if not ends or max(ends) > found:
             what = f"is truncated: {max(ends, default=0)} bytes expected, {found} found"
-            raise Problem(what, self.path, "Copy it again.")
+            raise DataProblem(what, self.path, "Copy it again.")
         row = self._planes * width * self._samples * page.dtype.itemsize
         if height * row > RATIO * found:
             what = f"may be a decompression bomb: {height * row} bytes of pixels in a file of {found}"
-            raise Problem(what, self.path)
+            raise DataProblem(what, self.path)
         plain = page.is_contiguous and page.compression == 1 and page.fillorder == 1 and page.bitspersample >= 8
         self._plain = page.dtype.newbyteorder(tiff.byteorder) if plain else None
         self._tile = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
         self.piece = 1 if plain else self._tile[0] * self._tile[1]
         if not plain and self._tile[0] * row > PIECE:
             what = f"is compressed in pieces of {self._tile[0]} rows, {self._tile[0] * row} bytes each: too large"
-            raise Problem(f"{what} to be read", self.path, "Save it in tiles of 512x512 pixels or so.")
+            raise DataProblem(f"{what} to be read", self.path, "Save it in tiles of 512x512 pixels or so.")
         tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
         self._decode: Callable[..., Any] = page.decode
         self._tables = tables
@@ -173,7 +175,7 @@ class LargePicture:
             return np.asarray(tile[0, :height, :width])
         except Exception as error:  # Decoders raise whatever their format brings up.
             what = f"cannot be decoded from row {band * length} on ({type(error).__name__}: {error})"
-            raise Problem(what, self.path, "Copy it again or remove it.") from error
+            raise DataProblem(what, self.path, "Copy it again or remove it.") from error
 
 
 def tiff_pixels(path: Path) -> int | None:
@@ -204,7 +206,7 @@ def open_windows(path: Path, least: int | None = None) -> LargePicture | None:
     whole = Image.MAX_IMAGE_PIXELS is None or pixels <= Image.MAX_IMAGE_PIXELS
     try:
         picture = LargePicture(path)
-    except Problem:
+    except DataProblem:
         if whole:  # Who reads it whole can, or tells why not.
             return None
         raise
@@ -337,7 +339,7 @@ def normalized(image: LargeImage, normalize: Stage | None) -> LargeImage:
     if isinstance(normalize, Standardize):
         return image.then(normalize.over(image.blocks()))
     what = f"is too large to be read whole, which normalization by {type(normalize).__name__} asks for"
-    raise Problem(what, image.path, "Cut it into tiles, or train with normalize=image, fixed or imagenet.")
+    raise DataProblem(what, image.path, "Cut it into tiles, or train with normalize=image, fixed or imagenet.")
 
 
 def _slices(index: Any, shape: torch.Size) -> tuple[slice, slice, slice]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap, count_values
 from lightning_dice.data.volumes.file_layout import VolumePair
@@ -35,7 +35,7 @@ class Inspected:
 
     facts: CaseFacts | None = None
     voxels: NDArray[np.float32] | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[DataProblem] = field(default_factory=list)
 
 
 def read_channels(files: Sequence[Path]) -> tuple[list[NDArray[np.float32]], Geometry]:
@@ -49,13 +49,13 @@ def read_channels(files: Sequence[Path]) -> tuple[list[NDArray[np.float32]], Geo
     for path in files:
         values, geometry = read_volume(path)
         if first is not None and (what := geometry.differs(first)):
-            raise Problem(what, path, "Resample the channels of a case to one grid.")
+            raise DataProblem(what, path, "Resample the channels of a case to one grid.")
         first = first or geometry
         with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused.
             channel = np.ascontiguousarray(values, dtype=np.float32)
         strange = channel.size - int(np.isfinite(channel).sum())
         if strange:
-            raise Problem(f"holds {strange} voxels that are not finite (NaN or infinite)", path, "Fill them first.")
+            raise DataProblem(f"holds {strange} voxels that are not finite (NaN or infinite)", path, "Fill them first.")
         channels.append(channel)
     if first is None:
         raise ValueError("files must name at least one")
@@ -81,7 +81,7 @@ def read_mask(path: Path, geometry: Geometry, *, check_affine: bool = True) -> N
         remedy = "Resample the mask to its image by nearest neighbour."
         if own.shape == geometry.shape:
             remedy = "Give the mask its image's affine; if they fit voxel by voxel, set data.check_affine=false."
-        raise Problem(what, path, remedy)
+        raise DataProblem(what, path, remedy)
     return values
 
 
@@ -92,14 +92,14 @@ def inspect(
     found = Inspected()
     try:
         channels, geometry = read_channels(pair.images)
-    except Problem as problem:
+    except DataProblem as problem:
         found.problems.append(problem)
         return found
     stored = []
     for path in pair.masks:
         try:
             stored.append(read_mask(path, geometry, check_affine=check_affine))
-        except Problem as problem:
+        except DataProblem as problem:
             found.problems.append(problem)
     if found.problems:
         return found
@@ -107,7 +107,7 @@ def inspect(
     for path, counted in zip(pair.masks, counts, strict=True):
         if what := labels.describe(counted, planes):
             remedy = "Name all classes (data.classes, or labels in dataset.json), or map values: 'data.values={7:1}'."
-            found.problems.append(Problem(f"holds {what}", path, remedy))
+            found.problems.append(DataProblem(f"holds {what}", path, remedy))
     kind = f"{geometry.kind} {geometry.axes}"
     found.facts = CaseFacts(split, pair.case, stamps(pair, root), geometry.size, geometry.spacing, kind, counts)
     if split == "train":

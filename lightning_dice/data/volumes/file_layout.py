@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.file_names import MASK_SUFFIXES, strip
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import FOLDERS, complete
+from lightning_dice.data.splits import FOLDERS, complete_splits
 from lightning_dice.data.volumes.nifti import EXTENSIONS, stem, volume_files
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -45,11 +45,11 @@ class VolumeLayout:
 
     pairs: dict[Split, list[VolumePair]] = field(default_factory=dict)
     planes: bool = False
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[DataProblem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def group_channels(files: Sequence[Path], channels: int) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
+def group_channels(files: Sequence[Path], channels: int) -> tuple[dict[str, tuple[Path, ...]], list[DataProblem]]:
     """The files of each case, in the order of their channels: `<case>_0000`, `<case>_0001` ...
 
     One channel may do without the number: it is left out of a case's name if all files have `_0000`.
@@ -71,13 +71,13 @@ def group_channels(files: Sequence[Path], channels: int) -> tuple[dict[str, tupl
         double = [paths for paths in by_channel.values() if len(paths) > 1]
         if double:
             names = ", ".join(path.name for path in double[0])
-            problems.append(Problem(f"several files are of one case: {names}", first, "Keep one of them."))
+            problems.append(DataProblem(f"several files are of one case: {names}", first, "Keep one of them."))
         elif sorted(by_channel) != list(range(channels)):
             there = ", ".join(f"{number:04d}" for number in sorted(by_channel))
             asked = f"{channels} channel{'s' * (channels > 1)} {'are' if channels > 1 else 'is'} required"
             what = f"its case has the channel{'s' * (len(by_channel) > 1)} {there}, {asked}"
             remedy = "Name the files <case>_0000, <case>_0001 ..., one for each of the channels of the data set."
-            problems.append(Problem(what, first, remedy))
+            problems.append(DataProblem(what, first, remedy))
         else:
             cases[case] = tuple(by_channel[number][0] for number in range(channels))
     return cases, problems
@@ -106,7 +106,7 @@ def scan_folders(
     layout = VolumeLayout()
     try:
         image_folders, mask_folders = _split_folders(root, images, "images"), _split_folders(root, masks, "masks")
-    except Problem as problem:
+    except DataProblem as problem:
         layout.problems.append(problem)
         return layout
     parts: dict[Split | None, list[VolumePair]] = {}
@@ -114,21 +114,21 @@ def scan_folders(
         beside = mask_folders.get(split, mask_folders.get(None))
         if beside is None:
             remedy = f"Add {masks}/{split}, or remove the images."
-            layout.problems.append(Problem("has no folder of masks beside it", folder, remedy))
+            layout.problems.append(DataProblem("has no folder of masks beside it", folder, remedy))
             continue
         own = [name for name in planes if (beside / name).is_dir()]
         if own and len(own) < len(planes):
             what = f"has folders for {', '.join(own)}, but not for {', '.join(set(planes) - set(own))}"
-            layout.problems.append(Problem(what, beside, "Add them, or leave the classes out of data.classes."))
+            layout.problems.append(DataProblem(what, beside, "Add them, or leave the classes out of data.classes."))
             continue
         layout.planes = layout.planes or bool(own)
         cases = cases_of(folder, channels, layout.problems)
         parts[split] = pair(cases, [beside / name for name in own] or [beside], layout.problems)
-    layout.pairs = complete(parts, fractions, seed, layout.problems, root / images)
+    layout.pairs = complete_splits(parts, fractions, seed, layout.problems, root / images)
     return layout
 
 
-def cases_of(folder: Path, channels: int, problems: list[Problem]) -> dict[str, tuple[Path, ...]]:
+def cases_of(folder: Path, channels: int, problems: list[DataProblem]) -> dict[str, tuple[Path, ...]]:
     """The image files of each case in a folder; what is wrong goes to `problems`."""
     files = volume_files(folder)
     if not files:
@@ -139,7 +139,11 @@ def cases_of(folder: Path, channels: int, problems: list[Problem]) -> dict[str, 
 
 
 def pair(
-    cases: Mapping[str, tuple[Path, ...]], folders: Sequence[Path], problems: list[Problem], *, all_images: bool = True
+    cases: Mapping[str, tuple[Path, ...]],
+    folders: Sequence[Path],
+    problems: list[DataProblem],
+    *,
+    all_images: bool = True,
 ) -> list[VolumePair]:
     """Find the masks of cases.
 
@@ -161,9 +165,9 @@ def pair(
             name = name if name in cases else strip(name, MASK_SUFFIXES)
             if name in here:
                 what = f"several masks are of one case: {here[name].name}, {path.name}"
-                problems.append(Problem(what, path, "Keep one of them."))
+                problems.append(DataProblem(what, path, "Keep one of them."))
             elif name not in cases:
-                problems.append(Problem("has no image", path, "Add the image, or remove the mask."))
+                problems.append(DataProblem("has no image", path, "Add the image, or remove the mask."))
             here.setdefault(name, path)
         masks.append(here)
     pairs = []
@@ -173,31 +177,33 @@ def pair(
             pairs.append(VolumePair(case, images, tuple(here[case] for here in masks)))
         elif all_images:
             what = f"has no mask in {', '.join(lacking)}"
-            problems.append(Problem(what, images[0], "Add the mask, or remove the image."))
+            problems.append(DataProblem(what, images[0], "Add the mask, or remove the image."))
     return pairs
 
 
 def _split_folders(root: Path, inside: str, setting: str) -> dict[Split | None, Path]:
     base = root / inside
     if not root.is_dir():
-        raise Problem("is no folder", root, "Set data.root=/path/to/folder.")
+        raise DataProblem("is no folder", root, "Set data.root=/path/to/folder.")
     if not base.is_dir():
         there = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-        raise Problem(f"there is no such folder; {root.name} holds {there}", base, f"Set data.{setting}=<sub-folder>.")
+        raise DataProblem(
+            f"there is no such folder; {root.name} holds {there}", base, f"Set data.{setting}=<sub-folder>."
+        )
     folders: dict[Split | None, Path] = {}
     for split, names in FOLDERS.items():
         found = [base / name for name in names if (base / name).is_dir()]
         if len(found) > 1:
             what = f"{setting} of the split {split} are in several folders: {', '.join(path.name for path in found)}"
-            raise Problem(what, base, "Merge them.")
+            raise DataProblem(what, base, "Merge them.")
         folders.update(dict.fromkeys([split], found[0]) if found else {})
     loose = volume_files(base)
     if folders and loose:
         what = f"holds {len(loose)} volumes such as {loose[0].name} beside the folders of splits"
-        raise Problem(what, base, "Move them into the folders.")
+        raise DataProblem(what, base, "Move them into the folders.")
     return folders or {None: base}
 
 
-def _empty(folder: Path) -> Problem:
+def _empty(folder: Path) -> DataProblem:
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    return Problem(f"holds no volume ({' '.join(EXTENSIONS)}); there is {there}", folder, "Put the volumes there.")
+    return DataProblem(f"holds no volume ({' '.join(EXTENSIONS)}); there is {there}", folder, "Put the volumes there.")

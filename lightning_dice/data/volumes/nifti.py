@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.io import write_atomically
 
 if TYPE_CHECKING:
@@ -136,9 +136,11 @@ def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geome
             if len(data) == wanted:
                 file.read(1)  # At its end, gzip compares the checksum.
         if len(data) < wanted:
-            raise Problem(f"is truncated: {wanted} bytes of data expected, {len(data)} found", path, "Copy it again.")
+            raise DataProblem(
+                f"is truncated: {wanted} bytes of data expected, {len(data)} found", path, "Copy it again."
+            )
         values = np.asanyarray(type(image).from_bytes(data).dataobj).reshape(*geometry.shape, -1)
-    except Problem:
+    except DataProblem:
         raise
     except Exception as error:  # zlib.error, EOFError, OSError ...
         raise _unreadable(path, error) from error
@@ -159,7 +161,7 @@ def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
         if strange.any():
             shown = ", ".join(f"{value:.9g}" for value in np.unique(values[strange])[:4])
             what = f"holds {int(strange.sum())} voxels that are no whole numbers ({shown}), labels are required"
-            raise Problem(what, path, "Resample masks by nearest neighbour, and save whole numbers.")
+            raise DataProblem(what, path, "Resample masks by nearest neighbour, and save whole numbers.")
         values = whole.astype(np.int64)
     return values, geometry
 
@@ -190,7 +192,7 @@ def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
 
     now, image = _header(geometry.path)
     if (now.shape, now.affine) != (geometry.shape, geometry.affine):
-        raise Problem("has changed since it was read", geometry.path, "Keep the images in their place.")
+        raise DataProblem("has changed since it was read", geometry.path, "Keep the images in their place.")
     stored = apply_orientation(values, ornt_transform(_RAS, geometry.orientation))
     header = image.header.copy()
     header.extensions.clear()  # They tell of the image's intensities, or its patient.
@@ -231,32 +233,32 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
 
     try:
         if path.stat().st_size == 0:
-            raise Problem("is empty (0 bytes)", path, "Copy it again or remove it.")
+            raise DataProblem("is empty (0 bytes)", path, "Copy it again or remove it.")
         image = nibabel.load(path)
     except FileNotFoundError as error:
         target = f"; it is a link to {os.readlink(path)}" if path.is_symlink() else ""
-        raise Problem(f"is not there{target}", path, "Copy the file there.") from error
-    except Problem:
+        raise DataProblem(f"is not there{target}", path, "Copy the file there.") from error
+    except DataProblem:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
     if not isinstance(image, Nifti1Image):  # Nifti2Image is one, too.
-        raise Problem(f"is a {type(image).__name__}, NIfTI is required", path, "Save it as .nii.gz.")
+        raise DataProblem(f"is a {type(image).__name__}, NIfTI is required", path, "Save it as .nii.gz.")
     shape = tuple(int(length) for length in image.shape)
     shown = "x".join(map(str, shape))
     space = shape[:3]
     if len(shape) < 3 or any(length != 1 for length in shape[3 + channels :]):
         remedy = "Save each channel or time as a file of its own: case_0000.nii.gz, case_0001.nii.gz."
-        raise Problem(f"has {len(shape)} axes ({shown}), a volume of 3 is required", path, remedy)
+        raise DataProblem(f"has {len(shape)} axes ({shown}), a volume of 3 is required", path, remedy)
     if min(space) < 2:
         remedy = "Stack the slices to a volume, or save them as PNG or TIFF for data=folder."
-        raise Problem(f"is a single slice ({shown}), a volume is required", path, remedy)
+        raise DataProblem(f"is a single slice ({shown}), a volume is required", path, remedy)
     if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
         remedy = "If it is what it should be, cut it into parts or raise lightning_dice.data.volumes.nifti.MAX_VOXELS."
-        raise Problem(f"may be a decompression bomb: {shown} voxels, more than {MAX_VOXELS}", path, remedy)
+        raise DataProblem(f"may be a decompression bomb: {shown} voxels, more than {MAX_VOXELS}", path, remedy)
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise Problem(f"holds {dtype} values, integers or floats are required", path, "Save each part by itself.")
+        raise DataProblem(f"holds {dtype} values, integers or floats are required", path, "Save each part by itself.")
     affine = np.asarray(image.affine, np.float64)
     geometry = Geometry(
         path,
@@ -268,20 +270,22 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
     fine = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
     if not fine or not np.isfinite(geometry.orientation).all():
         what = f"has an affine by which its axes span no volume: {affine[:3].round(3).tolist()}"
-        raise Problem(what, path, "Write the right one, for instance with nibabel.")
+        raise DataProblem(what, path, "Write the right one, for instance with nibabel.")
     return geometry, image
 
 
-def _unreadable(path: Path, error: Exception) -> Problem:
+def _unreadable(path: Path, error: Exception) -> DataProblem:
     try:
         with path.open("rb") as file:
             start = file.read(40)
     except OSError as refused:
-        return Problem(f"cannot be opened ({refused.strerror})", path)
+        return DataProblem(f"cannot be opened ({refused.strerror})", path)
     if start.startswith(b"version https://git-lfs"):
-        return Problem("is a Git LFS pointer, not the volume", path, "Fetch the volumes with `git lfs pull`.")
+        return DataProblem("is a Git LFS pointer, not the volume", path, "Fetch the volumes with `git lfs pull`.")
     if path.name.lower().endswith(".gz") and start[:2] != b"\x1f\x8b":
         what = f"is not compressed, though it is named .gz: it begins with {start[:8]!r}"
-        return Problem(what, path, "Name it .nii if it is NIfTI.")
+        return DataProblem(what, path, "Name it .nii if it is NIfTI.")
     reason = " ".join(str(error).split())
-    return Problem(f"cannot be read as NIfTI ({type(error).__name__}: {reason})", path, "Copy it again or remove it.")
+    return DataProblem(
+        f"cannot be read as NIfTI ({type(error).__name__}: {reason})", path, "Copy it again or remove it."
+    )

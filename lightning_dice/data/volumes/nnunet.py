@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dice.data.errors import Problem
+from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.splits import complete
+from lightning_dice.data.splits import complete_splits
 from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, cases_of, pair
 from lightning_dice.data.volumes.nifti import EXTENSIONS
 from lightning_dice.data.volumes.sources import VolumeSet, checked_fractions
@@ -94,20 +94,22 @@ def read_dataset(root: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as missing:
         what = "there is no such file, by which an nnU-Net data set is known"
-        raise Problem(what, path, "Set data.root to its folder; for other folders choose data=volumes.") from missing
+        raise DataProblem(
+            what, path, "Set data.root to its folder; for other folders choose data=volumes."
+        ) from missing
     except (OSError, ValueError) as error:
-        raise Problem(f"cannot be read as JSON ({error})", path, "Mend it.") from error
+        raise DataProblem(f"cannot be read as JSON ({error})", path, "Mend it.") from error
     if not isinstance(content, Mapping):
-        raise Problem(f"must hold an object, got a {type(content).__name__}", path, "Mend it.")
+        raise DataProblem(f"must hold an object, got a {type(content).__name__}", path, "Mend it.")
     channels: Any = content.get("channel_names", content.get("modality"))
     labels: Any = content.get("labels")
     for key, value in (("channel_names", channels), ("labels", labels)):
         if not isinstance(value, Mapping) or not value:
-            raise Problem(f"must have an object {key}, got {value!r}", path, "See nnU-Net's dataset_format.md.")
+            raise DataProblem(f"must have an object {key}, got {value!r}", path, "See nnU-Net's dataset_format.md.")
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending.lower() not in EXTENSIONS:
         remedy = "For pictures: data=folder data.images=imagesTr data.masks=labelsTr data.classes=[...]."
-        raise Problem(f"says file_ending {ending!r}, NIfTI is read ({' '.join(EXTENSIONS)})", path, remedy)
+        raise DataProblem(f"says file_ending {ending!r}, NIfTI is read ({' '.join(EXTENSIONS)})", path, remedy)
     try:
         names = [str(channels[key]) for key in sorted(channels, key=int)]
         if all(str(key).lstrip("-").isdigit() for key in labels):  # Version 1: value -> name.
@@ -119,7 +121,7 @@ def read_dataset(root: str | Path) -> dict[str, Any]:
         order = content.get("regions_class_order")
         order = None if order is None else [int(value) for value in order]
     except (ValueError, TypeError) as error:
-        raise Problem(f"has channel_names, labels or an order that are no whole numbers ({error})", path) from error
+        raise DataProblem(f"has channel_names, labels or an order that are no whole numbers ({error})", path) from error
     regions = any(isinstance(value, list) and len(value) > 1 for value in labels.values())
     if not regions:
         labels = dict(sorted(labels.items(), key=lambda entry: entry[1][0] if isinstance(entry[1], list) else entry[1]))
@@ -177,7 +179,7 @@ def scan_nnunet(root: Path, channels: int, fold: int, fractions: Sequence[float]
     for name in ("imagesTr", "labelsTr"):
         if not (root / name).is_dir():
             remedy = "Set data.root to an nnU-Net raw data set."
-            problems.append(Problem("there is no such folder", root / name, remedy))
+            problems.append(DataProblem("there is no such folder", root / name, remedy))
     if problems:
         return layout
     train = pair(cases_of(root / "imagesTr", channels, problems), [root / "labelsTr"], problems)
@@ -193,29 +195,31 @@ def scan_nnunet(root: Path, channels: int, fold: int, fractions: Sequence[float]
             layout.pairs["test"] = test
         return layout
     parts: dict[Split | None, list[VolumePair]] = {"train": train, "test": test} if test else {None: train}
-    layout.pairs = complete(parts, fractions, seed, problems, root / "imagesTr")
+    layout.pairs = complete_splits(parts, fractions, seed, problems, root / "imagesTr")
     return layout
 
 
-def _fold(path: Path, fold: int, pairs: Sequence[VolumePair], problems: list[Problem]) -> dict[Split, list[VolumePair]]:
+def _fold(
+    path: Path, fold: int, pairs: Sequence[VolumePair], problems: list[DataProblem]
+) -> dict[Split, list[VolumePair]]:
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
         wanted = {split: [str(case) for case in folds[fold][split]] for split in ("train", "val")}
     except IndexError:
-        problems.append(Problem(f"has the folds 0 to {len(folds) - 1}, got {fold}", path, "Set data.fold."))
+        problems.append(DataProblem(f"has the folds 0 to {len(folds) - 1}, got {fold}", path, "Set data.fold."))
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"must hold a list of folds with train and val ({type(error).__name__}: {error})"
-        problems.append(Problem(what, path, "Remove it, to draw splits."))
+        problems.append(DataProblem(what, path, "Remove it, to draw splits."))
         return {}
     known = {found.case: found for found in pairs}
     missing = [case for cases in wanted.values() for case in cases if case not in known]
     if missing and not problems:
         what = f"names {len(missing)} cases that imagesTr does not have, such as {missing[0]}"
-        problems.append(Problem(what, path, "Add them, or remove them from the file."))
+        problems.append(DataProblem(what, path, "Add them, or remove them from the file."))
     both = sorted(set(wanted["train"]) & set(wanted["val"]))
     if both:
-        problems.append(Problem(f"has {both[0]} in train and val of fold {fold}", path, "Mend it."))
+        problems.append(DataProblem(f"has {both[0]} in train and val of fold {fold}", path, "Mend it."))
     order: tuple[Split, ...] = ("train", "val")
     return {split: [known[case] for case in sorted(wanted[split]) if case in known] for split in order}
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dice.data.errors import DataError, Problem, SkippedWarning, error
-from lightning_dice.data.interfaces import Item, Scan
+from lightning_dice.data.errors import DataError, DataProblem, SkippedWarning, combined_error
+from lightning_dice.data.interfaces import LoadedImage, PredictionItem
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.dataset_summary import read_channels
 from lightning_dice.data.volumes.file_layout import group_channels
@@ -60,7 +60,7 @@ class Preparation:
             try:
                 parts.append(torch.from_numpy(normalized(values, self.schemes[index], statistics)))
             except ValueError as refused:
-                raise Problem(str(refused), path, "Choose another data.normalization.") from refused
+                raise DataProblem(str(refused), path, "Choose another data.normalization.") from refused
         return zoomed_image(torch.stack(parts), self.size(geometry.size, geometry.spacing), self.interpolation)
 
 
@@ -69,7 +69,7 @@ def _wherever(case: str, path: Path) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class VolumeReader:
+class VolumePredictionIO:
     """Reads NIfTI files as training does, and writes masks that lie on them in any viewer.
 
     Arrays in memory are in canonical orientation (RAS+); what is written has the axes, the affine and the header of the
@@ -87,7 +87,7 @@ class VolumeReader:
     prepare: Callable[[], Preparation]
     stored: Callable[[str, Path], NDArray[Any]] = _wherever
 
-    def find(self, path: Path) -> list[Item]:
+    def find(self, path: Path) -> list[PredictionItem]:
         """The cases of a folder and its sub-folders, or of a file, whose further channels are looked for beside it.
 
         Links to folders are told as `SkippedWarning`.
@@ -99,35 +99,35 @@ class VolumeReader:
             group, problems = group_channels([path] if self.channels == 1 else volume_files(path.parent), self.channels)
             chosen = {case: files for case, files in group.items() if path in files}
             if not chosen:
-                raise error(
+                raise combined_error(
                     path.parent, [one for one in problems if one.where == path] or problems or [_no_volume(path)]
                 )
-            return [Item(case, files) for case, files in chosen.items()]
+            return [PredictionItem(case, files) for case, files in chosen.items()]
         if not path.is_dir():
-            raise Problem("is neither a file nor a folder", path, "Name a NIfTI file, or a folder of them.")
-        items: list[Item] = []
-        wrong: list[Problem] = []
+            raise DataProblem("is neither a file nor a folder", path, "Name a NIfTI file, or a folder of them.")
+        items: list[PredictionItem] = []
+        wrong: list[DataProblem] = []
         for place, folders, _ in os.walk(path):
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             for link in (Path(place, folder) for folder in folders if os.path.islink(Path(place, folder))):
                 what = f"is a link to the folder {os.readlink(link)}; it was skipped"
                 warnings.warn(
-                    SkippedWarning(str(Problem(what, link, "Predict its volumes by themselves."))), stacklevel=2
+                    SkippedWarning(str(DataProblem(what, link, "Predict its volumes by themselves."))), stacklevel=2
                 )
             group, problems = group_channels(volume_files(Path(place)), self.channels)
             below = Path(place).relative_to(path)
-            items += [Item((below / case).as_posix(), files) for case, files in group.items()]
+            items += [PredictionItem((below / case).as_posix(), files) for case, files in group.items()]
             wrong += [one for one in problems if self.channels == 1]
             # An incomplete case is told of when it is read, and does not keep the others from being predicted.
             partial = [Path(one.where) for one in problems if self.channels > 1]
-            items += [Item((below / stem(one)).as_posix(), (one,)) for one in partial]
+            items += [PredictionItem((below / stem(one)).as_posix(), (one,)) for one in partial]
         if wrong:
-            raise error(path, wrong)
+            raise combined_error(path, wrong)
         if not items:
             raise _no_volume(path)
         return items
 
-    def read(self, item: Item) -> Scan:
+    def read(self, item: PredictionItem) -> LoadedImage:
         """An image, normalized and at the network's spacing.
 
         Raises:
@@ -136,10 +136,10 @@ class VolumeReader:
         if len(item.files) != self.channels:
             names = ", ".join(path.name for path in item.files)
             what = f"its case has {len(item.files)} of {self.channels} channels: {names}"
-            raise Problem(what, item.files[0], "Name them <case>_0000, <case>_0001 ...")
+            raise DataProblem(what, item.files[0], "Name them <case>_0000, <case>_0001 ...")
         channels, geometry = read_channels(item.files)
         image = self.prepare().image(channels, item.files, geometry)
-        return Scan(image, geometry.size, geometry.spacing, geometry)
+        return LoadedImage(image, geometry.size, geometry.spacing, geometry)
 
     def names(self, case: str, format: str | None = None) -> list[Path]:
         """`<case>.nii.gz`, or `<class>/<case>.nii.gz` for classes that may overlap.
@@ -152,13 +152,13 @@ class VolumeReader:
         folders = self.labels.classes if self.labels.folders else ("",)
         return [Path(folder, f"{case}.nii.gz") for folder in folders]
 
-    def write(self, folder: Path, case: str, labels: Tensor, scan: Scan, format: str | None = None) -> None:
+    def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
         """Write a mask in the geometry of its image, with the values that the training's masks had."""
         _check_size("labels", labels, scan)
         for name, values in zip(self.names(case, format), self.labels.decode(labels), strict=True):
             write_volume(folder / name, values, scan.origin)
 
-    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: Scan) -> list[Path]:
+    def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: LoadedImage) -> list[Path]:
         """Write probabilities `(classes, *size)` as the fourth axis of a NIfTI file, float32."""
         _check_size("probs", probs, scan)
         path = folder / f"{case}.nii.gz"
@@ -176,7 +176,7 @@ class VolumeReader:
             return None
         values, _ = read_volume(path, channels=True)
         if len(values) != len(self.labels.classes):
-            raise Problem(f"holds {len(values)} classes, {len(self.labels.classes)} are required", path)
+            raise DataProblem(f"holds {len(values)} classes, {len(self.labels.classes)} are required", path)
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
@@ -190,7 +190,7 @@ class VolumeReader:
             found = [folder / name.with_name(Path(case).name + ending) for ending in EXTENSIONS]
             there = [path for path in found if path.exists()]
             if len(there) > 1:
-                raise Problem(
+                raise DataProblem(
                     f"is there twice: {', '.join(path.name for path in there)}", there[0], "Keep one of them."
                 )
             path = there[0] if there else folder / name
@@ -198,15 +198,15 @@ class VolumeReader:
         try:
             return self.labels.encode(stored)
         except ValueError as wrong:
-            raise Problem(str(wrong), folder / self.names(case)[0], "Is it a mask of this run?") from wrong
+            raise DataProblem(str(wrong), folder / self.names(case)[0], "Is it a mask of this run?") from wrong
 
 
-def _check_size(name: str, tensor: Tensor, scan: Scan) -> None:
+def _check_size(name: str, tensor: Tensor, scan: LoadedImage) -> None:
     if tuple(tensor.shape[-len(scan.size) :]) != tuple(scan.size):
         raise ValueError(f"{name} must have the space axes of the scan, {tuple(scan.size)}, got {tuple(tensor.shape)}")
 
 
-def _no_volume(path: Path) -> Problem:
+def _no_volume(path: Path) -> DataProblem:
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else ""
     there = f"; there is {inside or 'nothing'}" if path.is_dir() else ""
-    return Problem(f"holds no NIfTI file ({' '.join(EXTENSIONS)}){there}", path, "Name a folder of volumes.")
+    return DataProblem(f"holds no NIfTI file ({' '.join(EXTENSIONS)}){there}", path, "Name a folder of volumes.")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.data.batch import Sample
-from lightning_dice.data.errors import DataError, Problem, error
+from lightning_dice.data.errors import DataError, DataProblem, combined_error
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.dataset_summary import (
@@ -31,7 +31,7 @@ from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, sc
 from lightning_dice.data.volumes.fingerprint import CaseFacts, Fingerprint, changed
 from lightning_dice.data.volumes.nifti import read_geometry
 from lightning_dice.data.volumes.normalization import Intensities, check_schemes
-from lightning_dice.data.volumes.prediction_io import Preparation, VolumeReader
+from lightning_dice.data.volumes.prediction_io import Preparation, VolumePredictionIO
 from lightning_dice.data.volumes.resampling import Interpolation, zoomed_mask
 
 Spacing = str | Sequence[float | None] | None
@@ -74,7 +74,9 @@ class VolumeCases:
         try:
             mask = self.labels.encode(stored)
         except ValueError as wrong:
-            raise Problem(str(wrong), ", ".join(map(str, pair.masks)), "Set data.values or data.classes.") from wrong
+            raise DataProblem(
+                str(wrong), ", ".join(map(str, pair.masks)), "Set data.values or data.classes."
+            ) from wrong
         image = self.preparation.image(channels, pair.images, geometry)
         spacing = geometry.spacing
         if self.training and self.preparation.spacing is not None:
@@ -162,9 +164,9 @@ class VolumeSet:
         self._cases: dict[Split, VolumeCases] = {}
 
     @cached_property
-    def reader(self) -> VolumeReader:
+    def reader(self) -> VolumePredictionIO:
         """What prediction reads and writes with; makes no use of the training's files but the fingerprint."""
-        return VolumeReader(self.labels, self.channels, self.preparation)
+        return VolumePredictionIO(self.labels, self.channels, self.preparation)
 
     def check(self) -> str:
         """Read everything once, but for cases that the fingerprint knows unchanged.
@@ -199,7 +201,7 @@ class VolumeSet:
             found = list(pool.map(facts_of, jobs))
         problems = [*layout.problems, *(problem for one in found for problem in one.problems)]
         if problems:
-            raise error(self.root, problems)
+            raise combined_error(self.root, problems)
         cases = tuple(one.facts for one in found if one.facts is not None)
         notes = list(layout.notes)
         if stored is None:
@@ -222,7 +224,7 @@ class VolumeSet:
         """
         layout = self._layout()
         if layout.problems:
-            raise error(self.root, layout.problems)
+            raise combined_error(self.root, layout.problems)
         if name not in layout.pairs:
             return None
         if name not in self._cases:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_dice.kernels.backend import OutOfRange, Work
+from lightning_dice.kernels.backend import OutOfRange, SumsSpec
 from lightning_dice.kernels.native.build import library
 from lightning_dice.kernels.pages import ask_for_large_pages
 
@@ -141,7 +141,7 @@ def missing() -> str | None:
     return why if found is None else None
 
 
-def takes(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Whether the kernels can do this work on these tensors."""
     return (
         work.activation is not None
@@ -169,7 +169,7 @@ def _has_half() -> bool:
     return found is not None and bool(found.lightning_dice_has_half())
 
 
-def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The sums, float64 `(rows, images, classes)`.
 
     Raises:
@@ -187,7 +187,7 @@ def forward(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -
     return sums
 
 
-def backward(work: Work, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
     slope = torch.empty_like(logits)
     if not logits.numel():
@@ -257,7 +257,7 @@ def _call(name: str, job: ctypes.Structure) -> None:
         raise MemoryError("the sums found no memory for their partial results")
 
 
-def _job(work: Work, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Job, list[Tensor]]:
+def _job(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Job, list[Tensor]]:
     """The job, and the tensors that must live as long as it does."""
     logits, target = flat(logits, keep_classes=True), flat(target, keep_classes=work.planes)
     job = Job()
