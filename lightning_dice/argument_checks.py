@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def one_of(name: str, value: Any, choices: Any) -> Any:
+def check_choice(name: str, value: Any, choices: Any) -> Any:
     """`value`, if it is one of a tuple of choices or of a `Literal`'s."""
     allowed = choices if isinstance(choices, tuple) else get_args(choices)
     if value not in allowed:
@@ -18,7 +18,7 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def smooth_pair(smooth: float | Sequence[float]) -> tuple[float, float]:
+def check_smooth(smooth: float | Sequence[float]) -> tuple[float, float]:
     """`smooth` as (numerator, denominator), in pixels."""
     pair = tuple(smooth) if isinstance(smooth, Sequence) and not isinstance(smooth, str) else (smooth, smooth)
     if len(pair) != 2 or not all(_is_number(s) and math.isfinite(s) and s >= 0 for s in pair):
@@ -26,28 +26,30 @@ def smooth_pair(smooth: float | Sequence[float]) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def label(name: str, value: int | None) -> int | None:
+def check_label(name: str, value: int | None) -> int | None:
     """A label id, or `None`."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise ValueError(f"{name} must be None or an integer label such as 255, got {value!r}")
     return value
 
 
-def flag(name: str, value: bool) -> bool:
+def check_flag(name: str, value: bool) -> bool:
     """True or False, and not a word that would count as true, such as "no"."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def count(name: str, value: int, least: int = 1, *, optional: bool = False) -> int:
+def check_count(name: str, value: int, least: int = 1, *, optional: bool = False) -> int:
     """An integer >= `least`; `optional` where `None` would do too, and the message is to say so."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be {'None or ' * optional}an integer >= {least}, got {value!r}")
     return value
 
 
-def number(name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_ends: bool = False) -> float:
+def check_number(
+    name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_ends: bool = False
+) -> float:
     """A finite number in [least, most], or between them with `open_ends`."""
     fine = _is_number(value) and math.isfinite(value)
     if not (fine and (least < value < most if open_ends else least <= value <= most)):
@@ -60,7 +62,7 @@ def number(name: str, value: float, least: float = 0.0, most: float = math.inf, 
     return float(value)
 
 
-def class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
+def check_class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
     """Distinct class indices >= 0, as a tuple."""
     if isinstance(indices, (int, str)):
         raise ValueError(f"{name} must be a list of class indices such as [0], got {indices!r}")
@@ -72,7 +74,7 @@ def class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
     return given
 
 
-def class_weights_tensor(weights: Any) -> Tensor | None:
+def check_class_weights(weights: Any) -> Tensor | None:
     """One finite weight >= 0 for each class, not all 0, as float32 `(classes,)`."""
     if weights is None:
         return None
@@ -86,7 +88,7 @@ def class_weights_tensor(weights: Any) -> Tensor | None:
     return tensor.detach().clone()
 
 
-def kept_classes(classes: int, excluded: tuple[int, ...]) -> list[int]:
+def included_classes(classes: int, excluded: tuple[int, ...]) -> list[int]:
     """The indices of the classes that are not left out.
 
     Raises:

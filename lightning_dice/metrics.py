@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_dice.argument_checks import class_indices, kept_classes, one_of, smooth_pair
+from lightning_dice.argument_checks import check_choice, check_class_indices, check_smooth, included_classes
 from lightning_dice.functional import AbsentPolicy, AbsentRule, dice_score, hard_sums
 from lightning_dice.kernels import Activation, OverlapSums
 
@@ -85,15 +85,15 @@ class DiceScore(Metric):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
         self.num_classes = num_classes
-        self.activation: Activation = one_of("activation", activation, ("sigmoid", "softmax", None))
+        self.activation: Activation = check_choice("activation", activation, ("sigmoid", "softmax", None))
         self.threshold = threshold
-        self.smooth = smooth_pair(smooth)
-        self.pool: MetricPool = one_of("pool", pool, MetricPool)
-        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
+        self.smooth = check_smooth(smooth)
+        self.pool: MetricPool = check_choice("pool", pool, MetricPool)
+        self.exclude_classes = check_class_indices("exclude_classes", exclude_classes)
         self.ignore_index = ignore_index
         self.absent = absent if isinstance(absent, AbsentPolicy) else AbsentPolicy(absent)
-        self.average: Average = one_of("average", average, Average)
-        kept_classes(num_classes, self.exclude_classes)
+        self.average: Average = check_choice("average", average, Average)
+        included_classes(num_classes, self.exclude_classes)
         states = ("total", "cases") if pool == "image" else ("overlap", "predicted", "actual", "count")
         for state in states:
             self.add_state(state, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")

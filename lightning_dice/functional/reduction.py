@@ -1,4 +1,4 @@
-"""Which images share one ratio, and the mean over what is left; the same on one process or many."""
+"""Pooling of sums and means over images and classes, with the same result on one process or many."""
 
 from __future__ import annotations
 
@@ -17,80 +17,95 @@ Pool = Literal["image", "batch", "all"]
 
 
 class DeferredReduction(NamedTuple):
-    """A result up to the point where something is summed over the ranks of a distributed training.
+    """A result that still waits for sums over the ranks of a distributed training.
 
-    What has a result in this form can wait for others, so that all of them send one message; see `finish_reductions`.
+    Deferring lets several results share one message; see `finish_reductions`.
 
     Attributes:
-        parts: what is to be summed over the ranks: floating-point tensors of any shape, the same on every rank.
-        finish: the result, given the parts in their order, summed over all ranks or of this one alone.
+        local_sums: this rank's share of the sums: floating-point tensors of any shape, the same shapes on every rank.
+        finish: computes the result from the sums, in their order: those of all ranks, or of this rank alone.
 
-    >>> finish_reductions([weighted_mean(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))])
-    [tensor(2.)]
+    >>> mean = weighted_mean(torch.tensor([[1.0, 3.0]]), torch.tensor([[True, True]]))
+    >>> mean.local_sums
+    (tensor(4.), tensor(2.))
+    >>> finish_reductions([mean, mean.apply(torch.sqrt)])
+    [tensor(2.), tensor(1.4142)]
     """
 
-    parts: tuple[Tensor, ...]
+    local_sums: tuple[Tensor, ...]
     finish: Callable[..., Tensor]
 
     @staticmethod
-    def of(result: Tensor) -> DeferredReduction:
-        """A result for which nothing has to be summed."""
+    def ready(result: Tensor) -> DeferredReduction:
+        """Wrap a result that needs no sums over the ranks."""
         return DeferredReduction((), lambda: result)
 
     @staticmethod
-    def joined(partials: Sequence[DeferredReduction], function: Callable[..., Tensor]) -> DeferredReduction:
-        """A function of several results, whose parts go in one message; it is called with the results, in order."""
+    def combine(reductions: Sequence[DeferredReduction], function: Callable[..., Tensor]) -> DeferredReduction:
+        """Return `function(*results)` of several reductions, whose sums then travel in one message."""
 
-        def finish(*parts: Tensor) -> Tensor:
-            return function(*_finished(partials, parts))
+        def finish(*sums: Tensor) -> Tensor:
+            return function(*_finish_each(reductions, sums))
 
-        return DeferredReduction(tuple(part for partial in partials for part in partial.parts), finish)
+        return DeferredReduction(_all_sums(reductions), finish)
 
-    def then(self, function: Callable[[Tensor], Tensor]) -> DeferredReduction:
-        """The same, with `function` applied to the result."""
-        return DeferredReduction(self.parts, lambda *parts: function(self.finish(*parts)))
+    def apply(self, function: Callable[[Tensor], Tensor]) -> DeferredReduction:
+        """Apply `function` to the result, once it is there."""
+        return DeferredReduction(self.local_sums, lambda *sums: function(self.finish(*sums)))
 
-    def local(self) -> DeferredReduction:
-        """The result of this rank alone, as it is without other ranks."""
-        return DeferredReduction.of(self.finish(*self.parts))
+    def finish_locally(self) -> DeferredReduction:
+        """Compute the result of this rank alone, and send nothing."""
+        return DeferredReduction.ready(self.finish(*self.local_sums))
 
 
-def finish_reductions(partials: Sequence[DeferredReduction]) -> list[Tensor]:
-    """The results. In a distributed training all their parts go over the ranks in one all-reduce, with a gradient.
+def finish_reductions(reductions: Sequence[DeferredReduction]) -> list[Tensor]:
+    """Compute the results; in a distributed training, all sums travel in one all-reduce, which has a gradient.
 
-    Only where a gradient is taken: in an evaluation the ranks need not hold equally many batches, and nothing is sent.
-    The gradient needs no message of its own, and is scaled so that DDP's averaging (or FSDP's) gives the true one.
-    Every rank gets the same results.
+    Ranks communicate only while a gradient is taken: in an evaluation they may hold unequal numbers of batches.
+    The backward pass sends no message; its gradient is scaled so that the averaging of DDP (or FSDP) gives the true
+    one. Every rank gets the same results.
 
     Args:
-        partials: of the same number, kinds and shapes on every rank.
+        reductions: the same number, kinds and shapes on every rank.
+
+    >>> finish_reductions([DeferredReduction.ready(torch.tensor(3.0))])
+    [tensor(3.)]
     """
-    parts = [part for partial in partials for part in partial.parts]
-    if not parts or gradient_shares() == 1:
-        return _finished(partials, parts)
-    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
-    message = _sum_over_ranks(torch.cat([part.to(dtype).reshape(-1) for part in parts]))
-    pieces = torch.split(message, [part.numel() for part in parts])
-    summed = [piece.view(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
-    return _finished(partials, summed)
+    local = _all_sums(reductions)
+    if not local or gradient_world_size() == 1:
+        return _finish_each(reductions, local)
+    dtype = reduce(torch.promote_types, (one.dtype for one in local))
+    message = _sum_over_ranks(torch.cat([one.to(dtype).reshape(-1) for one in local]))
+    pieces = torch.split(message, [one.numel() for one in local])
+    return _finish_each(
+        reductions, [piece.view(one.shape).to(one.dtype) for piece, one in zip(pieces, local, strict=True)]
+    )
 
 
-def _finished(partials: Sequence[DeferredReduction], parts: Sequence[Tensor]) -> list[Tensor]:
-    """The results, of the parts of all of them in their order."""
-    rest = iter(parts)
-    return [partial.finish(*islice(rest, len(partial.parts))) for partial in partials]
+def _all_sums(reductions: Sequence[DeferredReduction]) -> tuple[Tensor, ...]:
+    return tuple(one for reduction in reductions for one in reduction.local_sums)
+
+
+def _finish_each(reductions: Sequence[DeferredReduction], sums: Sequence[Tensor]) -> list[Tensor]:
+    """Give each reduction its own of the sums, which come in the order of `_all_sums`."""
+    rest = iter(sums)
+    return [reduction.finish(*islice(rest, len(reduction.local_sums))) for reduction in reductions]
 
 
 def pool_sums(sums: OverlapSums, pool: Pool) -> OverlapSums:
-    """Add up the sums of what shares one ratio, on this rank.
+    """Add up, on this rank, the sums that share one ratio.
 
     Args:
         sums: `(images, classes)`.
-        pool: `"image"`: each image has its own ratio; `"batch"`: all images of the batch share one; `"all"`: so do all
-            classes.
+        pool: `"image"`: each image has its own ratio; `"batch"`: all images of the batch share one; `"all"`: all images
+            and all classes share one.
 
     Returns:
         `(images, classes)`, `(1, classes)` or `(1, 1)`.
+
+    >>> field = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> pool_sums(OverlapSums(field, field, field, field), "batch").overlap
+    tensor([[4., 6.]])
     """
     if pool == "image":
         return sums
@@ -99,43 +114,53 @@ def pool_sums(sums: OverlapSums, pool: Pool) -> OverlapSums:
     return sums.map(lambda field: field.sum(0, keepdim=True))
 
 
-def of_pooled(
+def pool_and_reduce(
     sums: Sequence[OverlapSums], pool: Pool, formula: Callable[..., DeferredReduction], *, across_ranks: bool = True
 ) -> DeferredReduction:
-    """A formula on sums that are pooled over images, and with `"batch"` and `"all"` over the ranks.
+    """Pool sums over images, and with `"batch"` and `"all"` over the ranks; then apply a formula to them.
 
     Args:
         sums: each `(images, classes)`.
-        pool: what shares one ratio, see `pool_sums`.
-        formula: called with the pooled sums, one argument for each; returns a mean over what they are of.
-        across_ranks: whether ranks share ratios, and with `"image"` the mean over the images.
+        pool: which sums share one ratio, see `pool_sums`.
+        formula: takes the pooled sums, one argument for each, and returns a mean over their images and classes.
+        across_ranks: whether the ranks share ratios and, with `"image"`, the mean over the images.
+
+    >>> sums = OverlapSums(*torch.tensor([[[1.0], [3.0]], [[2.0], [6.0]], [[2.0], [6.0]], [[4.0], [8.0]]]))
+    >>> def recall(pooled):
+    ...     return weighted_mean(pooled.overlap / pooled.actual, pooled.actual > 0)
+    >>> finish_reductions([pool_and_reduce([sums], "batch", recall)])
+    [tensor(0.5000)]
     """
     pooled = [pool_sums(one, pool) for one in sums]
     if not across_ranks:
-        return formula(*pooled).local()
+        return formula(*pooled).finish_locally()
     if pool == "image":
         return formula(*pooled)
 
-    def finish(*parts: Tensor) -> Tensor:
-        rest = iter(parts)
+    def finish(*fields: Tensor) -> Tensor:
+        rest = iter(fields)
         summed = [one.having(dict(zip(one.fields, rest, strict=False))) for one in pooled]
-        # The same on every rank already, and so is its mean.
-        partial = formula(*summed)
-        return partial.finish(*partial.parts)
+        # Every rank has the same sums by now, hence the same mean.
+        mean = formula(*summed)
+        return mean.finish(*mean.local_sums)
 
     return DeferredReduction(tuple(field for one in pooled for field in one.fields.values()), finish)
 
 
 def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = None) -> DeferredReduction:
-    """Mean of `values` over what is kept, weighted by class; over that of all ranks, once `finish_reductions` has run.
+    """Average the kept values, weighted by class; over all ranks, once `finish_reductions` has run.
 
     Args:
         values: `(images, classes)`.
-        kept: bool, `(images, classes)`; what is not kept may hold NaN.
-        class_weights: `(classes,)`, or of the shape of values; only their ratios matter.
+        kept: bool, `(images, classes)`; values that are not kept may be NaN.
+        class_weights: `(classes,)`, or the shape of values; only their ratios matter.
 
     Returns:
         A scalar; 0, with a gradient of 0, where nothing is kept.
+
+    >>> kept = torch.tensor([[True, True, False]])
+    >>> finish_reductions([weighted_mean(torch.tensor([[1.0, 3.0, torch.nan]]), kept, torch.tensor([3.0, 1.0, 1.0]))])
+    [tensor(1.5000)]
     """
     weight = kept.to(values.dtype)
     if class_weights is not None:
@@ -144,8 +169,8 @@ def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = N
     return DeferredReduction((total, norm), lambda total, norm: total / torch.where(norm > 0, norm, 1.0))
 
 
-def gradient_shares() -> int:
-    """Over how many ranks DDP averages the gradient that is being taken; 1 if none is."""
+def gradient_world_size() -> int:
+    """Return the number of ranks over which DDP averages the gradient being taken; 1 if none is taken."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled() else 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import count
+from lightning_dice.argument_checks import check_count
 from lightning_dice.kernels import Activation
 from lightning_dice.kernels.sums import valid_pixels
 
@@ -40,7 +40,7 @@ class TargetReader:
 
     def __post_init__(self) -> None:
         if self.classes is not None:
-            count("classes", self.classes, optional=True)
+            check_count("classes", self.classes, optional=True)
 
     def holds_ids(self, target: Tensor) -> bool:
         """Whether a target is taken for class ids."""
@@ -83,46 +83,3 @@ class TargetReader:
             if index not in self.exclude_classes:
                 result[index] = torch.from_numpy(np.asarray(function(mask))).to(dtype)
         return result
-
-
-def map_of_batch(
-    name: str,
-    reader: TargetReader,
-    logits: Tensor,
-    target: Tensor,
-    find: Callable[[str, Tensor, Mapping[str, Tensor] | None], Tensor],
-    given: Mapping[str, Tensor] | None,
-    *,
-    by_pixel: bool = False,
-) -> Tensor:
-    """The map of every target of a batch, checked.
-
-    Args:
-        name: of the map, for the errors.
-        reader: the map's function, or that part of it which reads targets.
-        logits: `(batch, classes, *space)`.
-        target: ids `(batch, *space)` or planes `(batch, classes, *space)`.
-        find: `SegmentationLoss.map`: returns the given map, or computes it of a target in a form that cannot be
-            mistaken.
-        given: maps by name, as far as they came with the batch.
-        by_pixel: whether of ids the map has one plane for all classes.
-
-    Returns:
-        `(batch, classes, *space)`, or `(batch, *space)` of ids and by pixel.
-
-    Raises:
-        ValueError: a number of classes that is missing, or that the logits do not have; a map of another shape.
-    """
-    classes, planes = logits.shape[1], target.shape == logits.shape
-    if reader.classes is not None and reader.classes != classes:
-        raise ValueError(f"classes must be the number of channels of logits, {classes}, got {reader.classes}")
-    if reader.classes is None and not planes and not (by_pixel and reader.activation == "softmax"):
-        raise ValueError(f"classes is needed with class ids: classes={classes}")
-    shape = tuple(target.shape if by_pixel else logits.shape)
-    if planes and reader.holds_ids(target):
-        # One-hot planes of integers, which one image at a time pass for ids: a worker's map would be of those.
-        target, given = target.float(), None
-    values = find(name, target, given)
-    if tuple(values.shape) != shape:
-        raise ValueError(f"maps[{name!r}] must have the shape {shape}, got {tuple(values.shape)}")
-    return values

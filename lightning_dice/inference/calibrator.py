@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.argument_checks import count, number, one_of
+from lightning_dice.argument_checks import check_choice, check_count, check_number
 from lightning_dice.functional import AbsentPolicy, dice_score, hard_sums
 from lightning_dice.kernels import OverlapSums
 
@@ -88,14 +88,14 @@ class Calibrator:
         pixels: int = 2**16,
         seed: int = 0,
     ) -> None:
-        self.classes = count("classes", classes)
-        self.activation: Literal["sigmoid", "softmax"] = one_of("activation", activation, ("sigmoid", "softmax"))
-        number("threshold", threshold, 0, 1, open_ends=True)
+        self.classes = check_count("classes", classes)
+        self.activation: Literal["sigmoid", "softmax"] = check_choice("activation", activation, ("sigmoid", "softmax"))
+        check_number("threshold", threshold, 0, 1, open_ends=True)
         self.present = math.log(threshold / (1 - threshold)) if activation == "sigmoid" else 0.0
         self.ignore_index, self.exclude_classes, self.smooth = ignore_index, exclude_classes, smooth
         self.absent = absent if absent is not None else AbsentPolicy()
-        self.pool: Literal["image", "dataset"] = one_of("pool", pool, ("image", "dataset"))
-        self.pixels = count("pixels", pixels)
+        self.pool: Literal["image", "dataset"] = check_choice("pool", pool, ("image", "dataset"))
+        self.pixels = check_count("pixels", pixels)
         self.generator = torch.Generator().manual_seed(seed)
         steps = round(FARTHEST / STEP)
         limits = torch.arange(-steps, steps + 1, dtype=torch.float64) * STEP

@@ -1,23 +1,31 @@
-"""What every loss of this library is: settings, and one call of logits and target."""
+"""Base classes of the losses: settings, and one call with logits and target."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.argument_checks import class_weights_tensor, flag, label, one_of
-from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, finish_reductions, of_pooled, weighted_mean
+from lightning_dice.argument_checks import check_choice, check_class_weights, check_flag, check_label
+from lightning_dice.functional import (
+    AbsentPolicy,
+    DeferredReduction,
+    Pool,
+    finish_reductions,
+    pool_and_reduce,
+    weighted_mean,
+)
+from lightning_dice.functional.target_reader import TargetReader
 from lightning_dice.kernels import Activation, OverlapSums, RequiredSums, overlap_sums
 
 TargetMap = Callable[[Tensor], Tensor]
 
-# Settings that most losses have: shown where they are not what they are by default.
-_SHARED = (
+# Settings that most losses have: `print(loss)` shows them only where they differ from their default.
+_COMMON_SETTINGS = (
     "activation",
     "smooth",
     "pool",
@@ -33,26 +41,37 @@ _SHARED = (
 
 
 class SegmentationLoss(nn.Module):
-    """Base of the losses: a module called with logits and target.
+    """Base of the losses: a module that is called with logits and target.
 
-    A subclass defines `partial`, the loss up to what the ranks of a distributed training sum: as a term of another loss
-    it then sends nothing by itself. One that needs nothing of other ranks, or calls a loss that does, may define
+    A subclass defines `deferred`, the loss before its sums over the ranks of a distributed training are taken; all
+    terms of a `CompoundLoss` then share one message. A subclass that needs nothing from other ranks may define
     `forward` instead.
 
-    Attributes:
+    Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        ignore_index: the label of pixels that count as nothing.
-        maps: what the loss needs of a target beyond its values, such as distances, by name: functions of the target of
-            one image, ids `(*space)` or planes `(classes, *space)`. A data module computes them in its workers; what is
-            not given in a call is computed there.
+        ignore_index: label of the pixels to ignore.
+
+    Attributes:
+        maps: functions that compute, from the target of one image (ids `(*space)` or planes `(classes, *space)`), what
+            the loss needs beyond labels, such as distances; by name. A data module runs them in its workers; the loss
+            computes the maps that a call does not pass.
+
+    Raises:
+        ValueError: an invalid setting.
+
+    >>> class L1Loss(SegmentationLoss):
+    ...     def forward(self, logits, target, weight=None, *, annotated=None, maps=None):
+    ...         return (logits.sigmoid() - target).abs().mean()
+    >>> L1Loss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.5000)
     """
 
     maps: Mapping[str, TargetMap] = {}
 
     def __init__(self, *, activation: Activation = "sigmoid", ignore_index: int | None = None) -> None:
         super().__init__()
-        self.activation: Activation = one_of("activation", activation, ("sigmoid", "softmax", None))
-        self.ignore_index = label("ignore_index", ignore_index)
+        self.activation: Activation = check_choice("activation", activation, ("sigmoid", "softmax", None))
+        self.ignore_index = check_label("ignore_index", ignore_index)
 
     def forward(
         self,
@@ -63,23 +82,23 @@ class SegmentationLoss(nn.Module):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The loss.
+        """Compute the loss.
 
         Args:
             logits: `(batch, classes, *space)`; probabilities with `activation=None`.
-            target: `"sigmoid"`: the shape of logits; `"softmax"`: class ids `(batch, *space)` or soft labels of the
-                shape of logits.
-            weight: of each pixel, `(batch, *space)`, or of each pixel and class, of the shape of logits.
-            annotated: bool, `(batch, classes)`: False leaves a class out of an image that says nothing about it.
-            maps: what `maps` computes of the targets, stacked; missing ones are computed.
+            target: `"sigmoid"`: planes of the shape of logits; `"softmax"`: class ids `(batch, *space)`, or soft labels
+                of the shape of logits.
+            weight: weight of each pixel, `(batch, *space)`, or of each pixel and class, of the shape of logits.
+            annotated: bool, `(batch, classes)`; False leaves out a class that was not annotated in an image.
+            maps: results of `maps` for each target, stacked, by name; missing ones are computed.
 
         Returns:
-            A scalar, but with `reduction="none"` where the loss has that; float32 (float64 for float64 logits).
+            A scalar, or a table with `reduction="none"` where the loss has it; float32 (float64 for float64 logits).
         """
-        (loss,) = finish_reductions([self.partial(logits, target, weight, annotated=annotated, maps=maps)])
+        (loss,) = finish_reductions([self.deferred(logits, target, weight, annotated=annotated, maps=maps)])
         return loss
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -88,10 +107,10 @@ class SegmentationLoss(nn.Module):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what is summed over the ranks of a distributed training; arguments as in `forward`."""
-        raise NotImplementedError(f"{type(self).__name__} must define partial, or forward")
+        """Compute the loss up to the sums over the ranks; arguments as in `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} must define deferred, or forward")
 
-    def as_term(
+    def deferred_call(
         self,
         logits: Tensor,
         target: Tensor,
@@ -100,64 +119,105 @@ class SegmentationLoss(nn.Module):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """What a loss that is made of others takes of this one; arguments as in `forward`."""
+        """Call the loss as a part of another one: `deferred`, or `forward` if a subclass overrides that."""
         if type(self).forward is SegmentationLoss.forward:
-            return self.partial(logits, target, weight, annotated=annotated, maps=maps)
-        # A subclass has its own word on what a call returns.
-        return DeferredReduction.of(self(logits, target, weight, annotated=annotated, maps=maps))
+            return self.deferred(logits, target, weight, annotated=annotated, maps=maps)
+        return DeferredReduction.ready(self(logits, target, weight, annotated=annotated, maps=maps))
 
-    def map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
-        """The map `name` of every target of a batch: the given one, or computed now."""
+    def get_map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
+        """Return the map `name` of every target of a batch: the one in `maps`, or else computed now."""
         if maps is not None and name in maps:
             return maps[name]
-        make = self.maps[name]
+        compute = self.maps[name]
         if not len(target):
-            return make(target.new_zeros(target.shape[1:]).cpu())[None][:0].to(target.device)
-        return torch.stack([make(one.cpu()) for one in target]).to(target.device)
+            return compute(target.new_zeros(target.shape[1:]).cpu())[None][:0].to(target.device)
+        return torch.stack([compute(one.cpu()) for one in target]).to(target.device)
 
-    def settings(self) -> dict[str, object]:
-        """What `print(loss)` shows: the settings of this kind of loss, and of those that all have, what was set."""
+    def get_checked_map(
+        self,
+        name: str,
+        logits: Tensor,
+        target: Tensor,
+        maps: Mapping[str, Tensor] | None,
+        *,
+        by_pixel: bool = False,
+    ) -> Tensor:
+        """Return `get_map` of a map that is a `TargetReader`, checked against the logits.
+
+        Args:
+            name: key of the map.
+            logits: `(batch, classes, *space)`.
+            target: ids `(batch, *space)` or planes `(batch, classes, *space)`.
+            maps: as in `forward`.
+            by_pixel: whether the map of ids has one plane for all classes.
+
+        Returns:
+            `(batch, classes, *space)`, or `(batch, *space)` for ids with `by_pixel`.
+
+        Raises:
+            ValueError: `classes` is missing, or differs from the logits; a map of another shape.
+        """
+        reader = cast(TargetReader, self.maps[name])
+        classes, planes = logits.shape[1], target.shape == logits.shape
+        if reader.classes is not None and reader.classes != classes:
+            raise ValueError(f"classes must be the number of channels of logits, {classes}, got {reader.classes}")
+        if reader.classes is None and not planes and not (by_pixel and reader.activation == "softmax"):
+            raise ValueError(f"classes is needed with class ids: classes={classes}")
+        shape = tuple(target.shape if by_pixel else logits.shape)
+        if planes and reader.holds_ids(target):
+            # One image of integer one-hot planes looks like ids, so a map computed in a worker is wrong.
+            target, maps = target.float(), None
+        values = self.get_map(name, target, maps)
+        if tuple(values.shape) != shape:
+            raise ValueError(f"maps[{name!r}] must have the shape {shape}, got {tuple(values.shape)}")
+        return values
+
+    def repr_settings(self) -> dict[str, object]:
+        """Return the settings that `print(loss)` shows: those of this class, and common ones that are not default."""
         own: dict[str, object] = {}
-        shared: dict[str, object] = {"activation": self.activation}
+        common: dict[str, object] = {"activation": self.activation}
         for kind in type(self).__mro__:
             if kind is nn.Module:
                 break
-            for name, parameter in _parameters(kind).items():
+            for name, parameter in _constructor_settings(kind).items():
                 value = getattr(self, name, inspect.Parameter.empty)
-                if name in own or name in shared or value is inspect.Parameter.empty or isinstance(value, nn.Module):
+                if name in own or name in common or value is inspect.Parameter.empty or isinstance(value, nn.Module):
                     continue
-                if name not in _SHARED:
-                    own[name] = _shown(value)
-                elif _shown(value) != _shown(parameter.default):
-                    shared[name] = _shown(value)
-        return {**own, **shared}
+                if name not in _COMMON_SETTINGS:
+                    own[name] = _as_passed(value)
+                elif _as_passed(value) != _as_passed(parameter.default):
+                    common[name] = _as_passed(value)
+        return {**own, **common}
 
     def extra_repr(self) -> str:
-        """The settings, as `print(loss)` shows them."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        """Format the settings for `print(loss)`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.repr_settings().items())
 
-    def _refuse(self, unknown: Mapping[str, object]) -> None:
-        """Raise for settings that this loss does not have, with those that may have been meant."""
-        if not unknown:
+    def _refuse_unknown(self, settings: Mapping[str, object]) -> None:
+        """Raise `TypeError` for settings that this loss does not have, and suggest the closest ones."""
+        if not settings:
             return
-        names = {name for kind in type(self).__mro__ for name in _parameters(kind)}
-        told = []
-        for name in unknown:
+        names = {name for kind in type(self).__mro__ for name in _constructor_settings(kind)}
+        unknown = []
+        for name in settings:
             close = difflib.get_close_matches(name, names, 1)
-            told.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            unknown.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
         raise TypeError(
-            f"{type(self).__name__} has no setting {', '.join(told)}; it has {', '.join(sorted(names))}. For the words "
-            "of another library see its like_monai, like_smp and like_nnunet"
+            f"{type(self).__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}. For the "
+            "arguments of another library see its like_monai, like_smp and like_nnunet"
         )
 
 
-def call_plain(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
-    """A module that is no `SegmentationLoss`, with the target as torch's own losses take it.
+def call_torch_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    """Call a module that is not a `SegmentationLoss`, with the target in the dtype that torch's losses expect.
 
-    Masks are stored in the smallest dtype that holds them: class ids become int64, planes what the logits are.
+    Masks are stored in the smallest dtype that holds them: class ids become int64, planes the dtype of the logits.
 
     Raises:
-        ValueError: what the module itself raises, with the shapes and the remedies.
+        ValueError: the module failed; with its message, the shapes and the remedies.
+
+    >>> call_torch_loss(nn.CrossEntropyLoss(), torch.zeros(1, 2, 3), torch.tensor([[0, 1, 1]], dtype=torch.uint8))
+    tensor(0.6931)
     """
     if not target.is_floating_point():
         target = target.to(logits.dtype) if target.shape == logits.shape else target.long()
@@ -166,30 +226,41 @@ def call_plain(loss: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
     except (RuntimeError, IndexError, ValueError) as error:
         raise ValueError(
             f"{type(loss).__name__} failed on logits {tuple(logits.shape)} and target {tuple(target.shape)}: {error}. "
-            "It must take the logits and the mask as they are: one that takes probabilities goes into OnProbabilities, "
-            "and one with ignored pixels needs its own ignore_index"
+            "It gets the logits and the mask unchanged: wrap a loss of probabilities in OnProbabilities, and give a "
+            "loss of masks with ignored pixels its own ignore_index"
         ) from error
     return result
 
 
 class SumsLoss(SegmentationLoss):
-    """Base of the losses that are a formula on `OverlapSums`: those that share a pass over the pixels in a compound."""
+    """Base of the losses that are a formula on `OverlapSums`; in a `CompoundLoss` they share one pass over the pixels.
+
+    A subclass defines `deferred_from_sums`, and `required_sums` if its formula needs more than the four sums that are
+    always computed.
+    """
 
     @property
-    def wanted(self) -> RequiredSums:
-        """Sums it needs beyond the four that are always there."""
+    def required_sums(self) -> RequiredSums:
+        """The sums to compute beyond the four that are always computed."""
         return RequiredSums()
 
-    def partial_of_sums(self, sums: OverlapSums) -> DeferredReduction:
-        """The loss of sums `(images, classes)`, up to what the ranks sum. What a subclass defines."""
-        raise NotImplementedError(f"{type(self).__name__} must define partial_of_sums")
+    def deferred_from_sums(self, sums: OverlapSums) -> DeferredReduction:
+        """Compute the loss from sums `(images, classes)`, up to the sums over the ranks."""
+        raise NotImplementedError(f"{type(self).__name__} must define deferred_from_sums")
 
     def from_sums(self, sums: OverlapSums) -> Tensor:
-        """The loss of sums `(images, classes)` that have been added up elsewhere, over micro-batches for example."""
-        (loss,) = finish_reductions([self.partial_of_sums(sums)])
+        """Compute the loss from sums `(images, classes)`, which may be those of several micro-batches.
+
+        >>> from lightning_dice.kernels import OverlapSums, overlap_sums
+        >>> from lightning_dice.losses import DiceLoss
+        >>> first, second = (overlap_sums(torch.zeros(1, 1, 2), torch.tensor([[[1, label]]])) for label in (0, 1))
+        >>> DiceLoss().from_sums(OverlapSums.cat([first, second])).float()
+        tensor(0.3333)
+        """
+        (loss,) = finish_reductions([self.deferred_from_sums(sums)])
         return loss
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -198,7 +269,7 @@ class SumsLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`."""
         sums = overlap_sums(
             logits,
             target,
@@ -206,27 +277,27 @@ class SumsLoss(SegmentationLoss):
             ignore_index=self.ignore_index,
             weight=weight,
             annotated=annotated,
-            wanted=self.wanted,
+            wanted=self.required_sums,
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return self.partial_of_sums(sums).then(lambda loss: loss.to(dtype))
+        return self.deferred_from_sums(sums).apply(lambda loss: loss.to(dtype))
 
 
 class PixelMeanLoss(SumsLoss):
-    """Base of the losses that are a mean over pixels: a subclass says which sum is divided by their number.
+    """Base of the losses that are a mean over pixels: a subclass defines the sum that is divided by their number.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        pool: `"batch"`: the mean over all pixels of the batch, on all ranks; `"image"`: the mean over images of the
-            mean over the pixels of each.
-        class_weights: one for each class; only their ratios matter. Where classes exclude each other a pixel weighs
-            what its class does, and the sum is divided by the weights, as in `torch.nn.CrossEntropyLoss`.
-        ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give; False: send
-            nothing, so that each process has the mean of its own batch, see `OverlapLoss`.
+        pool: `"batch"`: the mean over all pixels of the batch, on all ranks; `"image"`: the mean over the pixels of
+            each image, averaged over images.
+        class_weights: one for each class; only their ratios matter. Where classes are exclusive, a pixel has the weight
+            of its class, and the sum is divided by the weights, as in `torch.nn.CrossEntropyLoss`.
+        ignore_index: label of the pixels to ignore.
+        across_ranks: in a distributed training, compute the loss of all ranks together, as one process with the whole
+            batch would; with False each rank takes the mean of its own batch and sends nothing, see `OverlapLoss`.
 
     Raises:
-        ValueError: a setting outside its range; in a call, a shape that would broadcast.
+        ValueError: an invalid setting; in a call, a shape that would broadcast.
     """
 
     class_weights: Tensor | None
@@ -243,23 +314,23 @@ class PixelMeanLoss(SumsLoss):
         **unknown: object,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
-        self._refuse(unknown)
-        self.pool: Pool = one_of("pool", pool, self.pools)
-        self.across_ranks = flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+        self._refuse_unknown(unknown)
+        self.pool: Pool = check_choice("pool", pool, self.pools)
+        self.across_ranks = check_flag("across_ranks", across_ranks)
+        self.register_buffer("class_weights", check_class_weights(class_weights))
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """What is divided by the number of pixels, `(images, classes)`."""
+        """Return the sum that is divided by the number of pixels, `(images, classes)`."""
         raise NotImplementedError
 
-    def partial_of_sums(self, sums: OverlapSums) -> DeferredReduction:
-        """The mean over the pixels of the sums."""
-        return of_pooled([sums], self.pool, self._mean, across_ranks=self.across_ranks)
+    def deferred_from_sums(self, sums: OverlapSums) -> DeferredReduction:
+        """Compute the mean over the pixels, up to the sums over the ranks."""
+        return pool_and_reduce([sums], self.pool, self._mean, across_ranks=self.across_ranks)
 
     def _mean(self, pooled: OverlapSums) -> DeferredReduction:
         classes = pooled.overlap.shape[1]
         weights = class_weights_of(self.class_weights, classes, pooled.overlap)
-        # Where classes exclude each other a pixel counts once, for its own class; otherwise in each plane.
+        # A pixel counts once, for its own class, where classes are exclusive; otherwise in each plane.
         pixels = pooled.actual if pooled.exclusive else pooled.count
         above, below = (self.per_class(pooled) * weights).sum(1), (pixels * weights).sum(1)
         kept = below > 0
@@ -267,31 +338,31 @@ class PixelMeanLoss(SumsLoss):
         return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))
 
 
-def _parameters(kind: type) -> dict[str, inspect.Parameter]:
-    """The keyword settings in the constructor that a class itself defines."""
+def _constructor_settings(kind: type) -> dict[str, inspect.Parameter]:
+    """Return the named parameters of the constructor that a class itself defines."""
     if "__init__" not in kind.__dict__ or kind in (nn.Module, object):
         return {}
     parameters = inspect.signature(kind.__dict__["__init__"]).parameters
     return {name: one for name, one in parameters.items() if name != "self" and one.kind != one.VAR_KEYWORD}
 
 
-def _shown(value: object) -> object:
-    """A setting in the form in which it is usually given."""
+def _as_passed(value: object) -> object:
+    """Return a setting in the form in which users pass it."""
     if isinstance(value, AbsentPolicy):
         return value.rule
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, (tuple, list)):
-        numbers = len(value) == 2 and all(isinstance(one, float) for one in value)
-        return value[0] if numbers and value[0] == value[1] else list(value)
+        pair = len(value) == 2 and all(isinstance(one, float) for one in value)
+        return value[0] if pair and value[0] == value[1] else list(value)
     return value
 
 
 def class_weights_of(weights: Tensor | None, classes: int, like: Tensor) -> Tensor:
-    """`(classes,)`, 1 each where none were given.
+    """Return the weight of each class, `(classes,)`, in the dtype of `like`; 1 if there are none.
 
     Raises:
-        ValueError: another number of weights than of classes.
+        ValueError: the number of weights is not the number of classes.
     """
     if weights is None:
         return like.new_ones(classes)

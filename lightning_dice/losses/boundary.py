@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import class_indices, flag, kept_classes, number
+from lightning_dice.argument_checks import check_class_indices, check_flag, check_number, included_classes
 from lightning_dice.functional import DeferredReduction, weighted_mean
 from lightning_dice.functional.target_maps import BoundaryWeight, SignedDistance
-from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import Activation, Pixels, checked_pixels, total, wide_dtype
 from lightning_dice.kernels.checks import check_shapes
 from lightning_dice.kernels.overlap_sums import full_precision
@@ -67,8 +66,8 @@ class DistanceLoss(SegmentationLoss):
         across_ranks: bool = True,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
-        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
-        self.across_ranks = flag("across_ranks", across_ranks)
+        self.exclude_classes = check_class_indices("exclude_classes", exclude_classes)
+        self.across_ranks = check_flag("across_ranks", across_ranks)
         self._distance = SignedDistance(
             activation=self.activation,
             classes=classes,
@@ -83,7 +82,7 @@ class DistanceLoss(SegmentationLoss):
         """What the mean is taken of, `(images, classes, pixels)`; `distance` is of the same shape."""
         raise NotImplementedError
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -105,19 +104,12 @@ class DistanceLoss(SegmentationLoss):
                 weight=weight,
                 annotated=annotated,
             )
-            counted = kept_classes(logits.shape[1], self.exclude_classes)
-            distance = map_of_batch(
-                "signed_distance",
-                self._distance,
-                logits,
-                target,
-                self.map,
-                maps,
-            )
+            counted = included_classes(logits.shape[1], self.exclude_classes)
+            distance = self.get_checked_map("signed_distance", logits, target, maps)
             values = self.of_pixels(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            mean = self._mean(values, pixels, counted).then(lambda loss: loss.to(dtype))
-            return mean if self.across_ranks else mean.local()
+            mean = self._mean(values, pixels, counted).apply(lambda loss: loss.to(dtype))
+            return mean if self.across_ranks else mean.finish_locally()
 
     def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> DeferredReduction:
         w = pixels.weight
@@ -188,8 +180,8 @@ class HausdorffLoss(DistanceLoss):
 
     def __init__(self, *, alpha: float = 2.0, relative: bool = True, **settings: Unpack[DistanceSettings]) -> None:
         super().__init__(**settings)
-        self.alpha = number("alpha", alpha, open_ends=True)
-        self.relative = flag("relative", relative)
+        self.alpha = check_number("alpha", alpha, open_ends=True)
+        self.relative = check_flag("relative", relative)
 
     def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         """The weighted squared error."""
@@ -264,8 +256,8 @@ class BoundaryWeightedLoss(SegmentationLoss):
             activation=self.activation,
             classes=classes,
             ignore_index=self.ignore_index,
-            width=number("width", width, open_ends=True),
-            strength=number("strength", strength),
+            width=check_number("width", width, open_ends=True),
+            strength=check_number("strength", strength),
             spacing=spacing,  # type: ignore[arg-type]  # made a tuple there
         )
         self.classes, self.spacing = classes, self._weight.spacing
@@ -282,7 +274,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
         """Of a `CompoundLoss`: each term's in the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -297,22 +289,14 @@ class BoundaryWeightedLoss(SegmentationLoss):
         """
         # Before the shapes are checked a map cannot be made.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
-        own = map_of_batch(
-            "boundary_weight",
-            self._weight,
-            logits,
-            target,
-            self.map,
-            maps,
-            by_pixel=True,
-        )
+        own = self.get_checked_map("boundary_weight", logits, target, maps, by_pixel=True)
         if weight is not None:
             own, weight = (one if one.ndim == logits.ndim else one.unsqueeze(1) for one in (own, weight))
             own = own * weight
             own = own.squeeze(1) if own.shape[1] == 1 else own
-        return self.loss.as_term(logits, target, own, annotated=annotated, maps=maps)
+        return self.loss.deferred_call(logits, target, own, annotated=annotated, maps=maps)
 
-    def settings(self) -> dict[str, object]:
+    def repr_settings(self) -> dict[str, object]:
         """The settings by name, as `print(loss)` shows them."""
         # Of the map, which is made once: they cannot be changed in a training.
         shape = {"width": self._weight.width, "strength": self._weight.strength}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import class_indices, number, one_of
+from lightning_dice.argument_checks import check_choice, check_class_indices, check_number
 from lightning_dice.functional import ClassWeighting
 from lightning_dice.kernels import Activation
 from lightning_dice.losses.overlap import OverlapSettings
@@ -151,7 +151,7 @@ def monai_generalized(w_type: str, **arguments: Unpack[MonaiOverlap]) -> tuple[C
         ValueError: see `GeneralizedDiceLoss.like_monai`.
     """
     names: dict[str, ClassWeighting] = {"square": "inverse_square", "simple": "inverse", "uniform": "uniform"}
-    weighting = names[one_of("w_type", w_type, tuple(names))]
+    weighting = names[check_choice("w_type", w_type, tuple(names))]
     settings = monai_overlap(**arguments)
     if weighting != "uniform" and settings["smooth"] != (0, 0):
         raise ValueError(
@@ -296,13 +296,13 @@ def smp_overlap(
     >>> smp_overlap("multiclass", classes=[1, 2], num_classes=3)["exclude_classes"]
     (0,)
     """
-    one_of("mode", mode, SmpMode)
-    number("eps", eps, 0, 1e-3)
+    check_choice("mode", mode, SmpMode)
+    check_number("eps", eps, 0, 1e-3)
     if mode == "binary" and (classes is not None or class_weights is not None):
         raise ValueError('mode="binary" has one class: leave out classes and class_weights')
     excluded: tuple[int, ...] = ()
     if classes is not None:
-        wanted = class_indices("classes", classes)
+        wanted = check_class_indices("classes", classes)
         total = num_classes if class_weights is None else len(class_weights)
         if total is None:
             raise ValueError("classes need num_classes: losses here are told which classes to leave out")
@@ -336,8 +336,8 @@ def smp_focal(
     Raises:
         ValueError: see `FocalLoss.like_smp`.
     """
-    one_of("mode", mode, SmpMode)
-    number("eps", eps, 0, 1e-3)
+    check_choice("mode", mode, SmpMode)
+    check_number("eps", eps, 0, 1e-3)
     if normalized or reduced_threshold is not None:
         raise ValueError("normalized must be False and reduced_threshold None: these are other losses")
     if reduction != "mean":

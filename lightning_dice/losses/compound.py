@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.argument_checks import number
+from lightning_dice.argument_checks import check_number
 from lightning_dice.functional import DeferredReduction
 from lightning_dice.kernels import RequiredSums, overlap_sums
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses import compat
-from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap, call_plain
+from lightning_dice.losses.base import SegmentationLoss, SumsLoss, TargetMap, call_torch_loss
 from lightning_dice.losses.cross_entropy import CrossEntropyLoss, FocalLoss
 from lightning_dice.losses.dice import DiceLoss
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
@@ -101,7 +101,7 @@ class CompoundLoss(SegmentationLoss):
                 own[key] = maps[public]
         return own
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -131,18 +131,18 @@ class CompoundLoss(SegmentationLoss):
                 annotated=annotated,
                 wanted=wanted,
             )
-            found |= {name: term.partial_of_sums(sums).then(of_logits) for name, term in group.items()}
+            found |= {name: term.deferred_from_sums(sums).apply(of_logits) for name, term in group.items()}
         for name, term in active.items():
             if name in found:
                 continue
             if isinstance(term, SegmentationLoss):
                 own = self._maps_of(name, term, maps or {})
-                found[name] = term.as_term(logits, target, weight, annotated=annotated, maps=own)
+                found[name] = term.deferred_call(logits, target, weight, annotated=annotated, maps=own)
             elif weight is not None or annotated is not None:
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
             else:
                 self._check_ignored(name, term, target)
-                found[name] = DeferredReduction.of(call_plain(term, logits, target))
+                found[name] = DeferredReduction.ready(call_torch_loss(term, logits, target))
 
         def weighted_sum(*values: Tensor) -> Tensor:
             for name, value in zip(found, values, strict=True):
@@ -154,7 +154,7 @@ class CompoundLoss(SegmentationLoss):
                 return logits[:0].float().sum()
             return torch.stack([self.weights[name] * value for name, value in zip(found, values, strict=True)]).sum()
 
-        return DeferredReduction.joined(list(found.values()), weighted_sum)
+        return DeferredReduction.combine(list(found.values()), weighted_sum)
 
     def _check_ignored(self, name: str, term: nn.Module, target: Tensor) -> None:
         """Refuse ignored labels for a module that would take them for labels; on a GPU in the first call only."""
@@ -359,7 +359,7 @@ def _weights(names: list[str], weights: Mapping[str, float] | Sequence[float] | 
             f"weights must name terms, {', '.join(names)}; got {unknown_names}: a term that is taken away takes its "
             "weight along, '~loss.weights.<term>'"
         )
-    return {name: number(f"the weight of {name}", weights.get(name, 1.0)) for name in names}
+    return {name: check_number(f"the weight of {name}", weights.get(name, 1.0)) for name in names}
 
 
 def _by_pixel(settings: OverlapSettings) -> dict[str, object]:
@@ -374,9 +374,9 @@ def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[RequiredSums, dict[str
         if not isinstance(term, SumsLoss) or type(term).forward is not SegmentationLoss.forward:
             continue
         for index, (wanted, group) in enumerate(passes):
-            if wanted.agrees(term.wanted):
-                passes[index] = (wanted | term.wanted, {**group, name: term})
+            if wanted.agrees(term.required_sums):
+                passes[index] = (wanted | term.required_sums, {**group, name: term})
                 break
         else:
-            passes.append((term.wanted, {name: term}))
+            passes.append((term.required_sums, {name: term}))
     return passes

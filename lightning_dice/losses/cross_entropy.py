@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import class_weights_tensor, flag, number
+from lightning_dice.argument_checks import check_class_weights, check_flag, check_number
 from lightning_dice.functional import DeferredReduction, weighted_mean
 from lightning_dice.kernels import Activation, Focal, OverlapSums, Pixels, RequiredSums, checked_pixels, wide_dtype
 from lightning_dice.losses import compat
@@ -48,12 +48,12 @@ class CrossEntropyLoss(PixelMeanLoss):
 
     def __init__(self, *, label_smoothing: float = 0.0, **settings: Unpack[PixelMeanSettings]) -> None:
         super().__init__(**settings)
-        self.label_smoothing = number("label_smoothing", label_smoothing, 0, 1)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
         if label_smoothing == 1:
             raise ValueError("label_smoothing must be less than 1: nothing would be left of the labels")
 
     @property
-    def wanted(self) -> RequiredSums:
+    def required_sums(self) -> RequiredSums:
         """The cross-entropy, and with smoothing that of every class."""
         smoothed = self.label_smoothing > 0
         return RequiredSums(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
@@ -89,13 +89,13 @@ class FocalLoss(PixelMeanLoss):
         self, *, gamma: float = 2.0, alpha: float | None = None, **settings: Unpack[PixelMeanSettings]
     ) -> None:
         super().__init__(**settings)
-        self.gamma = number("gamma", gamma)
-        self.alpha = None if alpha is None else number("alpha", alpha, 0, 1)
+        self.gamma = check_number("gamma", gamma)
+        self.alpha = None if alpha is None else check_number("alpha", alpha, 0, 1)
         if alpha is not None and self.activation == "softmax":
             raise ValueError("alpha sets foreground against background; with a softmax give class_weights")
 
     @property
-    def wanted(self) -> RequiredSums:
+    def required_sums(self) -> RequiredSums:
         """The focal sum."""
         return RequiredSums(focal=Focal(self.gamma, self.alpha))
 
@@ -194,10 +194,10 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         if not (isinstance(k, (int, float)) and not isinstance(k, bool) and 0 < k <= 1):
             raise ValueError(f"k must be a share of pixels in (0, 1], got {k!r}; 10 % is 0.1")
         self.k = float(k)
-        self.across_ranks = flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+        self.across_ranks = check_flag("across_ranks", across_ranks)
+        self.register_buffer("class_weights", check_class_weights(class_weights))
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -217,8 +217,8 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         )
         cost, weighs = self._weighted(pixels, logits.shape[1])
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        mean = self._mean_of_hardest(cost, weighs).then(lambda loss: loss.to(dtype))
-        return mean if self.across_ranks else mean.local()
+        mean = self._mean_of_hardest(cost, weighs).apply(lambda loss: loss.to(dtype))
+        return mean if self.across_ranks else mean.finish_locally()
 
     def _weighted(self, pixels: Pixels, classes: int) -> tuple[Tensor, Tensor]:
         """Of each pixel (or of that of each plane) its cost times its weight, and its weight: `(images, entries)`."""

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lightning_dice.argument_checks import number, one_of
+from lightning_dice.argument_checks import check_choice, check_number
 from lightning_dice.functional import DeferredReduction
 from lightning_dice.functional.target_resizing import Reduce, coarser_target, coarser_weight
-from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_plain
+from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_torch_loss
 from lightning_dice.losses.overlap import OverlapLoss
 
 
@@ -63,10 +63,10 @@ class DeepSupervision(SegmentationLoss):
             ignore_index=ignore_index if ours or isinstance(ignore_index, int) else None,
         )
         self.loss = loss
-        self.weights = None if weights is None else tuple(number("weights", weight) for weight in weights)
+        self.weights = None if weights is None else tuple(check_number("weights", weight) for weight in weights)
         if self.weights is not None and not any(self.weights):
             raise ValueError(f"weights must not all be 0, got {list(self.weights)}")
-        self.reduce: Reduce = one_of("reduce", reduce, Reduce)
+        self.reduce: Reduce = check_choice("reduce", reduce, Reduce)
 
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
@@ -78,7 +78,7 @@ class DeepSupervision(SegmentationLoss):
         """Of a `CompoundLoss`: each term's at the finest level in the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor | Sequence[Tensor],
         target: Tensor,
@@ -121,7 +121,7 @@ class DeepSupervision(SegmentationLoss):
                     raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
             return torch.stack([share * value for (_, share), value in zip(counted, values, strict=True)]).sum()
 
-        return DeferredReduction.joined(found, mean)
+        return DeferredReduction.combine(found, mean)
 
     def _at(
         self,
@@ -146,12 +146,12 @@ class DeepSupervision(SegmentationLoss):
             maps = self._coarser_maps(target, own, space, classes)
         if isinstance(self.loss, SegmentationLoss):
             weight = None if weight is None else coarser_weight(weight, space)
-            return self.loss.as_term(logits, own, weight, annotated=annotated, maps=maps)
+            return self.loss.deferred_call(logits, own, weight, annotated=annotated, maps=maps)
         if weight is not None or annotated is not None:
             raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
         if own.is_floating_point() and self.ignore_index is not None:
             own = own.masked_fill(own == self.ignore_index, 0)
-        return DeferredReduction.of(call_plain(self.loss, logits, own))
+        return DeferredReduction.ready(call_torch_loss(self.loss, logits, own))
 
     def _coarser_maps(
         self, target: Tensor, own: Tensor, space: tuple[int, ...], classes: int

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import number, one_of
+from lightning_dice.argument_checks import check_choice, check_number
 from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, power
 from lightning_dice.kernels import OverlapSums
 from lightning_dice.losses import compat
@@ -147,7 +147,7 @@ class LogDiceLoss(OverlapLoss):
 
     def __init__(self, *, gamma: float = 1.0, **settings: Unpack[OverlapSettings]) -> None:
         super().__init__(**settings)
-        self.gamma = number("gamma", gamma, open_ends=True)
+        self.gamma = check_number("gamma", gamma, open_ends=True)
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """(-log D)^gamma."""
@@ -219,7 +219,7 @@ class GeneralizedDiceLoss(OverlapLoss):
 
     def __init__(self, *, weighting: ClassWeighting = "inverse_square", **settings: Unpack[OverlapSettings]) -> None:
         super().__init__(**settings)
-        self.weighting: ClassWeighting = one_of("weighting", weighting, ClassWeighting)
+        self.weighting: ClassWeighting = check_choice("weighting", weighting, ClassWeighting)
         if self.class_weights is not None or self.pool == "all":
             raise ValueError('the classes are weighted by their sizes: leave out class_weights and pool="all"')
         if self.reduction == "sum":

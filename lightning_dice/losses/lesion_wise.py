@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import count, kept_classes, one_of
+from lightning_dice.argument_checks import check_choice, check_count, included_classes
 from lightning_dice.functional import DeferredReduction
 from lightning_dice.functional.components import RegionMap, Regions
-from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import checked_pixels
 from lightning_dice.kernels.overlap_sums import full_precision
 from lightning_dice.kernels.regions import region_sums
@@ -81,9 +80,9 @@ class LesionWiseLoss(SegmentationLoss):
             raise ValueError('loss must have one value: reduction="none" would return as many as there are lesions')
         super().__init__(activation=loss.activation, ignore_index=loss.ignore_index)
         self.loss = loss
-        self.classes = None if classes is None else count("classes", classes, optional=True)
-        self.regions: Regions = one_of("regions", regions, Regions)
-        self.connectivity = None if connectivity is None else count("connectivity", connectivity, optional=True)
+        self.classes = None if classes is None else check_count("classes", classes, optional=True)
+        self.regions: Regions = check_choice("regions", regions, Regions)
+        self.connectivity = None if connectivity is None else check_count("connectivity", connectivity, optional=True)
         self._regions = RegionMap(
             activation=self.activation,
             classes=self.classes,
@@ -94,7 +93,7 @@ class LesionWiseLoss(SegmentationLoss):
         )
         self.maps = {"regions": self._regions}
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -117,18 +116,18 @@ class LesionWiseLoss(SegmentationLoss):
                 annotated=annotated,
             )
             classes = logits.shape[1]
-            regions = map_of_batch("regions", self._regions, logits, target, self.map, maps)
+            regions = self.get_checked_map("regions", logits, target, maps)
             if regions.is_floating_point():
                 raise ValueError(f'maps["regions"] must hold integers, got {regions.dtype}')
-            sums, own_class = region_sums(pixels, regions.flatten(2), self.loss.wanted)
-        loss, kept = self.loss.table(sums)
+            sums, own_class = region_sums(pixels, regions.flatten(2), self.loss.required_sums)
+        loss, kept = self.loss.class_losses(sums)
         if self.loss.exclude_classes:
             counted = torch.zeros(classes, dtype=torch.bool, device=kept.device)
-            counted[kept_classes(classes, self.loss.exclude_classes)] = True
+            counted[included_classes(classes, self.loss.exclude_classes)] = True
             kept = kept & counted[own_class].unsqueeze(1)
         weights = None
         if self.loss.class_weights is not None:
             weights = class_weights_of(self.loss.class_weights, classes, loss)[own_class].unsqueeze(1)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        reduced = self.loss.reduced(loss, kept, weights).then(lambda value: value.to(dtype))
-        return reduced if self.loss.across_ranks else reduced.local()
+        reduced = self.loss.reduce_classes(loss, kept, weights).apply(lambda value: value.to(dtype))
+        return reduced if self.loss.across_ranks else reduced.finish_locally()

@@ -41,7 +41,7 @@ class OnProbabilities(SegmentationLoss):
         super().__init__(activation=activation, ignore_index=ignore_index)
         self.loss = loss
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,

@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dice.argument_checks import (
-    class_indices,
-    class_weights_tensor,
-    count,
-    flag,
-    kept_classes,
-    number,
-    one_of,
-    smooth_pair,
+    check_choice,
+    check_class_indices,
+    check_class_weights,
+    check_count,
+    check_flag,
+    check_number,
+    check_smooth,
+    included_classes,
 )
-from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, of_pooled, weighted_mean
+from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, pool_and_reduce, weighted_mean
 from lightning_dice.functional.target_maps import TubedSkeleton
-from lightning_dice.functional.target_reader import map_of_batch
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
 from lightning_dice.kernels.checks import check_shapes
 from lightning_dice.kernels.overlap_sums import full_precision
@@ -135,16 +134,16 @@ class ClDiceLoss(SegmentationLoss):
         across_ranks: bool = True,
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
-        self.iterations = count("iterations", iterations, least=0)
-        self.core = flag("core", core)
-        self.smooth = smooth_pair(smooth)
-        self.pool: Literal["image", "batch"] = one_of("pool", pool, ("image", "batch"))
-        self.exclude_classes = class_indices("exclude_classes", exclude_classes)
-        self.absent = AbsentPolicy(one_of("absent", absent, ("smooth", "skip")))
-        self.across_ranks = flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", class_weights_tensor(class_weights))
+        self.iterations = check_count("iterations", iterations, least=0)
+        self.core = check_flag("core", core)
+        self.smooth = check_smooth(smooth)
+        self.pool: Literal["image", "batch"] = check_choice("pool", pool, ("image", "batch"))
+        self.exclude_classes = check_class_indices("exclude_classes", exclude_classes)
+        self.absent = AbsentPolicy(check_choice("absent", absent, ("smooth", "skip")))
+        self.across_ranks = check_flag("across_ranks", across_ranks)
+        self.register_buffer("class_weights", check_class_weights(class_weights))
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -168,7 +167,7 @@ class ClDiceLoss(SegmentationLoss):
             weights = None
             if self.class_weights is not None:
                 weights = class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
-            counted = kept_classes(logits.shape[1], self.exclude_classes)
+            counted = included_classes(logits.shape[1], self.exclude_classes)
             weights = None if weights is None else weights[counted]
             sums = self._sums(pixels, counted, logits, target)
 
@@ -176,8 +175,8 @@ class ClDiceLoss(SegmentationLoss):
             return self._mean(precision, sensitivity, weights)
 
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        mean = of_pooled(sums, self.pool, formula, across_ranks=self.across_ranks)
-        return mean.then(lambda loss: loss.to(dtype))
+        mean = pool_and_reduce(sums, self.pool, formula, across_ranks=self.across_ranks)
+        return mean.apply(lambda loss: loss.to(dtype))
 
     def _mean(self, precision: OverlapSums, sensitivity: OverlapSums, weights: Tensor | None) -> DeferredReduction:
         tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
@@ -283,7 +282,7 @@ class SkeletonRecallLoss(SegmentationLoss):
             ignore_index=ignore_index,
             across_ranks=across_ranks,
         )
-        self.radius = number("radius", radius)
+        self.radius = check_number("radius", radius)
         self.classes = classes
         self._skeleton = TubedSkeleton(
             activation=self.activation,
@@ -294,7 +293,7 @@ class SkeletonRecallLoss(SegmentationLoss):
         )
         self.maps = {"skeleton": self._skeleton}
 
-    def partial(
+    def deferred(
         self,
         logits: Tensor,
         target: Tensor,
@@ -309,10 +308,10 @@ class SkeletonRecallLoss(SegmentationLoss):
         """
         # Before the shapes are checked a map cannot be made.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
-        skeleton = map_of_batch("skeleton", self._skeleton, logits, target, self.map, maps)
+        skeleton = self.get_checked_map("skeleton", logits, target, maps)
         if weight is not None:
             skeleton = skeleton * (weight if weight.ndim == logits.ndim else weight.unsqueeze(1))
-        return self.recall.partial(logits, target, skeleton, annotated=annotated)
+        return self.recall.deferred(logits, target, skeleton, annotated=annotated)
 
 
 def _ratio(above: Tensor, below: Tensor, smooth: tuple[float, float]) -> Tensor:

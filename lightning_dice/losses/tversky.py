@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from lightning_dice.argument_checks import number
+from lightning_dice.argument_checks import check_number
 from lightning_dice.functional import jaccard_score, power, tversky_score
 from lightning_dice.kernels import OverlapSums
 from lightning_dice.losses import compat
@@ -98,7 +98,7 @@ class TverskyLoss(OverlapLoss):
 
     def __init__(self, *, alpha: float = 0.3, beta: float = 0.7, **settings: Unpack[OverlapSettings]) -> None:
         super().__init__(**settings)
-        self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
         if self.squared:
             raise ValueError("squared must be False: with squares, false positives are no longer sum p - sum pt")
 
@@ -185,7 +185,7 @@ class FocalTverskyLoss(TverskyLoss):
         self, *, gamma: float = 0.75, alpha: float = 0.3, beta: float = 0.7, **settings: Unpack[OverlapSettings]
     ) -> None:
         super().__init__(alpha=alpha, beta=beta, **settings)
-        self.gamma = number("gamma", gamma, open_ends=True)
+        self.gamma = check_number("gamma", gamma, open_ends=True)
 
     @classmethod
     def like_monai(cls, **arguments: Any) -> NoReturn:

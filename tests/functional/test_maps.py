@@ -20,7 +20,7 @@ from lightning_dice.functional.target_maps import (
     signed_distance,
     tubed_skeleton,
 )
-from lightning_dice.functional.target_reader import map_of_batch
+from lightning_dice.losses import SegmentationLoss
 
 SPACES = [pytest.param((9,), (0.5,), id="1d"), pytest.param((5, 4), (2.0, 0.7), id="2d")]
 SPACES += [pytest.param((3, 4, 3), (3.0, 1.0, 0.5), id="3d")]
@@ -294,24 +294,19 @@ class TestMaps:
                 SignedDistance(spacing=spacing)
 
 
-class TestMapOfBatch:
-    def found(self, reader, logits, target, **settings):
-        return map_of_batch(
-            "m", reader, logits, target, lambda _, t, __: torch.stack([reader(one) for one in t]), None, **settings
-        )
+class TestMapOfABatch:
+    class Loss(SegmentationLoss):
+        maps = {"m": SignedDistance("softmax", 3)}  # noqa: RUF012
 
     def test_integer_planes_are_not_taken_for_ids(self):
         planes = torch.nn.functional.one_hot(IDS, 3).movedim(-1, 0).unsqueeze(0)
-        reader = SignedDistance("softmax", 3)
-        found = self.found(reader, torch.zeros(planes.shape), planes)
-        torch.testing.assert_close(found[0], reader(IDS))
+        found = self.Loss().get_checked_map("m", torch.zeros(planes.shape), planes, None)
+        torch.testing.assert_close(found[0], SignedDistance("softmax", 3)(IDS))
 
     def test_a_given_map_of_another_shape_is_refused(self):
         for given in (torch.zeros(1, 4, 6), torch.zeros(1, 1, 4, 6), torch.zeros(1, 3, 6, 4)):
             with pytest.raises(ValueError, match=r"maps\['m'\] must have the shape \(1, 3, 4, 6\), got"):
-                map_of_batch(
-                    "m", SignedDistance("softmax", 3), torch.zeros(1, 3, 4, 6), IDS[None], lambda *_, g=given: g, None
-                )
+                self.Loss().get_checked_map("m", torch.zeros(1, 3, 4, 6), IDS[None], {"m": given})
 
 
 @pytest.mark.parametrize(

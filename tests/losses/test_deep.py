@@ -249,7 +249,7 @@ def test_maps_of_coarser_levels_know_small_objects(activation, ignored):
         maps = {"regions": RegionMap(activation, classes, 255)}  # noqa: RUF012
 
         def forward(self, logits, target, weight=None, *, annotated=None, maps=None):
-            self.regions = self.map("regions", target, maps)
+            self.regions = self.get_map("regions", target, maps)
             return logits.sum() * 0
 
     loss = Recorder(activation=activation, ignore_index=255)

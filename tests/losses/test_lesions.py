@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dice import DiceLoss
-from lightning_dice.functional import RegionMap, complete
+from lightning_dice.functional import RegionMap, finish_reductions
 from lightning_dice.kernels import OverlapSums, RequiredSums, checked_pixels, region_sums
 from lightning_dice.losses import (
     CompoundLoss,
@@ -280,7 +280,7 @@ class TestInvariances:
             found = torch.stack([made(one) for one in target[part]]).flatten(2)
             parts.append(region_sums(checked_pixels(logits[part], target[part]), found)[0])
         whole = LesionWiseLoss(plain, regions=regions)(logits, target)
-        (added,) = complete([plain.reduced(*plain.table(OverlapSums.cat(parts)), None)])
+        (added,) = finish_reductions([plain.reduce_classes(*plain.class_losses(OverlapSums.cat(parts)), None)])
         torch.testing.assert_close(added, whole)
 
     def test_the_sums_of_regions_add_up_to_those_of_the_image(self):

@@ -22,7 +22,7 @@ def batches(activation: str) -> tuple[list[Batch], list[Batch]]:
     classes = ["object"] if activation == "sigmoid" else ["background", "object"]
     source = SyntheticSource(
         size=(40, 40), classes=classes, activation=activation, cases=(32, 16, 0), contrast=0.5, noise=0.02,
-        foreground=0.08, ignore_index=255,
+        foreground_fraction=0.08, ignore_index=255,
     )  # fmt: skip
     data = SegmentationData(source, batch_size=8, num_workers=0, normalize=Standardize(), ignore_index=255)
     torch.manual_seed(0)
