@@ -208,7 +208,7 @@ def _tell_files(missing: list[str], leftover: list[str], split: Split) -> None:
             print(f"{what} ({len(files)}): {some}", file=sys.stderr)
 
 
-def _show(lines: list[report.Line], folder: Path) -> None:
+def _show(lines: list[report.ScoreSummary], folder: Path) -> None:
     from rich.console import Console
 
     from lightning_dice import report

@@ -19,7 +19,7 @@ from lightning_dice.callbacks import CaseTable, Overlays
 from lightning_dice.plotting import report_plots
 from lightning_dice.report.html import page
 from lightning_dice.scoring.summary import summarize
-from lightning_dice.scoring.table import read
+from lightning_dice.scoring.table import parse_rows
 
 FACTS = report.ScoreProvenance(
     "Evaluation of <b>bold & brave", {"run": "/r <i>"}, {"tolerance": 2.0, "lesion_iou": 0.0}
@@ -159,8 +159,8 @@ def rows_of(count, classes, **scores):
 
 def shown(tmp_path, rows, **settings):
     """The report of a table, and its text by sections."""
-    cases = read(rows)
-    text = page(tmp_path, cases, summarize(cases, resamples=200), FACTS._replace(settings=settings))
+    cases = parse_rows(rows)
+    text = page(tmp_path, cases, summarize(cases, n_resamples=200), FACTS._replace(settings=settings))
     parts = re.split(r"<h2>(.*?)</h2>", text)
     plain = [re.sub(r"(<[^>]*>)+", " | ", part) for part in parts[2::2]]
     return text, dict(zip(parts[1::2], plain, strict=True))
@@ -181,7 +181,7 @@ def test_the_worst_cases_and_the_means_of_a_large_table(tmp_path):
     ]
     found = re.findall(r"case \d+(?: \| [\d.–]+)+", parts["Worst cases"])
     assert found == expected
-    lines = {(line.score, line.name): line for line in summarize(read(rows), resamples=200)}
+    lines = {(line.score, line.name): line for line in summarize(parse_rows(rows), n_resamples=200)}
     whole = lines["dice", "mean of classes"]
     assert f"<b>{whole.mean:.3f}</b><span>{whole.low:.3f} to {whole.high:.3f}</span>" in text
     far = lines["hd95", "mean of classes"]
@@ -263,7 +263,7 @@ def test_the_summary_for_a_terminal():
         actual=lambda case, place: 1,
         predicted=lambda case, place: 1,
     )
-    lines = summarize(read(rows), resamples=200)
+    lines = summarize(parse_rows(rows), n_resamples=200)
     columns = [list(map(str, column._cells)) for column in report.summary_of_scores(lines).columns]
     score, name, mean, interval, median, cases, undefined = columns
     assert score == ["Dice", "", "", "volume difference (pixels)", "", ""]
@@ -278,7 +278,7 @@ def test_the_points_of_the_charts(charts, monkeypatch):
     monkeypatch.setattr(
         report_plots, "draw_cases", lambda axes, place, known, random: drawn.append((place, known.tolist()))
     )
-    cases = read(
+    cases = parse_rows(
         rows_of(
             3,
             ["a", "b"],
@@ -298,10 +298,10 @@ def test_the_points_of_the_charts(charts, monkeypatch):
         [[7, 8], [0.75, 1]],
     ]
     assert axes.get_xscale() == "log"
-    near = read(rows_of(2, ["a"], dice=lambda *_: 1, actual=lambda case, _: 5 + case, predicted=lambda *_: 5))
+    near = parse_rows(rows_of(2, ["a"], dice=lambda *_: 1, actual=lambda case, _: 5 + case, predicted=lambda *_: 5))
     report_plots.by_size(near)
     assert charts[2].axes[0].get_xscale() == "linear"
-    absent = read(rows_of(2, ["a"], dice=lambda *_: 0, actual=lambda *_: 0, predicted=lambda *_: 5))
+    absent = parse_rows(rows_of(2, ["a"], dice=lambda *_: 0, actual=lambda *_: 0, predicted=lambda *_: 5))
     assert report_plots.by_size(absent) == ""
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from lightning_dice.io import read_csv
 from lightning_dice.plotting import report_plots
-from lightning_dice.scoring.summary import ALL, TOP, Line, worst_first
-from lightning_dice.scoring.table import SCORES, Cases
+from lightning_dice.scoring.summary import MEAN_OF_CLASSES, MOST_PROBABLE_CLASS, ScoreSummary, worst_first
+from lightning_dice.scoring.table import SCORES, ScoreTable
 
 if TYPE_CHECKING:
     from lightning_dice.report import ScoreProvenance
@@ -48,7 +48,7 @@ dt { font-weight: 600; } dd { margin: 0; }
 """
 
 
-def page(folder: Path, cases: Cases, lines: Sequence[Line], facts: ScoreProvenance) -> str:
+def page(folder: Path, cases: ScoreTable, lines: Sequence[ScoreSummary], facts: ScoreProvenance) -> str:
     """The report of an evaluation.
 
     Args:
@@ -83,7 +83,7 @@ def page(folder: Path, cases: Cases, lines: Sequence[Line], facts: ScoreProvenan
     )
 
 
-def _cards(lines: Sequence[Line]) -> str:
+def _cards(lines: Sequence[ScoreSummary]) -> str:
     cards = []
     for score in ("dice", "surface_dice", "hd95", "lesion_f1", "ece"):
         found = [line for line in lines if line.score == score]
@@ -99,13 +99,13 @@ def _cards(lines: Sequence[Line]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _scores(cases: Cases, lines: Sequence[Line]) -> str:
+def _scores(cases: ScoreTable, lines: Sequence[ScoreSummary]) -> str:
     scores = list(dict.fromkeys(line.score for line in lines))
-    names = list(dict.fromkeys(line.name for line in lines if line.name != TOP))
+    names = list(dict.fromkeys(line.name for line in lines if line.name != MOST_PROBABLE_CLASS))
     if not names:
         return "<p>No case has a score: no class is in any mask, or predicted.</p>"
     # The calibration error of the most probable class is one for all of them.
-    found = {(line.score, names[0] if line.name == TOP else line.name): line for line in lines}
+    found = {(line.score, names[0] if line.name == MOST_PROBABLE_CLASS else line.name): line for line in lines}
     units = {score: f" <small>{escape(cases.unit_of(score))}</small>" for score in scores}
     titles = {score: f"{SCORES[score].title}{units[score] if cases.unit_of(score) else ''}" for score in scores}
     labels = {name: escape(name) for name in names}
@@ -114,7 +114,7 @@ def _scores(cases: Cases, lines: Sequence[Line]) -> str:
         line = found.get((score, name))
         if line is None or math.isnan(line.mean):
             return '<td class="n">–</td>'
-        strong = " all" if name == ALL else ""
+        strong = " all" if name == MEAN_OF_CLASSES else ""
         ends = f"{_short(line.low)} to {_short(line.high)}" if not math.isnan(line.low) else ""
         notes = f"<small>{ends}</small><small>median {_short(line.median)}</small>"
         if line.undefined:
@@ -141,7 +141,7 @@ def _scores(cases: Cases, lines: Sequence[Line]) -> str:
     )
 
 
-def _distributions(cases: Cases, lines: Sequence[Line]) -> str:
+def _distributions(cases: ScoreTable, lines: Sequence[ScoreSummary]) -> str:
     there = {line.score for line in lines}
     shown = [score for score in ("dice", "surface_dice", "hd95", "volume_error", "lesion_f1") if score in there]
     charts = "".join(_figure(report_plots.distribution(cases, score)) for score in shown)
@@ -156,7 +156,7 @@ def _distributions(cases: Cases, lines: Sequence[Line]) -> str:
     )
 
 
-def _worst(cases: Cases) -> str:
+def _worst(cases: ScoreTable) -> str:
     means = cases.values.get("dice", np.full(len(cases.names), math.nan))
     others = [score for score in ("surface_dice", "hd95", "volume_error", "lesion_f1") if score in cases.scores]
     several = len(cases.classes) > 1
@@ -178,7 +178,7 @@ def _worst(cases: Cases) -> str:
     )
 
 
-def _without(cases: Cases) -> str:
+def _without(cases: ScoreTable) -> str:
     entries = []
     for name in cases.classes:
         actual, predicted = (cases.values[f"{side}/{name}"] > 0 for side in ("actual", "predicted"))
@@ -212,7 +212,7 @@ def _facts(facts: ScoreProvenance) -> str:
     return f'<div class="wide"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
-def _definitions(cases: Cases, facts: ScoreProvenance) -> str:
+def _definitions(cases: ScoreTable, facts: ScoreProvenance) -> str:
     settings = facts.settings
     tolerance = settings.get("tolerance", "")
     iou = settings.get("lesion_iou", 0)

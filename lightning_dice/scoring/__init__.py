@@ -1,7 +1,7 @@
 """Scores of whole cases, as they are published: from hard labels, in the masks' own geometry.
 
-`score_case` makes those of one case, `table` writes them down, `summary` sums them up with intervals, `paired` compares
-two tables case by case. Nothing here knows a Trainer or a config.
+`score_case` scores one case, `table` formats the scores as a table, `summary` computes means with intervals, and
+`comparison` compares two tables case by case. Nothing here depends on a Trainer or a config.
 """
 
 from lightning_dice.scoring.calibration import Reliability, reliability

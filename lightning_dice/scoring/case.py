@@ -15,33 +15,35 @@ from lightning_dice.functional import dice_score, hard_sums, jaccard_score, labe
 from lightning_dice.kernels import OverlapSums
 from lightning_dice.scoring.lesions import LesionScores, lesion_scores
 from lightning_dice.scoring.settings import Scoring
-from lightning_dice.scoring.surfaces import bounds, surface_scores
+from lightning_dice.scoring.surfaces import bounding_box, surface_scores
 
-PART = 2**24  # pixels that are counted at once
+CHUNK = 2**24  # pixels that are counted at once
 _NO_LESIONS = LesionScores(0, 0, math.nan, math.nan, math.nan)
+
+Mask = NDArray[np.bool_]
 
 
 class ClassScore(NamedTuple):
-    """What a prediction reaches of one class of one case. NaN: no score.
+    """Scores of one class in one case; NaN where a score is undefined.
 
-    | | Dice, Jaccard, surface Dice | distances | volume error | lesions |
+    | class is in | Dice, Jaccard, surface Dice | distances | volume error | lesions |
     |---|---|---|---|---|
-    | mask and prediction have it | as defined | as defined | as defined | as defined |
+    | mask and prediction | as defined | as defined | as defined | as defined |
     | the mask alone | 0 | NaN | -1 | recall and F1 0, precision NaN |
     | the prediction alone | 0 | NaN | NaN | precision and F1 0, recall NaN |
     | neither | NaN | NaN | NaN | NaN |
 
     Attributes:
-        actual: pixels of it in the mask.
-        predicted: pixels of it in the prediction.
-        dice: in [0, 1], that of `DiceScore`.
+        actual: pixels of the class in the mask.
+        predicted: pixels of the class in the prediction.
+        dice: in [0, 1], as computed by `DiceScore`.
         jaccard: intersection over union, in [0, 1].
-        surface_dice: the share of both surfaces within the tolerance, in [0, 1]; see `surface_scores`.
-        hd95: Hausdorff distance at the 95th percentile, in mm or, without a spacing, in pixels.
+        surface_dice: share of both surfaces within the tolerance, in [0, 1]; see `surface_scores`.
+        hd95: Hausdorff distance at the 95th percentile, in mm, or in pixels without a spacing.
         mean_surface_distance: average symmetric surface distance, in the same unit.
-        volume_difference: predicted less actual volume, in ml; an area in mm² of pictures with a spacing; in pixels
-            without.
-        volume_error: the difference as a share of the actual volume.
+        volume_difference: predicted minus actual volume in ml, or area in mm² for 2D images with a spacing; in pixels
+            without a spacing.
+        volume_error: the difference as a fraction of the actual volume.
         lesions: see `lesion_scores`.
     """
 
@@ -58,12 +60,12 @@ class ClassScore(NamedTuple):
 
 
 class CaseScore(NamedTuple):
-    """What a prediction reaches on one case.
+    """Scores of one case.
 
     Attributes:
-        mean: Dice, over the classes that are scored and have a score; NaN if none has.
-        classes: one for each class, those that are not scored with their pixels, Dice and Jaccard alone.
-        spacing: what distances and volumes were measured by, in mm; `None` for pixels.
+        mean: mean Dice over the scored classes whose Dice is defined; NaN if there are none.
+        classes: one for each class; classes that are not scored have only pixel counts, Dice and Jaccard.
+        spacing: pixel spacing used for distances and volumes, in mm; `None` if they are in pixels.
     """
 
     mean: float
@@ -76,17 +78,17 @@ def score_case(
 ) -> CaseScore:
     """Score a case.
 
-    Ignored pixels belong to no class, in mask and prediction alike. For surfaces and lesions they are what lies beyond
-    the image's border: a structure that runs into them ends there, in both masks.
+    Ignored pixels belong to no class, neither in the mask nor in the prediction. For surfaces and lesions they are like
+    the area outside the image: a structure that reaches them ends there, in both masks.
 
     Args:
         predicted: class ids `(*space)`, or planes `(classes, *space)` of 0 and 1 with `activation="sigmoid"`.
-        target: of the same shape, integers; pixels to be ignored hold the ignored label.
+        target: integers of the same shape; ignored pixels hold the ignored label.
         scoring: classes and settings.
         spacing: distance between neighbouring pixels along each axis, in mm; `None`: distances are in pixels.
 
     Raises:
-        ValueError: shapes that differ, a label that no class has, a spacing that does not fit.
+        ValueError: the shapes differ, a label belongs to no class, or the spacing does not match the axes.
 
     >>> scoring = Scoring(["background", "cell"], "softmax", exclude_classes=[0], tolerance=1)
     >>> case = score_case(torch.tensor([[0, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1]]), scoring)
@@ -101,68 +103,65 @@ def score_case(
     planes = scoring.activation == "sigmoid"
     if planes and len(target) != len(scoring.classes):
         raise ValueError(f"masks must have a plane for each of {len(scoring.classes)} classes, got {len(target)}")
-    sums = _sums(predicted, target, scoring)
-    # One transfer for the four tables: each would wait for the GPU.
+    sums = _count_pixels(predicted, target, scoring)
+    # One transfer for all four tables, because each transfer waits for the GPU.
     counts = [sums.actual.double(), sums.predicted.double()]
     table = torch.stack([dice_score(sums).double(), jaccard_score(sums).double(), *counts])[:, 0].cpu()
     classes = [ClassScore(int(row[2]), int(row[3]), row[0], row[1]) for row in table.T.tolist()]
-    steps = _steps(spacing, target.ndim - planes)
+    steps = _check_spacing(spacing, target.ndim - planes)
     known = [classes[index].dice for index in scoring.scored if not math.isnan(classes[index].dice)]
     mean = sum(known) / len(known) if known else math.nan
     if scoring.surfaces or scoring.lesions:
-        said, there = predicted.cpu().numpy(), target.cpu().numpy()
+        labels = predicted.cpu().numpy(), target.cpu().numpy()
         for index in (index for index in scoring.scored if classes[index].actual or classes[index].predicted):
-            masks = _masks(said, there, index, scoring)
-            classes[index] = _measured(classes[index], *masks, steps, scoring, index)
+            masks = _class_masks(*labels, index, scoring)
+            classes[index] = _add_shape_scores(classes[index], *masks, steps, scoring, index)
     for index in scoring.scored:
-        classes[index] = _volumes(classes[index], spacing)
+        classes[index] = _add_volumes(classes[index], spacing)
     return CaseScore(mean, classes, None if spacing is None else tuple(float(step) for step in spacing))
 
 
-def _sums(predicted: Tensor, target: Tensor, scoring: Scoring) -> OverlapSums:
-    """Pixels of each class, `(1, classes)`: the integers that `DiceScore` counts."""
+def _count_pixels(predicted: Tensor, target: Tensor, scoring: Scoring) -> OverlapSums:
+    """Return the pixels of each class, `(1, classes)`: the integers that `DiceScore` counts."""
     ignored, target = scoring.ignore_index, target.to(predicted.device)
-    # Part by part: what is made of a whole volume on the way is many times its size.
+    # In chunks, because intermediate results for a whole volume are many times its size.
     if scoring.activation == "softmax":
-        said, there = predicted.reshape(1, -1), target.reshape(1, -1)
-        places = [slice(start, start + PART) for start in range(0, max(1, said.shape[1]), PART)]
+        flat_predicted, flat_target = predicted.reshape(1, -1), target.reshape(1, -1)
+        chunks = [slice(start, start + CHUNK) for start in range(0, max(1, flat_target.shape[1]), CHUNK)]
         count = len(scoring.classes)
-        parts = [label_sums(said[:, at], there[:, at], count, ignore_index=ignored) for at in places]
-        return _joined(parts, lambda tables: torch.stack(tables).sum(0))
-    each = [
-        hard_sums(said.float()[None, None], there[None, None], activation=None, ignore_index=ignored)
-        for said, there in zip(predicted, target, strict=True)
+        parts = [
+            label_sums(flat_predicted[:, chunk], flat_target[:, chunk], count, ignore_index=ignored) for chunk in chunks
+        ]
+        return _combine(parts, lambda tables: torch.stack(tables).sum(0))
+    parts = [
+        hard_sums(plane.float()[None, None], truth[None, None], activation=None, ignore_index=ignored)
+        for plane, truth in zip(predicted, target, strict=True)
     ]
-    return _joined(each, lambda tables: torch.cat(tables, 1))
+    return _combine(parts, lambda tables: torch.cat(tables, 1))
 
 
-def _joined(parts: list[OverlapSums], join: Callable[[list[Tensor]], Tensor]) -> OverlapSums:
+def _combine(parts: list[OverlapSums], join: Callable[[list[Tensor]], Tensor]) -> OverlapSums:
     names = ("overlap", "predicted", "actual", "count")
     return OverlapSums(*(join([getattr(sums, name) for sums in parts]) for name in names))
 
 
-def _masks(
+def _class_masks(
     predicted: NDArray[np.integer], target: NDArray[np.integer], index: int, scoring: Scoring
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+) -> tuple[Mask, Mask]:
     if scoring.activation == "softmax":
-        said, there, labels = predicted == index, target == index, target
+        predicted_mask, target_mask, labels = predicted == index, target == index, target
     else:
-        said, there, labels = predicted[index] == 1, target[index] == 1, target[index]
+        predicted_mask, target_mask, labels = predicted[index] == 1, target[index] == 1, target[index]
     if scoring.ignore_index is not None:
-        said = said & (labels != scoring.ignore_index)
-    return said, there
+        predicted_mask = predicted_mask & (labels != scoring.ignore_index)
+    return predicted_mask, target_mask
 
 
-def _measured(
-    score: ClassScore,
-    predicted: NDArray[np.bool_],
-    actual: NDArray[np.bool_],
-    steps: tuple[float, ...],
-    scoring: Scoring,
-    index: int,
+def _add_shape_scores(
+    score: ClassScore, predicted: Mask, actual: Mask, steps: tuple[float, ...], scoring: Scoring, index: int
 ) -> ClassScore:
-    # Organs and lesions fill a small part of a volume.
-    box = bounds(predicted | actual)
+    # Cropped, because organs and lesions fill a small part of a volume.
+    box = bounding_box(predicted | actual)
     predicted, actual = predicted[box], actual[box]
     if scoring.surfaces:
         found = surface_scores(predicted, actual, steps, scoring.tolerance_of(index))
@@ -172,19 +171,19 @@ def _measured(
     return score
 
 
-def _volumes(score: ClassScore, spacing: Sequence[float] | None) -> ClassScore:
+def _add_volumes(score: ClassScore, spacing: Sequence[float] | None) -> ClassScore:
+    if not (score.actual or score.predicted):
+        return score
     pixels = score.predicted - score.actual
     unit = 1.0
     if spacing is not None:
         unit = math.prod(spacing) / (1000 if len(spacing) == 3 else 1)  # 1 ml is 1000 mm³
-    if not (score.actual or score.predicted):
-        return score
     return score._replace(
         volume_difference=pixels * unit, volume_error=pixels / score.actual if score.actual else math.nan
     )
 
 
-def _steps(spacing: Sequence[float] | None, axes: int) -> tuple[float, ...]:
+def _check_spacing(spacing: Sequence[float] | None, axes: int) -> tuple[float, ...]:
     if spacing is None:
         return (1.0,) * axes
     steps = tuple(float(step) for step in spacing)

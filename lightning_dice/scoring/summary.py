@@ -1,37 +1,38 @@
-"""What a table of cases comes to: means with intervals, medians, worst cases."""
+"""Summary of a table of cases: means with intervals, medians, worst cases."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lightning_dice.scoring.table import SCORES, Cases, Floats
+from lightning_dice.scoring.table import SCORES, Floats, ScoreTable
 
-ALL = "mean of classes"
-TOP = "most probable class"
-RESAMPLES = 10_000
+MEAN_OF_CLASSES = "mean of classes"
+MOST_PROBABLE_CLASS = "most probable class"
+N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
-class Line(NamedTuple):
-    """One score of one class over the cases.
+class ScoreSummary(NamedTuple):
+    """One score of one class, over all cases.
 
     Attributes:
         score: a key of `SCORES`.
-        name: of the class, `ALL`: the mean over the classes of each one's mean, as `DiceScore` has it; or `TOP`: the
-            calibration error of classes that exclude each other.
-        unit: of the score; empty for a share of 1.
-        mean: over the cases that have the score.
-        low: the lower end of the interval; NaN with fewer than two cases.
-        high: its upper end.
-        median: of the cases; with `ALL`, of their means over the classes.
-        cases: that have the score.
-        undefined: cases in which the class is, or is predicted, and which have no score all the same: the distance
-            from a surface to none.
-        absent: cases that neither have the class nor are predicted to have it.
+        name: the class; or `MEAN_OF_CLASSES`, the mean of the classes' means, as `DiceScore` computes it; or
+            `MOST_PROBABLE_CLASS`, for the calibration error of mutually exclusive classes.
+        unit: of the score; empty for a fraction.
+        mean: over the cases in which the score is defined.
+        low: lower end of the interval; NaN with fewer than two cases.
+        high: upper end of the interval.
+        median: over the cases; for `MEAN_OF_CLASSES`, of each case's mean over the classes.
+        cases: number of cases in which the score is defined.
+        undefined: cases that have the class in mask or prediction, but no score: the distance to an empty mask.
+        absent: cases that have the class neither in the mask nor in the prediction.
         worst: names and scores of the worst cases.
     """
 
@@ -48,64 +49,98 @@ class Line(NamedTuple):
     worst: list[tuple[str, float]]
 
 
-def summarize(
-    cases: Cases, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0, worst: int = 5
-) -> list[Line]:
-    """Sum a table up.
+class _Column(NamedTuple):
+    """One score of one class.
 
-    The intervals are percentile bootstrap intervals (Efron & Tibshirani, 1993, ch. 13): the cases are drawn again, with
-    replacement, and the ends are percentiles of the means of these draws. All scores and classes see the same draws. A
-    draw that holds no case with the score says nothing and is left out. Cases count as independent: several of one
-    patient make the intervals too narrow.
+    Attributes:
+        score: a key of `SCORES`.
+        name: as in `ScoreSummary`.
+        mean: over the cases.
+        values: of each case; NaN where undefined.
+        resampled: means of the bootstrap resamples.
+        present: whether each case has the class in mask or prediction.
+    """
+
+    score: str
+    name: str
+    mean: float
+    values: Floats
+    resampled: Floats
+    present: NDArray[np.bool_]
+
+
+def summarize(
+    table: ScoreTable, *, n_resamples: int = N_RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0, worst: int = 5
+) -> list[ScoreSummary]:
+    """Summarize a table over its cases.
+
+    Intervals are percentile bootstrap intervals (Efron & Tibshirani, 1993, ch. 13): cases are drawn with replacement,
+    and the ends are percentiles of the means of these resamples. All scores and classes share the same resamples; one
+    in which a score is never defined is left out. Cases are treated as independent: if several are of one patient, the
+    intervals are too narrow.
 
     Args:
-        cases: the table.
-        resamples: draws.
+        table: the scores of the cases.
+        n_resamples: number of resamples.
         confidence: of the interval, in (0, 1).
-        seed: of the draws.
-        worst: how many cases to name.
+        seed: of the resamples.
+        worst: how many of the worst cases to name.
+
+    >>> table = ScoreTable("test", ["a", "b"], ["cell"], {"dice/cell": np.array([0.5, 0.9])}, "mm")
+    >>> (dice,) = summarize(table, worst=1)
+    >>> dice.mean, dice.cases, dice.worst
+    (0.7, 2, [('a', 0.5)])
     """
-    tables = {score: cases.of(score) for score in cases.scores}
-    whole = cases.values.get("ece")  # Of the most probable class, and so of no class.
-    if whole is not None:
-        tables["ece"] = whole[:, None]
-    draws = resampled_means(tables, resamples, seed) if tables else {}
-    there = cases.of("actual") + cases.of("predicted") > 0
-    lines = []
+    return [_summarize_column(column, table, confidence, worst) for column in _columns(table, n_resamples, seed)]
 
-    def add(score: str, name: str, mean: Floats, column: Floats, means: Floats, has: Any) -> None:
-        known = np.isfinite(column)
-        lines.append(
-            Line(
-                score,
-                name,
-                cases.unit_of(score),
-                float(mean),
-                *(interval(means, confidence) if known.sum() > 1 else (math.nan, math.nan)),
-                float(np.median(column[known])) if known.any() else math.nan,
-                int(known.sum()),
-                int((has & ~known).sum()),
-                int((~has).sum()),
-                _worst(cases, score, column, worst),
-            )
-        )
 
-    for score, table in tables.items():
-        if score == "ece" and whole is not None:
-            add(score, TOP, _mean(whole), whole, draws[score][:, 0], there.any(1))
+def _summarize_column(column: _Column, table: ScoreTable, confidence: float, worst: int) -> ScoreSummary:
+    known = np.isfinite(column.values)
+    low, high = percentile_interval(column.resampled, confidence) if known.sum() > 1 else (math.nan, math.nan)
+    return ScoreSummary(
+        score=column.score,
+        name=column.name,
+        unit=table.unit_of(column.score),
+        mean=column.mean,
+        low=low,
+        high=high,
+        median=float(np.median(column.values[known])) if known.any() else math.nan,
+        cases=int(known.sum()),
+        undefined=int((column.present & ~known).sum()),
+        absent=int((~column.present).sum()),
+        worst=[(table.names[i], float(column.values[i])) for i in worst_first(column.values, column.score)[:worst]],
+    )
+
+
+def _columns(table: ScoreTable, n_resamples: int, seed: int) -> Iterator[_Column]:
+    scores = {score: table.of(score) for score in table.scores}
+    overall = table.values.get("ece")  # Calibration error of the most probable class, and so of no class of its own.
+    if overall is not None:
+        scores["ece"] = overall[:, None]
+    resampled = resampled_means(scores, n_resamples, seed) if scores else {}
+    present = table.of("actual") + table.of("predicted") > 0
+    any_present: NDArray[np.bool_] = np.any(present, axis=1)
+    for score, values in scores.items():
+        draws = resampled[score]
+        if score == "ece" and overall is not None:
+            yield _Column(score, MOST_PROBABLE_CLASS, float(nan_mean(overall, 0)), overall, draws[:, 0], any_present)
             continue
-        if len(cases.classes) > 1:
-            add(score, ALL, _mean(_mean(table)), _class_means(table), _class_means(draws[score]), there.any(1))
-        for place, name in enumerate(cases.classes):
-            add(score, name, _mean(table[:, place]), table[:, place], draws[score][:, place], there[:, place])
-    return lines
+        if len(table.classes) > 1:
+            mean = float(nan_mean(nan_mean(values, 0), 0))
+            yield _Column(score, MEAN_OF_CLASSES, mean, nan_mean(values, 1), nan_mean(draws, 1), any_present)
+        for i, name in enumerate(table.classes):
+            yield _Column(score, name, float(nan_mean(values[:, i], 0)), values[:, i], draws[:, i], present[:, i])
 
 
-def resampled_means(values: dict[str, Floats], resamples: int, seed: int) -> dict[str, Floats]:
-    """Means over resampled cases of tables `(cases, columns)` of the same cases: `(resamples, columns)` each.
+def resampled_means(values: Mapping[str, Floats], n_resamples: int, seed: int) -> dict[str, Floats]:
+    """Return means over resampled cases, `(n_resamples, columns)`, of tables `(cases, columns)` of the same cases.
 
-    How often each case is drawn is multinomial, and a mean is then a product of matrices, which leaves out missing
-    values and does all columns with the same draws; `scipy.stats.bootstrap` can do neither.
+    The number of times that each case is drawn is multinomial, so the means are a matrix product. This way missing
+    values are left out and all columns share the same resamples, which `scipy.stats.bootstrap` does not support.
+
+    >>> means = resampled_means({"dice": np.array([[0.5], [0.9], [np.nan]])}, 1000, seed=0)["dice"]
+    >>> means.shape, float(np.nanmean(means).round(1))
+    ((1000, 1), 0.7)
     """
     count = len(next(iter(values.values()), ()))
     random = np.random.default_rng(seed)
@@ -113,16 +148,21 @@ def resampled_means(values: dict[str, Floats], resamples: int, seed: int) -> dic
     filled = {name: np.where(known[name], table, 0.0) for name, table in values.items()}
     parts: dict[str, list[Floats]] = {name: [] for name in values}
     step = max(1, 2**22 // max(1, count))
-    for start in range(0, resamples, step):
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start)).astype(float)
+    for start in range(0, n_resamples, step):
+        size = min(step, n_resamples - start)
+        times = random.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
         for name in values:
             with np.errstate(invalid="ignore"):
-                parts[name].append((drawn @ filled[name]) / (drawn @ known[name].astype(float)))
+                parts[name].append((times @ filled[name]) / (times @ known[name].astype(float)))
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def interval(means: Floats, confidence: float) -> tuple[float, float]:
-    """The middle `confidence` of resampled means, NaN left out."""
+def percentile_interval(means: Floats, confidence: float) -> tuple[float, float]:
+    """Return the ends of the middle `confidence` of resampled means, ignoring NaN; NaN if there are none.
+
+    >>> percentile_interval(np.arange(101.0), 0.5)
+    (25.0, 75.0)
+    """
     known = means[np.isfinite(means)]
     if not len(known):
         return math.nan, math.nan
@@ -131,25 +171,23 @@ def interval(means: Floats, confidence: float) -> tuple[float, float]:
 
 
 def worst_first(values: Floats, score: str) -> list[int]:
-    """Places of the values that are there, from the worst to the best."""
+    """Return the indices of the defined values, worst first.
+
+    >>> worst_first(np.array([0.9, math.nan, 0.5]), "dice")
+    [2, 0]
+    """
     better = SCORES[score].better
     badness = -values if better == "high" else np.abs(values) if better == "zero" else values
-    return [int(place) for place in np.argsort(-badness, kind="stable") if math.isfinite(values[place])]
+    return [int(index) for index in np.argsort(-badness, kind="stable") if math.isfinite(values[index])]
 
 
-def _worst(cases: Cases, score: str, column: Floats, count: int) -> list[tuple[str, float]]:
-    return [(cases.names[place], float(column[place])) for place in worst_first(column, score)[:count]]
+def nan_mean(values: Floats, axis: int) -> Floats:
+    """Return the mean of the defined values along an axis, without a warning where there are none.
 
-
-def _class_means(values: Floats) -> Floats:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # A case without any score has no mean.
-        means: Floats = np.nanmean(values, 1)
-    return means
-
-
-def _mean(values: Floats) -> Floats:
+    >>> nan_mean(np.array([[0.5, math.nan], [math.nan, math.nan]]), 1)
+    array([0.5, nan])
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        means: Floats = np.nanmean(values, 0)
+        means: Floats = np.nanmean(values, axis)
     return means

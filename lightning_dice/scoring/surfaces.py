@@ -1,4 +1,4 @@
-"""How far the surfaces of two masks lie apart."""
+"""Surface Dice and surface distances of two masks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-# Elements of a mask that are looked at in one piece. Codes and areas of all of them are floats, of which a volume of
-# 512x512x400 would need gigabytes; what is kept is the surface alone.
-SLAB = 2**24
+# Elements of a mask per step. The codes and areas of all of them are floats, which for a volume of 512x512x400 would
+# take gigabytes; only the surface is kept.
+CHUNK = 2**24
 
 
 class SurfaceScores(NamedTuple):
-    """What the distances between two surfaces come to.
+    """Distances between two surfaces, summarized.
 
     Attributes:
         dice: surface Dice, in [0, 1]; 0 if one of the masks is empty, NaN if both are.
@@ -32,29 +32,29 @@ class SurfaceScores(NamedTuple):
 
 
 def surface_scores(predicted: Mask, actual: Mask, spacing: Sequence[float], tolerance: float) -> SurfaceScores:
-    r"""Surface Dice, 95% Hausdorff distance and mean surface distance of two masks.
+    r"""Compute surface Dice, 95% Hausdorff distance and mean surface distance of two masks.
 
     **Surface Dice** (normalized surface distance, NSD; Nikolov et al., JMIR 2021) is the share of both surfaces that
-    lies within the tolerance of the other one:
+    is within the tolerance of the other one:
 
     .. math:: \frac{|S_P \cap B_T^{(\tau)}| + |S_T \cap B_P^{(\tau)}|}{|S_P| + |S_T|}
 
-    The surface is made of elements between pixels, each weighted by its area (2D: length), as in DeepMind's
-    `surface-distance` and MONAI's `compute_surface_dice(use_subvoxels=True)`. Counting boundary pixels instead, MONAI's
-    default, weighs slanted and thin parts otherwise, and all parts alike however unequal the spacing: on randomized
-    masks the two differ by 0.07 on average, and by up to 0.17.
+    The surface consists of elements between pixels, each weighted by its area (2D: length), as in DeepMind's
+    `surface-distance` and MONAI's `compute_surface_dice(use_subvoxels=True)`. Counting boundary pixels, MONAI's
+    default, gives slanted and thin parts other weights and ignores unequal spacing: on random masks the two differ by
+    0.07 on average, and by up to 0.17.
 
-    **Hausdorff 95** and the **mean surface distance** go by boundary pixels, those of a mask with a neighbour across a
-    face that is not in it: MONAI's definition and medpy's. Hausdorff 95 is the greater of the two directed percentiles
-    (linear between ranks); the mean is over the boundary pixels of both masks together.
+    **Hausdorff 95** and the **mean surface distance** use boundary pixels, those with a neighbour across a face that is
+    not in the mask, as MONAI and medpy define them. Hausdorff 95 is the larger of the two directed percentiles (linear
+    between ranks); the mean is over the boundary pixels of both masks together.
 
-    Beyond the image's border there is no mask: where a mask reaches the border, it has its surface there.
+    Outside the image there is no mask: a mask that reaches the border has a surface there.
 
     Args:
         predicted: `(*space)`, bool, 1 to 3 space axes.
         actual: of the same shape.
         spacing: distance between neighbouring pixels along each axis.
-        tolerance: in the unit of spacing. A distance equal to it is within, and so is one that rounding takes beyond.
+        tolerance: in the unit of `spacing`. A distance equal to it is within, even if rounding makes it larger.
 
     Raises:
         ValueError: more than 3 space axes.
@@ -69,54 +69,53 @@ def surface_scores(predicted: Mask, actual: Mask, spacing: Sequence[float], tole
         raise ValueError(f"surface distances need 1 to 3 space axes, got {predicted.ndim}; set surfaces=False")
     if not (predicted.any() and actual.any()):
         return SurfaceScores(0.0 if predicted.any() or actual.any() else math.nan, math.nan, math.nan)
-    box = bounds(predicted | actual)
+    box = bounding_box(predicted | actual)
     predicted, actual = np.pad(predicted[box], 1), np.pad(actual[box], 1)
     scale = np.asarray(spacing, dtype=np.float64)
     elements, pixels = [_Surface(scale), _Surface(scale)], [_Surface(scale), _Surface(scale)]
     rows = predicted.shape[0]
-    step = max(1, SLAB // predicted[0].size)
-    # An element lies between a row and the next one; the last row is padding and has none of its own.
+    step = max(1, CHUNK // predicted[0].size)
+    # An element is between a row and the next one; the last row is padding and has none.
     for start in range(0, rows - 1, step):
         stop = min(start + step, rows - 1)
-        for surface, found in zip(
-            elements, _elements(predicted[start : stop + 1], actual[start : stop + 1], scale), strict=True
-        ):
-            surface.add(start, *found)
+        found = _surface_elements(predicted[start : stop + 1], actual[start : stop + 1], scale)
+        for surface, (where, areas) in zip(elements, found, strict=True):
+            surface.add(start, where, areas)
         before = max(start - 1, 0)
         for surface, mask in zip(pixels, (predicted, actual), strict=True):
-            surface.add(start, _boundary(mask[before : stop + 1])[start - before : stop - before])
-    there, back = _distances(*elements)
+            surface.add(start, _boundary_pixels(mask[before : stop + 1])[start - before : stop - before])
+    forward, backward = _nearest_distances(*elements)
     reach = tolerance * (1 + 1e-9)
-    areas = [np.concatenate(surface.areas) for surface in elements]
-    within = areas[0][there <= reach].sum() + areas[1][back <= reach].sum()
-    there_pixels, back_pixels = _distances(*pixels)
+    weights = [np.concatenate(surface.areas) for surface in elements]
+    within = weights[0][forward <= reach].sum() + weights[1][backward <= reach].sum()
+    forward, backward = _nearest_distances(*pixels)
     return SurfaceScores(
-        float(within / (areas[0].sum() + areas[1].sum())),
-        float(max(np.percentile(there_pixels, 95), np.percentile(back_pixels, 95))),
-        float(np.concatenate([there_pixels, back_pixels]).mean()),
+        float(within / (weights[0].sum() + weights[1].sum())),
+        float(max(np.percentile(forward, 95), np.percentile(backward, 95))),
+        float(np.concatenate([forward, backward]).mean()),
     )
 
 
 class _Surface:
-    """The places of a surface, in the unit of spacing, and what each of them counts."""
+    """The points of a surface, in the unit of spacing, and their areas."""
 
     def __init__(self, scale: Floats) -> None:
         self.scale = scale
-        self.places: list[Floats] = []
+        self.points: list[Floats] = []
         self.areas: list[Floats] = []
 
     def add(self, start: int, where: Mask, areas: Floats | None = None) -> None:
-        """Those of some rows, the first of which is `start`."""
+        """Add the points of some rows, of which `start` is the first."""
         found = np.argwhere(where).astype(np.float64)
         found[:, 0] += start
-        self.places.append(found * self.scale)
+        self.points.append(found * self.scale)
         if areas is not None:
             self.areas.append(areas[where])
 
 
-def _elements(predicted: Mask, actual: Mask, scale: Floats) -> list[tuple[Mask, Floats]]:
-    """Which corners between pixels belong to the surface of each mask, and their areas."""
-    if predicted.ndim == 1:  # A surface of single points, each of which counts one.
+def _surface_elements(predicted: Mask, actual: Mask, scale: Floats) -> list[tuple[Mask, Floats]]:
+    """Return for each mask which corners between pixels belong to its surface, and their areas."""
+    if predicted.ndim == 1:  # The surface consists of single points, each with an area of 1.
         changes = [mask[1:] != mask[:-1] for mask in (predicted, actual)]
         return [(change, change.astype(np.float64)) for change in changes]
     import torch
@@ -127,15 +126,19 @@ def _elements(predicted: Mask, actual: Mask, scale: Floats) -> list[tuple[Mask, 
     return [(edges[side].astype(bool), edges[2 + side].astype(np.float64)) for side in (0, 1)]
 
 
-def _boundary(mask: Mask) -> Mask:
+def _boundary_pixels(mask: Mask) -> Mask:
     from scipy import ndimage
 
     inner: Mask = ndimage.binary_erosion(mask)
     return mask & ~inner
 
 
-def bounds(mask: Mask) -> tuple[slice, ...]:
-    """The box of what is true in a mask, which must not be empty."""
+def bounding_box(mask: Mask) -> tuple[slice, ...]:
+    """Return the bounding box of a mask, which must not be empty.
+
+    >>> bounding_box(np.array([[0, 0, 0], [0, 1, 1]]) == 1)
+    (slice(1, 2, None), slice(1, 3, None))
+    """
     box = []
     for axis in range(mask.ndim):
         found = np.flatnonzero(mask.any(tuple(other for other in range(mask.ndim) if other != axis)))
@@ -143,13 +146,13 @@ def bounds(mask: Mask) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _distances(one: _Surface, other: _Surface) -> tuple[Floats, Floats]:
-    """From each place of a surface to the nearest one of the other, and back."""
+def _nearest_distances(first: _Surface, second: _Surface) -> tuple[Floats, Floats]:
+    """Return the distance from each point of one surface to the nearest point of the other, in both directions."""
     from scipy.spatial import KDTree
 
-    places = [np.concatenate(surface.places) for surface in (one, other)]
-    # Leaves larger than the default: a tree is built for a single question.
-    there, back = (
-        KDTree(places[1 - side], leafsize=32).query(places[side], workers=-1)[0].astype(np.float64) for side in (0, 1)
+    points = [np.concatenate(surface.points) for surface in (first, second)]
+    # Leaves larger than the default, because each tree is queried only once.
+    forward, backward = (
+        KDTree(points[1 - side], leafsize=32).query(points[side], workers=-1)[0].astype(np.float64) for side in (0, 1)
     )
-    return there, back
+    return forward, backward

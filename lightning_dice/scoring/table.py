@@ -1,4 +1,4 @@
-"""The table of cases: which columns there are, and what stands in them."""
+"""The table of cases (`cases.csv`): its columns, how scores become rows, and rows become arrays again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ Floats = NDArray[np.float64]
 
 
 class Score(NamedTuple):
-    """A score that cases have.
+    """A kind of score.
 
     Attributes:
-        title: for people.
-        better: its good end.
-        unit: `"length"` or `"volume"`, in the table's unit; `"share"` of 1.
+        title: name for readers.
+        better: which values are good.
+        unit: `"length"` or `"volume"`, in the table's unit; `"share"`: a fraction, without a unit.
+
+    >>> SCORES["hd95"]
+    Score(title='Hausdorff 95', better='low', unit='length')
     """
 
     title: str
@@ -47,12 +50,15 @@ SCORES = {
 _COUNTS = ("lesions_actual", "lesions_predicted")
 
 
-def columns(classes: Sequence[str], scored: Sequence[int]) -> list[str]:
-    """All columns of a table, `split` and `case` first.
+def column_names(classes: Sequence[str], scored: Sequence[int]) -> list[str]:
+    """Return all columns that a table may have, `split` and `case` first.
 
     Args:
         classes: names of all classes.
-        scored: indices of those that are scored.
+        scored: indices of the scored classes.
+
+    >>> column_names(["background", "cell"], [1])[:6]
+    ['split', 'case', 'dice', 'dice/cell', 'actual/background', 'predicted/background']
     """
     names = [classes[index] for index in scored]
     first = ["split", "case", "dice", *(f"dice/{name}" for name in names)]
@@ -61,7 +67,7 @@ def columns(classes: Sequence[str], scored: Sequence[int]) -> list[str]:
     return [*first, "spacing", "ece", *(f"{score}/{name}" for score in rest for name in names)]
 
 
-def row(
+def format_row(
     split: str,
     case: str,
     score: CaseScore,
@@ -69,32 +75,36 @@ def row(
     scored: Sequence[int],
     errors: Mapping[int | None, float] | None = None,
 ) -> dict[str, str]:
-    """A line of the table.
+    """Format the scores of a case as a row of the table.
 
     Args:
         split: of the data.
-        case: its name.
+        case: name of the case.
         score: its scores.
         classes: names of all classes.
-        scored: indices of those that are scored.
-        errors: calibration errors by class, or by `None` for that of the most probable class.
+        scored: indices of the scored classes.
+        errors: calibration errors by class index; under `None`, that of the most probable class.
 
     Returns:
-        Texts by column; without a value, no entry.
+        Text by column; undefined values have no entry.
+
+    >>> score = CaseScore(0.5, [ClassScore(4, 2, 0.5, 1 / 3)])
+    >>> format_row("test", "a", score, ["cell"], [0])["jaccard/cell"]
+    '0.333333'
     """
     texts = {"split": split, "case": case, "dice": number(score.mean)}
     for index, (name, found) in enumerate(zip(classes, score.classes, strict=True)):
         texts |= {f"actual/{name}": str(found.actual), f"predicted/{name}": str(found.predicted)}
         if index in scored:
-            texts |= {f"{key}/{name}": text for key, text in _texts(found).items()}
+            texts |= {f"{key}/{name}": text for key, text in _format_scores(found).items()}
     if score.spacing is not None:
         texts["spacing"] = " ".join(f"{step:.6g}" for step in score.spacing)
-    for place, value in (errors or {}).items():
-        texts["ece" if place is None else f"ece/{classes[place]}"] = number(value)
+    for class_index, value in (errors or {}).items():
+        texts["ece" if class_index is None else f"ece/{classes[class_index]}"] = number(value)
     return {key: text for key, text in texts.items() if text}
 
 
-def _texts(found: ClassScore) -> dict[str, str]:
+def _format_scores(found: ClassScore) -> dict[str, str]:
     numbers = {key: getattr(found, key) for key in SCORES if hasattr(found, key)}
     lesions = found.lesions
     numbers |= {f"lesion_{key}": getattr(lesions, key) for key in ("precision", "recall", "f1")}
@@ -105,16 +115,20 @@ def _texts(found: ClassScore) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Cases:
-    """A table of cases as numbers.
+class ScoreTable:
+    """The scores of many cases, as arrays.
 
     Attributes:
         split: of the data.
         names: of the cases, sorted.
-        classes: names of the classes that are scored.
-        values: by column, one for each case; NaN where a field is empty.
-        unit: of distances: `"mm"`, `"pixels"`, or `"mixed"` where some cases have a spacing and others none.
-        axes: space axes of the masks; `None` where no case has a spacing.
+        classes: names of the scored classes.
+        values: by column, one value for each case; NaN for empty fields.
+        unit: of distances: `"mm"`, `"pixels"`, or `"mixed"` if only some cases have a spacing.
+        axes: number of space axes of the masks; `None` if no case has a spacing.
+
+    >>> table = ScoreTable("test", ["a", "b"], ["cell"], {"dice/cell": np.array([0.5, 0.9])}, "mm", 3)
+    >>> table.of("dice").tolist(), table.scores, table.unit_of("volume_difference")
+    ([[0.5], [0.9]], ['dice'], 'ml')
     """
 
     split: str
@@ -125,18 +139,18 @@ class Cases:
     axes: int | None = None
 
     def of(self, score: str) -> Floats:
-        """A score, `(cases, classes)`."""
-        nothing = np.full(len(self.names), math.nan)
-        columns = [self.values.get(f"{score}/{name}", nothing) for name in self.classes]
-        return np.stack(columns, 1) if columns else np.empty((len(nothing), 0))
+        """Return the values of a score, `(cases, classes)`."""
+        missing = np.full(len(self.names), math.nan)
+        columns = [self.values.get(f"{score}/{name}", missing) for name in self.classes]
+        return np.stack(columns, 1) if columns else np.empty((len(missing), 0))
 
     @property
     def scores(self) -> list[str]:
-        """The scores that some case has of some class."""
+        """The scores that are defined for at least one case and class."""
         return [score for score in SCORES if np.isfinite(self.of(score)).any()]
 
     def unit_of(self, score: str) -> str:
-        """The unit of a score, for people; empty for shares."""
+        """Return the unit of a score, for readers; empty for fractions."""
         kind = SCORES[score].unit
         if kind == "share":
             return ""
@@ -145,38 +159,41 @@ class Cases:
         return {3: "ml", 2: "mm²"}.get(self.axes or 0, "mm")
 
 
-def read(rows: Sequence[Mapping[str, str]], split: str | None = None) -> Cases:
-    """The numbers of a table.
+def parse_rows(rows: Sequence[Mapping[str, str]], split: str | None = None) -> ScoreTable:
+    """Parse the rows of a table.
 
     Args:
         rows: as `lightning_dice.io.read_csv` returns them.
-        split: which; by default `"test"`, or `"val"` if there are no such rows.
+        split: which one; by default `"test"`, or `"val"` if there are no test cases.
 
     Raises:
-        ValueError: there are no such rows, or a field is not a number.
+        ValueError: the split has no rows, or a field is not a number.
+
+    >>> parse_rows([{"split": "test", "case": "a", "actual/cell": "9", "dice/cell": "0.5"}]).of("dice").tolist()
+    [[0.5]]
     """
-    there = sorted({entry.get("split", "") for entry in rows})
-    chosen = split or ("test" if "test" in there else "val")
-    kept = sorted((entry for entry in rows if entry.get("split") == chosen), key=lambda entry: entry.get("case", ""))
+    splits = sorted({row.get("split", "") for row in rows})
+    chosen = split or ("test" if "test" in splits else "val")
+    kept = sorted((row for row in rows if row.get("split") == chosen), key=lambda row: row.get("case", ""))
     if not kept:
-        raise ValueError(f"the table has no cases of the {chosen} split; there is {', '.join(there) or 'nothing'}")
-    names = list(dict.fromkeys(key for entry in kept for key in entry))
-    pixels = [key for key in names if key.startswith("actual/")]
-    # A class without a score in any case has no field in any row; its pixels are always there.
-    classes = [key.partition("/")[2] for key in pixels]
-    scored = [name for name in classes if any(key.partition("/")[2] == name for key in names if _is_score(key))]
+        content = f"it has {', '.join(splits)}" if splits else "it is empty"
+        raise ValueError(f"the table has no cases of the {chosen} split; {content}")
+    columns = list(dict.fromkeys(key for row in kept for key in row))
+    # Every class has its pixels in the table; a class that is nowhere has no scores in it.
+    classes = [key.partition("/")[2] for key in columns if key.startswith("actual/")]
+    scored = [name for name in classes if any(key.partition("/")[2] == name for key in columns if _is_score(key))]
     values = {}
-    for key in names:
+    for key in columns:
         if key in ("split", "case", "spacing"):
             continue
         try:
-            values[key] = np.asarray([float(entry.get(key, "nan")) for entry in kept])
+            values[key] = np.asarray([float(row.get(key, "nan")) for row in kept])
         except ValueError as error:
             raise ValueError(f"column {key} of the table: {error}") from error
-    spacings = [entry.get("spacing") for entry in kept]
+    spacings = [row.get("spacing") for row in kept]
     unit: Literal["mm", "pixels", "mixed"] = "mm" if all(spacings) else "mixed" if any(spacings) else "pixels"
     axes = next((len(spacing.split()) for spacing in spacings if spacing), None)
-    return Cases(chosen, [entry["case"] for entry in kept], scored, values, unit, axes)
+    return ScoreTable(chosen, [row["case"] for row in kept], scored, values, unit, axes)
 
 
 def _is_score(key: str) -> bool:

@@ -13,7 +13,7 @@ def test_the_error_of_a_binary_task_is_torchmetrics():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 40, 30) * 2, torch.randint(0, 2, (2, 40, 30))
     target[1, :5] = 255
-    found = reliability(logits, target, activation="sigmoid", ignore_index=255).error()
+    found = reliability(logits, target, activation="sigmoid", ignore_index=255).calibration_error()
     for index in range(2):
         kept = target[index] != 255
         expected = binary_calibration_error(logits[index][kept].sigmoid(), target[index][kept], n_bins=15)
@@ -24,7 +24,7 @@ def test_the_error_of_the_most_probable_class_is_torchmetrics():
     torch.manual_seed(1)
     logits, target = torch.randn(4, 6, 7, 8) * 3, torch.randint(0, 4, (6, 7, 8))
     target[2] = 9
-    (found,) = reliability(logits, target, activation="softmax", ignore_index=9).error()
+    (found,) = reliability(logits, target, activation="softmax", ignore_index=9).calibration_error()
     expected = multiclass_calibration_error(logits[None].softmax(1), target[None], 4, n_bins=15, ignore_index=9)
     assert found == pytest.approx(expected.item(), abs=1e-6)
 
@@ -34,9 +34,9 @@ def test_by_hand():
     logits = torch.logit(torch.tensor([[0.9, 0.9, 0.2]]))
     found = reliability(logits, torch.tensor([[1, 0, 1]]), activation="sigmoid", bins=2)
     assert found.pixels.tolist() == [[1, 2]]
-    assert found.right.tolist() == [[1, 1]]
+    assert found.correct.tolist() == [[1, 1]]
     assert found.confidence.tolist() == [pytest.approx([0.2, 1.8])]
-    assert found.error() == pytest.approx([(0.8 + 0.8) / 3])
+    assert found.calibration_error() == pytest.approx([(0.8 + 0.8) / 3])
 
 
 def test_a_volume_is_counted_in_pieces_and_cases_add_up(monkeypatch):
@@ -49,16 +49,16 @@ def test_a_volume_is_counted_in_pieces_and_cases_add_up(monkeypatch):
     monkeypatch.setattr(activations, "CHUNK", 11)
     probs = activations.probabilities(logits, "softmax")
     of_probs = reliability(probs, target, activation="softmax", are_probabilities=True)
-    for other in (pieces, halves[0].plus(halves[1]), of_probs):
+    for other in (pieces, halves[0].merge(halves[1]), of_probs):
         for one, two in zip(whole, other, strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-12)
 
 
 def test_certain_pixels_and_none():
     logits = torch.tensor([[1e4, -1e4]])
-    assert reliability(logits, torch.tensor([[1, 0]]), activation="sigmoid").error() == [0]
+    assert reliability(logits, torch.tensor([[1, 0]]), activation="sigmoid").calibration_error() == [0]
     nothing = reliability(logits, torch.tensor([[255, 255]]), activation="sigmoid", ignore_index=255)
-    assert math.isnan(nothing.error()[0])
+    assert math.isnan(nothing.calibration_error()[0])
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_above():

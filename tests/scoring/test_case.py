@@ -134,7 +134,7 @@ def test_lesions_match_by_the_settings():
 def test_a_large_mask_is_counted_part_by_part(monkeypatch):
     mask, predicted = torch.randint(0, 3, (2, 9, 11), generator=torch.Generator().manual_seed(0))
     whole = score_case(predicted, mask, IDS)
-    monkeypatch.setattr(sys.modules[score_case.__module__], "PART", 7)
+    monkeypatch.setattr(sys.modules[score_case.__module__], "CHUNK", 7)
     assert score_case(predicted, mask, IDS) == whole
 
 

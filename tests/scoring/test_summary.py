@@ -7,8 +7,8 @@ from scipy import stats
 
 from lightning_dice.metrics import DiceScore
 from lightning_dice.scoring import Scoring, score_case
-from lightning_dice.scoring.summary import ALL, TOP, resampled_means, summarize, worst_first
-from lightning_dice.scoring.table import columns, read, row
+from lightning_dice.scoring.summary import MEAN_OF_CLASSES, MOST_PROBABLE_CLASS, resampled_means, summarize, worst_first
+from lightning_dice.scoring.table import column_names, format_row, parse_rows
 
 CLASSES = ["background", "a", "b/c"]
 
@@ -30,11 +30,11 @@ def test_a_table_is_read_as_it_was_written():
     torch.manual_seed(0)
     masks = [(torch.randint(0, 3, (5, 6)), torch.randint(0, 3, (5, 6))) for _ in range(4)]
     cases = {f"case {n}": score_case(*pair, scoring, (0.5, 2)) for n, pair in enumerate(masks)}
-    rows = [row("val", name, case, CLASSES, scoring.scored, {None: 0.25}) for name, case in cases.items()]
-    found = read(rows)
+    rows = [format_row("val", name, case, CLASSES, scoring.scored, {None: 0.25}) for name, case in cases.items()]
+    found = parse_rows(rows)
     assert (found.split, found.classes, found.unit, found.axes) == ("val", ["a", "b/c"], "mm", 2)
-    assert found.names == read(rows[::-1]).names == list(cases)
-    assert set(found.values) <= set(columns(CLASSES, scoring.scored))
+    assert found.names == parse_rows(rows[::-1]).names == list(cases)
+    assert set(found.values) <= set(column_names(CLASSES, scoring.scored))
     for place, case in enumerate(cases.values()):
         for index, name in ((1, "a"), (2, "b/c")):
             assert found.values[f"hd95/{name}"][place] == pytest.approx(case.classes[index].hd95, rel=1e-5)
@@ -50,7 +50,9 @@ def test_a_row_says_of_each_class_what_is_its_own():
     mask, predicted = torch.zeros(2, 3, 1, 9, dtype=torch.int64)
     mask[1, 0, 1] = mask[2, 0, [0, 2, 4]] = predicted[2, 0, 2:5] = 1
     scoring = Scoring(CLASSES, "sigmoid", exclude_classes=[0])
-    found = row("test", "c", score_case(predicted, mask, scoring), CLASSES, scoring.scored, {1: 0.5, 2: math.nan})
+    found = format_row(
+        "test", "c", score_case(predicted, mask, scoring), CLASSES, scoring.scored, {1: 0.5, 2: math.nan}
+    )
     # A class that is missed has lesions all the same, one that is not scored has pixels alone.
     assert {key: text for key, text in found.items() if "lesions" in key or "ece" in key} == {
         "lesions_actual/a": "1",
@@ -72,24 +74,26 @@ def test_the_mean_of_classes_is_that_of_the_metric():
         if place % 3 == 0:
             mask[mask == 1], logits[1] = 0, -9  # A class that is nowhere in these.
         metric.update(logits[None], mask[None])
-        rows.append(row("test", str(place), score_case(logits.argmax(0), mask, scoring), CLASSES, scoring.scored))
-    lines = {(line.score, line.name): line for line in summarize(read(rows), resamples=50)}
-    assert lines["dice", ALL].mean == pytest.approx(metric.compute().item(), abs=1e-6)
+        rows.append(
+            format_row("test", str(place), score_case(logits.argmax(0), mask, scoring), CLASSES, scoring.scored)
+        )
+    lines = {(line.score, line.name): line for line in summarize(parse_rows(rows), n_resamples=50)}
+    assert lines["dice", MEAN_OF_CLASSES].mean == pytest.approx(metric.compute().item(), abs=1e-6)
     assert (lines["dice", "a"].cases, lines["dice", "a"].absent, lines["dice", "b/c"].cases) == (8, 4, 12)
 
 
 def test_intervals_are_scipys():
     random = np.random.default_rng(2)
     values = random.beta(5, 2, 40)
-    (line,) = summarize(read(table(values)))
+    (line,) = summarize(parse_rows(table(values)))
     expected = stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", random_state=np.random.default_rng(3)
     ).confidence_interval
     # Two draws of 10000: the ends differ by their own error.
     assert (line.low, line.high) == pytest.approx((expected.low, expected.high), abs=0.003)
     assert (line.mean, line.median) == pytest.approx((values.mean(), np.median(values)), abs=1e-6)
-    assert line == summarize(read(table(values)))[0]
-    assert line != summarize(read(table(values)), seed=1)[0]
+    assert line == summarize(parse_rows(table(values)))[0]
+    assert line != summarize(parse_rows(table(values)), seed=1)[0]
 
 
 def test_the_interval_of_each_class_and_of_their_mean_by_definition():
@@ -114,9 +118,9 @@ def test_the_interval_of_each_class_and_of_their_mean_by_definition():
     draws = np.array(draws)
     for confidence in (0.95, 0.6):
         tails = [50 * (1 - confidence), 50 * (1 + confidence)]
-        lines = summarize(read(rows), resamples=200, confidence=confidence, seed=7)
+        lines = summarize(parse_rows(rows), n_resamples=200, confidence=confidence, seed=7)
         assert [(line.name, line.cases, line.undefined, line.absent) for line in lines] == [
-            *((ALL, 8, 0, 1), ("a", 6, 1, 2), ("b", 8, 0, 1)),
+            *((MEAN_OF_CLASSES, 8, 0, 1), ("a", 6, 1, 2), ("b", 8, 0, 1)),
         ]
         for line, expected in zip(lines, (draws.mean(1), draws[:, 0], draws[:, 1]), strict=True):
             assert (line.low, line.high) == pytest.approx(tuple(np.percentile(expected, tails)))
@@ -138,7 +142,7 @@ def test_no_score_is_ever_left_out_without_a_word():
     rows = table([1, 0.5, 0, None], **{"hd95/object": [0, 3, None, None]})
     rows[2] |= {"predicted/object": "0"}
     rows[3] |= {"actual/object": "0", "predicted/object": "0"}
-    dice, distance = summarize(read(rows), resamples=100)
+    dice, distance = summarize(parse_rows(rows), n_resamples=100)
     assert (dice.cases, dice.undefined, dice.absent) == (3, 0, 1)
     assert (distance.cases, distance.undefined, distance.absent) == (2, 1, 1)
     assert (dice.mean, distance.mean) == (0.5, 1.5)
@@ -148,7 +152,9 @@ def test_no_score_is_ever_left_out_without_a_word():
 
 
 def test_of_volumes_the_worst_are_farthest_from_zero():
-    lines = summarize(read(table([1, 1, 1], **{"volume_error/object": [0.1, -0.8, 0.5]})), resamples=100, worst=2)
+    lines = summarize(
+        parse_rows(table([1, 1, 1], **{"volume_error/object": [0.1, -0.8, 0.5]})), n_resamples=100, worst=2
+    )
     assert lines[-1].worst == [("c1", -0.8), ("c2", 0.5)]
 
 
@@ -169,15 +175,15 @@ def test_the_worst_of_each_score(worst, scores):
 
 
 def test_one_case_has_no_interval():
-    (line,) = summarize(read(table([0.7])))
+    (line,) = summarize(parse_rows(table([0.7])))
     assert (line.mean, line.cases) == (0.7, 1)
     assert math.isnan(line.low)
     assert math.isnan(line.high)
 
 
 def test_the_calibration_error_of_the_most_probable_class_has_a_line():
-    lines = summarize(read(table([1, 1], ece=[0.1, 0.3])), resamples=100)
-    assert [(line.score, line.name) for line in lines] == [("dice", "object"), ("ece", TOP)]
+    lines = summarize(parse_rows(table([1, 1], ece=[0.1, 0.3])), n_resamples=100)
+    assert [(line.score, line.name) for line in lines] == [("dice", "object"), ("ece", MOST_PROBABLE_CLASS)]
     assert lines[1].mean == pytest.approx(0.2)
     assert lines[1].worst[0] == ("c1", 0.3)  # The greater error is the worse.
 
@@ -185,19 +191,19 @@ def test_the_calibration_error_of_the_most_probable_class_has_a_line():
 @pytest.mark.parametrize(
     ("rows", "split", "message"),
     [
-        ([], None, "no cases of the val split; there is nothing"),
-        (table([1]), "val", "no cases of the val split; there is test"),
+        ([], None, "no cases of the val split; it is empty"),
+        (table([1]), "val", "no cases of the val split; it has test"),
         (table(["x"]), None, "column dice of the table: could not convert"),
     ],
 )
 def test_a_table_that_is_none(rows, split, message):
     with pytest.raises(ValueError, match=message):
-        read(rows, split)
+        parse_rows(rows, split)
 
 
 def test_units_are_mixed_where_some_spacings_are_unknown():
     rows = table([1, 1], **{"hd95/object": [1, 2], "spacing": ["1 1 3", None]})
-    assert read(rows).unit == "mixed"
-    assert read(rows).unit_of("hd95") == read(rows).unit_of("volume_difference") == "mm or pixels"
-    assert read(rows[:1]).unit_of("volume_difference") == "ml"
-    assert read(rows[1:]).unit == read(rows[1:]).unit_of("volume_difference") == "pixels"
+    assert parse_rows(rows).unit == "mixed"
+    assert parse_rows(rows).unit_of("hd95") == parse_rows(rows).unit_of("volume_difference") == "mm or pixels"
+    assert parse_rows(rows[:1]).unit_of("volume_difference") == "ml"
+    assert parse_rows(rows[1:]).unit == parse_rows(rows[1:]).unit_of("volume_difference") == "pixels"

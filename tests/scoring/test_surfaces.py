@@ -111,7 +111,7 @@ def test_large_masks_go_piece_by_piece(monkeypatch):
     predicted, actual = blobs(random, (17, 9, 8)), blobs(random, (17, 9, 8))
     whole = surface_scores(predicted, actual, (3, 1, 0.7), 1.2)
     for slab in (1, 250, 1000):
-        monkeypatch.setattr(surfaces, "SLAB", slab)
+        monkeypatch.setattr(surfaces, "CHUNK", slab)
         assert surface_scores(predicted, actual, (3, 1, 0.7), 1.2) == pytest.approx(whole, rel=1e-12)
 
 

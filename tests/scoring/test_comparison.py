@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dice.scoring.comparison import adjusted, check_same, common, compare_tables, holm
-from lightning_dice.scoring.summary import ALL
-from lightning_dice.scoring.table import Cases
+from lightning_dice.scoring.comparison import adjust_p_values, check_same_cases, common_cases, compare_tables, holm
+from lightning_dice.scoring.summary import MEAN_OF_CLASSES
+from lightning_dice.scoring.table import ScoreTable
 
 
 def cases(actual=None, split="test", unit="pixels", **scores):
@@ -17,7 +17,7 @@ def cases(actual=None, split="test", unit="pixels", **scores):
     kinds = ("dice", "hd95", "volume_error")
     values = {f"{score}/{name}": np.array(v, float) for name, v in scores.items() for score in kinds}
     values |= {f"actual/{name}": np.array(actual or [5] * count, float) for name in scores}
-    return Cases(split, [f"c{n}" for n in range(count)], list(scores), values, unit)
+    return ScoreTable(split, [f"c{n}" for n in range(count)], list(scores), values, unit)
 
 
 def test_a_difference_by_hand():
@@ -44,12 +44,12 @@ def test_the_draws_are_those_that_are_asked_for():
     tables = cases(a=one), cases(a=one + random.normal(0.02, 0.1, 30))
 
     def ends(**settings):
-        (line,) = compare_tables(*tables, **{"resamples": 400, **settings})
+        (line,) = compare_tables(*tables, **{"n_resamples": 400, **settings})
         return line.low, line.high, line.permutation
 
     assert ends() == ends()
     assert all(one != other for one, other in zip(ends(), ends(seed=1), strict=True))
-    assert all(one != other for one, other in zip(ends(), ends(resamples=500), strict=True))
+    assert all(one != other for one, other in zip(ends(), ends(n_resamples=500), strict=True))
     narrow, wide = ends(confidence=0.5), ends(confidence=0.99)
     assert wide[0] < ends()[0] < narrow[0] < narrow[1] < ends()[1] < wide[1]
 
@@ -103,11 +103,11 @@ def test_cases_that_one_has_no_score_of_are_counted_apart():
     nan = math.nan
     first = cases(a=[nan, 0, 1, nan, 0], b=[1, 1, 0, nan, nan])
     second = cases(a=[0, nan, 0.5, nan, nan], b=[0.5, 1, 1, nan, nan])
-    whole, a, _ = compare_tables(first, second, resamples=100)
+    whole, a, _ = compare_tables(first, second, n_resamples=100)
     assert (a.cases, a.only_a, a.only_b) == (1, 2, 1)
     assert (a.mean_a, a.mean_b, a.mean) == (1, 0.5, -0.5)
     # Of each case the mean is over the classes that both have: b, b, both, none, none.
-    assert (whole.name, whole.cases) == (ALL, 3)
+    assert (whole.name, whole.cases) == (MEAN_OF_CLASSES, 3)
     assert whole.differences == pytest.approx([-0.5, 0, 0.25, nan, nan], nan_ok=True)
 
 
@@ -123,10 +123,10 @@ def test_p_values_are_adjusted_over_classes_and_pairs():
     table = {name: random.uniform(size=12) for name in "ab"}
     others = [{name: values + random.normal(0.05, 0.1, 12) for name, values in table.items()} for _ in range(2)]
     lines = [line for other in others for line in compare_tables(cases(**table), cases(**other))]
-    found = adjusted(lines)
-    single = [place for place, line in enumerate(lines) if line.name != ALL]
+    found = adjust_p_values(lines)
+    single = [place for place, line in enumerate(lines) if line.name != MEAN_OF_CLASSES]
     assert [found[p].wilcoxon_holm for p in single] == holm([lines[p].wilcoxon for p in single])
-    whole = [place for place, line in enumerate(lines) if line.name == ALL]
+    whole = [place for place, line in enumerate(lines) if line.name == MEAN_OF_CLASSES]
     assert [found[p].permutation_holm for p in whole] == holm([lines[p].permutation for p in whole])
 
 
@@ -134,20 +134,20 @@ def test_other_cases_or_masks_are_refused():
     one = cases(a=[1, 1, 1])
     fewer = cases(a=[1, 1])
     with pytest.raises(ValueError, match=r"new lacks 1 of the test cases, such as c2.*cases=common"):
-        check_same(one, fewer, ("old", "new"))
+        check_same_cases(one, fewer, ("old", "new"))
     with pytest.raises(ValueError, match="old lacks 1 of the test cases"):
-        check_same(fewer, one, ("old", "new"))
+        check_same_cases(fewer, one, ("old", "new"))
     with pytest.raises(ValueError, match="old scores the classes a; new, a, b"):
-        check_same(one, cases(a=[1, 1, 1], b=[1, 1, 1]), ("old", "new"))
-    with pytest.raises(ValueError, match="of 2 cases, such as c1, actual/a is 5 pixels in old and 6 in new"):
-        check_same(one, cases(actual=[5, 6, 7], a=[1, 1, 1]), ("old", "new"))
+        check_same_cases(one, cases(a=[1, 1, 1], b=[1, 1, 1]), ("old", "new"))
+    with pytest.raises(ValueError, match="differ in 2 cases: actual/a of c1 is 5 pixels in old and 6 in new"):
+        check_same_cases(one, cases(actual=[5, 6, 7], a=[1, 1, 1]), ("old", "new"))
 
 
 def test_cases_in_common_keep_their_scores():
     one, other = cases(a=[0.1, 0.2, 0.3]), replace(cases(a=[0.4, 0.6]), names=["c1", "c2"])
-    for pair in (common(one, other), common(other, one)[::-1]):
-        check_same(*pair, ("old", "new"))
+    for pair in (common_cases(one, other), common_cases(other, one)[::-1]):
+        check_same_cases(*pair, ("old", "new"))
         assert pair[0].names == ["c1", "c2"]
         assert compare_tables(*pair)[0].differences == pytest.approx([0.2, 0.3])
     with pytest.raises(ValueError, match="the tables have no test case in common"):
-        common(cases(a=[1]), other)
+        common_cases(cases(a=[1]), other)
