@@ -209,66 +209,30 @@ class DiceCELoss(CompoundLoss):
         lambda_dice: float = 1.0,
         lambda_ce: float = 1.0,
         label_smoothing: float = 0.0,
-        **arguments: Unpack[compat.MonaiCompound],
+        **arguments: Unpack[compat.MonaiOverlap],
     ) -> Self:
-        """MONAI's `DiceCELoss`, of the same arguments.
+        """Reproduce MONAI's `DiceCELoss`; see `DiceLoss.like_monai`.
 
-        Equal for a softmax, and for one channel with a sigmoid: of several channels with `sigmoid=True` MONAI takes
-        the cross-entropy of a softmax, here it is the binary one of each plane.
-
-        Args:
-            lambda_dice: weight of the Dice loss.
-            lambda_ce: weight of the cross-entropy.
-            label_smoothing: of the cross-entropy, softmax only, as MONAI has it.
-            **arguments: see `DiceLoss.like_monai`; one of `softmax` and `sigmoid` must be True; `weight` needs ids
-                (`to_onehot_y=True`) and, over the classes that Dice counts, a mean of 1; `ignore_index` is not
-                MONAI's, which has none; `jaccard` and other reductions than the mean are refused.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        With a softmax, or one channel with a sigmoid. With `sigmoid=True` and several channels MONAI takes the
+        cross-entropy of a softmax; here it is the binary one of each plane. `weight` needs ids (`to_onehot_y=True`).
 
         >>> DiceCELoss.like_monai(softmax=True, to_onehot_y=True, lambda_ce=0.5).weights
         {'dice': 1.0, 'ce': 0.5}
         """
-        settings = compat.monai_dice_ce(label_smoothing=label_smoothing, **arguments)
+        settings = compat.monai_dice_ce(label_smoothing, **arguments)
         return cls(dice_weight=lambda_dice, ce_weight=lambda_ce, label_smoothing=label_smoothing, **settings)
 
     @classmethod
     def like_nnunet(
-        cls,
-        *,
-        batch_dice: bool = False,
-        do_bg: bool | None = None,
-        smooth: float = 1e-5,
-        weight_ce: float = 1.0,
-        weight_dice: float = 1.0,
-        ignore_label: int | None = None,
-        regions: bool = False,
+        cls, *, weight_ce: float = 1.0, weight_dice: float = 1.0, **arguments: Unpack[compat.NnunetDice]
     ) -> Self:
-        """nnU-Net's Dice and cross-entropy plus `weight_dice`, by default as its trainer builds it.
-
-        `DC_and_CE_loss`, or `DC_and_BCE_loss` with `regions=True`. Their Dice term is the negative score; the gradient
-        is the same. With regions and an ignored label nnU-Net's cross-entropy is divided by the pixels alone and so
-        multiplied by the number of regions; here it is the mean.
-
-        Args:
-            batch_dice: whether the images of the batch share one ratio; nnU-Net's plans say which.
-            do_bg: whether class 0 counts in the Dice term; by default it does for regions alone.
-            smooth: in pixels.
-            weight_ce: of the cross-entropy.
-            weight_dice: of the Dice loss.
-            ignore_label: pixels whose target holds this value count as nothing. With regions all planes of such a
-                pixel hold it, where nnU-Net has a last plane of its own for it.
-            regions: whether classes overlap, so that each has a plane and a sigmoid.
+        """Reproduce nnU-Net's `DC_and_CE_loss`, or `DC_and_BCE_loss` with `regions=True`; see `DiceLoss.like_nnunet`.
 
         >>> loss = DiceCELoss.like_nnunet(ignore_label=255)
         >>> loss.terms["dice"].pool, loss.terms["dice"].exclude_classes, loss.ignore_index
         ('image', (0,), 255)
         """
-        settings = compat.nnunet_dice(
-            batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions, ignore_label=ignore_label
-        )
-        return cls(dice_weight=weight_dice, ce_weight=weight_ce, **settings)
+        return cls(dice_weight=weight_dice, ce_weight=weight_ce, **compat.nnunet_dice(**arguments))
 
 
 class DiceFocalLoss(CompoundLoss):
@@ -306,21 +270,12 @@ class DiceFocalLoss(CompoundLoss):
         lambda_focal: float = 1.0,
         gamma: float = 2.0,
         alpha: float | None = None,
-        **arguments: Unpack[compat.MonaiCompound],
+        **arguments: Unpack[compat.MonaiOverlap],
     ) -> Self:
-        """MONAI's `DiceFocalLoss`, of the same arguments, with a sigmoid.
+        """Reproduce MONAI's `DiceFocalLoss` with `sigmoid=True`; see `DiceLoss.like_monai`.
 
-        Args:
-            lambda_dice: weight of the Dice loss.
-            lambda_focal: weight of the focal loss.
-            gamma: of the focal loss.
-            alpha: of the focal loss.
-            **arguments: see `DiceLoss.like_monai`; `sigmoid` must be True, as MONAI's focal term knows no softmax;
-                `include_background=False` needs `weight`, as it leaves the background out of the focal term too;
-                `ignore_index` is not MONAI's, which has none; `jaccard` and other reductions than the mean are refused.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        A softmax is refused, as MONAI's focal term has none. `include_background=False` also leaves the background out
+        of the focal term, and needs a `weight`, which gives the number of classes.
 
         >>> DiceFocalLoss.like_monai(sigmoid=True, lambda_focal=0.5, alpha=0.25).weights
         {'dice': 1.0, 'focal': 0.5}

@@ -107,19 +107,9 @@ class FocalLoss(PixelMeanLoss):
 
     @classmethod
     def like_monai(cls, *, gamma: float = 2.0, **arguments: Unpack[compat.MonaiFocal]) -> Self:
-        """MONAI's `FocalLoss`, of the same arguments, with a sigmoid; targets are planes.
+        """Reproduce MONAI's `FocalLoss`, with a sigmoid, on planes; see `DiceLoss.like_monai`.
 
-        With `ignore_index` MONAI divides by the pixels alone and so multiplies the loss by the number of classes; here
-        it is the mean, and the same for one.
-
-        Args:
-            gamma: the exponent.
-            **arguments: `to_onehot_y`, `alpha` and `ignore_index`, as in MONAI; `weight` with a mean of 1, as MONAI's
-                scale the loss; `include_background=False` together with `weight`; `use_softmax`, an `alpha` for each
-                class and other reductions than the mean are refused.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        `include_background=False` needs a `weight`, which gives the number of classes.
 
         >>> FocalLoss.like_monai(include_background=False, weight=[1, 1]).class_weights
         tensor([0., 1., 1.])
@@ -128,34 +118,17 @@ class FocalLoss(PixelMeanLoss):
 
     @classmethod
     def like_smp(
-        cls,
-        mode: str,
-        *,
-        alpha: float | None = None,
-        gamma: float = 2.0,
-        ignore_index: int | None = None,
-        **arguments: Unpack[compat.SmpFocal],
+        cls, mode: str, *, alpha: float | None = None, gamma: float = 2.0, **arguments: Unpack[compat.SmpFocal]
     ) -> Self:
-        """The `FocalLoss` of smp, of the same arguments; targets are planes.
+        """Reproduce smp's `FocalLoss`, on planes; see `DiceLoss.like_smp`.
 
         In `"multiclass"` mode smp takes a sigmoid for each class, one against the rest: the target is one-hot here, and
         an ignored pixel holds `ignore_index` in all planes. `FocalLoss(activation="softmax")` takes ids instead.
 
-        Args:
-            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
-            alpha: weight of the foreground, 1 - alpha that of the background.
-            gamma: the exponent.
-            ignore_index: pixels whose target holds this value count as nothing.
-            **arguments: `class_weights` and `from_logits`, as in smp; `eps` has no effect; `normalized`,
-                `reduced_threshold` and other reductions than the mean are refused.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
-
         >>> FocalLoss.like_smp("multiclass", gamma=3.0).activation
         'sigmoid'
         """
-        return cls(gamma=gamma, alpha=alpha, ignore_index=ignore_index, **compat.smp_focal(mode, **arguments))
+        return cls(gamma=gamma, alpha=alpha, **compat.smp_focal(mode, **arguments))
 
 
 class TopKCrossEntropyLoss(SegmentationLoss):

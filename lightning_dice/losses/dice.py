@@ -59,22 +59,11 @@ class DiceLoss(OverlapLoss):
         return 1 - dice_score(sums, self.smooth)
 
     @classmethod
-    def like_monai(cls, *, jaccard: bool = False, **arguments: Unpack[compat.MonaiDice]) -> Self:
-        """MONAI's `DiceLoss`, of the same arguments.
-
-        Targets are ids `(batch, *space)` with a softmax, planes with a sigmoid, whatever `to_onehot_y` is. What stays
-        different: `reduction="none"` gives `(images, classes)` without axes of size 1; one channel with
-        `include_background=False` is refused, not forgiven; of several planes (sigmoid), each pixel that holds
-        `ignore_index` is ignored, where MONAI ignores the pixels that are 0 in all of them: the background.
-
-        Args:
-            jaccard: refused, see `JaccardLoss.like_monai`.
-            **arguments: `include_background`, `to_onehot_y`, `sigmoid`, `softmax`, `squared_pred`, `reduction`,
-                `smooth_nr`, `smooth_dr`, `batch`, `soft_label` and `ignore_index`, as in MONAI; `weight` with a mean of
-                1 (or any with `reduction="sum"`), as MONAI's scale the loss; `other_act` is refused.
+    def like_monai(cls, **arguments: Unpack[compat.MonaiOverlap]) -> Self:
+        """Reproduce MONAI's `DiceLoss` from its arguments; see `lightning_dice.losses.compat` for what differs.
 
         Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+            ValueError: an argument that cannot be reproduced, with what to use instead.
 
         >>> loss = DiceLoss.like_monai(softmax=True, to_onehot_y=True, include_background=False)
         >>> loss.smooth, loss.pool, loss.exclude_classes
@@ -85,51 +74,28 @@ class DiceLoss(OverlapLoss):
         ValueError: weight must have a mean of 1 over the classes that count, got 10; in MONAI it scales the loss by \
 its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
         """
-        if jaccard:
-            raise ValueError("jaccard must be False; use JaccardLoss.like_monai(...) with the same arguments")
         return cls(**compat.monai_overlap(**arguments))
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[compat.SmpOverlap]) -> Self:
-        """The `DiceLoss` of smp, of the same arguments, where the target has every class.
+    def like_smp(cls, mode: str, **arguments: Unpack[compat.SmpOverlap]) -> Self:
+        """Reproduce smp's `DiceLoss` from its arguments, for targets that have every class; see `like_monai`.
 
-        A class that it does not have is left out of the mean, where smp counts it as perfect: with 1 of 4 classes
-        absent smp's loss and gradient are 3/4 of these.
-
-        Args:
-            mode: `"binary"`, `"multilabel"` (planes of the shape of logits) or `"multiclass"` (ids).
-            log_loss: refused, see `LogDiceLoss.like_smp`.
-            **arguments: `from_logits`, `smooth` (1 is 2 pixels), `ignore_index` and `class_weights`, as in smp;
-                `classes` together with `num_classes`, as the others must be named here; `eps` has no effect, as only
-                classes that are absent have so small a denominator.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        `mode` is `"binary"`, `"multilabel"` (planes) or `"multiclass"` (ids); a `smooth` of 1 is 2 pixels.
 
         >>> loss = DiceLoss.like_smp("multiclass", classes=[1, 2], num_classes=3, smooth=0.5)
         >>> loss.smooth, loss.pool, loss.exclude_classes, loss.absent.rule
         ((1.0, 1.0), 'batch', (0,), 'skip')
         """
-        if log_loss:
-            raise ValueError("log_loss must be False; use LogDiceLoss.like_smp(...) with the same arguments")
-        return cls(**compat.smp_overlap(mode, smooth_pixels=2, **arguments))
+        return cls(**compat.smp_overlap(mode, pixels_per_smooth=2, **arguments))
 
     @classmethod
-    def like_nnunet(
-        cls, *, batch_dice: bool = False, do_bg: bool | None = None, smooth: float = 1e-5, regions: bool = False
-    ) -> Self:
-        """nnU-Net's `SoftDiceLoss` plus 1, by default as its trainer builds it: there it is the negative score.
-
-        Args:
-            batch_dice: whether the images of the batch share one ratio; nnU-Net's plans say which.
-            do_bg: whether class 0 counts; by default it does for regions alone.
-            smooth: in pixels.
-            regions: whether classes overlap, so that each has a plane and a sigmoid.
+    def like_nnunet(cls, **arguments: Unpack[compat.NnunetDice]) -> Self:
+        """Reproduce nnU-Net's `SoftDiceLoss`, by default as its trainer sets it; see `like_monai`.
 
         >>> DiceLoss.like_nnunet().exclude_classes, DiceLoss.like_nnunet(regions=True).exclude_classes
         ((0,), ())
         """
-        return cls(**compat.nnunet_dice(batch_dice=batch_dice, do_bg=do_bg, smooth=smooth, regions=regions))
+        return cls(**compat.nnunet_dice(**arguments))
 
 
 class LogDiceLoss(OverlapLoss):
@@ -156,25 +122,13 @@ class LogDiceLoss(OverlapLoss):
         return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = True, **arguments: Unpack[compat.SmpOverlap]) -> Self:
-        """The `DiceLoss` of smp with `log_loss=True`; all else as in `DiceLoss.like_smp`.
-
-        A score below smp's `eps` has its gradient here, and none in smp.
-
-        Args:
-            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
-            log_loss: True.
-            **arguments: see `DiceLoss.like_smp`.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+    def like_smp(cls, mode: str, **arguments: Unpack[compat.SmpOverlap]) -> Self:
+        """Reproduce smp's `DiceLoss` with `log_loss=True`, the default here; see `DiceLoss.like_smp`.
 
         >>> LogDiceLoss.like_smp("binary").gamma
         1.0
         """
-        if not log_loss:
-            raise ValueError("log_loss must be True; without the logarithm use DiceLoss.like_smp(...)")
-        return cls(**compat.smp_overlap(mode, smooth_pixels=2, **arguments))
+        return cls(**compat.smp_log_dice(mode, **arguments))
 
 
 class LogCoshDiceLoss(OverlapLoss):
@@ -235,22 +189,14 @@ class GeneralizedDiceLoss(OverlapLoss):
 
     @classmethod
     def like_monai(cls, *, w_type: str = "square", **arguments: Unpack[compat.MonaiOverlap]) -> Self:
-        """MONAI's `GeneralizedDiceLoss`, of the same arguments, without its smoothing.
+        """Reproduce MONAI's `GeneralizedDiceLoss`, without its smoothing; see `DiceLoss.like_monai`.
 
-        MONAI's default of 1e-5 is refused: it is added to sums that have been divided by the squared size of a class,
-        so it grows with that square in pixels, and a wrong mask of a large object scores well.
-
-        Args:
-            w_type: `"square"`, `"simple"` or `"uniform"`.
-            **arguments: those of `DiceLoss.like_monai`, without `squared_pred` and `weight`; `smooth_nr` and
-                `smooth_dr` must be 0 unless `w_type` is `"uniform"`. `ignore_index` is not MONAI's, which has none.
-                `reduction="none"` gives the ratio of an image once for each class.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        `w_type` is `"square"`, `"simple"` or `"uniform"`; unless it is `"uniform"`, `smooth_nr` and `smooth_dr` must be
+        0. MONAI's default of 1e-5 is refused, as it is added to sums that are divided by the squared size of a class:
+        it grows with that square in pixels, and a wrong mask of a large object scores well. `reduction="none"` returns
+        the ratio of an image once for each class.
 
         >>> GeneralizedDiceLoss.like_monai(softmax=True, w_type="simple", smooth_nr=0, smooth_dr=0).weighting
         'inverse'
         """
-        weighting, settings = compat.monai_generalized(w_type, **arguments)
-        return cls(weighting=weighting, **settings)
+        return cls(**compat.monai_generalized(w_type, **arguments))

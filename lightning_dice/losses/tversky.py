@@ -37,44 +37,21 @@ class JaccardLoss(OverlapLoss):
         return 1 - jaccard_score(sums, self.smooth)
 
     @classmethod
-    def like_monai(cls, *, jaccard: bool = True, **arguments: Unpack[compat.MonaiDice]) -> Self:
-        """MONAI's `DiceLoss` with `jaccard=True`; all else as in `DiceLoss.like_monai`.
-
-        MONAI writes numerator and denominator twofold, so that its `smooth_nr` and `smooth_dr` count half as pixels.
-
-        Args:
-            jaccard: True.
-            **arguments: see `DiceLoss.like_monai`.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+    def like_monai(cls, **arguments: Unpack[compat.MonaiOverlap]) -> Self:
+        """Reproduce MONAI's `DiceLoss` with `jaccard=True`, the default here; see `DiceLoss.like_monai`.
 
         >>> JaccardLoss.like_monai(sigmoid=True).smooth
         (5e-06, 5e-06)
         """
-        if not jaccard:
-            raise ValueError("jaccard must be True; otherwise use DiceLoss.like_monai(...)")
-        settings = compat.monai_overlap(**arguments)
-        settings["smooth"] = (arguments.get("smooth_nr", 1e-5) / 2, arguments.get("smooth_dr", 1e-5) / 2)
-        return cls(**settings)
+        return cls(**compat.monai_jaccard(**arguments))
 
     @classmethod
-    def like_smp(cls, mode: str, *, log_loss: bool = False, **arguments: Unpack[compat.SmpOverlap]) -> Self:
-        """The `JaccardLoss` of smp, of the same arguments, where the target has every class.
-
-        Args:
-            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
-            log_loss: refused: the logarithm is offered for Dice, see `LogDiceLoss`.
-            **arguments: see `DiceLoss.like_smp`; a `smooth` of 1 is 1 pixel.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+    def like_smp(cls, mode: str, **arguments: Unpack[compat.SmpOverlap]) -> Self:
+        """Reproduce smp's `JaccardLoss`, for targets that have every class; see `DiceLoss.like_smp`.
 
         >>> JaccardLoss.like_smp("binary", smooth=0.5).smooth
         (0.5, 0.5)
         """
-        if log_loss:
-            raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
         return cls(**compat.smp_overlap(mode, **arguments))
 
 
@@ -111,15 +88,7 @@ class TverskyLoss(OverlapLoss):
     def like_monai(
         cls, *, alpha: float = 0.5, beta: float = 0.5, **arguments: Unpack[compat.MonaiOverlap]
     ) -> TverskyLoss:
-        """MONAI's `TverskyLoss`, of the same arguments.
-
-        Args:
-            alpha: weight of false positives.
-            beta: weight of false negatives.
-            **arguments: see `DiceLoss.like_monai`; `squared_pred` and `weight` do not exist.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        """Reproduce MONAI's `TverskyLoss`; see `DiceLoss.like_monai`.
 
         >>> loss = TverskyLoss.like_monai(sigmoid=True, alpha=0.3, beta=0.7)
         >>> loss.alpha, loss.beta, loss.smooth
@@ -135,21 +104,9 @@ class TverskyLoss(OverlapLoss):
         alpha: float = 0.5,
         beta: float = 0.5,
         gamma: float = 1.0,
-        log_loss: bool = False,
         **arguments: Unpack[compat.SmpOverlap],
     ) -> TverskyLoss:
-        """The `TverskyLoss` of smp, of the same arguments, where the target has every class.
-
-        Args:
-            mode: `"binary"`, `"multilabel"` or `"multiclass"`.
-            alpha: weight of false positives.
-            beta: weight of false negatives.
-            gamma: 1: smp raises the mean over classes to it, where focal Tversky raises the loss of each.
-            log_loss: refused: the logarithm is offered for Dice, see `LogDiceLoss`.
-            **arguments: see `DiceLoss.like_smp`; a `smooth` of 1 is 1 pixel.
-
-        Raises:
-            ValueError: what cannot be reproduced, with what to use instead.
+        """Reproduce smp's `TverskyLoss` with `gamma=1`, for targets that have every class; see `DiceLoss.like_smp`.
 
         >>> TverskyLoss.like_smp("binary", alpha=0.3, beta=0.7).absent.rule
         'skip'
@@ -159,8 +116,6 @@ class TverskyLoss(OverlapLoss):
                 f"gamma must be 1, got {gamma}: smp raises the mean of all classes to it; FocalTverskyLoss raises the "
                 "loss of each, which is the same for one class"
             )
-        if log_loss:
-            raise ValueError("log_loss must be False; the logarithm is offered for Dice: LogDiceLoss.like_smp(...)")
         return TverskyLoss(alpha=alpha, beta=beta, **compat.smp_overlap(mode, **arguments))
 
 

@@ -748,7 +748,7 @@ class TestTorch:
         (FocalLoss.like_smp, {"mode": "binary", "normalized": True}, "normalized must be False"),
         (FocalLoss.like_smp, {"mode": "binary", "reduced_threshold": 0.5}, "reduced_threshold None"),
         (FocalLoss.like_smp, {"mode": "binary", "reduction": "sum"}, 'reduction must be "mean"'),
-        (FocalLoss.like_smp, {"mode": "binary", "class_weights": [1]}, "leave out class_weights"),
+        (FocalLoss.like_smp, {"mode": "binary", "class_weights": [1]}, "leave out classes and class_weights"),
         (FocalLoss.like_smp, {"mode": "multiclass", "from_logits": False}, r"p / \(1 \+ p\)"),
     ],
 )
