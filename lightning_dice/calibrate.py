@@ -67,11 +67,11 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     session = Experiment(run, Path(run.folder), trained=True)
     module, data = session.module, session.data
-    given = module.inference.decision
+    given = module.inference.postprocessing
     if given.temperature is not None or given.thresholds is not None:
         raise UserError(
-            "inference.decision of the run has a temperature or thresholds, which go before a calibration: calibrate "
-            "with inference.decision.temperature=null inference.decision.thresholds=null"
+            "inference.postprocessing of the run has a temperature or thresholds, which go before a calibration: calibrate "
+            "with inference.postprocessing.temperature=null inference.postprocessing.thresholds=null"
         )
     cases = data.source.split("val")
     if cases is None:
@@ -161,8 +161,8 @@ def calibration_error(calibrator: Calibrator, temperature: float) -> float:
     total = None
     for logits, target in calibrator.samples():
         part = reliability(logits, target, activation=calibrator.activation, ignore_index=-1, temperature=temperature)
-        total = part if total is None else total.plus(part)
-    errors = [] if total is None else [error for error in total.error() if not math.isnan(error)]
+        total = part if total is None else total.merge(part)
+    errors = [] if total is None else [error for error in total.calibration_error() if not math.isnan(error)]
     return sum(errors) / len(errors) if errors else math.nan
 
 

@@ -27,7 +27,7 @@ SETTINGS = (
         "run",
         "format",
         "output",
-        "graph",
+        "output_type",
         "normalization",
         "size",
         "opset",
@@ -133,7 +133,7 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
         module.eval()
         normalize: Any = instantiate(run.normalize, "normalize")
         checked = find_cases(run, config, channels := int(run.data.channels))
-        ndim = len(run.data.size)
+        ndim = len(run.data.patch_size)
         check_windows(module, config, ndim)
         inside = normalized_inside(module, config, made, normalize, channels, ndim)
         captured = graph_of(module, config, made, normalize if inside else None, channels, ndim)
@@ -141,7 +141,7 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
             plain,
             module,
             format=config.format,
-            graph=config.graph,
+            graph=config.output_type,
             ndim=ndim,
             dynamic=dynamic_axes(captured, ndim),
             minimum=1 if captured is None else captured.minimum,
@@ -170,7 +170,7 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
                 made.open(trial), module, checked, config, captured, scoring, normalize=normalize, inside=inside
             )
         facts["verification"] = found.facts(float(config.tolerance))
-        say(found, config.graph)
+        say(found, config.output_type)
         if found.share > float(config.tolerance):
             return (
                 f"{found.share:.3%} of the labels differ from PyTorch's, and tolerance={config.tolerance:g} allows "
@@ -213,7 +213,7 @@ def checked_format(config: DictConfig) -> Format:
     if config.format != "onnx" and config.opset is not None:
         raise UserError(f"opset is of ONNX: leave it out with format={config.format}")
     if config.format == "safetensors":
-        for name, only in (("graph", "logits"), ("normalization", "auto"), ("size", None)):
+        for name, only in (("output_type", "logits"), ("normalization", "auto"), ("size", None)):
             if config[name] != only:
                 raise UserError(f"safetensors hold weights and no graph: leave {name}={config[name]} out")
     return FORMATS["onnx"](config.opset) if config.format == "onnx" else FORMATS[config.format]()
@@ -271,15 +271,15 @@ def check_windows(module: SegmentationModule, config: DictConfig, ndim: int) -> 
         isinstance(size, (int, str)) or len(size) != ndim or any(not isinstance(n, int) or n < 1 for n in size)
     ):
         raise UserError(f"size must be a number of pixels for each of {ndim} space axes, as in [256,256], got {size}")
-    if config.graph != "logits" and size is not None:
+    if config.output_type != "logits" and size is not None:
         raise UserError(
-            f"a file of a fixed size is used by windows, of which logits are averaged: graph={config.graph} "
+            f"a file of a fixed size is used by windows, of which logits are averaged: output_type={config.output_type} "
             "needs size=null"
         )
-    if config.graph != "logits" and module.inference.window is not None:
+    if config.output_type != "logits" and module.inference.window is not None:
         raise UserError(
             f"the run predicts by windows of {list(module.inference.window.size)}, of which logits are averaged: "
-            f"graph={config.graph} needs whole images, inference.size=null"
+            f"output_type={config.output_type} needs whole images, inference.size=null"
         )
 
 
@@ -319,7 +319,7 @@ def graph_of(
     if not made.graphs:
         return None
     size = None if config.size is None else list(config.size)
-    deployed = ExportWrapper(module, normalize, config.graph, wide=config.format == "onnx")
+    deployed = ExportWrapper(module, normalize, config.output_type, wide=config.format == "onnx")
     try:
         captured = capture(deployed, channels, ndim, size, portable=config.format == "onnx")
     except NotExportable as error:
@@ -328,7 +328,7 @@ def graph_of(
     if captured.minimum > 1:
         sizes += f" (of at least {captured.minimum} pixels)"
     ready = "" if normalize is not None else " that are normalized before"
-    print(f"graph    {config.graph} of images of {sizes}{ready}", flush=True)
+    print(f"graph    {config.output_type} of images of {sizes}{ready}", flush=True)
     return captured
 
 
@@ -341,7 +341,7 @@ def prepare(made: Format, captured: ExportedGraph | None, module: SegmentationMo
     from lightning_dice.exporting import NotExportable
 
     try:
-        return made.prepare(captured, module, str(config.graph))
+        return made.prepare(captured, module, str(config.output_type))
     except NotExportable as error:
         raise not_exportable(module, config, error) from error
 
@@ -383,9 +383,9 @@ def find_cases(run: DictConfig, config: DictConfig, channels: int) -> Checked:
     def noise() -> Iterator[VerificationCase]:
         generator = torch.Generator().manual_seed(0)
         for number in range(NOISE):
-            yield VerificationCase(f"noise {number + 1}", torch.rand(channels, *run.data.size, generator=generator))
+            yield VerificationCase(f"noise {number + 1}", torch.rand(channels, *run.data.patch_size, generator=generator))
 
-    words = f"images of noise of {' x '.join(map(str, run.data.size))} pixels"
+    words = f"images of noise of {' x '.join(map(str, run.data.patch_size))} pixels"
     try:
         source = instantiate(run.data.datamodule, "data").source
         splits = {name: source.split(name) for name in ("train", "val", "test")}
@@ -443,7 +443,7 @@ def agreement(
             disable=not sys.stdout.isatty(),
         ),
         data=checked.words,
-        graph=config.graph,
+        graph=config.output_type,
         scoring=scoring,
         normalize=normalize,
         inside=inside,

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli import rendezvous, slurm, sweep
-from lightning_dice.cli.command import help_text, hydra_escape, split_arguments
+from lightning_dice.cli.command import help_text, hydra_escape, refuse_renamed, split_arguments
 from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.cli.rendezvous import RunSpec
@@ -48,6 +48,7 @@ def main() -> None:
 
 def lead(arguments: list[str]) -> None:
     """What the first process does: decide what is trained, and train it."""
+    refuse_renamed(arguments)
     own, overrides = split_arguments(arguments, ["resume", "retry_failed"])
     resumed = [argument.removeprefix("resume=") for argument in own if argument.startswith("resume=")]
     earlier = JOB.earlier()

@@ -107,13 +107,13 @@ def run_survey(source: Source, config: DictConfig) -> SurveyResult:
         [str(name) for name in data.classes], data.activation, data.ignore_index, [int(i) for i in data.exclude_classes]
     )
     # Windows of large images are as many as their area holds.
-    of_each = int(
-        data.get("patches_per_case") or (data.get("window") and (data.get("windows") or data.batch_size)) or 1
-    )
+    whole = "read_size" in data and not data.read_size
+    default = data.batch_size if data.get("read_size") else 1
+    of_each = 1 if whole else int(data.get("patches_per_image") or default)
     facts = {
         "batch_size": -(-int(data.batch_size) // of_each),
         "channels": int(data.channels),
-        "size": list(data.get("size") or ()),
+        "size": list(data.get("patch_size") or ()),
         "root": data.get("root"),
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

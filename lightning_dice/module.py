@@ -19,16 +19,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dice.argument_checks import count, one_of
+from lightning_dice.argument_checks import check_choice, check_count
 from lightning_dice.functional import hard_prediction, hard_target, micro_batched, pad_to_multiple, read_logits
 from lightning_dice.functional.model_outputs import crop_to, resize_to
 from lightning_dice.functional.target_resizing import pad_target
 from lightning_dice.inference import Inference, PostProcessing, Predictor, find_postprocessing
 from lightning_dice.inference.logit_resampling import resized
+from lightning_dice.library_internals.lightning import attached_trainer
 from lightning_dice.loading import _TRUSTED, build, check_targets, without_pretrained
 from lightning_dice.losses import DeepSupervision, DiceLoss, SegmentationLoss
-from lightning_dice.losses.base import call_plain
+from lightning_dice.losses.base import call_torch_loss
 from lightning_dice.metrics import DiceScore
+from lightning_dice.renamed_settings import refuse_old_config
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,8 +72,8 @@ class SegmentationModule(L.LightningModule):
         class_names: a name for each channel of the logits, for logging; `class 0`, `class 1` ... by default.
         activation: `"sigmoid"` or `"softmax"`, by which `predict_step` makes masks; the loss's by default.
         threshold: a probability, above which `predict_step` calls a pixel foreground; not for softmax.
-        divisor: images are padded to multiples of it, in pixels, before the network, and logits are cropped afterwards:
-            the stride of the network's coarsest features.
+        size_divisor: images are padded to multiples of it, in pixels, before the network, and logits are cropped
+            afterwards: the stride of the network's coarsest features.
         channels_last: keep 2D images and the network's 2D weights with channels as the fastest axis, which convolutions
             run faster on; the numbers differ by rounding alone.
         micro_batch_size: the most images that go through the network at once, for a batch that does not fit the memory
@@ -125,7 +127,7 @@ class SegmentationModule(L.LightningModule):
         class_names: Sequence[str] | None = None,
         activation: Literal["sigmoid", "softmax"] | None = None,
         threshold: float = 0.5,
-        divisor: int = 1,
+        size_divisor: int = 1,
         channels_last: bool = False,
         micro_batch_size: int | None = None,
         interval: Literal["epoch", "step"] = "epoch",
@@ -134,8 +136,8 @@ class SegmentationModule(L.LightningModule):
         inference: Inference | None = None,
     ) -> None:
         super().__init__()
-        if divisor < 1:
-            raise ValueError(f"divisor must be an integer >= 1, got {divisor!r}")
+        if size_divisor < 1:
+            raise ValueError(f"size_divisor must be an integer >= 1, got {size_divisor!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
         self.net = net
@@ -145,10 +147,10 @@ class SegmentationModule(L.LightningModule):
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.activation = activation
         self.threshold = threshold
-        self.divisor = divisor
+        self.size_divisor = size_divisor
         self.channels_last = channels_last
         if micro_batch_size is not None:
-            count("micro_batch_size", micro_batch_size, optional=True)
+            check_count("micro_batch_size", micro_batch_size, optional=True)
         self.micro_batch_size = micro_batch_size
         if channels_last:
             for parameter in net.parameters():
@@ -160,7 +162,7 @@ class SegmentationModule(L.LightningModule):
         self._white: float | None = None  # The stored value that is 1, where it is not that of the type.
         self.interval = interval
         self.monitor = monitor
-        self.lr_scaling: RateScaling | None = one_of("lr_scaling", lr_scaling, ("linear", "sqrt", None))
+        self.lr_scaling: RateScaling | None = check_choice("lr_scaling", lr_scaling, ("linear", "sqrt", None))
         if metrics is None:
             metrics = DiceScore(average="none")
         if isinstance(metrics, Metric):
@@ -210,6 +212,7 @@ class SegmentationModule(L.LightningModule):
         config = saved.get("config") if isinstance(saved, dict) else None
         if not isinstance(config, dict) or "module" not in config or "state_dict" not in saved:
             raise ValueError(f"{path} is not a checkpoint that fit has written: it holds no config of a module")
+        refuse_old_config(config, path)
         module = build(without_pretrained(config["module"]))
         if not isinstance(module, cls):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
@@ -217,7 +220,7 @@ class SegmentationModule(L.LightningModule):
         module.calibrate(find_postprocessing(folder, calibration, path))
         data = config.get("data", {})
         module._normalized_by(config.get("normalize"), data.get("normalization"))
-        module._white = data.get("white")
+        module._white = data.get("max_value")
         return module.to(map_location).eval() if isinstance(map_location, (str, torch.device)) else module.eval()
 
     @classmethod
@@ -246,6 +249,7 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
         if not isinstance(facts.get("module"), dict):
             raise ValueError(f"{path} was not written by lightning_dice.export: its header holds no config of a module")
+        refuse_old_config({"module": facts["module"]}, path)
         try:
             check_targets(facts["module"], (*_TRUSTED, *trusted))
         except ValueError as error:
@@ -255,7 +259,9 @@ class SegmentationModule(L.LightningModule):
             raise ValueError(f"{path} is of a {type(module).__name__}, not of a {cls.__name__}")
         module.load_state_dict(weights)
         names = {entry.name for entry in dataclasses.fields(PostProcessing)}
-        module.calibrate(PostProcessing(**{key: value for key, value in facts["decision"].items() if key in names}))
+        module.calibrate(
+            PostProcessing(**{key: value for key, value in facts["postprocessing"].items() if key in names})
+        )
         normalization = facts.get("normalization") or {}
         transform, known = normalization.get("transform"), normalization.get("intensities")
         try:
@@ -273,7 +279,7 @@ class SegmentationModule(L.LightningModule):
     def calibrate(self, decision: PostProcessing) -> None:
         """Decide by what a calibration has found, wherever `inference` leaves it open."""
         self.inference = copy(self.inference)
-        self.inference.decision = self.inference.decision.filled(decision)
+        self.inference.postprocessing = self.inference.postprocessing.filled(decision)
 
     def predictor(self, device: torch.device | str | None = None) -> Predictor:
         """What makes logits and labels of single images by this module's settings.
@@ -287,8 +293,8 @@ class SegmentationModule(L.LightningModule):
         return Predictor(
             [self],
             self.inference.window,
-            self.inference.flips,
-            self.inference.decision,
+            self.inference.mirroring,
+            self.inference.postprocessing,
             activation=self._activation(),
             threshold=self.threshold,
             device=self.device if device is None else device,
@@ -328,7 +334,7 @@ class SegmentationModule(L.LightningModule):
         """
         if not len(image) and not self.training:
             return [level[:0] for level in self.levels(image.new_zeros(1, *image.shape[1:]))]
-        padded = pad_to_multiple(image, self.divisor)
+        padded = pad_to_multiple(image, self.size_divisor)
         if self.channels_last and padded.ndim == 4:
             padded = padded.contiguous(memory_format=torch.channels_last)
         if self.micro_batch_size is None:
@@ -369,7 +375,7 @@ class SegmentationModule(L.LightningModule):
         else:
             self._metrics(stage).update(logits if labels is None else _logits_of(labels, logits), mask)
         found = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
-        temperature = self.inference.decision.temperature
+        temperature = self.inference.postprocessing.temperature
         if stage != "train" and temperature is not None:
             # By which they become calibrated probabilities.
             found["temperature"] = torch.tensor(temperature, dtype=torch.float64)
@@ -401,8 +407,8 @@ class SegmentationModule(L.LightningModule):
 
         Args:
             images: `(batch, channels, *space)`: floats as training has them before `normalize`, which for pictures of 8
-                and 16 bit are in [0, 1]; or uint8 or uint16, which are divided by the run's `data.white`, by default
-                255 or 65535.
+                and 16 bit are in [0, 1]; or uint8 or uint16, which are divided by the run's `data.max_value`, by
+                default 255 or 65535.
 
         Returns:
             As `predict_step`.
@@ -466,7 +472,7 @@ class SegmentationModule(L.LightningModule):
 
     def _rate_factor(self) -> float:
         """By which the learning rate is multiplied for the number of processes that have batches of their own."""
-        trainer = self._trainer
+        trainer = attached_trainer(self)
         if self.lr_scaling is None or trainer is None:
             return 1.0
         # The strategy knows which processes see different data; with a model split over GPUs not all of them do.
@@ -517,7 +523,7 @@ class SegmentationModule(L.LightningModule):
                 f"the batch has a weight or annotated classes, which a {type(loss).__name__} does not take: wrap it in "
                 "a lightning_dice.losses.SegmentationLoss, or leave them out"
             )
-        return call_plain(loss, logits, given.mask)
+        return call_torch_loss(loss, logits, given.mask)
 
     def _activation(self) -> Literal["sigmoid", "softmax"]:
         activation = self.activation or getattr(self.loss, "activation", None)
@@ -530,7 +536,7 @@ class SegmentationModule(L.LightningModule):
 
     def _decides(self) -> bool:
         """Whether labels are others than `threshold` alone would make."""
-        decision = self.inference.decision
+        decision = self.inference.postprocessing
         return decision != PostProcessing() and decision.changes(self._activation(), self.threshold)
 
     def _decided(self, logits: Tensor, spacing: Any) -> Tensor:

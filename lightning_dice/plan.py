@@ -121,11 +121,11 @@ def _network(run: DictConfig, topology: Topology) -> nn.Module:
 def _values(proposal: Proposal, spacing: tuple[float, ...] | None) -> dict[str, dict[str, Any]]:
     shape = proposal.topology
     data = {
-        "size": list(shape.size),
+        "patch_size": list(shape.size),
         "batch_size": proposal.batch_size,
         "spacing": None if spacing is None else list(spacing),
     }
-    return {"data": data, "model": _model(shape), "module": {"divisor": max(shape.divisors)}}
+    return {"data": data, "model": _model(shape), "module": {"size_divisor": max(shape.divisors)}}
 
 
 def _overrides(proposal: Proposal, spacing: tuple[float, ...] | None) -> list[str]:

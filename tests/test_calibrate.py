@@ -27,7 +27,7 @@ from lightning_dice.inference.calibrator import Calibrator, Scores
 from lightning_dice.scoring import reliability
 
 # Small enough for seconds; few epochs leave a network that is far from calibrated.
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 
 def command(name, *arguments, cwd, status=0):
@@ -55,7 +55,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(home):
     """A run that evaluates by windows and flips, which was never calibrated."""
-    sliding = ["inference=sliding", "inference.size=[16,16]", "inference.flips=[1]"]
+    sliding = ["inference=sliding", "inference.size=[16,16]", "inference.mirror_axes=[1]"]
     command("fit", *SMALL, *sliding, "optimizer.lr=0.1", "trainer.max_epochs=2", "folder=run", cwd=home)
     return home / "run"
 
@@ -73,7 +73,7 @@ def content(path):
 def test_a_training_by_windows_keeps_them(run):
     module = SegmentationModule.from_run(run, calibration="none")
     assert module.inference.window.size == (16, 16)
-    assert module.inference.flips.axes == (1,)
+    assert module.inference.mirroring.axes == (1,)
     assert (run / "cases.csv").is_file()
 
 
@@ -107,7 +107,7 @@ def test_the_scores_are_those_of_an_evaluation(run):
 
 @pytest.mark.usefixtures("told")
 def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
-    monkeypatch.setattr("lightning_dice.plotting.report_plots._source", lambda figure: "data:,")
+    monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
     register_resolvers()
     scores = content(run / CALIBRATION)["scores"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -127,7 +127,7 @@ def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
 def test_a_module_of_the_run_decides_by_it(run):
     module = SegmentationModule.from_run(run)
     decision = PostProcessing.load(run / CALIBRATION)
-    assert module.inference.decision == decision
+    assert module.inference.postprocessing == decision
     image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         probs = (module.evaluated(image) / decision.temperature).sigmoid()
@@ -142,12 +142,12 @@ def test_nothing_is_overwritten(home, run):
     assert (run / CALIBRATION).read_bytes() == before
     other = home / "other.json"
     calibrated(run, output=other, thresholds="false", pixels=50)
-    assert content(other)["decision"]["thresholds"] is None
+    assert content(other)["postprocessing"]["thresholds"] is None
     assert content(other)["pixels"] == 4 * 50
-    drawn = content(other)["decision"]["temperature"]
+    drawn = content(other)["postprocessing"]["temperature"]
     calibrated(run, output=other, overwrite="true", seed=1, pixels=50, checkpoint="last")
-    assert content(other)["decision"]["thresholds"] is not None
-    assert content(other)["decision"]["temperature"] != drawn
+    assert content(other)["postprocessing"]["thresholds"] is not None
+    assert content(other)["postprocessing"]["temperature"] != drawn
     assert content(other)["checkpoint"]["file"] == str(run / "checkpoints" / "last.ckpt")
 
 
@@ -177,8 +177,8 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     torch.save({**saved, "epoch": 7}, other)
     with pytest.raises(ValueError, match="was made for another checkpoint than"):
         SegmentationModule.from_run(run, other)
-    assert SegmentationModule.from_run(run, other, calibration="none").inference.decision == PostProcessing()
-    assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.decision != PostProcessing()
+    assert SegmentationModule.from_run(run, other, calibration="none").inference.postprocessing == PostProcessing()
+    assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.postprocessing != PostProcessing()
     with pytest.raises(UserError, match="calibrate again"):
         run_folder.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
 
@@ -187,8 +187,8 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     ("overrides", "settings", "message"),
     [
         (["data.cases={train:16,val:0,test:4}"], {}, "the data have no val split"),
-        (["inference.decision.thresholds=[0.4]"], {}, "go before a calibration"),
-        (["inference.decision.temperature=2"], {}, "go before a calibration"),
+        (["inference.postprocessing.thresholds=[0.4]"], {}, "go before a calibration"),
+        (["inference.postprocessing.temperature=2"], {}, "go before a calibration"),
         ([], {"checkpoint": "beste"}, "checkpoint must be best, last or the path of a file"),
         ([], {"pixels": 0}, "pixels must be an integer >= 1"),
         ([], {"output": "no/such/folder/file.json"}, "output must be a file in a folder that exists"),
@@ -260,7 +260,7 @@ def test_the_calibration_error_is_over_all_cases_and_then_over_the_classes():
     for one, truth in zip(logits, target, strict=True):
         calibrator.add(one, truth)
     joined, truth = (part.movedim(0, 1).flatten(1) for part in (logits, target))
-    errors = reliability(joined / 3, truth, activation="sigmoid", ignore_index=255).error()
+    errors = reliability(joined / 3, truth, activation="sigmoid", ignore_index=255).calibration_error()
     assert errors[0] > 2 * errors[1]
     assert calibration_error(calibrator, 3.0) == pytest.approx(sum(errors) / 2)
 

@@ -105,8 +105,8 @@ def test_any_trainer_flag_and_device_is_an_override():
 
 @pytest.mark.parametrize("base", [["data=folder"], ["experiment=camvid"], ["data=torchvision"]], ids=str)
 def test_a_map_of_the_users_own_takes_the_place_of_the_configs(base):
-    config = composed(*base, *hydra_escape(["data.root=x", "data.values={255:1}"]))
-    assert dict(config.data["values"]) == {255: 1}
+    config = composed(*base, *hydra_escape(["data.root=x", "data.label_map={255:1}"]))
+    assert dict(config.data["label_map"]) == {255: 1}
 
 
 def test_a_typo_is_refused_with_what_exists():
@@ -148,21 +148,21 @@ class TestInstantiate:
 class TestApplyOverrides:
     @staticmethod
     def config():
-        return OmegaConf.create({"trainer": {"max_epochs": 3}, "model": {"_target_": "x"}, "values": {}})
+        return OmegaConf.create({"trainer": {"max_epochs": 3}, "model": {"_target_": "x"}, "label_map": {}})
 
     def test_values_change(self):
         config = self.config()
-        apply_overrides(config, ["trainer.max_epochs=20", "values={255:1}", "+trainer.devices=2"])
+        apply_overrides(config, ["trainer.max_epochs=20", "label_map={255:1}", "+trainer.devices=2"])
         assert config.trainer.devices == 2
         assert config.trainer.max_epochs == 20
-        assert dict(config["values"]) == {255: 1}
+        assert dict(config["label_map"]) == {255: 1}
 
     @pytest.mark.parametrize(
         ("override", "message"),
         [
             ("trainer.max_epoch=20", "trainer has no max_epoch, only max_epochs"),
             ("trainr.max_epochs=20", "trainr"),
-            ("seed=1", "the config has no seed, only trainer, model, values"),
+            ("seed=1", "the config has no seed, only trainer, model, label_map"),
             ("model=fpn", "only values of this run's config can be changed"),
             ("+trainr.devices=2", "trainr has no devices"),
             ("~model", "only values"),

@@ -277,7 +277,7 @@ def test_in_another_way(found, name, setting, kind):
 # Batches of 12 images on any number of processes, and two cases to validate on: fewer than three processes.
 GLOBAL_BATCH = [
     *("model=custom", "loss=dice_ce", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant", "logger=csv"),
-    *("data.size=[32,32]", "data.cases={train:16,val:2,test:5}", "data.num_workers=0", "device=cpu"),
+    *("data.patch_size=[32,32]", "data.cases={train:16,val:2,test:5}", "data.num_workers=0", "device=cpu"),
     *("trainer.max_epochs=2", "trainer.precision=64-true"),
 ]
 

@@ -47,7 +47,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _without_charts(monkeypatch):
     """Those of the report, which have their own tests, would take most of the time."""
-    monkeypatch.setattr("lightning_dice.plotting.report_plots._source", lambda figure: "data:,")
+    monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
 
 
 def run(home, *settings):

@@ -106,8 +106,8 @@ def run(home, data):
     """A run on those pictures, with the tables that fit leaves."""
     folder = make_run(
         home / "cells",
-        *("data=folder", f'data.root="{data}"', "data.classes=[cell]", "data.values={255:1}", "data.num_workers=0"),
-        *("inference.flips=[0]", "normalize=fixed"),
+        *("data=folder", f'data.root="{data}"', "data.classes=[cell]", "data.label_map={255:1}", "data.num_workers=0"),
+        *("inference.mirror_axes=[0]", "normalize=fixed"),
     )
     scores = {"a": "0.5", "b": "0.75", "c": ""}
     rows = [{"split": "test", "case": case, "dice": dice, "dice/cell": dice} for case, dice in scores.items()]
@@ -153,7 +153,7 @@ class TestOnnx:
     def test_its_script_makes_the_masks_of_predict(self, home, data, run, shipped):
         images = data / "images" / "test"
         line = [sys.executable, "-m", "lightning_dice.predict", f"run={run}", f"input={images}", "output=predicted"]
-        subprocess.run([*line, "inference.flips=[]", "device=cpu"], cwd=home, capture_output=True, check=True)
+        subprocess.run([*line, "inference.mirror_axes=[]", "device=cpu"], cwd=home, capture_output=True, check=True)
         run_script(shipped[0] / "run_onnx.py", sorted(images.iterdir()), home / "scripted")
         for picture in images.iterdir():
             one, other = (Image.open(home / made / picture.name) for made in ("predicted", "scripted"))
@@ -172,7 +172,7 @@ class TestOnnx:
         assert (facts["name"], facts["license"], facts["graph"]) == ("cells", "CC-BY-4.0", "logits")
         assert facts["input"]["dynamic"] == ["batch", "height", "width"]
         assert facts["classes"] == [{"name": "cell", "channel": 0, "value": 255, "scored": True}]
-        assert facts["flips"] == [0]
+        assert facts["mirror_axes"] == [0]
         assert facts["normalization"]["inside"] is True
         assert facts["normalization"]["transform"]["_target_"] == "torchvision.transforms.v2.Normalize"
         assert facts["scores"] == {
@@ -264,7 +264,7 @@ class TestGraphs:
     @pytest.mark.parametrize("format", [Onnx(), Program()], ids=lambda format: type(format).__name__)
     def test_images_of_any_number_and_size(self, format, ndim):
         torch.manual_seed(0)
-        module = SegmentationModule(Coarse(ndim, 2), divisor=4, channels_last=True).eval()
+        module = SegmentationModule(Coarse(ndim, 2), size_divisor=4, channels_last=True).eval()
         run, least = opened(format, ExportWrapper(module), ndim)
         # torch may ask a program for more than one of the network's coarsest cells.
         assert least in ((1, 5) if isinstance(format, Program) else (1,))
@@ -278,9 +278,9 @@ class TestGraphs:
     )
     def test_what_a_graph_decides(self, activation, graph):
         torch.manual_seed(0)
-        decision = PostProcessing(temperature=2.0, thresholds=[0.2, 0.5, 0.4], smallest=50)
+        decision = PostProcessing(temperature=2.0, thresholds=[0.2, 0.5, 0.4], min_size=50)
         module = SegmentationModule(
-            nn.Conv2d(1, 3, 3, padding=1), activation=activation, inference=Inference(decision=decision)
+            nn.Conv2d(1, 3, 3, padding=1), activation=activation, inference=Inference(postprocessing=decision)
         )
         image = 3 * torch.randn(2, 1, 17, 13)
         with torch.no_grad():
@@ -299,7 +299,7 @@ class TestGraphs:
 
     def test_a_program_runs_without_the_package(self, tmp_path):
         torch.manual_seed(0)
-        module = SegmentationModule(Coarse(2, 1), divisor=4).eval()
+        module = SegmentationModule(Coarse(2, 1), size_divisor=4).eval()
         captured = capture(ExportWrapper(module, Standardize()), 1, 2)
         image = torch.rand(3, 1, 9, 14)
         with torch.no_grad():
@@ -345,7 +345,7 @@ print(json.loads(facts["model.json"])["name"])
                 return image
 
         with pytest.raises(NotExportable):
-            capture(ExportWrapper(SegmentationModule(Counted(), divisor=2)), 1, 2, portable=portable)
+            capture(ExportWrapper(SegmentationModule(Counted(), size_divisor=2)), 1, 2, portable=portable)
 
     def test_a_network_that_asks_for_values(self):
         class Asking(nn.Module):
@@ -374,10 +374,10 @@ class TestSafetensors:
     def test_the_module_is_as_it_was(self, run, weights):
         one, other = SegmentationModule.from_safetensors(weights), SegmentationModule.from_run(run)
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
-        assert (one.inference.decision.temperature, one.inference.decision.thresholds) == (1.5, (0.3,))
-        assert one.inference.flips.axes == (0,)
+        assert (one.inference.postprocessing.temperature, one.inference.postprocessing.thresholds) == (1.5, (0.3,))
+        assert one.inference.mirroring.axes == (0,)
         images = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
-        other.calibrate(one.inference.decision)
+        other.calibrate(one.inference.postprocessing)
         assert torch.equal(one.segment(images), other.segment(images))
         assert not torch.equal(one.segment(images), one.predict_step(images / 255))
         assert not one.training
@@ -424,10 +424,10 @@ def test_scripts_decide_as_the_module(tmp_path, activation, graph):
     """For every graph and activation, with thresholds, a temperature and values of the masks' own."""
     jsonschema = pytest.importorskip("jsonschema")
     overrides = [*SOFTMAX, "normalize=fixed", "data.channels=1"] if activation == "softmax" else ["data.classes=[a,b]"]
-    folder = make_run(tmp_path / "run", "data=folder", f'data.root="{tmp_path}"', "data.values={90:1,40:2}", *overrides)
+    folder = make_run(tmp_path / "run", "data=folder", f'data.root="{tmp_path}"', "data.label_map={90:1,40:2}", *overrides)
     thresholds = [0.5, 0.2, 0.4] if activation == "softmax" else [0.3, 0.6]
     PostProcessing(temperature=0.7, thresholds=thresholds).save(folder / CALIBRATION)
-    export(folder, f"graph={graph}", f'output="{tmp_path / "out"}"', "normalization=outside")
+    export(folder, f"output_type={graph}", f'output="{tmp_path / "out"}"', "normalization=outside")
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
     assert facts["verification"]["data"].endswith("as the data were not at hand")
@@ -499,8 +499,8 @@ class TestCommand:
             (["cases=-1"], "cases must be an integer of at least 0, got -1"),
             (["tolerance=2"], r"tolerance must be a share of the labels in \[0, 1\], got 2"),
             (["format=torch_export", "opset=18"], "opset is of ONNX"),
-            (["format=safetensors", "graph=labels"], "leave graph=labels out"),
-            (["graph=labels", "size=[8,8]"], "graph=labels needs size=null"),
+            (["format=safetensors", "output_type=labels"], "leave output_type=labels out"),
+            (["output_type=labels", "size=[8,8]"], "output_type=labels needs size=null"),
             (["size=[8]"], "size must be a number of pixels for each of 2 space axes"),
             (["normalization=inside", "size=[8,8]"], "the model is run by windows"),
             (["format=torch_export", "output=a.onnx"], "output a.onnx must end in .pt2"),

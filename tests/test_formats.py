@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 TINY = [
-    *("model=custom", "data.size=[16,16]", "data.batch_size=4", "data.num_workers=0", "data.channels=1", "device=cpu"),
+    *("model=custom", "data.patch_size=[16,16]", "data.batch_size=4", "data.num_workers=0", "data.channels=1", "device=cpu"),
     *("trainer.max_epochs=1", "folder=run"),
 ]
 SIZE = (20, 24)
@@ -56,7 +56,7 @@ def test_soft_labels_of_several_raters(tmp_path, rng):
     shown = fit(
         *("data=folder", "data.root=data", "data.activation=softmax", "data.classes=[background,cell,nucleus]"),
         *("data.masks='masks/{split}/{case}_{rater}_{class}'", "data.raters=[anna,ben]", "data.reference=ben"),
-        *("data.values={255:1}", "loss=dice_semimetric"),
+        *("data.label_map={255:1}", "loss=dice_semimetric"),
         cwd=tmp_path,
     )
     assert "6 cases, one mask for each class by 2 raters, softmax" in shown

@@ -52,7 +52,7 @@ def saved(root: Path) -> Path:
     return root
 
 
-FOLDER = ["data=folder", "data.channels=1", "data.classes=[object]", "data.size=[32,32]"]
+FOLDER = ["data=folder", "data.channels=1", "data.classes=[object]", "data.patch_size=[32,32]"]
 
 
 def test_what_is_wrong_is_named_and_the_status_says_so(tmp_path):
@@ -143,7 +143,7 @@ class TestInProcess:
 
     def test_large_data_keep_the_page_small(self, root, tmp_path, monkeypatch):
         monkeypatch.setattr("lightning_dice.data_check.html.MOST_ROWS", 10)
-        inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.size=[32,80]"))
+        inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.patch_size=[32,80]"))
         text = (tmp_path / "out/inspection.html").read_text()
         table = text[text.index('id="cases"') :].partition("</table>")[0]
         assert table.count("<tr>") == 11

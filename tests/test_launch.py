@@ -19,7 +19,7 @@ from lightning_dice.cli.errors import UserError
 
 SMALL = [
     "model=custom",
-    "data.size=[32,32]",
+    "data.patch_size=[32,32]",
     "data.cases={train:16,val:5,test:5}",
     "data.batch_size=4",
     "data.num_workers=0",

@@ -124,12 +124,12 @@ def test_accumulating_gradients_is_another_loss():
     assert (mean - whole).norm() > 0.05 * whole.norm()
 
 
-@pytest.mark.parametrize("divisor", [1, 8])
+@pytest.mark.parametrize("size_divisor", [1, 8])
 @pytest.mark.parametrize("form", ["tensor", "out", "logits", "list"])
-def test_networks_of_any_output(form, divisor):
+def test_networks_of_any_output(form, size_divisor):
     net, (image, mask) = Net(form).double(), batch()
-    whole = step(net, DiceLoss(ignore_index=255), image, mask, divisor=divisor)
-    parts = step(net, DiceLoss(ignore_index=255), image, mask, 2, divisor=divisor)
+    whole = step(net, DiceLoss(ignore_index=255), image, mask, size_divisor=size_divisor)
+    parts = step(net, DiceLoss(ignore_index=255), image, mask, 2, size_divisor=size_divisor)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-15)
     assert parts[1][:6].abs().min() > 0  # Of the first convolution, although no image needs a gradient.
 

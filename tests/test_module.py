@@ -211,7 +211,7 @@ def test_padding_meets_the_stride_and_is_not_seen(size):
             seen.append(tuple(image.shape[2:]))
             return image
 
-    module = SegmentationModule(Strided(), divisor=16)
+    module = SegmentationModule(Strided(), size_divisor=16)
     image = torch.randn(2, 1, *size)
     torch.testing.assert_close(module(image), image, rtol=0, atol=0)
     assert all(length % 16 == 0 for length in seen[0])
@@ -265,7 +265,7 @@ def silent(module):
 
 
 def test_deep_supervision_of_a_padded_image():
-    module = silent(SegmentationModule(Net("list"), DiceLoss(ignore_index=255), divisor=8))
+    module = silent(SegmentationModule(Net("list"), DiceLoss(ignore_index=255), size_divisor=8))
     image = torch.randn(2, 1, 13, 16, generator=torch.Generator().manual_seed(0))
     mask = (image > 1).long()
     levels = module.levels(image)
@@ -291,7 +291,7 @@ class Recorder(SegmentationLoss):
     maps = {"double": lambda target: target * 2}  # noqa: RUF012
 
     def forward(self, logits, target, weight=None, *, annotated=None, maps=None):
-        self.given = {"weight": weight, "annotated": annotated, "double": self.map("double", target, maps)}
+        self.given = {"weight": weight, "annotated": annotated, "double": self.get_map("double", target, maps)}
         return logits.sum() * 0
 
 
@@ -332,11 +332,11 @@ def test_a_data_module_of_ones_own_keeps_its_maps():
     assert data.maps == ("city", "rural")
 
 
-@pytest.mark.parametrize(("divisor", "size"), [(1, 16), (8, 13)])
-def test_torch_losses_take_masks_as_they_are_stored(divisor, size):
+@pytest.mark.parametrize(("size_divisor", "size"), [(1, 16), (8, 13)])
+def test_torch_losses_take_masks_as_they_are_stored(size_divisor, size):
     image = torch.randn(2, 1, size, 16, generator=torch.Generator().manual_seed(0))
     mask = (image > 1).to(torch.uint8)
-    module = silent(SegmentationModule(Net("list"), nn.BCEWithLogitsLoss(), activation="sigmoid", divisor=divisor))
+    module = silent(SegmentationModule(Net("list"), nn.BCEWithLogitsLoss(), activation="sigmoid", size_divisor=size_divisor))
     module.training_step((image, mask), 0).backward()
     loss = module.validation_step((image, mask), 0)["loss"]
     torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(module(image), mask.float()))
@@ -352,7 +352,7 @@ def test_soft_labels_are_not_padded_with_an_ignored_label():
 
     image = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     soft = torch.full((1, 2, 12, 12), 0.5)
-    module = silent(SegmentationModule(Levels(), nn.CrossEntropyLoss(), DiceScore(2), activation="softmax", divisor=8))
+    module = silent(SegmentationModule(Levels(), nn.CrossEntropyLoss(), DiceScore(2), activation="softmax", size_divisor=8))
     assert module._loss_of_levels(module.levels(image), Given(image, soft)) > 0.5
 
 
@@ -450,7 +450,7 @@ def test_frozen_parameters_are_not_optimized():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"divisor": 0}, "divisor must be"),
+        ({"size_divisor": 0}, "size_divisor must be"),
         ({"threshold": 1.5}, "threshold must be a probability"),
         ({"lr_scaling": "cubic"}, "lr_scaling must be one of 'linear', 'sqrt', None, got 'cubic'"),
     ],

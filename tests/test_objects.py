@@ -23,7 +23,7 @@ from lightning_dice.loading import build, locate, without_pretrained
 def run(tmp_path_factory):
     """A finished run of one epoch."""
     home = tmp_path_factory.mktemp("home")
-    small = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0"]
+    small = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0"]
     line = [sys.executable, "-m", "lightning_dice.fit", *small, "device=cpu", "trainer.max_epochs=1", "folder=run"]
     subprocess.run(line, cwd=home, check=True, capture_output=True, timeout=300)
     return home / "run"

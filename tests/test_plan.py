@@ -99,13 +99,13 @@ class TestCommand:
         data = ["data=volumes", "data.root=data", "data.classes=[background,front,back]", "memory=1"]
         told = self.run(tmp_path, *data).stdout
         assert "median image 20x20x9 at 1x1x4 mm" in told
-        assert "data.size=[20,20,9]" in told
+        assert "data.patch_size=[20,20,9]" in told
         register_resolvers()
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             config = compose("fit", overrides=[f"hydra.searchpath=[{tmp_path}/plan]", "experiment=plan", "folder=run"])
         assert config.data.root == str(tmp_path / "data")
         assert config.data.classes == ["background", "front", "back"]
-        assert (list(config.data.size), config.data.batch_size, config.data.spacing) == ([20, 20, 9], 2, [1, 1, 4])
+        assert (list(config.data.patch_size), config.data.batch_size, config.data.spacing) == ([20, 20, 9], 2, [1, 1, 4])
         net = instantiate(config.model, "model").eval()
         assert net(torch.zeros(1, 1, 20, 20, 9)).shape == (1, 3, 20, 20, 9)
         refused = self.run(tmp_path, *data, status=2).stderr
@@ -118,16 +118,16 @@ class TestCommand:
 
 
 SMALL = {
-    "monai_unet": ["model.channels=[4,8]", "model.strides=[2]", "module.divisor=2"],
-    "attention_unet": ["model.channels=[4,8]", "model.strides=[2]", "module.divisor=2"],
+    "monai_unet": ["model.channels=[4,8]", "model.strides=[2]", "module.size_divisor=2"],
+    "attention_unet": ["model.channels=[4,8]", "model.strides=[2]", "module.size_divisor=2"],
     "dynunet": [
         "model.filters=[4,4,8,8]",
         "model.strides=[1,2,2,2]",
         "model.kernel_size=[3,3,3,3]",
-        "module.divisor=8",
+        "module.size_divisor=8",
     ],
-    "segresnet": ["model.init_filters=8", "model.blocks_down=[1,1]", "model.blocks_up=[1]", "module.divisor=2"],
-    "swinunetr": ["model.feature_size=12", "data.size=[64,32,32]"],
+    "segresnet": ["model.init_filters=8", "model.blocks_down=[1,1]", "model.blocks_up=[1]", "module.size_divisor=2"],
+    "swinunetr": ["model.feature_size=12", "data.patch_size=[64,32,32]"],
     "unetr": ["model.feature_size=4", "model.hidden_size=12", "model.mlp_dim=12"],
 }
 
@@ -136,13 +136,13 @@ SMALL = {
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
 def test_networks_take_a_step_in_three_dimensions(name):
     register_resolvers()
-    cube = [] if name == "swinunetr" else ["data.size=[32,32,32]"]
+    cube = [] if name == "swinunetr" else ["data.patch_size=[32,32,32]"]
     overrides = [f"model={name}", *cube, *SMALL[name], "data.channels=2", "data.classes=[a,b]"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("fit", overrides=[*overrides, "data.activation=softmax", "loss=dice_ce"])
     torch.manual_seed(0)
     module = instantiate(config.module, "module")
-    size = (config.data.size[0], 32, 30)
+    size = (config.data.patch_size[0], 32, 30)
     image, mask = torch.randn(1, 2, *size), torch.randint(0, 2, (1, *size))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
     loss_of = DeepSupervision(module.loss)

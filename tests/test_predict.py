@@ -29,7 +29,7 @@ from lightning_dice.cli.prediction_manifest import Manifest
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.predict import SETTINGS, predict
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 FILES = ["data=folder", "data.root=data", "data.classes=[object]", "data.channels=1", "data.nodata=nan"]
 
@@ -154,7 +154,7 @@ class TestMasks:
     def test_are_decided_by_the_calibration(self, run, pictures, tmp_path, capsys):
         calibrated = tmp_path / "calibrated"
         shutil.copytree(run, calibrated)
-        decision = {"version": 1, "decision": {"thresholds": [0.4]}}
+        decision = {"version": 1, "postprocessing": {"thresholds": [0.4]}}
         (calibrated / "calibration.json").write_text(json.dumps(decision))
         for choice, threshold in (("auto", 0.4), ("none", 0.5)):
             output = tmp_path / choice
@@ -192,7 +192,7 @@ class TestGoingOn:
         ("change", "message"),
         [
             ("module.threshold=0.3", "networks.0.module.threshold: 0.5 there, 0.3 now"),
-            ("inference.flips=[0]", "networks.0.module.inference.flips: [] there, [0] now"),
+            ("inference.mirror_axes=[0]", "networks.0.module.inference.mirror_axes: [] there, [0] now"),
             ("format=tiff", 'format: null there, "tiff" now'),
             ("probabilities=true", "probabilities: false there, true now"),
             ("trainer.precision=bf16-mixed", 'precision: "32-true" there, "bf16-mixed" now'),
@@ -226,7 +226,7 @@ class TestGoingOn:
 
         monkeypatch.setattr("lightning_dice.cli.prediction.PredictionPipeline._by_windows", by_windows)
         for window, large in (("null", 0), ("[64,64]", 3)):  # Of the pictures, three have more than 1000 pixels.
-            folder = made_run(tmp_path / window, *FILES, f"data.window={window}")
+            folder = made_run(tmp_path / window, *FILES, f"data.read_size={window}")
             assert run_predict(f'run=["{folder}"]', f"input={pictures}", f"output={tmp_path / f'm{large}'}") == 0
             assert len(seen) == large
 
@@ -328,7 +328,7 @@ class TestBadInput:
         assert made == {"a", "b", "c d", "ü", "gif"}
         # The same command tries them again.
         (pictures / "empty.png").write_bytes(good)
-        assert run_predict(f"run={run}", f"input={pictures}", f"output={tmp_path / 'm'}", "follow_links=true") == 1
+        assert run_predict(f"run={run}", f"input={pictures}", f"output={tmp_path / 'm'}", "follow_symlinks=true") == 1
         assert "7 of 11 images" in capsys.readouterr().out
 
     def test_an_image_that_vanishes_after_it_was_found(self, run, pictures, tmp_path, monkeypatch, capsys):
@@ -499,7 +499,7 @@ class TestProcesses:
             Image.fromarray(pixels).save(folder / f"{index:03}.png", compress_level=1)
         line = [sys.executable, "-m", "lightning_dice.predict", f"run={run}", f"input={folder}", f"output={output}"]
         process = subprocess.Popen(
-            [*line, "device=cpu", "inference.flips=[0,1]"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*line, "device=cpu", "inference.mirror_axes=[0,1]"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2000):
             if (output / "003.png").is_file():
@@ -514,7 +514,7 @@ class TestProcesses:
         assert len(list(output.iterdir())) == done + 1  # predictions.json, and no part of a file
         for path in sorted(folder.iterdir())[10:]:
             path.unlink()
-        assert run_predict(f"run={run}", f"input={folder}", f"output={output}", "inference.flips=[0,1]") == 0
+        assert run_predict(f"run={run}", f"input={folder}", f"output={output}", "inference.mirror_axes=[0,1]") == 0
         assert "10 of 10 images" in (told := capsys.readouterr().out)
         assert f"{min(done, 10)} of them from before" in told
 

@@ -161,7 +161,7 @@ print(done, "times killed")
 
 RUN = [
     "model=custom",
-    "data.size=[32,32]",
+    "data.patch_size=[32,32]",
     "data.cases={train:24,val:6,test:4}",
     "data.batch_size=4",
     "data.num_workers=0",

@@ -23,7 +23,7 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.plotting.sweep_chart import trials_figure
 from lightning_dice.trials import Trial, read_trial, read_trials, record_outcome, write_trial
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
 
 # A callback of the user's own: notes each rank's config, fails and kills as the environment says.
@@ -531,7 +531,7 @@ class TestMedianPruner:
 
 
 def test_the_experiment_sweeps_by_itself(home):
-    shorter = ["device=cpu", "trainer.max_epochs=1", "data.num_workers=0", "data.size=[32,32]", "model=custom", *LEAN]
+    shorter = ["device=cpu", "trainer.max_epochs=1", "data.num_workers=0", "data.patch_size=[32,32]", "model=custom", *LEAN]
     fit("experiment=sweep_smoothing", *shorter, "data.cases={train:16,val:4,test:4}", "folder=smoothing", cwd=home)
     table = rows(home / "smoothing" / "trials.csv")
     assert {(row["loss"], float(row["loss.smooth"])) for row in table} == {

@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
+from lightning_dice.renamed_settings import new_name
 
 _PATHS = {"data.root", "runs", "folder", "run", "predictions", "input", "output", "checkpoint", "resume"}
 # Maps whose keys are no settings, but what the user has.
 _MAPS = {
-    *("data.values", "data.splits", "data.categories", "data.train", "data.val", "data.test"),
+    *("data.label_map", "data.splits", "data.categories", "data.train", "data.val", "data.test"),
     "callbacks.freeze.parts",
 }
 
@@ -49,8 +50,8 @@ def hydra_escape(arguments: Iterable[str]) -> list[str]:
 
     >>> hydra_escape(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
     ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
-    >>> hydra_escape(["data.values={255:1}"])
-    ['data.values=null', 'data.values={255:1}']
+    >>> hydra_escape(["data.label_map={255:1}"])
+    ['data.label_map=null', 'data.label_map={255:1}']
     """
     result = []
     for argument in arguments:
@@ -70,6 +71,27 @@ def hydra_quote(value: str) -> str:
     "a\b \"c\""
     """
     return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
+
+
+def refuse_renamed(arguments: Iterable[str], command: str | None = None) -> None:
+    """Refuse overrides that use the old name of a setting.
+
+    Args:
+        arguments: overrides in Hydra's syntax.
+        command: the command whose own settings are checked too.
+
+    Raises:
+        UserError: names the old and the new setting.
+
+    >>> refuse_renamed(["+data.values={255:1}"])
+    Traceback (most recent call last):
+    ...
+    lightning_dice.cli.errors.UserError: data.values has been renamed: give data.label_map
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+~")
+        if (new := new_name(key, command)) is not None:
+            raise UserError(f"{key} has been renamed: give {new}")
 
 
 def refuse_misspelled(overrides: Iterable[str], settings: Iterable[str]) -> None:
@@ -140,6 +162,8 @@ def run_command(
         print(help_text(name))
         return
     register_resolvers()
+    with report_user_errors():
+        refuse_renamed(sys.argv[1:], name)
     overrides: list[str] = []
     if settings is not None:
         sys.argv[1:], overrides = split_arguments(hydra_escape(sys.argv[1:]), settings)

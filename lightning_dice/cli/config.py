@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_dice.cli.errors import UserError
+from lightning_dice.library_internals.hydra import parse_override, parse_overrides
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel the catalogue lies in the package; in a checkout, beside it.
@@ -99,7 +99,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
         suppress(Exception),
         nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
     ):
-        overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+        overrides = parse_overrides(a for a in arguments if not a.startswith("-"))
         chosen = [o for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
         for choice in chosen:
             names = sorted(path.stem for path in (CONF_DIR / choice.key_or_group).glob("*.yaml"))
@@ -156,7 +156,7 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
     OmegaConf.set_struct(config, True)
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            override = parse_override(text)
             key, value = override.key_or_group, override.value()
             group = isinstance(OmegaConf.select(config, key), DictConfig) and isinstance(value, str)
             if override.is_delete() or override.is_sweep_override() or group:

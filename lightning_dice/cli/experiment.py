@@ -30,6 +30,7 @@ from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoin
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced
+from lightning_dice.library_internals.lightning import saved_loop_state
 from lightning_dice.module import SegmentationModule
 from lightning_dice.report.run_summary import summary_table
 
@@ -66,7 +67,7 @@ class Experiment:
         self.config, self.folder, self.trained = config, folder, trained
         self.run = folder  # Which an evaluation's folder differs from.
         self.scores: dict[str, dict[str, float]] = {}
-        self.summary: list[report.Line] = []
+        self.summary: list[report.ScoreSummary] = []
         silence_libraries()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -131,7 +132,7 @@ class Experiment:
         if checkpoint is not None:
             done = run_folder.check_weights(module, checkpoint)
             print_line(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
-            ended = done["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            ended = saved_loop_state(done, "epoch_progress")["current"]["processed"]
             if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= ended:
                 print_line(
                     f"all {ended} epochs are done, and are scored again: trainer.max_epochs={2 * ended} trains for more"

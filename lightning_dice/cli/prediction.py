@@ -31,7 +31,7 @@ _NO_MATTER = {
     "module": {"loss", "metrics", "optimizer", "scheduler", "micro_batch_size", "interval", "monitor", "lr_scaling"},
     "data": {
         *("root", "batch_size", "eval_batch_size", "num_workers"),
-        *("window", "windows", "foreground", "cache", "tile"),
+        *("read_size", "patches_per_image", "oversample_foreground", "cache", "tile"),
     },
 }
 _WINDOW = 512  # pixels along each axis, where a picture must be read by windows and the run names no size
@@ -101,7 +101,7 @@ class PredictionPipeline:
                     + "; ".join(unlike)
                 )
         self.notes: list[str] = []
-        self._windowed = OmegaConf.select(self.run, "data.window") is not None
+        self._windowed = OmegaConf.select(self.run, "data.read_size") is not None
         precision = str(config.trainer.precision or self.run.trainer.precision)
         self.settings: dict[str, Any] = {
             "format": self.format,
@@ -118,7 +118,7 @@ class PredictionPipeline:
             checkpoint = run_folder.find_checkpoint(folder, config.checkpoint)
             module = self._module(folder, run, checkpoint, str(config.calibration))
             predictors.append(module.predictor(device))
-            own = _what_matters(run) | {"decision": module.inference.decision.settings()}
+            own = _what_matters(run) | {"decision": module.inference.postprocessing.settings()}
             self.settings["networks"].append({"checkpoint": digest(checkpoint), **own})
             self.made_by["runs"].append(str(folder.absolute()))
             self.made_by["checkpoints"].append(str(checkpoint.absolute()))
@@ -242,13 +242,13 @@ class PredictionPipeline:
         own = self.predictor
         if own.window is not None:
             return own
-        size = OmegaConf.select(self.run, "data.size")
+        size = OmegaConf.select(self.run, "data.patch_size")
         window = SlidingWindow(list(size) if isinstance(size, ListConfig) else [_WINDOW, _WINDOW])
         return Predictor(
             own.nets,
             window,
-            own.flips,
-            own.decisions,
+            own.mirroring,
+            own.postprocessing_per_net,
             activation=own.activation,
             threshold=own.threshold,
             device=own.device,
@@ -354,7 +354,7 @@ def _reader(run: DictConfig, config: DictConfig) -> PredictionIO:
     if reader is None:
         raise UserError(f"the run's data, a {type(source).__name__}, say nothing of how files are read: no reader")
     if isinstance(reader, ImagePredictionIO):
-        return dataclasses.replace(reader, follow_links=bool(config.follow_links), large=int(config.large))
+        return dataclasses.replace(reader, follow_symlinks=bool(config.follow_symlinks), large=int(config.large))
     return reader
 
 

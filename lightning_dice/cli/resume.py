@@ -7,8 +7,9 @@ import warnings
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_dice.library_internals.lightning import read_optimizers
 
 
 def update_checkpoint_paths(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
@@ -37,8 +38,7 @@ def apply_optimizer_settings(
         module: which makes optimizer and schedule.
         rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
     """
-    configured: Any = module.configure_optimizers()
-    optimizers, schedulers, _ = _configure_optimizers(configured)  # Lightning's reading of all its forms
+    optimizers, schedulers = read_optimizers(module.configure_optimizers())
     kept = {"params"}
     for index, (described, state) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=False)):
         scheduler = described["scheduler"] if isinstance(described, dict) else described

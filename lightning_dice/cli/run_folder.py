@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,7 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.inference import find_postprocessing
 from lightning_dice.io import write_atomically
 from lightning_dice.loading import without_pretrained
+from lightning_dice.renamed_settings import refuse_old_config
 
 if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule
@@ -116,6 +117,10 @@ def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
     config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is not a config")
+    try:
+        refuse_old_config(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False)), path.parent)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return config
 
 

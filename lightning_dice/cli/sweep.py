@@ -27,7 +27,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,6 +34,7 @@ from lightning_dice.cli.command import hydra_quote
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.io import number, write_atomically, write_csv
+from lightning_dice.library_internals.hydra import parse_overrides
 from lightning_dice.trials import ERROR, RECORD, Trial, best_first, read_trial, read_trials, write_trial
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ def _version() -> str:
 
 def _swept(config: DictConfig) -> list[str]:
     """The keys that the command line or the sweeper's settings give several values."""
-    parser = OverridesParser.create()
-    overrides = parser.parse_overrides(list(config.hydra.overrides.task))
+    overrides = parse_overrides(config.hydra.overrides.task)
     given = [override.get_key_element().lstrip("+~") for override in overrides if override.is_sweep_override()]
     return list(dict.fromkeys([*(str(key) for key in config.hydra.sweeper.get("params") or {}), *given]))
 

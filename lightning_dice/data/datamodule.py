@@ -20,6 +20,7 @@ from lightning_dice.data.interfaces import Cases, Source, Split
 from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.samplers import EvalSampler, LazyDataLoader, TrainSampler, ignore_signals, seeded, start_method
 from lightning_dice.data.transforms import normalization_of
+from lightning_dice.library_internals.lightning import batch_progress, epoch_progress
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
 Normalize = Callable[[Tensor], Tensor]
@@ -210,9 +211,7 @@ class SegmentationData(lightning.LightningDataModule):
         """Where the training data are: the seed, and the batches done of an epoch that has not ended."""
         if self._train_sampler is None or self.trainer is None:
             return {}
-        loop = self.trainer.fit_loop
-        epoch: Any = loop.epoch_progress.current
-        batch: Any = loop.epoch_loop.batch_progress.current
+        epoch, batch = epoch_progress(self.trainer), batch_progress(self.trainer)
         ended = epoch.processed == epoch.ready
         return {
             "seed": self._train_sampler.entropy,
@@ -410,7 +409,7 @@ def _stack(samples: Sequence[_Prepared]) -> Batch:
     if len(shapes) > 1:
         found = ", ".join(f"{s.case}: {'x'.join(map(str, s.image.shape[1:]))}" for s in samples)
         raise DataError(
-            f"the images of a training batch must share one size, got {found}: crop them to one (data.size=[256,256]), "
+            f"the images of a training batch must share one size, got {found}: crop them to one (data.patch_size=[256,256]), "
             f"or set data.batch_size=1"
         )
     return Batch(

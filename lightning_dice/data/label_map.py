@@ -88,24 +88,24 @@ class LabelMap:
         classes: Sequence[str],
         activation: Literal["softmax", "sigmoid"] = "softmax",
         ignore_index: int | None = 255,
-        values: Mapping[int, int] | None = None,
+        label_map: Mapping[int, int] | None = None,
     ) -> LabelMap:
         """Masks of ids, as `MaskFormat` has them: 0, 1, 2 ... (softmax), or 1, 2 ... above a background of 0 (sigmoid).
 
         Args:
             classes: their names.
             activation: see the class.
-            ignore_index: stored, or mapped to by `values`.
-            values: stored value -> id, where they differ.
+            ignore_index: stored, or mapped to by `label_map`.
+            label_map: stored value -> id, where they differ.
         """
         names = tuple(str(name) for name in classes)
-        mapped = {int(key): int(value) for key, value in (values or {}).items()}
+        mapped = {int(key): int(value) for key, value in (label_map or {}).items()}
         first = int(activation == "sigmoid")
         ids = range(first + len(names))
         extra = [label for label in mapped.values() if label not in ids and label != ignore_index]
         if extra:
             raise ValueError(
-                f"values must map to the ids 0 to {ids[-1]} or ignore_index={ignore_index}, got {extra[0]}"
+                f"label_map must map to the ids 0 to {ids[-1]} or ignore_index={ignore_index}, got {extra[0]}"
             )
 
         def stored(label: int) -> tuple[int, ...]:

@@ -38,15 +38,15 @@ PARTS = ("image", "mask", "places")
 class PatchSampler:
     """How patches are cut from the cases of a training split.
 
-    By a chance of `foreground` a patch lies around a voxel of a class drawn evenly from the classes that the case has,
+    By a chance of `oversample_foreground` a patch lies around a voxel of a class drawn evenly from the classes that the case has,
     the background apart, as far as the image's borders allow; else it lies anywhere in the image. nnU-Net has the
     foreground in the last third of each batch instead. Where an image is smaller than a patch it lies in the middle:
     the image's border is repeated, and the mask there holds `ignore_index` (without one, 0).
 
     Args:
-        size: of a patch, in pixels along each axis, at the network's spacing.
-        foreground: the share of patches that are centred on foreground.
-        per_case: patches of each case in an epoch. `None`: as many as its volume holds, at least one.
+        patch_size: of a patch, in pixels along each axis, at the network's spacing.
+        oversample_foreground: the share of patches that are centred on foreground.
+        patches_per_image: patches of each case in an epoch. `None`: as many as its volume holds, at least one.
         ignore_index: the label of pixels that count as nothing, which is no foreground either.
         cache: GiB of decoded images that each training process keeps in memory; its workers share them out.
         cache_folder: where decoded images that the memory has no room for are kept as files, from which a patch is read
@@ -57,23 +57,29 @@ class PatchSampler:
         ValueError: for a setting out of its range.
     """
 
-    size: Sequence[int]
-    foreground: float = 1 / 3
-    per_case: int | None = 1
+    patch_size: Sequence[int]
+    oversample_foreground: float = 1 / 3
+    patches_per_image: int | None = 1
     ignore_index: int | None = 255
     cache: float = 2.0
     cache_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, (int, str)) or not all(isinstance(n, int) and n > 0 for n in self.size):
-            raise ValueError(f"size must be the pixels of a patch along each axis, got {self.size!r}")
-        if not 0 <= self.foreground <= 1:
-            raise ValueError(f"foreground must be a share of the patches in [0, 1], got {self.foreground!r}")
-        if self.per_case is not None and (not isinstance(self.per_case, int) or self.per_case < 1):
-            raise ValueError(f"per_case must be None or an integer of at least 1, got {self.per_case!r}")
+        if isinstance(self.patch_size, (int, str)) or not all(isinstance(n, int) and n > 0 for n in self.patch_size):
+            raise ValueError(f"patch_size must be the pixels of a patch along each axis, got {self.patch_size!r}")
+        if not 0 <= self.oversample_foreground <= 1:
+            raise ValueError(
+                f"oversample_foreground must be a share of the patches in [0, 1], got {self.oversample_foreground!r}"
+            )
+        if self.patches_per_image is not None and (
+            not isinstance(self.patches_per_image, int) or self.patches_per_image < 1
+        ):
+            raise ValueError(
+                f"patches_per_image must be None or an integer of at least 1, got {self.patches_per_image!r}"
+            )
         if not self.cache >= 0:
             raise ValueError(f"cache must be GiB, at least 0, got {self.cache!r}")
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "patch_size", tuple(int(n) for n in self.patch_size))
 
     def of(self, cases: Cases) -> PatchCases:
         """The patches of some cases.
@@ -83,17 +89,17 @@ class PatchSampler:
                 not tell whether they have changed.
         """
         axes = {len(size) for size in cases.sizes[:1]}
-        if axes and axes != {len(self.size)}:
-            raise ValueError(f"size must be of the images' {axes.pop()} axes, got {list(self.size)} (data.size)")
+        if axes and axes != {len(self.patch_size)}:
+            raise ValueError(f"patch_size must be of the images' {axes.pop()} axes, got {list(self.patch_size)}")
         if self.cache_folder is not None and not hasattr(cases, "stamp"):
             raise ValueError("cache_folder must be null for these cases, which do not tell whether they have changed")
         return PatchCases(cases, self)
 
 
 def windows(
-    window: Sequence[int] | None,
-    windows: int | None = None,
-    foreground: float = 0.0,
+    read_size: Sequence[int] | None,
+    patches_per_image: int | None = None,
+    oversample_foreground: float = 0.0,
     ignore_index: int | None = 255,
     cache: float = 2.0,
 ) -> PatchSampler | None:
@@ -103,13 +109,13 @@ def windows(
         ValueError: as by `PatchSampler`.
 
     >>> windows(None)
-    >>> windows([768, 768], foreground=0.5).per_case
+    >>> windows([768, 768], oversample_foreground=0.5).patches_per_image
     """
-    if window is None:
+    if read_size is None:
         return None
-    if isinstance(window, (int, str)) or len(window) != 2:
-        raise ValueError(f"window must be pixels along both axes, such as [768,768], got {window!r}")
-    return PatchSampler(window, foreground, windows, ignore_index, cache)
+    if isinstance(read_size, (int, str)) or len(read_size) != 2:
+        raise ValueError(f"read_size must be pixels along both axes, such as [768,768], got {read_size!r}")
+    return PatchSampler(read_size, oversample_foreground, patches_per_image, ignore_index, cache)
 
 
 class OpenCase(Protocol):
@@ -188,7 +194,7 @@ class _Decoded:
 
 
 class PatchCases:
-    """Patches as a data set: `per_case` of each case, drawn by torch's random state.
+    """Patches as a data set: `patches_per_image` of each case, drawn by torch's random state.
 
     Args:
         cases: whole images with masks of their size.
@@ -197,10 +203,10 @@ class PatchCases:
 
     def __init__(self, cases: Cases, sampler: PatchSampler) -> None:
         self.cases, self.sampler = cases, sampler
-        patch = math.prod(sampler.size)
-        each = [sampler.per_case or max(1, math.prod(size) // patch) for size in cases.sizes]
+        patch = math.prod(sampler.patch_size)
+        each = [sampler.patches_per_image or max(1, math.prod(size) // patch) for size in cases.sizes]
         self._ends = list(accumulate(each))
-        self.sizes: Sequence[tuple[int, ...]] = [tuple(sampler.size)] * sum(each)
+        self.sizes: Sequence[tuple[int, ...]] = [tuple(sampler.patch_size)] * sum(each)
         self._kept: dict[int, OpenCase] = {}
         self._places: dict[int, NDArray[np.int64]] = {}
 
@@ -216,7 +222,7 @@ class PatchCases:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         start = self._start(number, opened, rng)
         inside, margins = [], []
-        for first, length, n in zip(start, self.sampler.size, opened.size, strict=True):
+        for first, length, n in zip(start, self.sampler.patch_size, opened.size, strict=True):
             inside.append(slice(max(first, 0), min(first + length, n)))
             margins.append((max(-first, 0), max(first + length - n, 0)))
         sample = opened.window(tuple(inside))
@@ -233,13 +239,13 @@ class PatchCases:
     def _start(self, number: int, opened: OpenCase, rng: np.random.Generator) -> tuple[int, ...]:
         """The first pixel of a patch; below 0 where the image is smaller."""
         space = opened.size
-        low = [min(0, -((p - n) // 2)) for n, p in zip(space, self.sampler.size, strict=True)]
-        high = [max(first, n - p) for first, n, p in zip(low, space, self.sampler.size, strict=True)]
-        if rng.random() < self.sampler.foreground and len(places := self._places_of(number, opened)):
+        low = [min(0, -((p - n) // 2)) for n, p in zip(space, self.sampler.patch_size, strict=True)]
+        high = [max(first, n - p) for first, n, p in zip(low, space, self.sampler.patch_size, strict=True)]
+        if rng.random() < self.sampler.oversample_foreground and len(places := self._places_of(number, opened)):
             ids = places[:, 0]
             first, last = np.searchsorted(ids, rng.choice(np.unique(ids)) + np.arange(2))
             center = np.unravel_index(int(places[rng.integers(first, last), 1]), space)
-            wanted = [int(c) - p // 2 for c, p in zip(center, self.sampler.size, strict=True)]
+            wanted = [int(c) - p // 2 for c, p in zip(center, self.sampler.patch_size, strict=True)]
             return tuple(min(max(w, a), b) for w, a, b in zip(wanted, low, high, strict=True))
         return tuple(int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
 

@@ -59,7 +59,7 @@ class SyntheticSource:
         activation: of the network to be trained, which decides how a mask is written, see `Sample`.
         ignore_index: the label of pixels to be ignored. None is ever drawn; checked not to be a class.
         cases: in each split: a mapping, or three numbers for train, val and test. 0 for no such split.
-        foreground: expected share of the pixels that are objects, in (0, 0.5]. Each class gets an equal part of
+        foreground_fraction: expected share of the pixels that are objects, in (0, 0.5]. Each class gets an equal part of
             it; where classes overlap, a pixel counts for each.
         contrast: mean difference of an object from its surroundings, where black is 0 and white 1.
         noise: standard deviation of the noise, on the same scale.
@@ -85,7 +85,7 @@ class SyntheticSource:
         activation: Literal["sigmoid", "softmax"] = "sigmoid",
         ignore_index: int | None = 255,
         cases: Mapping[str, int] | Sequence[int] = (160, 40, 40),
-        foreground: float = 0.03,
+        foreground_fraction: float = 0.03,
         contrast: float = 0.25,
         noise: float = 0.05,
         seed: int = 0,
@@ -112,8 +112,10 @@ class SyntheticSource:
                 f"ignore_index must be None or an integer outside the labels of a mask, 0 to {labels - 1}, "
                 f"got {ignore_index!r}"
             )
-        if not 0 < foreground <= 0.5:
-            raise ValueError(f"foreground must be a share of the pixels in (0, 0.5], got {foreground!r}")
+        if not 0 < foreground_fraction <= 0.5:
+            raise ValueError(
+                f"foreground_fraction must be a share of the pixels in (0, 0.5], got {foreground_fraction!r}"
+            )
         for name, value in (("contrast", contrast), ("noise", noise)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], where black is 0 and white 1, got {value!r}")
@@ -130,7 +132,7 @@ class SyntheticSource:
             size=tuple(int(s) for s in size),
             looks=len(classes) - background,
             overlap=not background,
-            foreground=foreground,
+            foreground_fraction=foreground_fraction,
             contrast=contrast,
             noise=noise,
         )
@@ -222,7 +224,7 @@ class _Scene:
     size: tuple[int, ...]
     looks: int
     overlap: bool
-    foreground: float
+    foreground_fraction: float
     contrast: float
     noise: float
 
@@ -237,7 +239,7 @@ class _Scene:
         planes = np.zeros((self.looks, *self.size), dtype=bool)
         if rng.random() >= EMPTY:
             # The amount differs from image to image, by a factor of mean 1.
-            pixels = self.foreground / (1 - EMPTY) * rng.uniform(0.4, 1.6) * math.prod(self.size)
+            pixels = self.foreground_fraction / (1 - EMPTY) * rng.uniform(0.4, 1.6) * math.prod(self.size)
             part = rng.uniform(0.4, 1.6, size=self.looks) * (rng.random(self.looks) >= ABSENT)
             if not part.any():
                 part[rng.integers(self.looks)] = 1

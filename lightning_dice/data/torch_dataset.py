@@ -56,11 +56,11 @@ class DatasetCases:
         image, mask = self.pictures(index)
         check_size(mask.size, image, str(mask.path))
         try:
-            encoded = self.mask_format.encode(self.mask_format.read_planes(mask), self.mask_format.stacked)
+            encoded = self.mask_format.encode(self.mask_format.read_planes(mask), self.mask_format.multichannel_masks)
         except ValueError as wrong:
             if isinstance(wrong, DataError):
                 raise
-            raise DataProblem(str(wrong), mask.path, "Set data.values or data.classes.") from wrong
+            raise DataProblem(str(wrong), mask.path, "Set data.label_map or data.classes.") from wrong
         return Sample(self.image_format.image(image), encoded, self.names[index])
 
     def pictures(self, index: int) -> tuple[Picture, Picture]:
@@ -105,7 +105,7 @@ class DatasetSource(PictureSource):
         seed: of this draw.
         workers: threads that `check` reads with; by default up to 8.
         bands: which channels the images are, and
-        white: the value that becomes 1, as in `ImageFormat`.
+        max_value: the value that becomes 1, as in `ImageFormat`.
 
     Raises:
         ValueError: for settings that cannot be.
@@ -140,11 +140,11 @@ class DatasetSource(PictureSource):
         seed: int = 0,
         workers: int | None = None,
         bands: Sequence[int] | None = None,
-        white: float | None = None,
+        max_value: float | None = None,
     ) -> None:
         if not callable(dataset):
             raise ValueError(f"dataset must be a class, or what else makes data sets, got {dataset!r}")
-        super().__init__(root, ImageFormat(channels, bands, white), mask_format, fractions, seed, workers)
+        super().__init__(root, ImageFormat(channels, bands, max_value), mask_format, fractions, seed, workers)
         self.dataset = dataset
         self.arguments: dict[Split, dict[str, Any]] = {}
         splits: dict[Split, Mapping[str, Any] | None] = {"train": train, "val": val, "test": test}
@@ -163,7 +163,7 @@ class DatasetSource(PictureSource):
         Raises:
             DataError: as in `check`.
         """
-        planes = tuple(self.mask_format.classes) if self.mask_format.stacked else ()
+        planes = tuple(self.mask_format.classes) if self.mask_format.multichannel_masks else ()
         facts: dict[Split, list[ImageFacts]] = {}
         for split, cases in self._open().items():
             with ThreadPoolExecutor(self.workers) as pool:

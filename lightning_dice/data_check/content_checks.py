@@ -109,7 +109,7 @@ def _values(found: SurveyResult) -> Iterator[Finding]:
             "error",
             f"labels that no class has in the masks of {cases_in_words(len(strange))}: {_listed(values)}",
             "Such a pixel has no class: losses and scores refuse it.",
-            "Name all classes in data.classes, or map the values (data.values).",
+            "Name all classes in data.classes, or map the values (data.label_map).",
             [case.key for case in strange],
             [", ".join(f"{value}: {count} pixels" for value, count in case.strange.items()) for case in strange],
         )
@@ -206,7 +206,7 @@ def _geometry(found: SurveyResult) -> Iterator[Finding]:
             "note",
             f"{cases_in_words(len(less), 'training image')} smaller than the crops of {_size(crop)}",
             "They are padded; the pixels added are ignored, and cost time.",
-            f"Choose a smaller data.size, such as {_median_size(less)}.",
+            f"Choose a smaller data.patch_size, such as {_median_size(less)}.",
             [case.key for case in less],
             [_size(case.size) for case in less],
         )
@@ -307,7 +307,7 @@ def _absent_classes(found: SurveyResult) -> Iterator[Finding]:
             "error" if nothing else "warning",
             f"no pixel of the {split} split is {names}" + (": there is nothing to learn" if nothing else ""),
             "A class that never occurs cannot be learned." if split == "train" else "It has no score there.",
-            "Look at the order of the names in data.classes, at data.values, which says what the masks' numbers mean, "
+            "Look at the order of the names in data.classes, at data.label_map, which says what the masks' numbers mean, "
             "and at how the cases were divided.",
         )
 
@@ -321,7 +321,7 @@ def _blank_masks(found: SurveyResult) -> Iterator[Finding]:
             "warning",
             f"{cases_in_words(len(ignored), 'mask')} with nothing but the ignored label",
             "They teach nothing, and have no score.",
-            "Leave them out, or see whether the ignored label is a class: data.values.",
+            "Leave them out, or see whether the ignored label is a class: data.label_map.",
             [case.key for case in ignored],
         )
     out = {case.key for case in ignored}
@@ -336,7 +336,7 @@ def _blank_masks(found: SurveyResult) -> Iterator[Finding]:
                 "warning",
                 f"no foreground but ignored pixels in {cases_in_words(len(veiled), 'mask')} of the {split} split",
                 "If the ignored label is foreground there, it is never learnt.",
-                f"Set 'data.values={{{task.ignore_index}:1}}', if it is.",
+                f"Set 'data.label_map={{{task.ignore_index}:1}}', if it is.",
                 [case.key for case in veiled],
             )
             empty = [case for case in empty if not case.ignored]
@@ -377,7 +377,7 @@ def _blank_masks(found: SurveyResult) -> Iterator[Finding]:
                 "note",
                 f"{task.classes[alone]} is {100 * share:.0f} % of all pixels",
                 "Foreground is rarely the larger part: the masks may be inverted.",
-                "If they are, set 'data.values={0:1,1:0}'.",
+                "If they are, set 'data.label_map={0:1,1:0}'.",
             )
 
 
@@ -395,7 +395,7 @@ def _balance(found: SurveyResult) -> Iterator[Finding]:
             f"classes of less than {100 * RARE:g} % of the training's pixels: "
             + ", ".join(f"{task.classes[index]} {100 * train[index]:.2g} %" for index in rare),
             "Many crops hold nothing of them; cross-entropy alone forgets them.",
-            "Start with loss=dice_ce, try loss=focal_tversky; larger crops (data.size) show more of them.",
+            "Start with loss=dice_ce, try loss=focal_tversky; larger crops (data.patch_size) show more of them.",
         )
     for split, part in shares.items():
         if split == "train" or min(len(found.of("train")), len(found.of(split))) < 2 * FEW:

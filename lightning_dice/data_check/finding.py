@@ -1,4 +1,4 @@
-"""One thing found."""
+"""Findings: what the checks report."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
-# All there are, but for what a training refuses: by these names they can be accepted.
+# The kinds that can be accepted by name: all except "refused", which training does not accept either.
 KINDS = (
-    *("absent-classes", "channels", "constant-images", "contradicting-masks", "duplicates"),
-    *("duplicates-across-splits", "empty-masks", "equal-names", "exchanged-masks", "few-cases", "full-masks"),
-    *("ignored-masks", "images-like-masks", "inverted-masks", "kinds-of-images", "loose-masks"),
-    *("mask-sizes", "masks-off-their-images", "no-test", "no-validation", "nonfinite-values", "objects-of-many-sizes"),
-    *("rare-classes", "sizes", "smaller-than-crops", "spacings", "thin-structures", "tiny-objects", "turned-masks"),
+    *("absent-classes", "channels", "constant-images", "contradicting-masks", "duplicate-names", "duplicates"),
+    *("duplicates-across-splits", "empty-masks", "few-cases", "full-masks", "ignored-masks", "image-formats"),
+    *("inverted-masks", "mask-like-images", "mask-sizes", "misaligned-masks", "no-test", "no-validation"),
+    *("nonfinite-values", "objects-of-many-sizes", "poorly-fitting-masks", "rare-classes", "sizes"),
+    *("smaller-than-crops", "spacings", "swapped-masks", "thin-structures", "tiny-objects", "turned-masks"),
     *("unequal-splits", "unknown-labels", "unknown-spacing", "unusual-intensities"),
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found.
+    """One problem, or a remarkable property, of a data set.
 
     Attributes:
-        kind: a short name for it, by which it can be accepted.
-        severity: `"error"`: breaks a training or its scores; `"warning"`: may spoil them; `"note"`: good to know.
-        title: what was found, with its count.
-        why: why it matters; a sentence.
-        remedy: what to do, or which setting.
-        cases: the cases concerned, as `split/name`, or files where no case could be read.
-        details: what is to be said of each of `cases`; as many, or none.
-        partners: the case that each of `cases` is to be looked at beside; as many, or none.
+        kind: short name, by which users accept it.
+        severity: `"error"`: training or its scores fail; `"warning"`: they may suffer; `"note"`: worth knowing.
+        title: the finding in one line, with its count.
+        why: why it matters, in a sentence or two.
+        remedy: what to do, or which setting to change.
+        cases: cases concerned, as `split/name`, or files if no case could be read.
+        details: a text for each of `cases`; as many, or none.
+        partners: for each of `cases`, the case to compare it with; as many, or none.
+
+    >>> Finding("no-test", "note", "there is no test split").cases
+    ()
     """
 
     kind: str
@@ -44,3 +47,12 @@ class Finding:
     cases: Sequence[str] = field(default_factory=tuple)
     details: Sequence[str] = field(default_factory=tuple)
     partners: Sequence[str] = field(default_factory=tuple)
+
+
+def pluralize(count: int, noun: str = "case") -> str:
+    """Return a number with its noun.
+
+    >>> pluralize(1), pluralize(2, "image")
+    ('1 case', '2 images')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dice.argument_checks import one_of
+from lightning_dice.argument_checks import check_choice
 from lightning_dice.functional.model_outputs import crop_to, read_logits, resize_to
+from lightning_dice.library_internals.torch import unspecialized_sizes
 
 if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule
@@ -31,7 +31,7 @@ class NotExportable(ValueError):
 class ExportWrapper(nn.Module):
     """What an exported file computes of images `(batch, channels, *space)`.
 
-    The image is normalized, its last rows and columns are repeated up to a multiple of the module's divisor, the
+    The image is normalized, its last rows and columns are repeated up to a multiple of the module's size_divisor, the
     network runs, its finest logits are cropped to the image again and, if so asked for, become probabilities or labels.
     That is the module's own arithmetic, but for the removal of small components, which is not a matter of single
     pixels, and for windows and flips.
@@ -46,7 +46,7 @@ class ExportWrapper(nn.Module):
             wrong in the fourth digit, which moves logits by as much as half.
 
     >>> from lightning_dice import SegmentationModule
-    >>> deployed = ExportWrapper(SegmentationModule(nn.Conv2d(1, 1, 3, padding=1), divisor=4), graph="labels")
+    >>> deployed = ExportWrapper(SegmentationModule(nn.Conv2d(1, 1, 3, padding=1), size_divisor=4), graph="labels")
     >>> labels = deployed(torch.zeros(2, 1, 5, 7))
     >>> labels.shape, labels.dtype
     (torch.Size([2, 1, 5, 7]), torch.uint8)
@@ -66,25 +66,29 @@ class ExportWrapper(nn.Module):
             tensor.data = tensor.data.contiguous()
             tensor.requires_grad_(False)
         self.normalize, self.wide = normalize, wide
-        self.graph: Graph = one_of("graph", graph, Graph)
-        self.divisor = module.divisor
+        self.graph: Graph = check_choice("graph", graph, Graph)
+        self.size_divisor = module.size_divisor
         predictor = module.predictor("cpu")
-        self.decision, self.activation, self.threshold = predictor.decision, predictor.activation, predictor.threshold
+        self.postprocessing, self.activation, self.threshold = (
+            predictor.postprocessing,
+            predictor.activation,
+            predictor.threshold,
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits, probabilities or labels of images `(batch, channels, *space)`."""
         space = tuple(image.shape[2:])
         if self.normalize is not None:
             image = torch.vmap(self.normalize)(image.double() if self.wide else image).to(image.dtype)
-        logits = read_logits(self.net(_padded(image, self.divisor)))[0]
-        logits = crop_to(resize_to(logits, tuple(_up(size, self.divisor) for size in space)), space)
+        logits = read_logits(self.net(_padded(image, self.size_divisor)))[0]
+        logits = crop_to(resize_to(logits, tuple(_up(size, self.size_divisor) for size in space)), space)
         if self.graph == "logits":
             return logits
         # A decision takes the classes first; whatever follows are pixels to it.
         first = logits.movedim(1, 0)
         if self.graph == "probabilities":
-            return self.decision.probabilities(first, activation=self.activation).movedim(0, 1)
-        labels = self.decision.pixelwise(first, activation=self.activation, threshold=self.threshold)
+            return self.postprocessing.probabilities(first, activation=self.activation).movedim(0, 1)
+        labels = self.postprocessing.pixelwise(first, activation=self.activation, threshold=self.threshold)
         return labels if self.activation == "softmax" else labels.movedim(0, 1).to(torch.uint8)
 
 
@@ -131,12 +135,12 @@ def capture(
     Raises:
         NotExportable: there is no graph, or none for images of any size.
     """
-    divisor = deployed.divisor
+    size_divisor = deployed.size_divisor
     failure: Exception | None = None
     # With an example of two images, the graph that torch makes is mostly right for any number.
     for batch, open_batch in ((2, True), (1, False)):
         # Sizes that are equal by chance would be taken for equal by law.
-        space = tuple(2 * divisor + 3 * axis + 1 for axis in range(ndim)) if size is None else tuple(size)
+        space = tuple(2 * size_divisor + 3 * axis + 1 for axis in range(ndim)) if size is None else tuple(size)
         names = (*(("batch",) if open_batch else ()), *(SPACE[ndim] if size is None else ()))
         example = torch.rand(batch, channels, *space)
         try:
@@ -144,12 +148,12 @@ def capture(
         except Exception as error:  # Whatever torch, or the network, brings up.
             failure = failure or error
             continue
-        refusal = _refusal(program, _probes(example, names, divisor), deployed, portable=portable)
+        refusal = _refusal(program, _probes(example, names, size_divisor), deployed, portable=portable)
         if refusal is None:
             # Some graphs need more than one cell of the coarsest features along each axis.
-            cell = torch.rand(batch, channels, *[divisor] * ndim)
+            cell = torch.rand(batch, channels, *[size_divisor] * ndim)
             large = size is None and _refusal(program, [cell], deployed, portable=portable) is not None
-            return ExportedGraph(_cleaned(program), names, divisor + 1 if large else 1)
+            return ExportedGraph(_cleaned(program), names, size_divisor + 1 if large else 1)
         failure = failure or refusal
     reason = " ".join(str(failure).strip().splitlines()[:1]) or type(failure).__name__
     raise NotExportable(f"{type(failure).__name__}: {reason}") from failure
@@ -174,28 +178,12 @@ def takes_batches(normalize: Callable[[Tensor], Tensor] | None, channels: int, n
 
 def _exported(module: nn.Module, example: Tensor, open_axes: Sequence[int]) -> torch.export.ExportedProgram:
     shapes = {"image": dict.fromkeys(open_axes, torch.export.Dim.DYNAMIC)} if open_axes else None
-    with torch.no_grad(), _sizes_of_one_too(), warnings.catch_warnings():
+    with torch.no_grad(), unspecialized_sizes(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
 
 
-@contextmanager
-def _sizes_of_one_too() -> Iterator[None]:
-    """Let a graph hold where an axis is 1 or a multiple of the divisor, which torch takes for special cases else."""
-    import torch.fx.experimental._config as settings
-
-    name = "backed_size_oblivious"
-    before = getattr(settings, name, None)  # torch 2.6 does not have it.
-    if before is not None:
-        setattr(settings, name, True)
-    try:
-        yield
-    finally:
-        if before is not None:
-            setattr(settings, name, before)
-
-
-def _probes(example: Tensor, dynamic: Sequence[str], divisor: int) -> list[Tensor]:
+def _probes(example: Tensor, dynamic: Sequence[str], size_divisor: int) -> list[Tensor]:
     """Images of sizes at which graphs go wrong: exact multiples, one image, another number of coarse cells."""
     space = tuple(example.shape[2:])
     batch = 3 if "batch" in dynamic else len(example)
@@ -203,8 +191,8 @@ def _probes(example: Tensor, dynamic: Sequence[str], divisor: int) -> list[Tenso
         return [torch.rand(count, *example.shape[1:]) for count in sorted({1, batch})]
     one = 1 if "batch" in dynamic else len(example)
     channels = example.shape[1]
-    exact = [2 * divisor] * len(space)
-    longer = [(4 if axis == len(space) - 1 else 3) * divisor + 2 * axis + 1 for axis in range(len(space))]
+    exact = [2 * size_divisor] * len(space)
+    longer = [(4 if axis == len(space) - 1 else 3) * size_divisor + 2 * axis + 1 for axis in range(len(space))]
     return [torch.rand(one, channels, *exact), torch.rand(batch, channels, *longer)]
 
 
@@ -251,18 +239,18 @@ def differs(found: Tensor, expected: Tensor) -> str | None:
     return None if largest <= 1e-3 * scale else f"its values differ by up to {largest:.3g} (of {scale:.3g})"
 
 
-def _padded(image: Tensor, divisor: int) -> Tensor:
+def _padded(image: Tensor, size_divisor: int) -> Tensor:
     """As `pad_to_multiple`, without a question about the size that a graph would answer once and for all."""
-    if divisor == 1:
+    if size_divisor == 1:
         return image
     padding: list[int] = []
     for size in reversed(image.shape[2:]):
-        padding += [0, _up(size, divisor) - size]
+        padding += [0, _up(size, size_divisor) - size]
     return F.pad(image, padding, mode="replicate")
 
 
-def _up(size: int, divisor: int) -> int:
-    return (size + divisor - 1) // divisor * divisor
+def _up(size: int, size_divisor: int) -> int:
+    return (size + size_divisor - 1) // size_divisor * size_divisor
 
 
 def _cleaned(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

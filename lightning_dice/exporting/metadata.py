@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_dice.module import SegmentationModule
 
 SCHEMA = Path(__file__).with_name("schema.json")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _PACKAGES = ("lightning-dice", "torch", "lightning", "torchvision", "segmentation-models-pytorch", "monai")
 _WRITERS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch_export": (), "safetensors": ("safetensors",)}
@@ -62,7 +62,7 @@ def describe(
         own_scores: whether the run's table of cases is of these weights and settings.
     """
     data, predictor = run["data"], module.predictor("cpu")
-    decision, softmax = predictor.decision, predictor.activation == "softmax"
+    decision, softmax = predictor.postprocessing, predictor.activation == "softmax"
     channels = int(data["channels"])
     classes = [str(name) for name in data["classes"]]
     labels_first = [axis for axis in axes(ndim) if axis != "channels"]
@@ -71,7 +71,7 @@ def describe(
     window = predictor.window if size is None else SlidingWindow(size)
     fingerprint = _fingerprint(folder)
     # By which the training read other values than those of the files.
-    settings = [f"data.{key}={data[key]}" for key in ("white", "bands", "nodata") if data.get(key) is not None]
+    settings = [f"data.{key}={data[key]}" for key in ("max_value", "bands", "nodata") if data.get(key) is not None]
     return {
         "schema": "lightning-dice/model",
         "schema_version": SCHEMA_VERSION,
@@ -115,18 +115,18 @@ def describe(
         ],
         "other_value": None if softmax else _stored(data, 0),
         "activation": predictor.activation,
-        "decision": {
+        "postprocessing": {
             **decision.settings(),
             "threshold": None if softmax else predictor.threshold,
             "inside": graph == "labels",
             "calibration": None if decision.origin is None else Path(decision.origin).name,
         },
         "ignore_index": data.get("ignore_index"),
-        "divisor": {"pixels": module.divisor, "inside": True},
+        "size_divisor": {"pixels": module.size_divisor, "inside": True},
         "window": None
         if window is None
-        else {"size": list(window.size), "overlap": window.overlap, "weighting": window.weighting},
-        "flips": list(predictor.flips.axes),
+        else {"size": list(window.size), "overlap": window.overlap, "importance_map": window.importance_map},
+        "mirror_axes": list(predictor.mirroring.axes),
         "scores": case_scores(folder, classes) if own_scores else None,
         "training": _training(run, checkpoint, folder),
         "verification": None,
@@ -144,7 +144,7 @@ _VALUES = {
 
 def thresholds(facts: Mapping[str, Any]) -> list[float]:
     """The probability of each class above which a pixel is of it (sigmoid), or by which probabilities are divided."""
-    decision, classes = facts["decision"], facts["classes"]
+    decision, classes = facts["postprocessing"], facts["classes"]
     if decision["thresholds"] is not None:
         return [float(value) for value in decision["thresholds"]]
     return [float(decision["threshold"] or 0.5)] * len(classes)
@@ -179,7 +179,7 @@ def _training(run: Mapping[str, Any], checkpoint: Mapping[str, Any], folder: Pat
         "loss": _plain(run["module"]["loss"]),
         "optimizer": _plain(run["module"].get("optimizer")),
         "scheduler": _plain(run["module"].get("scheduler")),
-        "size": _plain(data.get("size")),
+        "size": _plain(data.get("patch_size")),
         "batch_size": data.get("batch_size"),
         "precision": trainer.get("precision"),
         "seed": run.get("seed"),
@@ -207,7 +207,7 @@ def _stored(data: Mapping[str, Any], label: int) -> int | list[int]:
     colors = data.get("colors")
     if colors and label < len(colors):
         return [int(part) for part in colors[label]]
-    values = data.get("values") or {}
+    values = data.get("label_map") or {}
     for old, new in values.items():
         if int(new) == label and str(old).lstrip("-").isdigit():
             return int(old)

@@ -81,8 +81,8 @@ def _input(facts: Mapping[str, Any]) -> str:
         lines.append(f"normalization: `{_call(transform)}`, to be done before")
     if normalization["intensities"] is not None:
         lines.append(f"intensities: normalized by {normalization['intensities']}, to be done before")
-    if facts["divisor"]["pixels"] > 1:
-        lines.append(f"padding to multiples of {facts['divisor']['pixels']} pixels is done by the model itself")
+    if facts["size_divisor"]["pixels"] > 1:
+        lines.append(f"padding to multiples of {facts['size_divisor']['pixels']} pixels is done by the model itself")
     return _list(lines)
 
 
@@ -110,9 +110,13 @@ def _usage(facts: Mapping[str, Any], model: Path) -> str:
         ""
         if window is None
         else f"\n\nThe module runs by windows of {_by(window['size'])} pixels with an overlap of {window['overlap']:g} "
-        f"and {window['weighting']} weights: cut images so, and put the logits together."
+        f"and {window['importance_map']} weights: cut images so, and put the logits together."
     )
-    flips = "" if not facts["flips"] else f"\n\nThe module also averages over flips of the space axes {facts['flips']}."
+    flips = (
+        ""
+        if not facts["mirror_axes"]
+        else f"\n\nThe module also averages over flips of the space axes {facts['mirror_axes']}."
+    )
     take = "segment(images)" if len(facts["input"]["axes"]) == 4 else "predict_step(images)  # normalized"
     code = {
         "onnx": "```bash\npip install numpy onnxruntime pillow\npython run_onnx.py picture.png mask.png\n```"
@@ -160,7 +164,7 @@ def _scores(facts: Mapping[str, Any]) -> str:
         return "Not measured for these weights and settings."
     rows = [["class", "Dice", "cases that have a score"]]
     rows += [[name, f"{entry['dice']:.4f}", entry["cases"]] for name, entry in scores["classes"].items()]
-    before = ", before the calibration" if facts["decision"]["calibration"] else ""
+    before = ", before the calibration" if facts["postprocessing"]["calibration"] else ""
     return (
         f"Dice of the run's own evaluation{before}, on {scores['cases']} cases of its {scores['split']} split: the "
         f"mean over the cases, then over the classes, {scores['dice']:.4f}. A class that is neither in a case's mask "
@@ -187,17 +191,17 @@ def _verification(facts: Mapping[str, Any]) -> str:
 
 
 def _calibration(facts: Mapping[str, Any]) -> str:
-    decision = facts["decision"]
+    decision = facts["postprocessing"]
     if decision["calibration"] is None and decision["temperature"] is None and decision["thresholds"] is None:
         threshold = "" if decision["threshold"] is None else f" The threshold is {decision['threshold']:g}."
         return f"Not done: probabilities may be too certain.{threshold}"
     lines = []
     if decision["calibration"]:
         lines.append(f"by the run's `{decision['calibration']}`, on its validation split")
-    for name in ("temperature", "thresholds", "smallest", "largest_only"):
+    for name in ("temperature", "thresholds", "min_size", "keep_largest"):
         if decision[name]:
             lines.append(f"{name}: {decision[name]}")
-    if decision["smallest"] or decision["largest_only"]:
+    if decision["min_size"] or decision["keep_largest"]:
         lines.append("the removal of components is not a part of the file, and was not compared")
     return _list(lines)
 

@@ -82,19 +82,19 @@ def _labels(facts: Mapping[str, Any]) -> list[str]:
         shown = f"Image.fromarray({table}[labels]).save(sys.argv[2])"
         if graph == "labels":
             return ["labels = output", shown]
-        given = facts["decision"]["thresholds"]
+        given = facts["postprocessing"]["thresholds"]
         if given is None:
             return ["labels = output.argmax(0)", shown]
         if graph == "probabilities":
             return [f"labels = (output / np.float32({given})[:, None, None]).argmax(0)", shown]
-        offsets = [(facts["decision"]["temperature"] or 1.0) * math.log(value) for value in given]
+        offsets = [(facts["postprocessing"]["temperature"] or 1.0) * math.log(value) for value in given]
         return [f"labels = (output - np.float32({offsets})[:, None, None]).argmax(0)", shown]
     if graph == "labels":
         planes = "planes = output"
     elif graph == "probabilities":
         planes = f"planes = output > np.float32({thresholds(facts)})[:, None, None]"
     else:
-        scale = facts["decision"]["temperature"] or 1.0
+        scale = facts["postprocessing"]["temperature"] or 1.0
         limits = [scale * math.log(value / (1 - value)) for value in thresholds(facts)]
         planes = f"planes = output > np.float32({limits})[:, None, None]"
     table = f'np.array({[facts["other_value"], values[0]]}, "{_dtype([facts["other_value"], values[0]])}")'

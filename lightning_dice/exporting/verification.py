@@ -113,14 +113,14 @@ def verify(
     module = Predictor(
         predictor.nets,
         window,
-        decision=predictor.decision,
+        postprocessing=predictor.postprocessing,
         activation=predictor.activation,
         threshold=predictor.threshold,
     )
     exported = Predictor(
         [_in_batches(run, batch)],
         window,
-        decision=predictor.decision,
+        postprocessing=predictor.postprocessing,
         activation=predictor.activation,
         threshold=predictor.threshold,
     )
@@ -160,7 +160,7 @@ def labels_of(predictor: Predictor, output: Tensor, graph: Graph) -> Tensor:
         return output if predictor.activation == "softmax" else output.bool()
     if graph == "logits":
         return _pixelwise(predictor, output)
-    decision = predictor.decision
+    decision = predictor.postprocessing
     if predictor.activation == "softmax":
         scale = torch.tensor(decision.thresholds or [1.0] * len(output), dtype=output.dtype)
         ids = (output / scale.view(-1, *[1] * (output.ndim - 1))).argmax(0)
@@ -170,7 +170,7 @@ def labels_of(predictor: Predictor, output: Tensor, graph: Graph) -> Tensor:
 
 
 def _pixelwise(predictor: Predictor, logits: Tensor) -> Tensor:
-    return predictor.decision.pixelwise(logits, activation=predictor.activation, threshold=predictor.threshold)
+    return predictor.postprocessing.pixelwise(logits, activation=predictor.activation, threshold=predictor.threshold)
 
 
 def _labels_at(predictor: Predictor, output: Tensor, graph: Graph, space: tuple[int, ...]) -> Tensor:

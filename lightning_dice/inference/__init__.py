@@ -7,11 +7,11 @@ labels, and `find_postprocessing` reads the one that `lightning_dice.calibrate` 
 from lightning_dice.inference.postprocessing import CALIBRATION, PostProcessing, find_postprocessing, pooled
 from lightning_dice.inference.predictor import Inference, Predictor
 from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow
-from lightning_dice.inference.test_time_augmentation import Flips, mean_logits
+from lightning_dice.inference.test_time_augmentation import Mirroring, mean_logits
 
 __all__ = [
     "CALIBRATION",
-    "Flips",
+    "Mirroring",
     "Inference",
     "Net",
     "PostProcessing",

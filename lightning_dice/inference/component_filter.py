@@ -9,34 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def clean_planes(planes: NDArray[np.bool_], least: float | Sequence[float], largest_only: Iterable[int] = ()) -> None:
+def clean_planes(planes: NDArray[np.bool_], least: float | Sequence[float], keep_largest: Iterable[int] = ()) -> None:
     """Clear the small components of each plane.
 
     Args:
         planes: `(classes, *space)`, changed in place.
         least: pixels of the smallest component that stays, of all classes or of each.
-        largest_only: classes of which only the largest component stays; of equally large ones the first.
+        keep_largest: classes of which only the largest component stays; of equally large ones the first.
 
     >>> planes = np.array([[1, 0, 1, 1]]) == 1
     >>> clean_planes(planes, 2)
     >>> planes.astype(int).tolist()
     [[0, 0, 1, 1]]
     """
-    wanted = _wanted(len(planes), least, largest_only)
+    wanted = _wanted(len(planes), least, keep_largest)
     for plane, (size, largest) in zip(planes, wanted, strict=True):
         for box, component in _too_small(plane, size, largest=largest):
             plane[box][component] = False
 
 
 def clean_ids(
-    ids: NDArray[Any], least: float | Sequence[float], largest_only: Iterable[int] = (), background: int | None = 0
+    ids: NDArray[Any], least: float | Sequence[float], keep_largest: Iterable[int] = (), background: int | None = 0
 ) -> None:
     """Give the small components of each class to the background, in the order of the classes.
 
     Args:
         ids: `(*space)`, changed in place.
         least: as for `clean_planes`.
-        largest_only: as for `clean_planes`.
+        keep_largest: as for `clean_planes`.
         background: the class that removed pixels get, and that is not cleaned; `None`: the class that most pixels
             around the component have, the lowest of equally frequent ones. One that fills the image stays.
 
@@ -50,8 +50,8 @@ def clean_ids(
     classes = int(ids.max(initial=0)) + 1
     given = len(least) if isinstance(least, Sequence) else classes
     if classes > given:
-        raise ValueError(f"smallest must be a number, or one for each class, got {given} and a class {classes - 1}")
-    for index, (size, largest) in enumerate(_wanted(max(given, classes), least, largest_only)):
+        raise ValueError(f"min_size must be a number, or one for each class, got {given} and a class {classes - 1}")
+    for index, (size, largest) in enumerate(_wanted(max(given, classes), least, keep_largest)):
         if index == background or index >= classes:
             continue
         for box, component in _too_small(ids == index, size, largest=largest):
@@ -69,12 +69,12 @@ def clean_ids(
                 ids[wider][inner] = np.bincount(ids[wider][around].astype(np.int64)).argmax()
 
 
-def _wanted(classes: int, least: float | Sequence[float], largest_only: Iterable[int]) -> list[tuple[float, bool]]:
+def _wanted(classes: int, least: float | Sequence[float], keep_largest: Iterable[int]) -> list[tuple[float, bool]]:
     """Of each class, the least size and whether only the largest component stays."""
     sizes = list(least) if isinstance(least, Sequence) else [least] * classes
     if len(sizes) != classes:
-        raise ValueError(f"smallest must be a number, or one for each of the {classes} classes, got {len(sizes)}")
-    only: Collection[int] = set(largest_only)
+        raise ValueError(f"min_size must be a number, or one for each of the {classes} classes, got {len(sizes)}")
+    only: Collection[int] = set(keep_largest)
     return [(size, index in only) for index, size in enumerate(sizes)]
 
 

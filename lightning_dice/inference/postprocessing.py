@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import class_indices, label, number, one_of
+from lightning_dice.argument_checks import check_choice, check_class_indices, check_label, check_number
 from lightning_dice.functional import hard_prediction
 from lightning_dice.inference.component_filter import clean_ids, clean_planes
 from lightning_dice.io import write_atomically
 
 CALIBRATION = "calibration.json"
-VERSION = 1
+VERSION = 2
 Unit = Literal["pixels", "mm"]
 
 
@@ -40,10 +40,10 @@ class PostProcessing:
     Args:
         temperature: T, above 0; above 1 it makes probabilities less certain.
         thresholds: one for each class, in (0, 1); with softmax only their ratios matter.
-        smallest: the size of the smallest connected component that stays, one number or one for each class; 0 keeps
+        min_size: the size of the smallest connected component that stays, one number or one for each class; 0 keeps
             all. Pixels that touch at a corner are connected.
-        unit: of `smallest`: `"pixels"`, or `"mm"`: mm² or mm³ by the spacing of the image.
-        largest_only: classes of which only the largest component stays.
+        unit: of `min_size`: `"pixels"`, or `"mm"`: mm² or mm³ by the spacing of the image.
+        keep_largest: classes of which only the largest component stays.
         background: with softmax, the class that removed pixels get, and whose own components are let be; `None`: the
             class that is most common around the component.
         origin: where this comes from, for messages.
@@ -54,34 +54,38 @@ class PostProcessing:
     >>> logits = torch.tensor([[0.3, -0.3, -3.0]])
     >>> PostProcessing(thresholds=[0.4]).labels(logits, activation="sigmoid")
     tensor([[ True,  True, False]])
-    >>> print(PostProcessing(temperature=1.5, smallest=20))
+    >>> print(PostProcessing(temperature=1.5, min_size=20))
     temperature 1.5, components of at least 20 pixels
     """
 
     temperature: float | None = None
     thresholds: Sequence[float] | None = None
-    smallest: float | Sequence[float] | None = None
+    min_size: float | Sequence[float] | None = None
     unit: Unit = "pixels"
-    largest_only: Iterable[int] = ()
+    keep_largest: Iterable[int] = ()
     background: int | None = 0
     origin: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
-            self._set("temperature", number("temperature", self.temperature, 0, open_ends=True))
+            self._set("temperature", check_number("temperature", self.temperature, 0, open_ends=True))
         if self.thresholds is not None:
             if isinstance(self.thresholds, (int, float, str)) or not len(self.thresholds):
                 raise ValueError(f"thresholds must be a list with one for each class, got {self.thresholds!r}")
-            each = [number("thresholds", value, 0, 1, open_ends=True) for value in self.thresholds]
+            each = [check_number("thresholds", value, 0, 1, open_ends=True) for value in self.thresholds]
             self._set("thresholds", tuple(each))
-        if self.smallest is not None:
-            given: Any = self.smallest
+        if self.min_size is not None:
+            given: Any = self.min_size
             several = isinstance(given, Sequence) and not isinstance(given, str)
-            size = tuple(number("smallest", value) for value in given) if several else number("smallest", given)
-            self._set("smallest", size)
-        one_of("unit", self.unit, Unit)
-        self._set("largest_only", class_indices("largest_only", self.largest_only))
-        label("background", self.background)
+            size = (
+                tuple(check_number("min_size", value) for value in given)
+                if several
+                else check_number("min_size", given)
+            )
+            self._set("min_size", size)
+        check_choice("unit", self.unit, Unit)
+        self._set("keep_largest", check_class_indices("keep_largest", self.keep_largest))
+        check_label("background", self.background)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -90,12 +94,12 @@ class PostProcessing:
         said = [f"temperature {self.temperature:.4g}"] if self.temperature is not None else []
         if self.thresholds is not None:
             said.append("thresholds " + ", ".join(f"{value:.3g}" for value in self.thresholds))
-        if self.smallest:
-            given: Any = self.smallest
+        if self.min_size:
+            given: Any = self.min_size
             sizes = ", ".join(f"{size:g}" for size in (given if isinstance(given, tuple) else (given,)))
             said.append(f"components of at least {sizes} {'pixels' if self.unit == 'pixels' else 'mm² or mm³'}")
-        if self.largest_only:
-            said.append(f"the largest component of class {', '.join(map(str, self.largest_only))}")
+        if self.keep_largest:
+            said.append(f"the largest component of class {', '.join(map(str, self.keep_largest))}")
         return ", ".join(said) or "the most probable class, or the module's threshold"
 
     @property
@@ -106,7 +110,7 @@ class PostProcessing:
     @property
     def cleans(self) -> bool:
         """Whether components may be removed, for which a whole image is needed."""
-        return bool(np.any(self.smallest)) or bool(self.largest_only)
+        return bool(np.any(self.min_size)) or bool(self.keep_largest)
 
     def changes(self, activation: str, threshold: float = 0.5) -> bool:
         """Whether labels can differ from those of `hard_prediction(logits, activation=..., threshold=...)`."""
@@ -164,7 +168,7 @@ class PostProcessing:
             return labels
         planes = labels.dtype == torch.bool
         size = 1.0
-        if self.unit == "mm" and self.smallest:
+        if self.unit == "mm" and self.min_size:
             if spacing is None:
                 raise ValueError(
                     'the smallest components are given in mm, and the spacing of the image is not known: unit="pixels"'
@@ -173,13 +177,13 @@ class PostProcessing:
             if len(spacing) != len(space):
                 raise ValueError(f"spacing must have one number for each of the {len(space)} axes, got {list(spacing)}")
             size = math.prod(spacing)
-        smallest: Any = self.smallest or 0.0
-        least = [value / size for value in smallest] if isinstance(smallest, tuple) else smallest / size
+        min_size: Any = self.min_size or 0.0
+        least = [value / size for value in min_size] if isinstance(min_size, tuple) else min_size / size
         array = labels.cpu().numpy().copy()
         if planes:
-            clean_planes(array, least, self.largest_only)
+            clean_planes(array, least, self.keep_largest)
         else:
-            clean_ids(array, least, self.largest_only, self.background)
+            clean_ids(array, least, self.keep_largest, self.background)
         return torch.from_numpy(array).to(labels.device)
 
     def probabilities(self, logits: Tensor, *, activation: str) -> Tensor:
@@ -192,10 +196,10 @@ class PostProcessing:
         """This decision, with what it leaves open from another: the user's word first, then the calibration's."""
         mine = dataclasses.asdict(self)
         taken = {name: getattr(other, name) for name in ("temperature", "thresholds") if mine[name] is None}
-        if self.smallest is None:
-            taken |= {"smallest": other.smallest, "unit": other.unit}
-        if not self.largest_only:
-            taken["largest_only"] = other.largest_only
+        if self.min_size is None:
+            taken |= {"min_size": other.min_size, "unit": other.unit}
+        if not self.keep_largest:
+            taken["keep_largest"] = other.keep_largest
         return dataclasses.replace(self, **taken, origin=self.origin or other.origin)
 
     def settings(self) -> dict[str, Any]:
@@ -210,7 +214,7 @@ class PostProcessing:
             path: of the file.
             about: plain values that are kept beside it, such as what it was made from.
         """
-        content = {"version": VERSION, "decision": self.settings(), **(about or {})}
+        content = {"version": VERSION, "postprocessing": self.settings(), **(about or {})}
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -222,7 +226,7 @@ class PostProcessing:
             FileNotFoundError: there is no such file.
             ValueError: names the file and what is wrong with it.
         """
-        return cls(**_read(path)["decision"], origin=str(path))
+        return cls(**_read(path)["postprocessing"], origin=str(path))
 
 
 def pooled(decisions: Sequence[PostProcessing], classes_threshold: float = 0.5) -> PostProcessing:
@@ -241,9 +245,9 @@ def pooled(decisions: Sequence[PostProcessing], classes_threshold: float = 0.5) 
     first = decisions[0]
     if len(decisions) == 1 or all(decision == first for decision in decisions):
         return first
-    kinds = {(d.smallest, d.unit, tuple(d.largest_only), d.background) for d in decisions}
+    kinds = {(d.min_size, d.unit, tuple(d.keep_largest), d.background) for d in decisions}
     if len(kinds) > 1:
-        raise ValueError("the networks of an ensemble must remove the same components: smallest, largest_only ...")
+        raise ValueError("the networks of an ensemble must remove the same components: min_size, keep_largest ...")
     given = [decision.thresholds for decision in decisions if decision.thresholds is not None]
     thresholds = None
     if given:
@@ -304,15 +308,15 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a calibration file: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("decision"), dict):
-        raise ValueError(f'{path} is not a calibration file: it holds no "decision"')
+    if not isinstance(content, dict) or not isinstance(content.get("postprocessing"), dict):
+        raise ValueError(f'{path} is not a calibration file: it holds no "postprocessing"')
     if content.get("version") != VERSION:
         raise ValueError(f"{path} has version {content.get('version')!r}, and this package reads {VERSION}")
     known = {entry.name for entry in dataclasses.fields(PostProcessing)} - {"origin"}
-    if unknown := sorted(set(content["decision"]) - known):
+    if unknown := sorted(set(content["postprocessing"]) - known):
         raise ValueError(f"{path}: a decision has no {', '.join(unknown)}, only {', '.join(sorted(known))}")
     try:
-        PostProcessing(**content["decision"])
+        PostProcessing(**content["postprocessing"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return content

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import number, one_of
+from lightning_dice.argument_checks import check_choice, check_number
 from lightning_dice.functional.activations import probabilities
 from lightning_dice.functional.model_outputs import read_logits, resize_to
 from lightning_dice.inference.logit_resampling import resized
 from lightning_dice.inference.postprocessing import PostProcessing, pooled
-from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow, Weighting
-from lightning_dice.inference.test_time_augmentation import Flips, flipped, mean_logits
+from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow, ImportanceMap
+from lightning_dice.inference.test_time_augmentation import Mirroring, flipped, mean_logits
 
 
 class Inference:
@@ -23,40 +23,40 @@ class Inference:
     Args:
         size: of windows, in pixels, for each space axis, as in `SlidingWindow`; `None`: the whole image at once.
         overlap: of windows; this and the following two as in `SlidingWindow`, and without windows of no account.
-        weighting: of windows.
+        importance_map: of windows.
         batch_size: windows that go through the network at once.
-        flips: space axes of `Flips`: 2 of them make 4 predictions of each image, and their mean.
-        decision: how labels are made; by default as `hard_prediction` does.
+        mirror_axes: space axes of `Mirroring`: 2 of them make 4 predictions of each image, and their mean.
+        postprocessing: how labels are made; by default as `hard_prediction` does.
 
     Raises:
         ValueError: a setting out of its range.
 
-    >>> Inference([64, 64], flips=[0]).window
-    SlidingWindow(size=[64, 64], overlap=0.5, weighting='gaussian', batch_size=4)
+    >>> Inference([64, 64], mirror_axes=[0]).window
+    SlidingWindow(size=[64, 64], overlap=0.5, importance_map='gaussian', batch_size=4)
     """
 
     def __init__(
         self,
         size: Sequence[int] | None = None,
         overlap: float = 0.5,
-        weighting: Weighting = "gaussian",
+        importance_map: ImportanceMap = "gaussian",
         batch_size: int = 4,
-        flips: Iterable[int] = (),
-        decision: PostProcessing | None = None,
+        mirror_axes: Iterable[int] = (),
+        postprocessing: PostProcessing | None = None,
     ) -> None:
         # Made in any case, so that a mistake in a setting is told before it is of account.
-        window = SlidingWindow(size if size is not None else [1], overlap, weighting, batch_size)
+        window = SlidingWindow(size if size is not None else [1], overlap, importance_map, batch_size)
         self.window = window if size is not None else None
-        self.flips = Flips(flips)
-        self.decision = decision if decision is not None else PostProcessing()
+        self.mirroring = Mirroring(mirror_axes)
+        self.postprocessing = postprocessing if postprocessing is not None else PostProcessing()
 
     def __repr__(self) -> str:
-        return f"Inference(window={self.window}, flips={list(self.flips.axes)}, decision={self.decision})"
+        return f"Inference(window={self.window}, mirror_axes={list(self.mirroring.axes)}, postprocessing={self.postprocessing})"
 
     @property
     def plain(self) -> bool:
         """Whether logits are what the network makes of the whole image."""
-        return self.window is None and not self.flips.axes
+        return self.window is None and not self.mirroring.axes
 
 
 class Predictor:
@@ -72,8 +72,8 @@ class Predictor:
         nets: each takes images `(batch, channels, *space)` on `device`, in evaluation mode, and returns their logits in
             any of the forms that `lightning_dice.functional.read_logits` knows; a `SegmentationModule` is one.
         window: `None`: the whole image at once.
-        flips: `None`: no flips.
-        decision: how logits become labels; for several networks one, or one for each, whose temperatures are then
+        mirroring: `None`: no mirrored predictions.
+        postprocessing: how logits become labels; for several networks one, or one for each, whose temperatures are then
             applied before the mean (see `lightning_dice.inference.pooled`).
         activation: of the logits, `"sigmoid"` or `"softmax"`.
         threshold: a probability, where the decision has no thresholds and the activation is a sigmoid.
@@ -93,8 +93,8 @@ class Predictor:
         self,
         nets: Sequence[Net],
         window: SlidingWindow | None = None,
-        flips: Flips | None = None,
-        decision: PostProcessing | Sequence[PostProcessing] | None = None,
+        mirroring: Mirroring | None = None,
+        postprocessing: PostProcessing | Sequence[PostProcessing] | None = None,
         *,
         activation: Literal["sigmoid", "softmax"],
         threshold: float = 0.5,
@@ -104,16 +104,18 @@ class Predictor:
         if not self.nets:
             raise ValueError("nets must be at least one network, got none")
         self.window = window
-        self.flips = flips if flips is not None else Flips()
-        self.activation: Literal["sigmoid", "softmax"] = one_of("activation", activation, ("sigmoid", "softmax"))
-        self.threshold = number("threshold", threshold, 0, 1, open_ends=True)
+        self.mirroring = mirroring if mirroring is not None else Mirroring()
+        self.activation: Literal["sigmoid", "softmax"] = check_choice("activation", activation, ("sigmoid", "softmax"))
+        self.threshold = check_number("threshold", threshold, 0, 1, open_ends=True)
         self.device = torch.device(device)
-        decision = decision if decision is not None else PostProcessing()
-        each = [decision] * len(self.nets) if isinstance(decision, PostProcessing) else list(decision)
+        chosen = postprocessing if postprocessing is not None else PostProcessing()
+        each = [chosen] * len(self.nets) if isinstance(chosen, PostProcessing) else list(chosen)
         if len(each) != len(self.nets):
-            raise ValueError(f"decision must be one, or one for each of the {len(self.nets)} nets, got {len(each)}")
-        self.decisions = each
-        self.decision = pooled(each, self.threshold)
+            raise ValueError(
+                f"postprocessing must be one, or one for each of the {len(self.nets)} nets, got {len(each)}"
+            )
+        self.postprocessing_per_net = each
+        self.postprocessing = pooled(each, self.threshold)
 
     @classmethod
     def ensemble(cls, predictors: Sequence[Predictor]) -> Predictor:
@@ -123,7 +125,7 @@ class Predictor:
             ValueError: their activations, devices or thresholds differ, or decisions that cannot be pooled.
         """
         first = predictors[0]
-        undecided = any(d.thresholds is None for predictor in predictors for d in predictor.decisions)
+        undecided = any(d.thresholds is None for predictor in predictors for d in predictor.postprocessing_per_net)
         for name in ("activation", "device", *(["threshold"] if undecided and first.activation == "sigmoid" else [])):
             values = {str(getattr(predictor, name)) for predictor in predictors}
             if len(values) > 1:
@@ -131,8 +133,8 @@ class Predictor:
         return cls(
             [net for predictor in predictors for net in predictor.nets],
             first.window,
-            first.flips,
-            [decision for predictor in predictors for decision in predictor.decisions],
+            first.mirroring,
+            [decision for predictor in predictors for decision in predictor.postprocessing_per_net],
             activation=first.activation,
             threshold=first.threshold,
             device=first.device,
@@ -153,7 +155,7 @@ class Predictor:
         wanted = space if size is None else tuple(int(length) for length in size)
         if len(wanted) != len(space) or min(wanted, default=1) < 1:
             raise ValueError(f"size must be one number of pixels >= 1 for each of the axes {space}, got {size!r}")
-        self.flips.check(len(space))
+        self.mirroring.check(len(space))
         slabs = self._whole(image) if self.window is None else self.window.slabs(image, self._together, self.device)
         return resized(slabs, space, wanted)
 
@@ -191,22 +193,22 @@ class Predictor:
         wanted = tuple(size) if size is not None else tuple(image.shape[1:])
         ids = self.activation == "softmax"
         for start, stop, part in self.slabs(image, size):
-            labels = self.decision.pixelwise(_numbers(part), activation=self.activation, threshold=self.threshold)
+            labels = self.postprocessing.pixelwise(_numbers(part), activation=self.activation, threshold=self.threshold)
             if result is None:
                 result = torch.empty(wanted if ids else (len(part), *wanted), dtype=labels.dtype)
             result[(slice(start, stop) if ids else (slice(None), slice(start, stop)))] = labels.cpu()
         if result is None:
             raise ValueError(f"the image must have pixels, got {tuple(image.shape)}")
-        return self.decision.clean(result, spacing)
+        return self.postprocessing.clean(result, spacing)
 
     def decide(self, logits: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
         """The labels of logits that `logits` made: what `labels` returns, on their device."""
         logits = _numbers(logits)
-        return self.decision.labels(logits, activation=self.activation, threshold=self.threshold, spacing=spacing)
+        return self.postprocessing.labels(logits, activation=self.activation, threshold=self.threshold, spacing=spacing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The probabilities, after the temperature, of logits that `logits` made."""
-        return probabilities(logits, self.activation, self.decision.scale)
+        return probabilities(logits, self.activation, self.postprocessing.scale)
 
     def _whole(self, image: Sliceable) -> Iterator[Slab]:
         batch = torch.as_tensor(image[(slice(None),) * len(image.shape)]).unsqueeze(0).to(self.device)
@@ -219,22 +221,22 @@ class Predictor:
         """Logits of a batch of windows: of the one network, or of the mean over networks."""
         if len(self.nets) == 1:
             return self._mean_of_flips(self.nets[0], batch)
-        scales = [decision.scale for decision in self.decisions]
+        scales = [decision.scale for decision in self.postprocessing_per_net]
         each = (self._mean_of_flips(net, batch) for net in self.nets)
         tempered = (z if scale == 1 else z / scale for z, scale in zip(each, scales, strict=True))
         mean = mean_logits(tempered, self.activation)
         # The decision divides by its temperature, which it has if all networks share it, again.
-        return mean if self.decision.scale == 1 else mean * self.decision.scale
+        return mean if self.postprocessing.scale == 1 else mean * self.postprocessing.scale
 
     def _mean_of_flips(self, net: Net, batch: Tensor) -> Tensor:
         """Logits of the mean over flips of one network's probabilities, before the temperature."""
-        if not self.flips.axes:
+        if not self.mirroring.axes:
             return read_logits(net(batch))[0]
         space = tuple(batch.shape[2:])
         return mean_logits(
             (
                 flipped(resize_to(read_logits(net(flipped(batch, axes)))[0], space), axes)
-                for axes in self.flips.combinations
+                for axes in self.mirroring.combinations
             ),
             self.activation,
         )

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.argument_checks import count, number, one_of
+from lightning_dice.argument_checks import check_choice, check_count, check_number
 from lightning_dice.functional.model_outputs import read_logits, resize_to
 
-Weighting = Literal["gaussian", "constant"]
+ImportanceMap = Literal["gaussian", "constant"]
 Slab = tuple[int, int, Tensor]
 Net = Callable[[Tensor], Any]
 
@@ -48,10 +48,10 @@ class SlidingWindow:
     rows are handed on as soon as no further window touches them.
 
     Args:
-        size: of a window, in pixels, for each space axis. A multiple of the network's divisor, or the network pads each
+        size: of a window, in pixels, for each space axis. A multiple of the network's size_divisor, or the network pads each
             window, as `SegmentationModule` does: that costs time and makes edges within the image.
         overlap: of neighbouring windows, as a share of their size, in [0, 1).
-        weighting: `"gaussian"`: a window's logits count for less towards its edge, where the network sees less;
+        importance_map: `"gaussian"`: a window's logits count for less towards its edge, where the network sees less;
             `"constant"`: equally.
         batch_size: windows that go through the network at once.
 
@@ -71,21 +71,21 @@ class SlidingWindow:
         self,
         size: Sequence[int],
         overlap: float = 0.5,
-        weighting: Weighting = "gaussian",
+        importance_map: ImportanceMap = "gaussian",
         batch_size: int = 4,
     ) -> None:
         if isinstance(size, (int, str)) or not len(size):
             raise ValueError(f"size must be a number of pixels for each space axis, such as [96, 96], got {size!r}")
-        self.size = tuple(count("size", length) for length in size)
-        self.overlap = number("overlap", overlap, 0, 1)
+        self.size = tuple(check_count("size", length) for length in size)
+        self.overlap = check_number("overlap", overlap, 0, 1)
         if self.overlap == 1:
             raise ValueError("overlap must be a number in [0, 1): windows that overlap fully would not move, got 1")
-        self.weighting: Weighting = one_of("weighting", weighting, Weighting)
-        self.batch_size = count("batch_size", batch_size)
+        self.importance_map: ImportanceMap = check_choice("importance_map", importance_map, ImportanceMap)
+        self.batch_size = check_count("batch_size", batch_size)
 
     def __repr__(self) -> str:
         return (
-            f"SlidingWindow(size={list(self.size)}, overlap={self.overlap:g}, weighting={self.weighting!r}, "
+            f"SlidingWindow(size={list(self.size)}, overlap={self.overlap:g}, importance_map={self.importance_map!r}, "
             f"batch_size={self.batch_size})"
         )
 
@@ -108,7 +108,7 @@ class SlidingWindow:
         """What the logits of a window count, float32 `(*size)`."""
         from monai.data.utils import compute_importance_map
 
-        weights: Tensor = compute_importance_map(self.size, mode=self.weighting, sigma_scale=0.125)
+        weights: Tensor = compute_importance_map(self.size, mode=self.importance_map, sigma_scale=0.125)
         return weights
 
     def slabs(self, image: Sliceable, net: Net, device: torch.device | str = "cpu") -> Iterator[Slab]:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.argument_checks import class_indices
+from lightning_dice.argument_checks import check_class_indices
 
 
-class Flips:
+class Mirroring:
     """Test-time augmentation: each image also mirrored, along every combination of some axes.
 
     Args:
@@ -22,18 +22,20 @@ class Flips:
     Raises:
         ValueError: an axis below 0 or named twice; in a call, one that the image does not have.
 
-    >>> Flips([0, 1]).combinations
+    >>> Mirroring([0, 1]).combinations
     [(), (0,), (1,), (0, 1)]
     """
 
     def __init__(self, axes: Iterable[int] = ()) -> None:
         try:
-            self.axes = class_indices("axes", axes)
+            self.axes = check_class_indices("axes", axes)
         except ValueError:
-            raise ValueError(f"flips must be distinct space axes from 0 on, such as [0, 1], got {axes!r}") from None
+            raise ValueError(
+                f"mirror_axes must be distinct space axes from 0 on, such as [0, 1], got {axes!r}"
+            ) from None
 
     def __repr__(self) -> str:
-        return f"Flips({list(self.axes)})"
+        return f"Mirroring({list(self.axes)})"
 
     @property
     def combinations(self) -> list[tuple[int, ...]]:
@@ -43,7 +45,7 @@ class Flips:
     def check(self, space_axes: int) -> None:
         """See that the image has the axes."""
         if any(axis >= space_axes for axis in self.axes):
-            raise ValueError(f"flips must be space axes from 0 to {space_axes - 1}, got {list(self.axes)}")
+            raise ValueError(f"mirror_axes must be space axes from 0 to {space_axes - 1}, got {list(self.axes)}")
 
 
 def flipped(batch: Tensor, axes: Sequence[int]) -> Tensor:

@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw(root, 6 * options.batch)
-        overrides = [f"data.root={root}", f"data.size=[{SIZE},{SIZE}]", f"data.batch_size={options.batch}"]
+        overrides = [f"data.root={root}", f"data.patch_size=[{SIZE},{SIZE}]", f"data.batch_size={options.batch}"]
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             config = hydra.compose(
                 "fit", ["data=folder", f"folder={root}", f"data.num_workers={options.workers}", *overrides]

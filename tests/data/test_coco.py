@@ -273,7 +273,7 @@ def test_no_annotations(tmp_path):
     ("settings", "message"),
     [
         (
-            {"mask_format": MaskFormat(["a"], "sigmoid", values={255: 1})},
+            {"mask_format": MaskFormat(["a"], "sigmoid", label_map={255: 1})},
             "values, colors and stacked are of mask files",
         ),
         ({"annotations": "all.json"}, "has {split} in it, and annotations='all.json' has not"),

@@ -328,7 +328,9 @@ def test_training_leaves_out_the_rest():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_cannot_be_stacked_are_refused(workers):
     data = ready(Source(train=[(4, 4), (4, 6)]), num_workers=workers)
-    message = r"must share one size, got train-\d: 4x\d, train-\d: 4x\d: crop them to one \(data.size=\[256,256\]\), or"
+    message = (
+        r"must share one size, got train-\d: 4x\d, train-\d: 4x\d: crop them to one \(data.patch_size=\[256,256\]\), or"
+    )
     with pytest.raises(ValueError, match=message):
         list(data.train_dataloader())
     cropped = ready(Source(train=[(4, 4), (4, 6)]), num_workers=workers, augment=v2.RandomCrop(4))

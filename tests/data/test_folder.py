@@ -66,8 +66,8 @@ def test_a_case(tmp_path):
 def test_hydras_containers(tmp_path):
     """As from the command line: lists and maps are OmegaConf's, keys may be strings."""
     pairs(tmp_path, "a", "b", mask=MASK * 255)
-    given = OmegaConf.create({"classes": ["background", "lesion"], "values": {255: 1}, "fractions": [0.5, 0.5, 0]})
-    mask_format = MaskFormat(given.classes, values=given["values"])
+    given = OmegaConf.create({"classes": ["background", "lesion"], "label_map": {255: 1}, "fractions": [0.5, 0.5, 0]})
+    mask_format = MaskFormat(given.classes, values=given["label_map"])
     source = FolderSource(str(tmp_path), mask_format, fractions=given.fractions)
     report = source.check()
     assert "lesion" in report
@@ -229,7 +229,7 @@ def test_channels_that_are_classes(tmp_path):
         (tmp_path / f"masks/{case}.png").unlink()
     np.save(tmp_path / "masks/a.npy", stacked)
     tifffile.imwrite(tmp_path / "masks/b.tif", stacked[1:], photometric="minisblack")
-    form = MaskFormat(["artery", "vein"], "softmax", stacked=True)
+    form = MaskFormat(["artery", "vein"], "softmax", multichannel_masks=True)
     source = FolderSource(tmp_path, form, fractions=(1, 0, 0))
     report = source.check()
     assert "2 cases, one mask for each class, softmax" in report
@@ -267,12 +267,12 @@ def test_a_class_of_a_softmax_that_holds_no_ids(tmp_path):
 @pytest.mark.parametrize(
     ("activation", "classes", "values", "expected"),
     [
-        ("softmax", ["background", "lesion"], (0, 255), "'data.values={255:1}'"),
-        ("sigmoid", ["lesion"], (0, 255), "'data.values={255:1}'"),
-        ("softmax", ["background", "cell", "nucleus"], (0, 128, 255), "'data.values={128:1,255:2}'"),
-        ("softmax", ["background", "cell"], (0, 128, 255), "'data.values={128:1}'"),
-        ("sigmoid", ["cell", "nucleus"], (0, 128, 255), "'data.values={128:1,255:2}'"),
-        ("softmax", ["background", "lesion"], (255,), "'data.values={255:1}'"),
+        ("softmax", ["background", "lesion"], (0, 255), "'data.label_map={255:1}'"),
+        ("sigmoid", ["lesion"], (0, 255), "'data.label_map={255:1}'"),
+        ("softmax", ["background", "cell", "nucleus"], (0, 128, 255), "'data.label_map={128:1,255:2}'"),
+        ("softmax", ["background", "cell"], (0, 128, 255), "'data.label_map={128:1}'"),
+        ("sigmoid", ["cell", "nucleus"], (0, 128, 255), "'data.label_map={128:1,255:2}'"),
+        ("softmax", ["background", "lesion"], (255,), "'data.label_map={255:1}'"),
         ("softmax", ["background", "lesion"], (1, 2), "map values to ids"),
     ],
 )
@@ -286,12 +286,12 @@ def test_masks_of_0_and_255_without_an_ignored_label(tmp_path):
     pairs(tmp_path, "a", mask=MASK * 255)
     text = refusal(FolderSource(tmp_path, MaskFormat(["background", "lesion"], ignore_index=None)))
     assert "holds the values 255 (3 pixels), which are not ids: required 0 to 1" in text
-    assert "Set 'data.values={255:1}'." in text
+    assert "Set 'data.label_map={255:1}'." in text
 
 
 def test_the_remedies_for_0_and_255_work(tmp_path):
     pairs(tmp_path, "a", "b", mask=MASK * 255)
-    source = FolderSource(tmp_path, MaskFormat(["background", "lesion"], values={255: 1}))
+    source = FolderSource(tmp_path, MaskFormat(["background", "lesion"], label_map={255: 1}))
     source.check()
     assert torch.equal(source.split("train")[0].mask, torch.from_numpy(MASK))
 
@@ -371,7 +371,7 @@ def test_report(tmp_path):
             "",
             "Warning: class 'nucleus' never occurs in the train split",
             "Warning: no foreground but ignored pixels (255) in 1 masks: val/d; "
-            "if 255 is foreground there, set 'data.values={255:1}'",
+            "if 255 is foreground there, set 'data.label_map={255:1}'",
             "Warning: 1 images stand in more than one split: train/a = val/c",
         ]
     )
@@ -396,7 +396,7 @@ STREETS = [0.15814, 0.24096, 0.00987, 0.29324, 0.06686, 0.11185, 0.01078, 0.0142
             id="dsb2018",
         ),
         pytest.param(
-            *("camvid", MaskFormat(CAMVID, values={11: 255}), {}, (367, 101, 233), STREETS, 0.03587),
+            *("camvid", MaskFormat(CAMVID, label_map={11: 255}), {}, (367, 101, 233), STREETS, 0.03587),
             id="camvid",
         ),
         pytest.param(

@@ -36,11 +36,11 @@ def save(path: Path, pixels: np.ndarray, how: str) -> Path:
     ("dtype", "settings", "white"),
     [
         (np.uint16, {}, 65535),
-        (np.uint16, {"white": 4000}, 4000),
+        (np.uint16, {"max_value": 4000}, 4000),
         (np.uint8, {}, 255),
         (np.float32, {}, 1),
-        (np.float32, {"white": 1000.0}, 1000),
-        (np.int16, {"white": 1000}, 1000),
+        (np.float32, {"max_value": 1000.0}, 1000),
+        (np.int16, {"max_value": 1000}, 1000),
     ],
 )
 def test_bands_of_every_kind_of_file(tmp_path, how, dtype, settings, white):
@@ -65,8 +65,8 @@ def test_what_bands_cannot_be(tmp_path):
         ImageFormat(channels=3, bands=[1])
     with pytest.raises(ValueError, match="counted from 1"):
         ImageFormat(channels=1, bands=[0])
-    with pytest.raises(ValueError, match="white must be a stored value above 0"):
-        ImageFormat(white=0)
+    with pytest.raises(ValueError, match="max_value must be a stored value above 0"):
+        ImageFormat(max_value=0)
 
 
 @pytest.mark.parametrize("how", ["npy-shape", "npy-ambiguous", "npy-objects", "npy-truncated"])
@@ -89,7 +89,7 @@ def test_pixels_that_show_nothing_are_ignored(tmp_path, nodata, dtype):
     tifffile.imwrite(tmp_path / "images/a.tif", pixels, photometric="minisblack", planarconfig="contig")
     mask = RNG.integers(0, 2, (4, 5)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "masks/a.tif", mask)
-    settings = {"channels": 2, "white": 10, "nodata": nodata, "fractions": (1, 0, 0)}
+    settings = {"channels": 2, "max_value": 10, "nodata": nodata, "fractions": (1, 0, 0)}
     source = FolderSource(tmp_path, MaskFormat(["background", "cloud"]), **settings)
     source.check()
     sample = source.split("train")[0]
@@ -106,7 +106,7 @@ def test_pixels_that_show_nothing_are_ignored(tmp_path, nodata, dtype):
 def test_a_white_does_not_let_nan_pass(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.array([[1, np.nan]], np.float32))
     with pytest.raises(DataError, match="holds 1 values that are not finite"):
-        ImageFormat(channels=1, white=100).image(read_picture(tmp_path / "a.tif"))
+        ImageFormat(channels=1, max_value=100).image(read_picture(tmp_path / "a.tif"))
 
 
 @pytest.mark.parametrize("text", [".nan", ".NaN", "nan", "-9999"])

@@ -314,7 +314,7 @@ def voc(root: Path, **lists: str) -> None:
         (root / f"Sets/{split}.txt").write_text(text)
 
 
-VOC = {"images": "JPEGImages", "masks": "Masks", "lists": "Sets/{split}.txt"}
+VOC = {"images": "JPEGImages", "masks": "Masks", "split_files": "Sets/{split}.txt"}
 
 
 def test_lists_of_cases(tmp_path):
@@ -376,7 +376,7 @@ MISFITS = {
     ),
     "two-lists": (
         ["images/a.png", "masks/a.png", "sets/val.txt", "sets/valid.txt", "sets/train.txt"],
-        {"lists": "sets/{split}.txt"},
+        {"split_files": "sets/{split}.txt"},
         ["cases of the split val are in several lists: val.txt, valid.txt"],
     ),
     "no-such-split": (
@@ -386,7 +386,7 @@ MISFITS = {
     ),
     "no-list": (
         ["images/a.png", "masks/a.png"],
-        {"lists": "sets/{split}.txt"},
+        {"split_files": "sets/{split}.txt"},
         ["there is no list of cases; looked for sets/train.txt"],
     ),
 }
@@ -409,7 +409,7 @@ def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
         ({"images": "images/*"}, r"with \* in it, it must name files by \{case\}"),
         ({"masks": "masks/{rater}"}, "raters must name who"),
         ({"masks": "masks/{case}", "raters": ["a", "b"]}, r"masks must have \{rater\} in it"),
-        ({"lists": "train.txt"}, r"lists must have \{split\} in it"),
+        ({"split_files": "train.txt"}, r"split_files must have \{split\} in it"),
         ({"splits": {"training": "x"}}, "splits must say what stands for train, val and test"),
         ({"splits": {"val": "x"}}, "at least for train"),
         ({"raters": ["a"]}, "raters must be a list of at least two names"),
@@ -421,7 +421,10 @@ def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
             "fusion=mean needs an ignore_index",
         ),
         ({"nodata": 0, "mask_format": MaskFormat(["x"], "sigmoid", None)}, "nodata needs an ignore_index"),
-        ({"masks": "m/{case}_{class}", "mask_format": MaskFormat(["a", "b"], stacked=True)}, "leave {class} out"),
+        (
+            {"masks": "m/{case}_{class}", "mask_format": MaskFormat(["a", "b"], multichannel_masks=True)},
+            "leave {class} out",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):

@@ -25,10 +25,10 @@ def picture_of(values: object, dtype: type = np.uint8, **settings: object) -> Pi
     ("settings", "stored", "expected"),
     [
         ({"classes": TWO}, [[0, 1, 255]], [[0, 1, 255]]),
-        ({"classes": TWO, "values": {255: 1}}, [[0, 255]], [[0, 1]]),
-        ({"classes": TWO, "values": {"255": "1", 7: 255}}, [[0, 255, 7]], [[0, 1, 255]]),
-        ({"classes": TWO, "values": {0: 1, 1: 0}}, [[0, 1]], [[1, 0]]),
-        ({"classes": TWO, "ignore_index": -100, "values": {9: -100}}, [[0, 1, 9]], [[0, 1, -100]]),
+        ({"classes": TWO, "label_map": {255: 1}}, [[0, 255]], [[0, 1]]),
+        ({"classes": TWO, "label_map": {"255": "1", 7: 255}}, [[0, 255, 7]], [[0, 1, 255]]),
+        ({"classes": TWO, "label_map": {0: 1, 1: 0}}, [[0, 1]], [[1, 0]]),
+        ({"classes": TWO, "ignore_index": -100, "label_map": {9: -100}}, [[0, 1, 9]], [[0, 1, -100]]),
         ({"classes": TWO, "ignore_index": None}, [[0, 1]], [[0, 1]]),
         ({"classes": ["lesion"], "activation": "sigmoid"}, [[0, 1, 255]], [[[0, 1, 255]]]),
         ({"classes": ["a", "b"], "activation": "sigmoid"}, [[0, 1, 2, 255]], [[[0, 1, 0, 255]], [[0, 0, 1, 255]]]),
@@ -73,7 +73,7 @@ RED, BLACK, BLUE = [255, 0, 0], [0, 0, 0], [0, 0, 255]
     [
         ({"colors": [BLACK, RED, BLUE], "classes": ["a", "b", "c"]}, [[0, 1, 2]]),
         ({"colors": [RED, BLUE, BLACK], "classes": ["a", "b", "c"]}, [[2, 0, 1]]),
-        ({"colors": [BLACK, RED, BLUE], "classes": TWO, "values": {2: 255}}, [[0, 1, 255]]),
+        ({"colors": [BLACK, RED, BLUE], "classes": TWO, "label_map": {2: 255}}, [[0, 1, 255]]),
         ({"colors": [BLACK, RED, BLUE], "classes": ["b", "c"], "activation": "sigmoid"}, [[[0, 1, 0]], [[0, 0, 1]]]),
     ],
     ids=["in-order", "order-counts", "ignored-colour", "sigmoid"],
@@ -95,7 +95,7 @@ CHECKER = np.kron(np.array([[0, 1], [1, 0]], np.uint8), np.ones((5, 5), np.uint8
         ({}, picture_of([[0, 0.5]], np.float32), "holds fractions.*Threshold"),
         ({}, picture_of([[0, np.nan]], np.float32), "holds fractions"),
         ({}, picture_of([[0, 1]], lossy=True), "JPEG.*Save masks as PNG"),
-        ({"values": {255: 1}}, picture_of([[0, 3, 252, 255]], lossy=True), r"JPEG.*\(0, 3, 252, 255 \.\.\.\)"),
+        ({"label_map": {255: 1}}, picture_of([[0, 3, 252, 255]], lossy=True), r"JPEG.*\(0, 3, 252, 255 \.\.\.\)"),
         ({}, picture_of([[BLACK, RED]], lossy=True), "JPEG"),
     ],
     ids=["colours", "unlisted", "colours-16", "fractions", "nan", "jpeg-ids", "jpeg-blurred", "jpeg-colours"],
@@ -107,7 +107,7 @@ def test_masks_that_are_refused(settings, picture, message):
 
 def test_clean_jpeg_masks_are_read(tmp_path):
     Image.fromarray(np.kron(np.array([[0, 255]], np.uint8), np.ones((8, 8), np.uint8))).save(tmp_path / "m.jpg")
-    mask_format = MaskFormat(TWO, values={255: 1})
+    mask_format = MaskFormat(TWO, label_map={255: 1})
     mask = mask_format.encode([mask_format.read(read_picture(tmp_path / "m.jpg"))])
     assert mask[0].tolist() == [0] * 8 + [1] * 8
 
@@ -127,19 +127,19 @@ def test_a_values_count_is_in_the_message():
         ({"activation": None}, "activation must be"),
         (
             {"ignore_index": 0},
-            r"ignore_index must be no class's id, got 0, the id of 'background'.*data.values=\{0:255\}",
+            r"ignore_index must be no class's id, got 0, the id of 'background'.*data.label_map=\{0:255\}",
         ),
         ({"activation": "sigmoid", "ignore_index": 2}, "got 2, the id of 'lesion'"),
         ({"classes": [str(i) for i in range(256)]}, "got 255, the id of '255'"),
         ({"ignore_index": 1.5}, "ignore_index must hold whole numbers, got 1.5"),
-        ({"values": {255: 2}}, "values must map to the ids 0 to 1 or ignore_index=255, got 255:2"),
-        ({"values": {"x": 1}}, "values must hold whole numbers, got 'x'"),
-        ({"values": [1]}, "values must map stored values to ids"),
+        ({"label_map": {255: 2}}, "label_map must map to the ids 0 to 1 or ignore_index=255, got 255:2"),
+        ({"label_map": {"x": 1}}, "label_map must hold whole numbers, got 'x'"),
+        ({"label_map": [1]}, "label_map must map stored values to ids"),
         ({"colors": [BLACK, [1, 2]]}, r"colors must be \[red, green, blue\] of 0 to 255 each, got \[1, 2\]"),
         ({"colors": [BLACK, [256, 0, 0]]}, "colors must be"),
         ({"colors": [BLACK, BLACK]}, "colors must differ"),
         ({"colors": [BLACK]}, "got none for 'lesion'"),
-        ({"colors": [BLACK, RED, BLUE]}, r"got 3 entries.*'data.values=\{2:255\}'"),
+        ({"colors": [BLACK, RED, BLUE]}, r"got 3 entries.*'data.label_map=\{2:255\}'"),
         ({"colors": 5}, "colors must be a list"),
         ({"colors": [0, 0, 0]}, r"got \[0\]"),
     ],
@@ -153,13 +153,13 @@ def test_settings_that_contradict(settings, message):
 @pytest.mark.parametrize(
     ("values", "ids", "expected"),
     [
-        ({0, 255}, 2, "Set 'data.values={255:1}'."),
-        ({0, 7, 8, 9}, 3, "'data.values={7:255}'"),
-        ({0, 128, 255}, 3, "Set 'data.values={128:1,255:2}'."),
+        ({0, 255}, 2, "Set 'data.label_map={255:1}'."),
+        ({0, 7, 8, 9}, 3, "'data.label_map={7:255}'"),
+        ({0, 128, 255}, 3, "Set 'data.label_map={128:1,255:2}'."),
         (
             {0, 1, 2},
             2,
-            "Name all classes in data.classes, or map values to ids, or to 255 to ignore them: 'data.values={2:255}'.",
+            "Name all classes in data.classes, or map values to ids, or to 255 to ignore them: 'data.label_map={2:255}'.",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_planes_that_exclude_each_other_become_ids(planes, expected):
 
 
 def test_planes_of_0_and_255():
-    assert exclusive([[0, 255]], [[255, 0]], values={255: 1}).tolist() == [[2, 1]]
+    assert exclusive([[0, 255]], [[255, 0]], label_map={255: 1}).tolist() == [[2, 1]]
 
 
 def test_planes_that_overlap_or_leave_holes_are_refused():
@@ -203,7 +203,7 @@ def test_planes_that_overlap_or_leave_holes_are_refused():
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_channels_that_are_classes(activation):
-    mask_format = MaskFormat(["a", "b", "c"], activation, values={255: 1}, stacked=True)
+    mask_format = MaskFormat(["a", "b", "c"], activation, label_map={255: 1}, multichannel_masks=True)
     pixels = np.eye(3, dtype=np.uint8)[np.array([[0, 1, 2, 2]])] * 255
     stored = mask_format.read_planes(picture_of(pixels))
     expected = [[[1, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 0, 1, 1]]] if activation == "sigmoid" else [[0, 1, 2, 2]]
@@ -215,11 +215,11 @@ def test_channels_that_are_classes(activation):
 
 
 def test_alpha_may_be_a_class():
-    mask_format = MaskFormat(["a", "b", "c", "d"], "sigmoid", stacked=True)
+    mask_format = MaskFormat(["a", "b", "c", "d"], "sigmoid", multichannel_masks=True)
     stored = mask_format.read_planes(picture_of(np.ones((1, 1, 4)), alpha=True))
     assert mask_format.encode(stored, planes=True).tolist() == [[[1]]] * 4
 
 
 def test_stacked_masks_have_no_colors():
     with pytest.raises(ValueError, match="stacked masks have a channel for each class and no colors"):
-        MaskFormat(TWO, stacked=True, colors=[[0, 0, 0], [1, 1, 1]])
+        MaskFormat(TWO, multichannel_masks=True, colors=[[0, 0, 0], [1, 1, 1]])

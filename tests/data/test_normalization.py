@@ -34,7 +34,7 @@ def root(tmp_path, monkeypatch):
 
 def data_of(root: Path, normalize, nodata=None) -> SegmentationData:
     source = FolderSource(root, MaskFormat(["a"], "sigmoid"), channels=1, tile=PART, nodata=nodata)
-    patches = PatchSampler([PART, PART], per_case=8)
+    patches = PatchSampler([PART, PART], patches_per_image=8)
     data = SegmentationData(source, batch_size=4, num_workers=0, normalize=normalize, patches=patches, ignore_index=255)
     data.prepare_data()
     data.setup("fit")

@@ -50,7 +50,7 @@ class TestWhere:
     def test_the_share_around_foreground(self):
         torch.manual_seed(0)
         cases = Listed(sample(spots={(3, 10, 10): 1}))
-        patches = PatchSampler((4, 4, 4), foreground=0.4).of(cases)
+        patches = PatchSampler((4, 4, 4), oversample_foreground=0.4).of(cases)
         there = np.mean([int(patches[0].mask.max()) == 1 for _ in range(600)])
         # Anywhere else holds it by a chance of at most (4/17)^3.
         assert there == pytest.approx(0.4 + 0.6 * (4 / 17) ** 3, abs=0.06)
@@ -58,7 +58,7 @@ class TestWhere:
     def test_classes_are_drawn_evenly_and_centred_on(self):
         torch.manual_seed(0)
         mask = {(5, 5, 5): 2, **{(15, y, z): 1 for y in range(20) for z in range(20)}}
-        patches = PatchSampler((5, 5, 5), foreground=1, ignore_index=255).of(Listed(sample(spots=mask)))
+        patches = PatchSampler((5, 5, 5), oversample_foreground=1, ignore_index=255).of(Listed(sample(spots=mask)))
         found = [patches[0].mask for _ in range(300)]
         rare = [patch for patch in found if (patch == 2).any()]
         assert len(rare) / 300 == pytest.approx(0.5, abs=0.1)
@@ -66,7 +66,9 @@ class TestWhere:
 
     def test_ignored_voxels_are_no_foreground(self):
         torch.manual_seed(0)
-        patches = PatchSampler((2, 2, 2), foreground=1).of(Listed(sample(spots={(9, 9, 9): 255, (4, 4, 4): 1})))
+        patches = PatchSampler((2, 2, 2), oversample_foreground=1).of(
+            Listed(sample(spots={(9, 9, 9): 255, (4, 4, 4): 1}))
+        )
         assert all((patches[0].mask == 1).any() for _ in range(20))
 
     def test_planes(self):
@@ -74,7 +76,7 @@ class TestWhere:
         planes = torch.zeros(2, 20, 20, dtype=torch.uint8)
         planes[0, 4, 4], planes[1, 15, 15], planes[:, 0] = 1, 1, 255
         image = torch.rand(1, 20, 20)
-        patches = PatchSampler((3, 3), foreground=1).of(Listed(Sample(image, planes, "a")))
+        patches = PatchSampler((3, 3), oversample_foreground=1).of(Listed(Sample(image, planes, "a")))
         found = torch.stack([patches[0].mask for _ in range(60)])
         assert found.shape == (60, 2, 3, 3)
         assert ((found == 1).sum((1, 2, 3)) == 1).all()
@@ -82,14 +84,16 @@ class TestWhere:
 
     def test_anywhere_means_everywhere_alike(self):
         torch.manual_seed(0)
-        patches = PatchSampler((4, 4), foreground=0).of(Listed(sample((6, 6))))
+        patches = PatchSampler((4, 4), oversample_foreground=0).of(Listed(sample((6, 6))))
         counts = np.unique(starts(patches, 6, 900), axis=0, return_counts=True)[1]
         assert len(counts) == 9
         assert counts.min() > 60
 
     def test_a_small_image_lies_in_the_middle_and_its_margin_is_ignored(self):
         for foreground in (0.0, 1.0):
-            patches = PatchSampler((4, 9, 5), foreground=foreground).of(Listed(sample((5, 4, 5), {(2, 2, 2): 1})))
+            patches = PatchSampler((4, 9, 5), oversample_foreground=foreground).of(
+                Listed(sample((5, 4, 5), {(2, 2, 2): 1}))
+            )
             patch = patches[0]
             inside = patch.mask != 255
             assert inside.any((0, 2)).tolist() == [False] * 2 + [True] * 4 + [False] * 3
@@ -112,7 +116,7 @@ class TestSeeds:
         augment = MonaiAugment(
             [RandFlipd(keys=["image", "mask"], prob=0.5), RandGaussianNoised(keys=["image"], prob=0.9)]
         )
-        patches = PatchSampler((6, 6, 6), per_case=2, **settings)
+        patches = PatchSampler((6, 6, 6), patches_per_image=2, **settings)
         data = SegmentationData(
             source, batch_size=3, num_workers=workers, augment=augment, patches=patches, ignore_index=255
         )
@@ -180,16 +184,16 @@ class TestCache:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 3}, "size must be the pixels of a patch"),
-        ({"size": [0, 3]}, "size must be"),
-        ({"foreground": 1.5}, "foreground must be a share"),
-        ({"per_case": 0}, "per_case must be None or an integer of at least 1"),
+        ({"patch_size": 3}, "patch_size must be the pixels of a patch"),
+        ({"patch_size": [0, 3]}, "patch_size must be"),
+        ({"oversample_foreground": 1.5}, "oversample_foreground must be a share"),
+        ({"patches_per_image": 0}, "patches_per_image must be None or an integer of at least 1"),
         ({"cache": -1}, "cache must be GiB"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        PatchSampler(**{"size": (4, 4), **settings})
+        PatchSampler(**{"patch_size": (4, 4), **settings})
     with pytest.raises(ValueError, match=r"size must be of the images' 3 axes, got \[4, 4\]"):
         PatchSampler((4, 4)).of(Listed(sample()))
 

@@ -24,19 +24,19 @@ COLORS = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
 # name: how masks are stored, and the values that the ids 0, 1, 2 have in a written file
 FORMATS = {
     "ids": (MaskFormat(["background", "a", "b"]), [0, 1, 2]),
-    "values": (MaskFormat(["background", "a", "b"], values={128: 1, 255: 2}), [0, 128, 255]),
-    "several-values-of-an-id": (MaskFormat(["background", "a", "b"], values={7: 1, 9: 1, 3: 255}), [0, 7, 2]),
-    "merged-into-the-background": (MaskFormat(["background", "a", "b"], values={7: 0}), [0, 1, 2]),
-    "background-elsewhere": (MaskFormat(["background", "a", "b"], values={0: 255, 7: 0}), [7, 1, 2]),
-    "ids-moved": (MaskFormat(["background", "a", "b"], values={1: 255, 2: 1, 3: 2}), [0, 2, 3]),
-    "16-bit": (MaskFormat(["background", "a", "b"], values={1000: 1, 40000: 2}), [0, 1000, 40000]),
+    "values": (MaskFormat(["background", "a", "b"], label_map={128: 1, 255: 2}), [0, 128, 255]),
+    "several-values-of-an-id": (MaskFormat(["background", "a", "b"], label_map={7: 1, 9: 1, 3: 255}), [0, 7, 2]),
+    "merged-into-the-background": (MaskFormat(["background", "a", "b"], label_map={7: 0}), [0, 1, 2]),
+    "background-elsewhere": (MaskFormat(["background", "a", "b"], label_map={0: 255, 7: 0}), [7, 1, 2]),
+    "ids-moved": (MaskFormat(["background", "a", "b"], label_map={1: 255, 2: 1, 3: 2}), [0, 2, 3]),
+    "16-bit": (MaskFormat(["background", "a", "b"], label_map={1000: 1, 40000: 2}), [0, 1000, 40000]),
     "colors": (MaskFormat(["background", "a", "b"], colors=COLORS), COLORS),
     "colors-mapped": (
-        MaskFormat(["background", "a", "b"], colors=[[9, 9, 9], *COLORS], values={0: 255, 1: 0, 2: 1, 3: 2}),
+        MaskFormat(["background", "a", "b"], colors=[[9, 9, 9], *COLORS], label_map={0: 255, 1: 0, 2: 1, 3: 2}),
         COLORS,
     ),
-    "one-class": (MaskFormat(["lesion"], "sigmoid", values={255: 1}), [0, 255]),
-    "stacked": (MaskFormat(["background", "a", "b"], stacked=True), [0, 1, 2]),
+    "one-class": (MaskFormat(["lesion"], "sigmoid", label_map={255: 1}), [0, 255]),
+    "stacked": (MaskFormat(["background", "a", "b"], multichannel_masks=True), [0, 1, 2]),
 }
 
 
@@ -80,7 +80,7 @@ class TestWritten:
         assert torch.equal(form.encode([form.read(read_picture(tmp_path / "out" / file))]).long(), labels.long())
 
     def test_classes_that_overlap_have_a_folder_each(self, tmp_path):
-        form = MaskFormat(["ma/EX", "he"], "sigmoid", values={255: 1})
+        form = MaskFormat(["ma/EX", "he"], "sigmoid", label_map={255: 1})
         reader = ImagePredictionIO(form, GRAY)
         labels = torch.rand(2, 6, 9) < 0.5
         reader.write(tmp_path, "x", labels, scan_of(reader, picture(tmp_path)))
@@ -89,7 +89,7 @@ class TestWritten:
         assert torch.equal(reader.load(tmp_path, "x").bool(), labels)
 
     def test_what_png_cannot_hold_is_told(self, tmp_path):
-        form = MaskFormat(["background", "a"], values={70000: 1, -3: 0, 0: 255})
+        form = MaskFormat(["background", "a"], label_map={70000: 1, -3: 0, 0: 255})
         reader = ImagePredictionIO(form, GRAY)
         scan, labels = scan_of(reader, picture(tmp_path)), labels_of(form)
         with pytest.raises(DataError, match=r"PNG cannot hold the values -3 to 70000.*format=tiff"):
@@ -101,7 +101,7 @@ class TestWritten:
 
     def test_a_class_without_a_value_is_told_at_once(self):
         with pytest.raises(DataError, match=r"no value of the masks means 'b' \(id 2\).*data\.values"):
-            ImagePredictionIO(MaskFormat(["background", "a", "b"], values={2: 1}), GRAY)
+            ImagePredictionIO(MaskFormat(["background", "a", "b"], label_map={2: 1}), GRAY)
 
     def test_lies_on_the_picture_as_it_is_shown(self, tmp_path):
         exif = Image.Exif()
@@ -120,7 +120,7 @@ class TestWritten:
         monkeypatch.setattr("lightning_dice.data.images.prediction_io.TILE", 32)
         pixels = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
         tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(32, 32))
-        for form in (MaskFormat(["background", "a", "b"], values={255: 1}), FORMATS["colors"][0]):
+        for form in (MaskFormat(["background", "a", "b"], label_map={255: 1}), FORMATS["colors"][0]):
             reader = ImagePredictionIO(form, GRAY, large=100)
             scan = scan_of(reader, tmp_path / "a.tif")
             assert isinstance(scan.image, LargeImage)
@@ -237,7 +237,7 @@ class TestFind:
             with pytest.raises(DataError, match=rf"{name}\.png: "):
                 ImagePredictionIO(LESION, GRAY).read(PredictionItem(name, (home / f"{name}.png",)))
         with pytest.warns(FileWarning, match="loop: is a link"):
-            found = ImagePredictionIO(LESION, GRAY, follow_links=True).find(home)
+            found = ImagePredictionIO(LESION, GRAY, follow_symlinks=True).find(home)
         assert [item.case for item in found] == ["a", "gone", "out", "outside/b", "outside/c", "self", "twin"]
 
 
@@ -259,7 +259,7 @@ class TestRead:
 
 
 def test_sources_have_readers(tmp_path):
-    form = MaskFormat(["background", "a"], values={255: 1})
+    form = MaskFormat(["background", "a"], label_map={255: 1})
     reader = FolderSource(tmp_path / "nowhere", form, channels=1).reader
     assert reader == ImagePredictionIO(form, GRAY)
     drawn = SyntheticSource(size=(32, 32)).reader

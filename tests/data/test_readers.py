@@ -261,7 +261,7 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
         (NOISE, 1, r"has 3 channels \(8-bit RGB\), data.channels=1 was asked for. Set data.channels=3"),
         (NOISE, 4, "has 3 channels.*data.channels=4"),
         (NOISE[..., 0], 2, "has 1 channel .*data.channels=2"),
-        (NOISE[..., 0].astype(np.int32), 1, "holds int32 values, which have no agreed white. Set data.white"),
+        (NOISE[..., 0].astype(np.int32), 1, "holds int32 values, which have no agreed white. Set data.max_value"),
         (NOISE[..., 0].astype(np.uint32), 1, "holds uint32 values"),
         (np.array([[np.nan, 1, np.inf]], np.float32), 1, "holds 2 values that are not finite"),
         (np.array([[1e300, 1]]), 1, "holds 1 values that are not finite"),

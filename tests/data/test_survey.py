@@ -66,7 +66,7 @@ def test_a_picture_among_the_masks_does_not_spoil_the_advice_for_the_others(tmp_
     assert "like a mask" not in picture.what
     rest = [problem for problem in problems if problem is not picture]
     assert len(rest) == 7
-    assert all("data.values={200:1}" in problem.remedy for problem in rest)
+    assert all("data.label_map={200:1}" in problem.remedy for problem in rest)
 
 
 def test_the_rest_can_be_read(tmp_path):

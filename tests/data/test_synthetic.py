@@ -25,15 +25,19 @@ def elsewhere(index):
     [
         pytest.param({}, (1, 128, 128), (1, 128, 128), 2, id="binary"),
         pytest.param({"size": (40, 56), "channels": 3}, (3, 40, 56), (1, 40, 56), 2, id="oblong-rgb"),
-        pytest.param({"classes": NAMES[:8], "foreground": 0.2}, (1, 128, 128), (8, 128, 128), 2, id="multilabel"),
         pytest.param(
-            {"classes": NAMES, "activation": "softmax", "foreground": 0.2, "channels": 5},
+            {"classes": NAMES[:8], "foreground_fraction": 0.2}, (1, 128, 128), (8, 128, 128), 2, id="multilabel"
+        ),
+        pytest.param(
+            {"classes": NAMES, "activation": "softmax", "foreground_fraction": 0.2, "channels": 5},
             (5, 128, 128),
             (128, 128),
             9,
             id="multiclass",
         ),
-        pytest.param({"size": (16, 24, 32), "foreground": 0.1}, (1, 16, 24, 32), (1, 16, 24, 32), 2, id="volume"),
+        pytest.param(
+            {"size": (16, 24, 32), "foreground_fraction": 0.1}, (1, 16, 24, 32), (1, 16, 24, 32), 2, id="volume"
+        ),
     ],
 )
 def test_samples_are_of_the_promised_form(settings, image, mask, labels):
@@ -98,7 +102,7 @@ def test_global_random_state_is_left_alone():
     ],
 )
 def test_foreground_is_the_expected_share(foreground, settings):
-    source = SyntheticSource(**{"size": (64, 64), "cases": (600, 0, 0), **settings}, foreground=foreground)
+    source = SyntheticSource(**{"size": (64, 64), "cases": (600, 0, 0), **settings}, foreground_fraction=foreground)
     cases = source.split("train")
     planes = [cases[i].mask for i in range(len(cases))]
     if source.activation == "softmax":
@@ -135,7 +139,7 @@ def test_looks_differ():
 
 
 def test_planes_may_overlap_and_ids_may_not():
-    settings = {"foreground": 0.5, "cases": (5, 0, 0)}
+    settings = {"foreground_fraction": 0.5, "cases": (5, 0, 0)}
     planes = SyntheticSource(classes=NAMES[:4], **settings).split("train")
     assert max(planes[i].mask.sum(0).max() for i in range(5)) > 1
     ids = SyntheticSource(classes=NAMES[:4], activation="softmax", **settings).split("train")
@@ -143,7 +147,9 @@ def test_planes_may_overlap_and_ids_may_not():
 
 
 def test_report():
-    source = SyntheticSource(size=(32, 48), cases={"train": 100, "test": 1}, foreground=0.1, classes=("cell", "crack"))
+    source = SyntheticSource(
+        size=(32, 48), cases={"train": 100, "test": 1}, foreground_fraction=0.1, classes=("cell", "crack")
+    )
     train, test = source.check().splitlines()
     assert re.fullmatch(
         r"train: 100 cases, 32x48; cell \d+\.\d % of pixels, in \d+ % of the first 64 cases; "
@@ -190,8 +196,8 @@ def test_splits():
         ({"classes": ("a", "a")}, "classes must differ from each other, got ('a', 'a')"),
         ({"ignore_index": 1}, "integer outside the labels of a mask, 0 to 1, got 1"),
         ({"classes": NAMES[:4], "activation": "softmax", "ignore_index": 3}, "labels of a mask, 0 to 3, got 3"),
-        ({"foreground": 0}, "foreground must be a share of the pixels in (0, 0.5], got 0"),
-        ({"foreground": 3}, "foreground must be a share of the pixels in (0, 0.5], got 3"),
+        ({"foreground_fraction": 0}, "foreground_fraction must be a share of the pixels in (0, 0.5], got 0"),
+        ({"foreground_fraction": 3}, "foreground_fraction must be a share of the pixels in (0, 0.5], got 3"),
         ({"noise": -0.1}, "noise must lie in [0, 1], where black is 0 and white 1, got -0.1"),
         ({"contrast": 20}, "contrast must lie in [0, 1], where black is 0 and white 1, got 20"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),

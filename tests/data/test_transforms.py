@@ -136,7 +136,7 @@ def test_intensity_refuses(settings, message):
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("planes", [None, 1, 3], ids=["ids", "plane", "planes"])
 @pytest.mark.parametrize("size", [(24, 24), (40, 31), (16, 50), (10, 10)], ids=str)
-@pytest.mark.parametrize("text", [FLIPS, FULL], ids=["flips", "full"])
+@pytest.mark.parametrize("text", [FLIPS, FULL], ids=["mirror_axes", "full"])
 def test_lists_from_yaml(text, size, planes, channels):
     """The mask follows the image: where the image shows an object, and there alone, the mask has it."""
     torch.manual_seed(0)

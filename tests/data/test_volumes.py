@@ -316,7 +316,7 @@ def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
         write(tmp_path / f"images/{split}/{split}.nii.gz", mask)
         for name, values in (("front", mask), ("back", 255 - mask)):
             write(tmp_path / f"masks/{split}/{name}/{split}.nii.gz", values)
-    source = VolumeSource(tmp_path, THREE[1:], "sigmoid", values={255: 1, 127: 255, 128: 255})
+    source = VolumeSource(tmp_path, THREE[1:], "sigmoid", label_map={255: 1, 127: 255, 128: 255})
     share = source.survey().shares("train")
     assert share["front"] == (pytest.approx((mask == 255).mean()), 1)
     assert share["back"] == (pytest.approx((mask == 0).mean()), 1)
@@ -329,7 +329,7 @@ def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
 
 
 def test_values_that_stand_for_ids_are_written_but_not_those_that_became_background():
-    labels = LabelMap.of_ids(THREE, values={205: 1, 420: 2, 7: 0})
+    labels = LabelMap.of_ids(THREE, label_map={205: 1, 420: 2, 7: 0})
     (found,) = labels.decode(torch.tensor([0, 1, 2]))
     assert found.tolist() == [0, 205, 420]
     assert labels.encode([np.array([0, 7, 1, 205, 2, 420])]).tolist() == [0, 0, 1, 1, 2, 2]
@@ -395,7 +395,7 @@ class TestResampling:
         ({"workers": 0}, "workers must be"),
         ({"classes": ["a"]}, "classes must be at least two"),
         ({"ignore_index": 1}, "mean one thing each, got 1"),
-        ({"values": {7: 9}}, "values must map to the ids 0 to 2 or ignore_index=255, got 9"),
+        ({"label_map": {7: 9}}, "label_map must map to the ids 0 to 2 or ignore_index=255, got 9"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
@@ -449,7 +449,7 @@ def test_trained_and_predicted_by_command(tmp_path):
         "data.num_workers=0",
         "augment=volume_flips",
     ]
-    run = ["data=nnunet", "data.root=data", "data.size=[8,8,8]", "data.spacing=[2,2,2]", "folder=run", *small]
+    run = ["data=nnunet", "data.root=data", "data.patch_size=[8,8,8]", "data.spacing=[2,2,2]", "folder=run", *small]
     for name, arguments, status in (
         ("fit", [*run, "trainer.max_epochs=1", "logger=none", "loss=dice_ce"], 0),
         ("predict", ["run=run", "input=new", "output=out", "device=cpu"], 1),

@@ -60,12 +60,12 @@ def folder(root: Path, masks: dict[str, np.ndarray], image: np.ndarray = RGB, sp
 
 MASKS = {
     "ids": ({"": IDS}, {"mask_format": MaskFormat(THREE)}),
-    "ids-ignored": ({"": IDS}, {"mask_format": MaskFormat(THREE, values={2: 255, 1: 2})}),
+    "ids-ignored": ({"": IDS}, {"mask_format": MaskFormat(THREE, label_map={2: 255, 1: 2})}),
     "ids-as-planes": ({"": IDS}, {"mask_format": MaskFormat(TWO, "sigmoid")}),
-    "16-bit": ({"": IDS.astype(np.uint16) * 1000}, {"mask_format": MaskFormat(THREE, values={1000: 1, 2000: 2})}),
+    "16-bit": ({"": IDS.astype(np.uint16) * 1000}, {"mask_format": MaskFormat(THREE, label_map={1000: 1, 2000: 2})}),
     "32-bit": (
         {"": IDS.astype(np.int32) - 1},
-        {"mask_format": MaskFormat(THREE, values={-1: 0, 0: 1, 1: 300}, ignore_index=300)},
+        {"mask_format": MaskFormat(THREE, label_map={-1: 0, 0: 1, 1: 300}, ignore_index=300)},
     ),
     "floats": ({"": IDS.astype(np.float32)}, {"mask_format": MaskFormat(THREE)}),
     "colours": (
@@ -74,7 +74,7 @@ MASKS = {
     ),
     "stacked": (
         {"": PLANES.transpose(1, 2, 0)},
-        {"mask_format": MaskFormat(TWO, "sigmoid", stacked=True)},
+        {"mask_format": MaskFormat(TWO, "sigmoid", multichannel_masks=True)},
     ),
     "a-file-for-each-class": ({"front": PLANES[0], "back": PLANES[1]}, {"mask_format": MaskFormat(TWO, "sigmoid")}),
     "exclusive-classes": (
@@ -174,7 +174,7 @@ def test_patches_lie_where_those_of_whole_cases_do(name, size, tmp_path, monkeyp
     monkeypatch.setattr("lightning_dice.data.patches.PLACES", 300)
     masks, settings = MASKS[name]
     cases = FolderSource(folder(tmp_path, masks), **settings).split("train")
-    sampler = PatchSampler(size, foreground=0.7, per_case=None)
+    sampler = PatchSampler(size, oversample_foreground=0.7, patches_per_image=None)
     mine, other = sampler.of(cases), sampler.of(Whole(cases))
     for one, two in zip(drawn(mine), drawn(other), strict=True):
         assert torch.equal(one.image, two.image)
@@ -191,7 +191,7 @@ def test_foreground_is_where_any_of_several_raters_sees_it(fusion, tmp_path):
     anna[20, 30], ben[100, 7] = 1, 2
     root = folder(tmp_path, {"anna": anna, "ben": ben})
     cases = FolderSource(root, MaskFormat(THREE), raters=["anna", "ben"], fusion=fusion).split("train")
-    patches = PatchSampler((9, 9), foreground=1.0).of(cases)
+    patches = PatchSampler((9, 9), oversample_foreground=1.0).of(cases)
     found = drawn(patches)
     assert patches._places[0].tolist() == [[1, 20 * WIDTH + 30], [2, 100 * WIDTH + 7]]
     if fusion == "random":
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_tiff_is_decoded_once_and_kept_as_stored(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "images/train/a.png")
     Image.fromarray(IDS).save(tmp_path / "masks/train/a.png")
     cases = FolderSource(tmp_path, MaskFormat(THREE)).split("train")
-    sampler = PatchSampler((40, 50), foreground=0.5, per_case=3)
+    sampler = PatchSampler((40, 50), oversample_foreground=0.5, patches_per_image=3)
     patches = sampler.of(cases)
     for one, two in zip(drawn(patches), drawn(sampler.of(Whole(cases))), strict=True):
         assert torch.equal(one.image, two.image)
@@ -232,7 +232,7 @@ def test_which_files_windows_are_read_of(tmp_path, monkeypatch):
 def test_the_file_is_not_kept_open(tmp_path):
     """Neither forks nor many cases at once share or use up what a system calls files."""
     cases = FolderSource(folder(tmp_path, {"": IDS}), MaskFormat(THREE)).split("train")
-    patches = PatchSampler((50, 60), foreground=0.5).of(cases)
+    patches = PatchSampler((50, 60), oversample_foreground=0.5).of(cases)
     expected = drawn(patches, 3)
     assert isinstance(patches._kept[0].image, LargePicture)
     if sys.platform == "linux":
@@ -400,7 +400,7 @@ class TestBeyondWhatIsDecodedWhole:
         assert list(cases.sizes) == [(HEIGHT, WIDTH)]
         with pytest.raises(DataError, match=r"is too large to be read whole.*data\.window=\[768,768\]"):
             cases[0]
-        assert PatchSampler((50, 60), foreground=0.5).of(cases)[0].mask.shape == (50, 60)
+        assert PatchSampler((50, 60), oversample_foreground=0.5).of(cases)[0].mask.shape == (50, 60)
 
     def test_a_mask_of_another_kind(self, root):
         path = root / "masks/train/a.tif"
@@ -492,12 +492,18 @@ def test_fit_on_two_scenes(tmp_path):
     for split in ("train", "val"):
         scene(tmp_path / "scenes", split, 3000)
     settings = [
-        *("data=folder", "data.root=scenes", "data.values={255:1}", "data.window=[200,200]", "data.windows=32"),
         *(
-            "data.foreground=0.5",
+            "data=folder",
+            "data.root=scenes",
+            "data.label_map={255:1}",
+            "data.read_size=[200,200]",
+            "data.patches_per_image=32",
+        ),
+        *(
+            "data.oversample_foreground=0.5",
             "data.tile=2048",
             "data.channels=1",
-            "data.size=[64,64]",
+            "data.patch_size=[64,64]",
             "data.num_workers=1",
             "data.batch_size=4",
         ),
@@ -518,10 +524,10 @@ def peak():  # MB; the system's own count begins with what the parent process ho
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
-source = FolderSource("scenes", MaskFormat(["disc"], "sigmoid", values={255: 1}), 1, tile=2048, workers=1)
+source = FolderSource("scenes", MaskFormat(["disc"], "sigmoid", label_map={255: 1}), 1, tile=2048, workers=1)
 before = peak()
 report = source.check()
-patches = PatchSampler((512, 512), foreground=0.5, per_case=None).of(source.split("train"))
+patches = PatchSampler((512, 512), oversample_foreground=0.5, patches_per_image=None).of(source.split("train"))
 samples = [patches[index].mask.float().mean() for index in range(0, len(patches), 90)]
 tile = source.split("val")[7]
 print(len(patches), tile.case, round(peak() - before))

@@ -43,9 +43,9 @@ class _Cases(list[Sample]):
 
 @cache
 def _drawn(size: tuple[int, ...]) -> dict[str, tuple[Sample, ...]]:
-    source = SyntheticSource(size=size, cases=SIZES, foreground=0.08, contrast=0.5, seed=3)
+    source = SyntheticSource(size=size, cases=SIZES, foreground_fraction=0.08, contrast=0.5, seed=3)
     # The few images without an object are drawn again, from further on in the seed.
-    spare = iter(SyntheticSource(size=size, cases=(40, 0, 0), foreground=0.08, contrast=0.5, seed=4).split("train"))
+    spare = iter(SyntheticSource(size=size, cases=(40, 0, 0), foreground_fraction=0.08, contrast=0.5, seed=4).split("train"))
     parts = {}
     for split in SIZES:
         samples = list(source.split(split))

@@ -60,7 +60,7 @@ def test_they_are_measured_in_tiles(source):
 
 @pytest.mark.parametrize(
     ("settings", "least"),
-    [({}, 8), ({"window": [64, 64]}, 1), ({"window": [64, 64], "windows": 3}, 3), ({"windows": 3}, 8)],
+    [({}, 8), ({"read_size": [64, 64]}, 1), ({"read_size": [64, 64], "patches_per_image": 3}, 3), ({"patches_per_image": 3}, 8)],
 )
 def test_windows_fill_batches(settings, least, source):
     """A batch needs as many cases as it has windows that do not come from one image."""

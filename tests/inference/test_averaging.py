@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_dice.inference import Flips, mean_logits
+from lightning_dice.inference import Mirroring, mean_logits
 from lightning_dice.inference.test_time_augmentation import flipped
 
 
@@ -49,13 +49,13 @@ def test_no_prediction_is_refused():
 
 
 def test_flips():
-    assert Flips([0, 2]).combinations == [(), (0,), (2,), (0, 2)]
-    assert Flips().combinations == [()]
+    assert Mirroring([0, 2]).combinations == [(), (0,), (2,), (0, 2)]
+    assert Mirroring().combinations == [()]
     image = torch.arange(6).view(1, 1, 2, 3)
     assert flipped(image, (1,)).tolist() == [[[[2, 1, 0], [5, 4, 3]]]]
     assert flipped(image, (0, 1)).tolist() == [[[[5, 4, 3], [2, 1, 0]]]]
     assert flipped(image, ()) is image
-    with pytest.raises(ValueError, match=r"flips must be distinct space axes from 0 on, .* got \[0, 0\]"):
-        Flips([0, 0])
+    with pytest.raises(ValueError, match=r"mirror_axes must be distinct space axes from 0 on, .* got \[0, 0\]"):
+        Mirroring([0, 0])
     with pytest.raises(ValueError, match=r"from 0 to 1, got \[2\]"):
-        Flips([2]).check(2)
+        Mirroring([2]).check(2)

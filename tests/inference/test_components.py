@@ -49,7 +49,7 @@ def test_planes_by_flooding(space):
             for component in going(plane, least, largest=largest):
                 for place in component:
                     plane[place] = False
-        clean_planes(planes, [4, 0, 2], largest_only=[2])
+        clean_planes(planes, [4, 0, 2], keep_largest=[2])
         assert np.array_equal(planes, expected)
 
 
@@ -77,7 +77,7 @@ def test_ids_by_flooding(space, background):
                 most = min(around, key=lambda label: (-around[label], label))
                 for place in component:
                     expected[place] = most if background is None else background
-        clean_ids(ids, 3, largest_only=[1], background=background)
+        clean_ids(ids, 3, keep_largest=[1], background=background)
         assert np.array_equal(ids, expected)
         assert ids.dtype == np.uint8
 

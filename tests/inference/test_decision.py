@@ -62,34 +62,34 @@ def test_the_threshold_of_two_classes_is_a_probability():
 
 
 @pytest.mark.parametrize(
-    ("decision", "activation", "threshold", "changes"),
+    ("postprocessing", "activation", "threshold", "changes"),
     [
         (PostProcessing(temperature=2), "softmax", 0.5, False),
         (PostProcessing(temperature=2), "sigmoid", 0.5, False),
         (PostProcessing(temperature=2), "sigmoid", 0.4, True),
         (PostProcessing(temperature=1), "sigmoid", 0.4, False),
         (PostProcessing(thresholds=[0.5]), "sigmoid", 0.5, True),
-        (PostProcessing(smallest=0), "sigmoid", 0.5, False),
-        (PostProcessing(smallest=[0, 3]), "softmax", 0.5, True),
-        (PostProcessing(largest_only=[1]), "softmax", 0.5, True),
+        (PostProcessing(min_size=0), "sigmoid", 0.5, False),
+        (PostProcessing(min_size=[0, 3]), "softmax", 0.5, True),
+        (PostProcessing(keep_largest=[1]), "softmax", 0.5, True),
     ],
 )
-def test_whether_labels_change(decision, activation, threshold, changes):
-    assert decision.changes(activation, threshold) is changes
+def test_whether_labels_change(postprocessing, activation, threshold, changes):
+    assert postprocessing.changes(activation, threshold) is changes
 
 
 def test_components_go_by_pixels_or_millimetres():
     z = torch.tensor([[5.0, 5.0, -5.0, 5.0, -5.0, 5.0, 5.0, 5.0]])
-    assert PostProcessing(smallest=2).labels(z, activation="sigmoid").int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1]]
-    measured = PostProcessing(smallest=1.5, unit="mm")
+    assert PostProcessing(min_size=2).labels(z, activation="sigmoid").int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1]]
+    measured = PostProcessing(min_size=1.5, unit="mm")
     assert measured.labels(z, activation="sigmoid", spacing=(0.5,)).int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
     with pytest.raises(ValueError, match="the spacing of the image is not known"):
         measured.labels(z, activation="sigmoid")
     with pytest.raises(ValueError, match="one number for each of the 1 axes"):
         measured.labels(z, activation="sigmoid", spacing=(0.5, 0.5))
     two = torch.stack([-z[0], z[0]])
-    assert PostProcessing(smallest=[9, 2]).labels(two, activation="softmax").tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
-    everywhere = PostProcessing(smallest=2, background=None).labels(two, activation="softmax")
+    assert PostProcessing(min_size=[9, 2]).labels(two, activation="softmax").tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
+    everywhere = PostProcessing(min_size=2, background=None).labels(two, activation="softmax")
     assert everywhere.tolist() == [1] * 8  # The gaps, of class 0, come first.
 
 
@@ -98,12 +98,12 @@ def test_many_classes_have_ids_that_fit():
 
 
 def test_what_the_user_says_goes_first():
-    calibration = PostProcessing(1.5, [0.4], smallest=3, unit="mm", origin="file")
-    own = PostProcessing(smallest=7, largest_only=[1], background=None)
-    expected = PostProcessing(1.5, [0.4], smallest=7, largest_only=[1], background=None)
+    calibration = PostProcessing(1.5, [0.4], min_size=3, unit="mm", origin="file")
+    own = PostProcessing(min_size=7, keep_largest=[1], background=None)
+    expected = PostProcessing(1.5, [0.4], min_size=7, keep_largest=[1], background=None)
     assert own.filled(calibration) == expected
     assert own.filled(calibration).origin == "file"
-    assert PostProcessing(2.0, [0.9]).filled(calibration) == PostProcessing(2.0, [0.9], smallest=3, unit="mm")
+    assert PostProcessing(2.0, [0.9]).filled(calibration) == PostProcessing(2.0, [0.9], min_size=3, unit="mm")
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_what_the_user_says_goes_first():
         ({"temperature": 0}, "temperature must be a number > 0, got 0"),
         ({"thresholds": 0.5}, "thresholds must be a list"),
         ({"thresholds": [0.5, 1.0]}, r"thresholds must be a number in \(0, 1\), got 1.0"),
-        ({"smallest": -1}, "smallest must be a number >= 0"),
-        ({"smallest": "2"}, "smallest must be a number >= 0"),
+        ({"min_size": -1}, "min_size must be a number >= 0"),
+        ({"min_size": "2"}, "min_size must be a number >= 0"),
         ({"unit": "cm"}, "unit must be one of 'pixels', 'mm'"),
-        ({"largest_only": 1}, "largest_only must be a list of class indices"),
+        ({"keep_largest": 1}, "keep_largest must be a list of class indices"),
         ({"background": "0"}, "background must be None or an integer label"),
     ],
 )
@@ -134,20 +134,20 @@ class TestPooled:
         assert pooled([PostProcessing(2.0, [0.5])] * 3) == PostProcessing(2.0, [0.5])
 
     def test_thresholds_are_averaged_and_temperatures_gone(self):
-        found = pooled([PostProcessing(2.0, [0.2, 0.4], smallest=3), PostProcessing(None, None, smallest=3)], 0.5)
+        found = pooled([PostProcessing(2.0, [0.2, 0.4], min_size=3), PostProcessing(None, None, min_size=3)], 0.5)
         assert found.temperature is None
         assert found.thresholds == pytest.approx([0.35, 0.45])
-        assert found.smallest == 3
+        assert found.min_size == 3
 
     def test_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="must remove the same components"):
-            pooled([PostProcessing(smallest=2), PostProcessing(smallest=3)])
+            pooled([PostProcessing(min_size=2), PostProcessing(min_size=3)])
         with pytest.raises(ValueError, match="different numbers of classes"):
             pooled([PostProcessing(thresholds=[0.2]), PostProcessing(thresholds=[0.2, 0.3])])
 
 
 class TestFile:
-    full = PostProcessing(1.25, (0.3, 0.6), smallest=(0, 12.5), unit="mm", largest_only=[1], background=None)
+    full = PostProcessing(1.25, (0.3, 0.6), min_size=(0, 12.5), unit="mm", keep_largest=[1], background=None)
 
     def test_comes_back(self, tmp_path):
         path = tmp_path / CALIBRATION
@@ -177,11 +177,11 @@ class TestFile:
         ("content", "message"),
         [
             ("{", "is not a calibration file"),
-            ("[]", 'it holds no "decision"'),
-            ('{"version": 1}', 'it holds no "decision"'),
-            ('{"version": 9, "decision": {}}', "has version 9, and this package reads 1"),
-            ('{"version": 1, "decision": {"treshold": 1}}', "a decision has no treshold, only background, "),
-            ('{"version": 1, "decision": {"temperature": -1}}', "temperature must be a number > 0"),
+            ("[]", 'it holds no "postprocessing"'),
+            ('{"version": 1}', 'it holds no "postprocessing"'),
+            ('{"version": 9, "postprocessing": {}}', "has version 9, and this package reads 2"),
+            ('{"version": 2, "postprocessing": {"treshold": 1}}', "a decision has no treshold, only background, "),
+            ('{"version": 2, "postprocessing": {"temperature": -1}}', "temperature must be a number > 0"),
         ],
     )
     def test_is_checked(self, tmp_path, content, message):

@@ -14,7 +14,7 @@ from lightning_dice.data import Batch
 from lightning_dice.functional import hard_prediction
 from lightning_dice.inference import Inference, PostProcessing, Predictor
 
-SLIDING = Inference([8, 8], flips=[1])
+SLIDING = Inference([8, 8], mirror_axes=[1])
 
 
 def module(inference=None, activation="softmax", **settings):
@@ -76,15 +76,15 @@ def test_without_settings_nothing_is_different():
 
 @pytest.mark.parametrize("mask_size", [(19, 13), (25, 30)])
 @pytest.mark.parametrize(
-    ("activation", "decision"),
+    ("activation", "postprocessing"),
     [
         ("softmax", PostProcessing(thresholds=[0.8, 0.1, 0.3])),
-        ("softmax", PostProcessing(smallest=2, unit="mm")),
-        ("sigmoid", PostProcessing(2.0, [0.3, 0.7], smallest=3)),
+        ("softmax", PostProcessing(min_size=2, unit="mm")),
+        ("sigmoid", PostProcessing(2.0, [0.3, 0.7], min_size=3)),
     ],
 )
-def test_what_is_decided_is_what_is_scored_and_predicted(activation, decision, mask_size):
-    tested = module(Inference([8, 8], decision=decision), activation)
+def test_what_is_decided_is_what_is_scored_and_predicted(activation, postprocessing, mask_size):
+    tested = module(Inference([8, 8], postprocessing=postprocessing), activation)
     given = batches(activation, mask_size=mask_size)
     score = DiceScore(3 if activation == "softmax" else 2, activation=activation)
     predictor = tested.predictor()
@@ -108,8 +108,8 @@ def test_what_is_decided_is_what_is_scored_and_predicted(activation, decision, m
 def test_predicted_components_are_measured_at_the_size_of_the_image():
     given = batches(mask_size=(38, 13))[0]
     # A pixel of the image is two of the mask, 0.5 mm by 0.5 mm each.
-    tested = module(Inference(decision=PostProcessing(smallest=1.0, unit="mm")))
-    by_pixels = module(Inference(decision=PostProcessing(smallest=2)))
+    tested = module(Inference(postprocessing=PostProcessing(min_size=1.0, unit="mm")))
+    by_pixels = module(Inference(postprocessing=PostProcessing(min_size=2)))
     with torch.no_grad():
         found = tested.predict_step(given)
         assert torch.equal(found, by_pixels.predict_step(given))
@@ -118,7 +118,7 @@ def test_predicted_components_are_measured_at_the_size_of_the_image():
 
 def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
     given = batches("sigmoid")
-    tested = module(Inference(decision=PostProcessing(thresholds=[0.4, 0.4])), "sigmoid")
+    tested = module(Inference(postprocessing=PostProcessing(thresholds=[0.4, 0.4])), "sigmoid")
     strict = SegmentationModule(
         tested.net,
         tested.loss,
@@ -128,7 +128,9 @@ def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
     assert evaluated(strict, given)["val/dice"] == evaluated(tested, given)["val/dice"]
 
 
-@pytest.mark.parametrize("inference", [SLIDING, Inference([8, 8], decision=PostProcessing(thresholds=[0.2, 0.3, 0.4]))])
+@pytest.mark.parametrize(
+    "inference", [SLIDING, Inference([8, 8], postprocessing=PostProcessing(thresholds=[0.2, 0.3, 0.4]))]
+)
 def test_training_knows_nothing_of_it(inference):
     batch = batches()[0]
     found = [silent(module(each)).train().training_step(batch, 0) for each in (None, inference)]
@@ -143,13 +145,13 @@ def test_a_batch_of_no_image_runs_the_network_on_one_window():
             seen.append(tuple(image.shape))
             return super().forward(image)
 
-    decision = PostProcessing(smallest=3)
+    decision = PostProcessing(min_size=3)
     tested = SegmentationModule(
         Seeing(1, 3, 1),
         DiceLoss(activation="softmax"),
         DiceScore(3, activation="softmax"),
-        divisor=8,
-        inference=Inference([8, 8], flips=[0], decision=decision),
+        size_divisor=8,
+        inference=Inference([8, 8], mirror_axes=[0], postprocessing=decision),
     )
     full = batches(mask_size=(25, 30))
     nothing = Batch(full[0].image[:0], full[0].mask[:0], [])
@@ -170,29 +172,29 @@ def test_windows_are_padded_to_the_divisor():
             seen.append(tuple(image.shape[2:]))
             return image
 
-    tested = SegmentationModule(Seeing(), divisor=16, inference=Inference([12, 20]))
+    tested = SegmentationModule(Seeing(), size_divisor=16, inference=Inference([12, 20]))
     image = torch.randn(1, 1, 19, 33)
     torch.testing.assert_close(tested.evaluated(image), image)
     assert set(seen) == {(16, 32)}
 
 
 def test_calibrating_leaves_other_modules_alone():
-    shared = Inference(decision=PostProcessing(smallest=4))
+    shared = Inference(postprocessing=PostProcessing(min_size=4))
     one, other = module(shared), module(shared)
-    one.calibrate(PostProcessing(2.0, [0.2, 0.3, 0.5], smallest=9))
-    assert one.inference.decision == PostProcessing(2.0, [0.2, 0.3, 0.5], smallest=4)
-    assert other.inference.decision == PostProcessing(smallest=4)
+    one.calibrate(PostProcessing(2.0, [0.2, 0.3, 0.5], min_size=9))
+    assert one.inference.postprocessing == PostProcessing(2.0, [0.2, 0.3, 0.5], min_size=4)
+    assert other.inference.postprocessing == PostProcessing(min_size=4)
 
 
 def test_flips_are_averaged():
-    tested, image = module(Inference(flips=[1])), batches()[0].image
+    tested, image = module(Inference(mirror_axes=[1])), batches()[0].image
     with torch.no_grad():
         mean = (tested.net(image).softmax(1) + tested.net(image.flip(3)).flip(3).softmax(1)) / 2
         torch.testing.assert_close(tested.evaluated(image).softmax(1), mean)
 
 
 def test_a_temperature_goes_before_the_threshold_and_is_told():
-    tested = silent(module(Inference(decision=PostProcessing(temperature=2.0)), "sigmoid", threshold=0.3))
+    tested = silent(module(Inference(postprocessing=PostProcessing(temperature=2.0)), "sigmoid", threshold=0.3))
     given = batches("sigmoid")[0]
     with torch.no_grad():
         expected = (tested.net(given.image) / 2).sigmoid() > 0.3
@@ -204,7 +206,7 @@ def test_a_temperature_goes_before_the_threshold_and_is_told():
 
 
 def test_several_modules_are_an_ensemble():
-    modules = [module(), module(Inference(decision=PostProcessing(temperature=2.0)))]
+    modules = [module(), module(Inference(postprocessing=PostProcessing(temperature=2.0)))]
     image = batches()[0].image[0]
     with torch.no_grad():
         mean = sum((m(image[None])[0] / t).softmax(0) for m, t in zip(modules, (1, 2), strict=True)) / 2
@@ -215,7 +217,7 @@ def test_several_modules_are_an_ensemble():
 def test_an_ensemble_has_the_windows_and_flips_of_its_first():
     first, other = module(SLIDING), module(Inference([4, 4]))
     joined = Predictor.ensemble([each.predictor() for each in (first, other)])
-    assert (joined.window, joined.flips) == (SLIDING.window, SLIDING.flips)
+    assert (joined.window, joined.mirroring) == (SLIDING.window, SLIDING.mirroring)
     image = batches()[0].image[0]
     with torch.no_grad():
         twice = Predictor.ensemble([first.predictor(), first.predictor()])

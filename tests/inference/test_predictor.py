@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_dice.inference import Flips, Inference, PostProcessing, Predictor, SlidingWindow
+from lightning_dice.inference import Mirroring, Inference, PostProcessing, Predictor, SlidingWindow
 from lightning_dice.inference import sliding_window as windows_file
 
 SPACE, SIZE = (19, 23), (26, 15)
@@ -24,18 +24,18 @@ def image():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("size", [None, SIZE])
 @pytest.mark.parametrize(
-    "decision",
+    "postprocessing",
     [
         PostProcessing(),
         PostProcessing(2.0, [0.3, 0.5, 0.6]),
-        PostProcessing(thresholds=[0.1, 0.2, 0.3], smallest=4, largest_only=[1]),
+        PostProcessing(thresholds=[0.1, 0.2, 0.3], min_size=4, keep_largest=[1]),
     ],
     ids=["plain", "thresholds", "components"],
 )
 @pytest.mark.parametrize("window", [None, SlidingWindow([8, 8])], ids=["whole", "sliding"])
-def test_labels_are_those_of_the_logits(window, decision, size, activation, chunk, monkeypatch):
+def test_labels_are_those_of_the_logits(window, postprocessing, size, activation, chunk, monkeypatch):
     monkeypatch.setattr(windows_file, "CHUNK_BYTES", chunk)
-    predictor = Predictor(nets(1), window, decision=decision, activation=activation)
+    predictor = Predictor(nets(1), window, postprocessing=postprocessing, activation=activation)
     with torch.no_grad():
         logits = predictor.logits(image(), size)
         labels = predictor.labels(image(), size)
@@ -50,7 +50,7 @@ def test_one_network_has_its_own_logits():
     (net,) = nets(1)
     with torch.no_grad():
         expected = net(image()[None])[0]
-    predictor = Predictor([net], decision=PostProcessing(temperature=3.0), activation="softmax")
+    predictor = Predictor([net], postprocessing=PostProcessing(temperature=3.0), activation="softmax")
     assert torch.equal(predictor.logits(image()), expected)
     torch.testing.assert_close(predictor.probabilities(expected), (expected / 3).softmax(0))
 
@@ -66,7 +66,9 @@ def test_logits_at_another_size():
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
     (net,) = nets(1)
-    predictor = Predictor([net], flips=Flips([0, 1]), decision=PostProcessing(temperature), activation=activation)
+    predictor = Predictor(
+        [net], mirroring=Mirroring([0, 1]), postprocessing=PostProcessing(temperature), activation=activation
+    )
     probs = []
     with torch.no_grad():
         for axes in ([], [1], [2], [1, 2]):
@@ -86,7 +88,7 @@ def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
 def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
     several = nets(3)
     decisions = [PostProcessing(temperature, [0.2 * temperature] * 3) for temperature in (0.5, 1.0, 2.0)]
-    predictor = Predictor(several, window, decision=decisions, activation=activation)
+    predictor = Predictor(several, window, postprocessing=decisions, activation=activation)
     probs = []
     padded = image() if window is None else F.pad(image(), (4, 5, 6, 7))
     with torch.no_grad():
@@ -104,19 +106,19 @@ def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
 
 def test_equal_temperatures_stay_with_the_decision():
     several, decision = nets(2), PostProcessing(2.0, [0.3, 0.3, 0.3])
-    predictor = Predictor(several, decision=decision, activation="softmax")
+    predictor = Predictor(several, postprocessing=decision, activation="softmax")
     with torch.no_grad():
         mean = torch.stack([(net(image()[None])[0] / 2).softmax(0) for net in several]).mean(0)
-    assert predictor.decision == decision
+    assert predictor.postprocessing == decision
     torch.testing.assert_close(predictor.probabilities(predictor.logits(image())), mean)
 
 
 def test_predictors_are_joined():
     several = nets(2)
     decisions = [PostProcessing(1), PostProcessing(3)]
-    each = [Predictor([net], decision=d, activation="softmax") for net, d in zip(several, decisions, strict=True)]
+    each = [Predictor([net], postprocessing=d, activation="softmax") for net, d in zip(several, decisions, strict=True)]
     joined = Predictor.ensemble(each)
-    expected = Predictor(several, decision=decisions, activation="softmax")
+    expected = Predictor(several, postprocessing=decisions, activation="softmax")
     assert torch.equal(joined.logits(image()), expected.logits(image()))
     with pytest.raises(ValueError, match="must have one activation, got sigmoid, softmax"):
         Predictor.ensemble([each[0], Predictor(several, activation="sigmoid")])
@@ -125,7 +127,7 @@ def test_predictors_are_joined():
 def test_coarse_logits_are_resized():
     predictor = Predictor([lambda batch: {"out": batch[..., ::2, ::2]}], activation="sigmoid")
     assert predictor.logits(image()).shape == (2, *SPACE)
-    mirrored = Predictor([lambda batch: [batch[..., ::2, ::2]]], flips=Flips([1]), activation="sigmoid")
+    mirrored = Predictor([lambda batch: [batch[..., ::2, ::2]]], mirroring=Mirroring([1]), activation="sigmoid")
     assert mirrored.logits(image()).shape == (2, *SPACE)
 
 
@@ -135,7 +137,7 @@ def test_coarse_logits_are_resized():
         ({"nets": []}, "nets must be at least one network"),
         ({"activation": None}, "activation must be one of 'sigmoid', 'softmax', got None"),
         ({"threshold": 1}, r"threshold must be a number in \(0, 1\)"),
-        ({"decision": [PostProcessing()] * 3}, "one for each of the 2 nets, got 3"),
+        ({"postprocessing": [PostProcessing()] * 3}, "one for each of the 2 nets, got 3"),
     ],
 )
 def test_refuses_settings(settings, message):
@@ -144,27 +146,27 @@ def test_refuses_settings(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("size", "flips", "message"),
+    ("size", "mirror_axes", "message"),
     [
         ((4,), [], r"size must be one number of pixels >= 1 for each of the axes \(19, 23\)"),
         ((4, 0), [], "size must be one number of pixels >= 1"),
-        (None, [2], r"flips must be space axes from 0 to 1, got \[2\]"),
+        (None, [2], r"mirror_axes must be space axes from 0 to 1, got \[2\]"),
     ],
 )
-def test_refuses_calls(size, flips, message):
-    predictor = Predictor([nn.Identity()], flips=Flips(flips), activation="sigmoid")
+def test_refuses_calls(size, mirror_axes, message):
+    predictor = Predictor([nn.Identity()], mirroring=Mirroring(mirror_axes), activation="sigmoid")
     with pytest.raises(ValueError, match=message):
         predictor.labels(image(), size)
 
 
 def test_settings_of_a_module_are_checked_at_once():
     assert Inference().plain
-    assert not Inference(flips=[0]).plain
+    assert not Inference(mirror_axes=[0]).plain
     assert not Inference([4, 4]).plain
     with pytest.raises(ValueError, match="overlap must be"):
         Inference(overlap=2)
-    with pytest.raises(ValueError, match="weighting must be one of"):
-        Inference([4], weighting="cosine")
+    with pytest.raises(ValueError, match="importance_map must be one of"):
+        Inference([4], importance_map="cosine")
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])

@@ -40,15 +40,15 @@ def joined(slabs):
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("weighting", ["gaussian", "constant"])
+@pytest.mark.parametrize("importance_map", ["gaussian", "constant"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5])
 @pytest.mark.parametrize(("space", "size"), IMAGES)
-def test_equals_monai(space, size, overlap, weighting):
+def test_equals_monai(space, size, overlap, importance_map):
     image = torch.randn(2, *space, generator=torch.Generator().manual_seed(1))
     convolution = net(len(space))
     with torch.no_grad():
-        expected = sliding_window_inference(image[None], size, 4, convolution, overlap=overlap, mode=weighting)[0]
-    found = joined(SlidingWindow(size, overlap, weighting).slabs(image, convolution))
+        expected = sliding_window_inference(image[None], size, 4, convolution, overlap=overlap, mode=importance_map)[0]
+    found = joined(SlidingWindow(size, overlap, importance_map).slabs(image, convolution))
     torch.testing.assert_close(found, expected)
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_not_kept():
         ({"size": [8, 0]}, "size must be an integer >= 1, got 0"),
         ({"overlap": 1.0}, r"overlap must be a number in \[0, 1\)"),
         ({"overlap": -0.1}, "overlap must be a number in"),
-        ({"weighting": "gauss"}, "weighting must be one of 'gaussian', 'constant'"),
+        ({"importance_map": "gauss"}, "importance_map must be one of 'gaussian', 'constant'"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
     ],
 )

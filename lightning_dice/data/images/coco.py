@@ -172,7 +172,7 @@ class CocoSource(PairSource):
         splits: what stands for `{split}`, such as `{"train": "train2017", "val": "val2017"}`; by default the customary
             words.
         bands: which channels the images are, and
-        white: the value that becomes 1, and
+        max_value: the value that becomes 1, and
         nodata: that of pixels without an image, as in `ImageFormat`.
         tile: as in `FolderSource`.
 
@@ -194,13 +194,13 @@ class CocoSource(PairSource):
         *,
         splits: Mapping[Split, str | None] | None = None,
         bands: Sequence[int] | None = None,
-        white: float | None = None,
+        max_value: float | None = None,
         nodata: float | None = None,
         tile: int | None = None,
     ) -> None:
-        image_format = ImageFormat(channels, bands, white, nodata)
+        image_format = ImageFormat(channels, bands, max_value, nodata)
         super().__init__(root, image_format, mask_format, fractions, seed, workers, tile=tile)
-        if mask_format.values or mask_format.colors is not None or mask_format.stacked:
+        if mask_format.label_map or mask_format.colors is not None or mask_format.multichannel_masks:
             raise ValueError(
                 "values, colors and stacked are of mask files, which COCO's annotations are not; leave them"
             )

@@ -147,14 +147,14 @@ class Survey:
         label = form.ignore_index
         what = f"all masks hold {' and '.join(map(str, sorted(values)))} alone, and {label} is the ignored label"
         where = Path(_mask_at(everything[0], position)).parent
-        remedy = f"If {label} is foreground, set 'data.values={{{label}:1}}'."
+        remedy = f"If {label} is foreground, set 'data.label_map={{{label}:1}}'."
         return [DataProblem(f"{what}: no foreground would be left to learn", where, remedy)]
 
     def _doubtful(self, values: Collection[int]) -> bool:
         """Whether the ignored label is there as stored, and no foreground."""
         form = self.mask_format
         labels = {form.label(value, bool(self.planes)) for value in values}
-        stored = form.ignore_index in values and form.ignore_index not in (form.values or {})
+        stored = form.ignore_index in values and form.ignore_index not in (form.label_map or {})
         return stored and labels <= {0, form.ignore_index}
 
     def warnings(self) -> list[str]:
@@ -171,7 +171,7 @@ class Survey:
             label = self.mask_format.ignore_index
             lines.append(
                 f"no foreground but ignored pixels ({label}) in {len(doubtful)} masks: {_names(doubtful)}; "
-                f"if {label} is foreground there, set 'data.values={{{label}:1}}'"
+                f"if {label} is foreground there, set 'data.label_map={{{label}:1}}'"
             )
         same: dict[bytes, dict[Split, str]] = defaultdict(dict)
         for split, facts in everything:

@@ -56,7 +56,7 @@ class FolderCases:
         if self.is_large(index):
             height, width = self.sizes[index]
             what = f"is too large to be read whole: {height}x{width} pixels, more than {Image.MAX_IMAGE_PIXELS}"
-            remedy = "Set data.window=[768,768] to train on windows of it, data.tile=4096 to score it in tiles."
+            remedy = "Set data.read_size=[768,768] to train on windows of it, data.tile=4096 to score it in tiles."
             raise DataProblem(what, self.pairs[index].image, remedy)
         opened = OpenPair(self, self.pairs[index], whole=True)
         height, width = opened.size
@@ -181,7 +181,7 @@ class OpenPair:
             return form.encode(stored, bool(self.cases.planes))
         except ValueError as wrong:
             where = ", ".join(str(files[number]) for number in numbers)
-            raise DataProblem(str(wrong), where, "Set data.values or data.classes.") from wrong
+            raise DataProblem(str(wrong), where, "Set data.label_map or data.classes.") from wrong
 
 
 class TiledCases:

@@ -81,7 +81,7 @@ def scan(
     *,
     background: str | None = None,
     raters: Sequence[str] = (),
-    lists: str | None = None,
+    split_files: str | None = None,
     splits: Mapping[Split, str | None] | None = None,
     extensions: Sequence[str] = EXTENSIONS,
 ) -> Layout:
@@ -98,7 +98,7 @@ def scan(
         seed: for the draw of these shares.
         background: the one of `planes` that may do without files.
         raters: who made masks, one of each image: in folders of their names or by `{rater}`.
-        lists: text files below `root` that name the cases of each `{split}`.
+        split_files: text files below `root` that name the cases of each `{split}`.
         splits: what `{split}` stands for, for each split that there is; `None`: the customary words.
         extensions: of images and masks, in lower case.
     """
@@ -109,12 +109,14 @@ def scan(
     words = split_words(splits)
     try:
         found = _find_images(root, images, words, extensions)
-        if lists is not None:
-            found = _listed(root, lists, found, words, layout)
+        if split_files is not None:
+            found = _listed(root, split_files, found, words, layout)
         for wanted in words if splits is not None else ():
             if wanted not in found:
                 what = f"there is nothing for the split {wanted}, which data.splits calls {words[wanted][0]!r}"
-                layout.problems.append(DataProblem(what, root / (lists or images), "Set data.splits to what there is."))
+                layout.problems.append(
+                    DataProblem(what, root / (split_files or images), "Set data.splits to what there is.")
+                )
         places = _Masks(root, masks, tuple(planes), background, tuple(raters), words, extensions)
     except DataProblem as problem:
         layout.problems.append(problem)
@@ -146,7 +148,7 @@ def scan(
         used.update(mask for pair in pairs for mask in pair.masks if isinstance(mask, Path))
         offered.update(dict.fromkeys(candidates))
         parts[split] = pairs
-    if lists is None:
+    if split_files is None:
         orphans = [mask for mask in offered if mask not in used]
         layout.problems += [DataProblem("has no image", mask, "Add the image, or remove the mask.") for mask in orphans]
     layout.pairs = complete_splits(parts, fractions, seed, layout.problems, root / images)
@@ -302,7 +304,9 @@ def _listed(
         parts[split] = _Images(folder, sorted(chosen))
     if not parts:
         wanted = ", ".join(pattern.replace("{split}", names[0]) for names in words.values())
-        raise DataProblem(f"there is no list of cases; looked for {wanted}", root, "Set data.lists, or data.splits.")
+        raise DataProblem(
+            f"there is no list of cases; looked for {wanted}", root, "Set data.split_files, or data.splits."
+        )
     return parts
 
 

@@ -35,7 +35,7 @@ class ImageFormat:
         channels: of the images as the network sees them: 1 for gray, 3 for RGB (gray is repeated).
         bands: which of the stored channels they are, in order, counted from 1 as GDAL does: `[4, 3, 2]` is true colour
             in Sentinel-2's numbering. `None`: all.
-        white: the stored value that becomes 1; it need not be the greatest. `None`: 255 and 65535 of unsigned integers
+        max_value: the stored value that becomes 1; it need not be the greatest. `None`: 255 and 65535 of unsigned integers
             of 8 and 16 bits, 1 of floats; other integers need one.
         nodata: the stored value of pixels that show nothing, in any of the bands; NaN where floats say so. They are
             filled with the mean of the others in their channel, and ignored in the mask.
@@ -44,18 +44,18 @@ class ImageFormat:
         ValueError: a setting out of its range, or as many bands as there are no channels.
 
     >>> from pathlib import Path
-    >>> picture = Picture(np.array([[[7, 0, 1000], [9, 500, -1]]], np.int16), Path("a.tif"), white=None)
-    >>> ImageFormat(channels=2, bands=[3, 2], white=1000).image(picture)
+    >>> picture = Picture(np.array([[[7, 0, 1000], [9, 500, -1]]], np.int16), Path("a.tif"), max_value=None)
+    >>> ImageFormat(channels=2, bands=[3, 2], max_value=1000).image(picture)
     tensor([[[ 1.0000, -0.0010]],
     <BLANKLINE>
             [[ 0.0000,  0.5000]]])
-    >>> ImageFormat(channels=1, bands=[3], white=1000, nodata=-1).image(picture)
+    >>> ImageFormat(channels=1, bands=[3], max_value=1000, nodata=-1).image(picture)
     tensor([[[1., 1.]]])
     """
 
     channels: int = 3
     bands: Sequence[int] | None = None
-    white: float | None = None
+    max_value: float | None = None
     nodata: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,8 +71,8 @@ class ImageFormat:
                     f"set data.channels={len(bands)}"
                 )
             object.__setattr__(self, "bands", bands)
-        if self.white is not None and not (self.white > 0 and math.isfinite(self.white)):
-            raise ValueError(f"white must be a stored value above 0, got {self.white}")
+        if self.max_value is not None and not (self.max_value > 0 and math.isfinite(self.max_value)):
+            raise ValueError(f"max_value must be a stored value above 0, got {self.max_value}")
         if self.nodata is not None:
             # A YAML file's .nan is a number, that of a command line is text.
             text = {".nan": "nan"}.get(str(self.nodata).lower(), str(self.nodata))
@@ -91,14 +91,14 @@ class ImageFormat:
                 default those of this one.
 
         Raises:
-            DataError: for another number of channels, an integer type without a white, or a value that is not finite.
+            DataError: for another number of channels, an integer type without a max_value, or a value that is not finite.
         """
         holes, whole = self.missing(picture), picture
         picture = self._chosen(picture)
         if holes is not None:
             picture = _filled(picture, holes, np.asarray(self.means(whole) if fill is None else fill))
-        if self.white is not None:
-            picture = replace(picture, pixels=picture.colors(), palette=None, white=float(self.white))
+        if self.max_value is not None:
+            picture = replace(picture, pixels=picture.colors(), palette=None, max_value=float(self.max_value))
         return to_image(picture, self.channels)
 
     def means(self, picture: Blockwise) -> NDArray[np.float64]:

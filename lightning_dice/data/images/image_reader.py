@@ -39,7 +39,7 @@ class Picture:
     Attributes:
         pixels: `(height, width, channels)` as stored: bool, unsigned or signed integers, or floats.
         path: where it came from, for messages.
-        white: the value of full brightness; `None` where the type has none (floats, signed and 32-bit integers).
+        max_value: the value of full brightness; `None` where the type has none (floats, signed and 32-bit integers).
         alpha: the last channel is opacity.
         palette: `(colors, 3)` where the pixels are indices into it.
         lossy: compressed in a way that changes values.
@@ -48,7 +48,7 @@ class Picture:
 
     pixels: NDArray[Any]
     path: Path
-    white: float | None
+    max_value: float | None
     alpha: bool = False
     palette: NDArray[np.uint8] | None = None
     lossy: bool = False
@@ -78,8 +78,8 @@ class Picture:
     @property
     def kind(self) -> str:
         """Depth and colour in words, such as `16-bit RGB`."""
-        plain = isinstance(self.white, int) and self.pixels.dtype.kind in "bu"
-        depth = f"{int(self.white or 0).bit_length()}-bit" if plain else str(self.pixels.dtype)
+        plain = isinstance(self.max_value, int) and self.pixels.dtype.kind in "bu"
+        depth = f"{int(self.max_value or 0).bit_length()}-bit" if plain else str(self.pixels.dtype)
         channels = self.pixels.shape[2]
         if self.palette is not None:
             return f"{depth} palette"
@@ -179,14 +179,14 @@ def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> t
 
 
 def to_image(picture: Picture, channels: int) -> Tensor:
-    """A float32 tensor of `channels` channels: integers divided by their white (255, 65535), floats as they are.
+    """A float32 tensor of `channels` channels: integers divided by their max_value (255, 65535), floats as they are.
 
     Gray is repeated to three channels. Alpha is dropped, unless it makes up the number of channels asked for.
 
     Raises:
-        DataError: for another number of channels, an integer type without a white, or a value that is not finite.
+        DataError: for another number of channels, an integer type without a max_value, or a value that is not finite.
 
-    >>> picture = Picture(np.array([[[0], [51], [255]]], np.uint8), Path("a.png"), white=255)
+    >>> picture = Picture(np.array([[[0], [51], [255]]], np.uint8), Path("a.png"), max_value=255)
     >>> to_image(picture, channels=1)
     tensor([[[0.0000, 0.2000, 1.0000]]])
     >>> to_image(picture, channels=3).shape
@@ -202,9 +202,9 @@ def to_image(picture: Picture, channels: int) -> Tensor:
     if found != channels and (found, channels) != (1, 3):
         asked = f"has {found} channel{'s' * (found != 1)} ({picture.kind}), data.channels={channels} was asked for"
         raise DataProblem(asked, picture.path, f"Set data.channels={found}, or convert the file.")
-    if picture.white is None and pixels.dtype.kind != "f":
-        remedy = "Set data.white to the value of full brightness."
-        raise DataProblem(f"holds {pixels.dtype} values, which have no agreed white", picture.path, remedy)
+    if picture.max_value is None and pixels.dtype.kind != "f":
+        remedy = "Set data.max_value to the value of full brightness."
+        raise DataProblem(f"holds {pixels.dtype} values, which have no agreed max_value", picture.path, remedy)
     with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused below.
         values = np.array(pixels.transpose(2, 0, 1), dtype=np.float32, order="C")
     if pixels.dtype.kind == "f" and not np.isfinite(values).all():
@@ -213,8 +213,8 @@ def to_image(picture: Picture, channels: int) -> Tensor:
             f"holds {count} values that are not finite (NaN or infinite)", picture.path, "Fill them first."
         )
     # NumPy divides and repeats: torch would wake its threads for each small image, from every reading thread.
-    if picture.white is not None:
-        values /= picture.white
+    if picture.max_value is not None:
+        values /= picture.max_value
     return torch.from_numpy(np.repeat(values, channels, axis=0) if found != channels else values)
 
 
@@ -228,23 +228,23 @@ def _read_pillow(path: Path, data: bytes) -> Picture:
         lossy = image.format in LOSSY
         if depth == 16 and color != 0:
             deep = np.asarray(imagecodecs.png_decode(data))
-            return Picture(_with_channels(deep), path, white=65535, alpha=color in (4, 6))
+            return Picture(_with_channels(deep), path, max_value=65535, alpha=color in (4, 6))
         pixels = _with_channels(np.asarray(image))
         mode = image.mode
         if mode == "1":
-            return Picture(pixels.view(np.uint8) != 0, path, white=1)  # Pillow's True is the byte 255.
+            return Picture(pixels.view(np.uint8) != 0, path, max_value=1)  # Pillow's True is the byte 255.
         if mode == "L" and depth in (2, 4):  # Pillow stretches them to 8 bit; a mask's ids must stay as stored.
-            white = 2**depth - 1
-            return Picture(pixels // (255 // white), path, white=white)
+            max_value = 2**depth - 1
+            return Picture(pixels // (255 // max_value), path, max_value=max_value)
         if mode in ("P", "PA"):
             colors = np.zeros((256, 3), np.uint8)
             stored = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
             colors[: len(stored)] = stored
-            return Picture(pixels[..., :1], path, white=255, palette=colors, lossy=lossy)
+            return Picture(pixels[..., :1], path, max_value=255, palette=colors, lossy=lossy)
         if mode in ("L", "LA", "RGB", "RGBA"):
-            return Picture(pixels, path, white=255, alpha=mode in ("LA", "RGBA"), lossy=lossy)
+            return Picture(pixels, path, max_value=255, alpha=mode in ("LA", "RGBA"), lossy=lossy)
         if mode.startswith("I"):  # 16-bit gray PNG: "I;16", before Pillow 10.3 "I"
-            return Picture(pixels.astype(np.uint16), path, white=65535)
+            return Picture(pixels.astype(np.uint16), path, max_value=65535)
     raise _colors(path, mode)
 
 
@@ -287,16 +287,16 @@ def page_picture(path: Path, page: Any, pixels: NDArray[Any]) -> Picture:
     known = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE")
     if photometric.name not in known and not (photometric.name == "YCBCR" and jpeg):
         raise _colors(path, photometric.name)
-    white = 2**page.bitspersample - 1 if pixels.dtype.kind in "bu" and page.bitspersample <= 16 else None
-    if photometric.name == "MINISWHITE" and white is not None:
-        pixels = ~pixels if pixels.dtype == bool else white - pixels
+    max_value = 2**page.bitspersample - 1 if pixels.dtype.kind in "bu" and page.bitspersample <= 16 else None
+    if photometric.name == "MINISWHITE" and max_value is not None:
+        pixels = ~pixels if pixels.dtype == bool else max_value - pixels
     palette = None
     if photometric.name == "PALETTE":
         palette = np.zeros((65536 if pixels.dtype == np.uint16 else 256, 3), np.uint8)
         stored = np.asarray(page.colormap)
         palette[: stored.shape[1]] = (stored.T >> 8).astype(np.uint8)
     alpha = len(page.extrasamples) > 0 and page.extrasamples[-1] in (1, 2)
-    return Picture(pixels, path, white=white, alpha=alpha, palette=palette, lossy=jpeg)
+    return Picture(pixels, path, max_value=max_value, alpha=alpha, palette=palette, lossy=jpeg)
 
 
 def _array_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -322,9 +322,11 @@ def _array_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tu
 def _read_array(path: Path, data: bytes) -> Picture:
     first, _, _ = _array_shape(path, *_array_header(BytesIO(data)))
     pixels = np.load(BytesIO(data), allow_pickle=False)
-    whites = {"b1": 1, "u1": 255, "u2": 65535}
+    max_values = {"b1": 1, "u1": 255, "u2": 65535}
     return Picture(
-        np.moveaxis(pixels, 0, -1) if first else _with_channels(pixels), path, white=whites.get(pixels.dtype.str[1:])
+        np.moveaxis(pixels, 0, -1) if first else _with_channels(pixels),
+        path,
+        max_value=max_values.get(pixels.dtype.str[1:]),
     )
 
 
@@ -375,7 +377,7 @@ def _undecodable(path: Path, data: bytes, error: Exception) -> DataProblem:
 def _too_large(path: Path, reason: str) -> DataProblem:
     remedy = (
         "If it is what it should be, save it as a TIFF in tiles of 512x512 pixels, which is read by windows "
-        "(data.window, data.tile), or raise PIL.Image.MAX_IMAGE_PIXELS."
+        "(data.read_size, data.tile), or raise PIL.Image.MAX_IMAGE_PIXELS."
     )
     return DataProblem(f"may be a decompression bomb: {reason}", path, remedy)
 

@@ -64,7 +64,7 @@ class MaskFormat:
     """How masks are stored, and what they shall become.
 
     A mask's *values* are its samples as stored: gray levels, palette indices, or with `colors` the position of each
-    colour in that list. `values` maps some of them to ids; the others are ids already.
+    colour in that list. `label_map` maps some of them to ids; the others are ids already.
 
     Args:
         classes: with `activation="softmax"` the names of the ids 0, 1, 2 ...; with `"sigmoid"` the names of the
@@ -72,15 +72,15 @@ class MaskFormat:
         activation: the activation of the net's logits: `"softmax"` makes a map of ids, `"sigmoid"` one 0/1 plane for
             each class.
         ignore_index: the label of pixels to be left out of loss and metric; `None` for none.
-        values: stored value -> id, such as `{255: 1}`, or `{11: 255}` to ignore the label 11.
+        label_map: stored value -> id, such as `{255: 1}`, or `{11: 255}` to ignore the label 11.
         colors: `[red, green, blue]` of each value, in order, for masks painted in colours.
-        stacked: a mask file has a channel for each class, which holds 1 where the class is; with a softmax the
+        multichannel_masks: a mask file has a channel for each class, which holds 1 where the class is; with a softmax the
             background may do without.
 
     Raises:
         ValueError: where the settings contradict each other.
 
-    >>> mask_format = MaskFormat(["background", "lesion"], values={128: 255, 255: 1})
+    >>> mask_format = MaskFormat(["background", "lesion"], label_map={128: 255, 255: 1})
     >>> mask_format.encode([np.array([[0, 128, 255]], dtype=np.uint8)])
     tensor([[  0, 255,   1]], dtype=torch.uint8)
     >>> MaskFormat(["artery", "vein"], "sigmoid").encode([np.array([[0, 1, 2, 255]], dtype=np.uint8)])
@@ -92,9 +92,9 @@ class MaskFormat:
     classes: Sequence[str]
     activation: Literal["softmax", "sigmoid"] = "softmax"
     ignore_index: int | None = 255
-    values: Mapping[int, int] | None = None
+    label_map: Mapping[int, int] | None = None
     colors: Sequence[Sequence[int]] | None = None
-    stacked: bool = False
+    multichannel_masks: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ("softmax", "sigmoid"):
@@ -114,16 +114,16 @@ class MaskFormat:
                 f"set 'data.classes=[background,{names[0]}]', or data.activation=sigmoid for foreground classes alone"
             )
         ignored = None if self.ignore_index is None else _integer(self.ignore_index, "ignore_index")
-        pairs = self.values if self.values is not None else {}
+        pairs = self.label_map if self.label_map is not None else {}
         if not isinstance(pairs, Mapping):
-            example = "for instance 'data.values={255:1}'"
-            raise ValueError(f"values must map stored values to ids, got {pairs!r}; {example}")
-        mapped = {_integer(key, "values"): _integer(value, "values") for key, value in pairs.items()}
-        if self.stacked and self.colors is not None:
+            example = "for instance 'data.label_map={255:1}'"
+            raise ValueError(f"label_map must map stored values to ids, got {pairs!r}; {example}")
+        mapped = {_integer(key, "label_map"): _integer(value, "label_map") for key, value in pairs.items()}
+        if self.multichannel_masks and self.colors is not None:
             raise ValueError("stacked masks have a channel for each class and no colors: set one of the two")
         object.__setattr__(self, "classes", names)
         object.__setattr__(self, "ignore_index", ignored)
-        object.__setattr__(self, "values", mapped)
+        object.__setattr__(self, "label_map", mapped)
         object.__setattr__(self, "colors", None if self.colors is None else _colors(self.colors))
         self._check_ids()
 
@@ -132,12 +132,12 @@ class MaskFormat:
             name = {**dict(zip(self.class_ids, self.classes, strict=True)), 0: "background"}[self.ignore_index]
             raise ValueError(
                 f"ignore_index must be no class's id, got {self.ignore_index}, the id of {name!r}; "
-                f"keep it at 255 or so and set 'data.values={{{self.ignore_index}:255}}'"
+                f"keep it at 255 or so and set 'data.label_map={{{self.ignore_index}:255}}'"
             )
         allowed = f"the ids 0 to {len(self.ids) - 1} or ignore_index={self.ignore_index}"
         for value, label in self._values.items():
             if label not in self.ids and label != self.ignore_index:
-                raise ValueError(f"values must map to {allowed}, got {value}:{label}")
+                raise ValueError(f"label_map must map to {allowed}, got {value}:{label}")
         if self.colors is None:
             return
         labels = [self._values.get(value, value) for value in range(len(self.colors))]
@@ -145,7 +145,7 @@ class MaskFormat:
         if extra:
             raise ValueError(
                 f"colors must have one entry for each of {allowed}, got {len(labels)} entries; to ignore one, map its "
-                f"position: 'data.values={{{extra[0]}:{self.ignore_index}}}'"
+                f"position: 'data.label_map={{{extra[0]}:{self.ignore_index}}}'"
             )
         missing = [label for label in self.ids if label not in labels]
         if missing and self.activation == "softmax":
@@ -163,7 +163,7 @@ class MaskFormat:
 
     @property
     def _values(self) -> dict[int, int]:
-        return dict(self.values or {})
+        return dict(self.label_map or {})
 
     def label(self, value: int, planes: bool = False) -> int | None:
         """The id of a stored value, or `None` where it has none; a plane of its own holds the ids 0 and 1."""
@@ -176,22 +176,22 @@ class MaskFormat:
         return self.classes[0] if self.activation == "softmax" else None
 
     def read_planes(self, picture: Picture) -> list[NDArray[Any]]:
-        """The stored values of a mask file: of ids as one array, of `stacked` classes as one for each.
+        """The stored values of a mask file: of ids as one array, of stacked classes as one for each.
 
         Raises:
             DataError: as in `read`; for stacked classes, another number of channels.
         """
-        if not self.stacked:
+        if not self.multichannel_masks:
             return [self.read(picture)]
         pixels = picture.colors() if picture.palette is not None else picture.pixels
         channels, classes = pixels.shape[2], len(self.classes)
         if channels not in (classes, classes - (self.background is not None)):
             less = f", or {classes - 1} without the background" if self.background is not None else ""
-            what = (
-                f"has {channels} channels ({picture.kind}), data.stacked=true needs one for each of {classes} classes"
-            )
+            what = f"has {channels} channels ({picture.kind}), data.multichannel_masks=true needs one for each of {classes} classes"
             raise DataProblem(
-                what + less, picture.path, "Set data.classes to what the channels are, or data.stacked=false."
+                what + less,
+                picture.path,
+                "Set data.classes to what the channels are, or data.multichannel_masks=false.",
             )
         plain = replace(picture, alpha=False, palette=None)
         return [self.read(replace(plain, pixels=pixels[..., index : index + 1])) for index in range(channels)]
@@ -366,23 +366,23 @@ def check_size(size: tuple[int, int], image: Sized, where: Path | str) -> None:
 
 
 def suggest(values: set[int], ids: range, ignore_index: int | None) -> str:
-    """The `data.values` that would make ids of these stored values, where that is plain; else what to look at.
+    """The `data.label_map` that would make ids of these stored values, where that is plain; else what to look at.
 
     >>> suggest({0, 128, 255}, range(3), 255)
-    "Set 'data.values={128:1,255:2}'."
+    "Set 'data.label_map={128:1,255:2}'."
     >>> suggest({0, 100, 255}, range(2), 255)
-    "Set 'data.values={100:1}'."
+    "Set 'data.label_map={100:1}'."
     """
     ordered = sorted(values)
     if len(ordered) == len(ids) + 1 and ordered[-1] == ignore_index:
         ordered = ordered[:-1]
     if 0 in values and len(ordered) == len(ids):
         pairs = ",".join(f"{value}:{label}" for label, value in zip(ids, ordered, strict=True) if value != label)
-        return f"Set 'data.values={{{pairs}}}'."
+        return f"Set 'data.label_map={{{pairs}}}'."
     strange = [value for value in ordered if value not in ids and value != ignore_index]
     example = f"{(strange or ordered)[0]}:{ids[-1] if ignore_index is None else ignore_index}"
     ignore = "" if ignore_index is None else f", or to {ignore_index} to ignore them"
-    return f"Name all classes in data.classes, or map values to ids{ignore}: 'data.values={{{example}}}'."
+    return f"Name all classes in data.classes, or map values to ids{ignore}: 'data.label_map={{{example}}}'."
 
 
 def _samples(picture: Picture) -> NDArray[Any]:

@@ -72,7 +72,7 @@ class ImagePredictionIO:
     Args:
         mask_format: the classes, and how the training's masks are stored.
         image_format: what the network gets of a picture.
-        follow_links: whether `find` reads what links that lead out of the folder point to. Those that it does not read
+        follow_symlinks: whether `find` reads what links that lead out of the folder point to. Those that it does not read
             are told as `SkippedWarning`, links to folders that are read already as `FileWarning`.
         large: pixels, beyond which a TIFF is read by windows; at most `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -81,7 +81,7 @@ class ImagePredictionIO:
 
     >>> import tempfile
     >>> import torch
-    >>> reader = ImagePredictionIO(MaskFormat(["lesion"], "sigmoid", values={255: 1}), ImageFormat(channels=1))
+    >>> reader = ImagePredictionIO(MaskFormat(["lesion"], "sigmoid", label_map={255: 1}), ImageFormat(channels=1))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     Image.new("L", (3, 2), 128).save(Path(folder) / "a.png")
     ...     (item,) = reader.find(Path(folder))
@@ -96,7 +96,7 @@ class ImagePredictionIO:
 
     mask_format: MaskFormat
     image_format: ImageFormat
-    follow_links: bool = False
+    follow_symlinks: bool = False
     large: int = LARGE
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class ImagePredictionIO:
             return [PredictionItem(path.stem, (path,))]
         if not path.is_dir():
             raise DataProblem("is neither a file nor a folder", path)
-        files = sorted(_walk(path, self.follow_links))
+        files = sorted(_walk(path, self.follow_symlinks))
         if not files:
             inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             raise DataProblem(f"holds no PNG, JPEG, BMP, TIFF or NumPy file; there is {inside}", path)
@@ -255,7 +255,7 @@ class ImagePredictionIO:
         for label in range(2) if self.planes else form.ids:
             # What the data set says of its masks goes first, but for the background: a value that is mapped to it may
             # be one to be left out. An id that nothing is said of stands for itself.
-            said = [v for v, to in (form.values or {}).items() if to == label]
+            said = [v for v, to in (form.label_map or {}).items() if to == label]
             candidates = [label, *said, *listed] if label == 0 else [*said, *listed, label]
             known = [v for v in candidates if form.label(v, self.planes) == label and (not listed or v in listed)]
             if not known:
@@ -281,7 +281,7 @@ def _place(case: str, suffix: str) -> Path:
     return Path(f"{case}{suffix}")
 
 
-def _walk(folder: Path, follow_links: bool) -> Iterator[Path]:
+def _walk(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
     """The picture files below a folder, each once; links that are not followed are told."""
     root = folder.resolve()
     seen = {root}
@@ -301,23 +301,26 @@ def _walk(folder: Path, follow_links: bool) -> Iterator[Path]:
             with suppress(OSError, RuntimeError):  # A link to itself leads nowhere, as one to nothing does.
                 target = path.resolve(strict=True)
             if target is not None and target.is_dir():
-                if not (entry.is_symlink() and _skipped(path, target, root, seen, follow_links)):
+                if not (entry.is_symlink() and _skipped(path, target, root, seen, follow_symlinks)):
                     seen.add(target)
                     waiting.append(path)
             elif path.suffix.lower() not in EXTENSIONS or not (target is None or target.is_file()):
                 continue
             # A link to nothing is an image that cannot be read, and will be told as one.
-            elif not (target and entry.is_symlink() and _skipped(path, target, root, seen, follow_links)):
+            elif not (target and entry.is_symlink() and _skipped(path, target, root, seen, follow_symlinks)):
                 yield path
 
 
-def _skipped(path: Path, target: Path, root: Path, seen: set[Path], follow_links: bool) -> bool:
+def _skipped(path: Path, target: Path, root: Path, seen: set[Path], follow_symlinks: bool) -> bool:
     """Whether a link is not followed, which is then told."""
     inside = target.is_relative_to(root)
     if target in seen or (inside and target.is_dir()):
         told = FileWarning(str(DataProblem(f"is a link to {target}, which is read already", path)))
-    elif not inside and not follow_links:
-        what, remedy = f"is a link out of the folder, to {target}; it was skipped", "Set follow_links=true to read it."
+    elif not inside and not follow_symlinks:
+        what, remedy = (
+            f"is a link out of the folder, to {target}; it was skipped",
+            "Set follow_symlinks=true to read it.",
+        )
         told = SkippedWarning(str(DataProblem(what, path, remedy)))
     else:
         return False
@@ -389,5 +392,5 @@ def _read_written(path: Path) -> Picture:
         raise
     except Exception as error:  # Decoders raise whatever their format brings up.
         raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
-    white = int(np.iinfo(pixels.dtype).max) if pixels.dtype in (np.uint8, np.uint16) else None
-    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, path, white=white)
+    max_value = int(np.iinfo(pixels.dtype).max) if pixels.dtype in (np.uint8, np.uint16) else None
+    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, path, max_value=max_value)

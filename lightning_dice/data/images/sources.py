@@ -232,7 +232,7 @@ class FolderSource(PairSource):
     **A mask for each class.** A folder of masks may hold one folder for each class, named as in `classes`, with a mask
     for every image; or `{class}` stands for the name in `masks`, as in `masks/{split}/{case}_{class}`. With
     `activation="sigmoid"` classes may overlap. With `"softmax"` no two may share a pixel, and the background, the
-    first class, may do without. Masks whose channels are the classes: `MaskFormat(stacked=True)`.
+    first class, may do without. Masks whose channels are the classes: `MaskFormat(multichannel_masks=True)`.
 
     **Several raters.** Each has a folder of his name in that of the masks, or `{rater}` stands for it in `masks`. See
     `Raters` for what is made of their masks.
@@ -247,7 +247,7 @@ class FolderSource(PairSource):
         fractions: of the cases for train, val and test, where there are no folders for them.
         seed: of this draw.
         workers: threads that `check` reads with; by default up to 8.
-        lists: text files that name the cases of each split, under `root`: `ImageSets/Segmentation/{split}.txt`. Images
+        split_files: text files that name the cases of each split, under `root`: `ImageSets/Segmentation/{split}.txt`. Images
             that none of them names are left out.
         splits: what stands for `{split}`, such as `{"train": "train2017", "val": "val2017"}`; a split that is not
             named, or `None`, is left out.
@@ -255,7 +255,7 @@ class FolderSource(PairSource):
         fusion: what training sees of them, and
         reference: what evaluation sees, as in `Raters`.
         bands: which channels the images are, and
-        white: the value that becomes 1, and
+        max_value: the value that becomes 1, and
         nodata: that of pixels without an image, as in `ImageFormat`.
         tile: pixels; images for validation and test of more rows or columns are cut into cases of their own, whose
             names end with the row and the column of their first pixel: `scene@4096-0`.
@@ -296,31 +296,31 @@ class FolderSource(PairSource):
         seed: int = 0,
         workers: int | None = None,
         *,
-        lists: str | None = None,
+        split_files: str | None = None,
         splits: Mapping[Split, str | None] | None = None,
         raters: Sequence[str] | None = None,
         fusion: str = "mean",
         reference: str = "majority",
         bands: Sequence[int] | None = None,
-        white: float | None = None,
+        max_value: float | None = None,
         nodata: float | None = None,
         tile: int | None = None,
     ) -> None:
         people = None if raters is None else Raters(raters, fusion, reference)
-        image_format = ImageFormat(channels, bands, white, nodata)
+        image_format = ImageFormat(channels, bands, max_value, nodata)
         super().__init__(root, image_format, mask_format, fractions, seed, workers, people, tile)
         self.images = check_pattern(str(images), "images", ["split", "case"])
         self.masks = check_pattern(str(masks), "masks", ["split", "case", "class", "rater"])
-        self.lists = None if lists is None else check_pattern(str(lists), "lists", ["split"])
+        self.split_files = None if split_files is None else check_pattern(str(split_files), "split_files", ["split"])
         self.splits = check_splits(splits)
         if people is None and "{rater}" in self.masks:
             raise ValueError(f"raters must name who {{rater}} in masks={self.masks!r} stands for, got none")
         if people is not None and names_files(self.masks) and "{rater}" not in self.masks:
             raise ValueError(f"masks must have {{rater}} in it, where it names files of several raters: {self.masks!r}")
-        if mask_format.stacked and "{class}" in self.masks:
+        if mask_format.multichannel_masks and "{class}" in self.masks:
             raise ValueError("stacked masks hold all classes in one file: leave {class} out of masks")
-        if self.lists is not None and "{split}" not in self.lists:
-            raise ValueError(f"lists must have {{split}} in it, got {self.lists!r}")
+        if self.split_files is not None and "{split}" not in self.split_files:
+            raise ValueError(f"split_files must have {{split}} in it, got {self.split_files!r}")
         if people is not None and people.fusion == "mean" and mask_format.ignore_index is None:
             raise ValueError("fusion=mean needs an ignore_index, for what augmentation leaves without a label")
 
@@ -330,14 +330,14 @@ class FolderSource(PairSource):
             self.root,
             self.images,
             self.masks,
-            () if form.stacked else form.classes,
+            () if form.multichannel_masks else form.classes,
             self.fractions,
             self.seed,
             background=form.background,
             raters=() if people is None else people.files,
-            lists=self.lists,
+            split_files=self.split_files,
             splits=self.splits,
         )
-        if form.stacked:
+        if form.multichannel_masks:
             layout.planes = tuple(form.classes)
         return layout

@@ -106,7 +106,9 @@ def inspect(
     counts = tuple(count_values(values) for values in stored)
     for path, counted in zip(pair.masks, counts, strict=True):
         if what := labels.describe(counted, planes):
-            remedy = "Name all classes (data.classes, or labels in dataset.json), or map values: 'data.values={7:1}'."
+            remedy = (
+                "Name all classes (data.classes, or labels in dataset.json), or map values: 'data.label_map={7:1}'."
+            )
             found.problems.append(DataProblem(f"holds {what}", path, remedy))
     kind = f"{geometry.kind} {geometry.axes}"
     found.facts = CaseFacts(split, pair.case, stamps(pair, root), geometry.size, geometry.spacing, kind, counts)

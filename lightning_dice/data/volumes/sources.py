@@ -75,7 +75,7 @@ class VolumeCases:
             mask = self.labels.encode(stored)
         except ValueError as wrong:
             raise DataProblem(
-                str(wrong), ", ".join(map(str, pair.masks)), "Set data.values or data.classes."
+                str(wrong), ", ".join(map(str, pair.masks)), "Set data.label_map or data.classes."
             ) from wrong
         image = self.preparation.image(channels, pair.images, geometry)
         spacing = geometry.spacing
@@ -337,7 +337,7 @@ class VolumeSource(VolumeSet):
         classes: names of the ids 0, 1 ... (softmax), or of 1, 2 ... (sigmoid).
         activation: of the network's logits, `"softmax"` or `"sigmoid"`.
         ignore_index: the label of voxels that count as nothing; `None` for none.
-        values: stored value -> id, where they differ: `{205: 1}`.
+        label_map: stored value -> id, where they differ: `{205: 1}`.
         channels: of an image.
         images: where the images are, under `root`.
         masks: the same for the masks.
@@ -356,7 +356,7 @@ class VolumeSource(VolumeSet):
         classes: Sequence[str],
         activation: Literal["softmax", "sigmoid"] = "softmax",
         ignore_index: int | None = 255,
-        values: Mapping[int, int] | None = None,
+        label_map: Mapping[int, int] | None = None,
         channels: int = 1,
         images: str = "images",
         masks: str = "masks",
@@ -365,7 +365,7 @@ class VolumeSource(VolumeSet):
         normalization: str | Sequence[str] = "zscore",
         **settings: Any,
     ) -> None:
-        labels = LabelMap.of_ids(classes, activation, ignore_index, values)
+        labels = LabelMap.of_ids(classes, activation, ignore_index, label_map)
         shares = checked_fractions(fractions)
         planes = labels.classes if activation == "sigmoid" else ()
 

@@ -1,0 +1,76 @@
+"""Old names of settings, and runs that version 0.1 wrote, are refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lightning_dice import SegmentationModule
+from lightning_dice.cli.config import CONF_DIR
+from lightning_dice.cli.run_folder import reopen
+from lightning_dice.renamed_settings import RENAMED, RENAMED_IN_COMMANDS, new_name, refuse_old_config
+
+OLD = {
+    "data": {"size": [32, 32], "classes": ["object"]},
+    "module": {"_target_": "lightning_dice.SegmentationModule", "net": {}, "divisor": 32},
+}
+
+
+@pytest.mark.parametrize("new", sorted({*RENAMED.values(), *RENAMED_IN_COMMANDS["export"].values()}))
+def test_the_new_name_exists(new):
+    leaf = new.split()[0].rpartition(".")[2]
+    assert any(f"{leaf}:" in path.read_text() for path in CONF_DIR.rglob("*.yaml"))
+
+
+def test_no_config_has_an_old_name():
+    for path in CONF_DIR.rglob("*.yaml"):
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        group = path.parent.name
+        refuse_old_config(config, path)  # `@package _global_`, as in experiments
+        refuse_old_config({group: config}, path)
+        command = RENAMED_IN_COMMANDS.get(path.stem, {}) if path.parent == CONF_DIR else {}
+        assert not set(command) & set(config)
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "new"),
+    [
+        ("fit", "data.size=[64,64]", "data.patch_size"),
+        ("fit", "data.values={255:1}", "data.label_map"),
+        ("predict", "inference.decision.smallest=20", "inference.postprocessing.min_size"),
+        ("predict", "follow_links=true", "follow_symlinks"),
+        ("export", "graph=labels", "output_type"),
+        ("compare", "resamples=100", "n_resamples"),
+        ("inspect", "data.foreground=0.3", "data.oversample_foreground"),
+    ],
+)
+def test_a_command_names_the_new_one(command, argument, new, tmp_path):
+    line = [sys.executable, "-m", f"lightning_dice.{command}", argument]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    old = argument.partition("=")[0]
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith(f"error: {old} has been renamed: give {new}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_below_a_renamed_group():
+    assert new_name("inference.decision.background") == "inference.postprocessing.background"
+    assert new_name("data.sizes") is None
+
+
+class TestOldRuns:
+    def test_the_folder_is_refused(self, tmp_path):
+        for name in ("config.yaml", "config_unresolved.yaml"):
+            (tmp_path / name).write_text(OmegaConf.to_yaml(OmegaConf.create(OLD)))
+        with pytest.raises(ValueError, match=r"written by lightning-dice 0\.1.*train it again, or use"):
+            reopen(tmp_path)
+
+    def test_its_checkpoint_too(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        torch.save({"state_dict": {}, "config": {"module": OLD["module"]}}, tmp_path / "checkpoints" / "best.ckpt")
+        with pytest.raises(ValueError, match=r"best\.ckpt was written by lightning-dice 0\.1, where module\.size_div"):
+            SegmentationModule.from_run(tmp_path)
