@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_dice.kernels import native, torch_blocked, triton_backend
 from lightning_dice.kernels.backend import Backend, SumsSpec
+from lightning_dice.library_internals.torch import is_transform_wrapper
 
 TWINS = {
     "native": cast(Backend, native),
@@ -101,11 +102,11 @@ def _lies_in_memory(*tensors: Tensor | None) -> bool:
     """Whether tensors are what their memory says: no subclass, no wrapper of a transform, no view with a sign."""
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._is_tracing() and all(
+    return not torch.jit.is_tracing() and all(  # type: ignore[attr-defined,no-untyped-call]
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_transform_wrapper(tensor)
         for tensor in tensors
         if tensor is not None
     )

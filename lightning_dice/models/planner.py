@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_dice.library_internals.torch import storage_id
+
 GIB = 2**30
 FINEST = 256**3  # voxels of the first patch tried, in three dimensions
 FINEST_2D = 2048**2
@@ -122,12 +124,12 @@ def step_memory(make: Callable[[], nn.Module], channels: int, size: Sequence[int
     with torch.device("meta"):
         net = make().train()
         image = torch.empty(1, channels, *size)
-    own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    own = {storage_id(parameter) for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}  # The tensors too, that no storage is freed and its address used again.
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
+        if storage_id(tensor) not in own:
+            kept[storage_id(tensor)] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

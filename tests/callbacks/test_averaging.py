@@ -13,7 +13,7 @@ from torch import nn
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import SaveOnInterrupt, WeightEMA
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 
 def module():
@@ -155,9 +155,9 @@ def test_the_average_lies_where_the_module_is_trained(trainer, loader):
     one.strategy._root_device = torch.device("meta")
     one.strategy.connect(model)
     ema.setup(one, model, "fit")
-    assert {parameter.device.type for parameter in ema._average_model.module.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in ema.average_model.module.parameters()} == {"meta"}
     # The count is read on every update, which must not wait for a GPU.
-    assert ema._average_model.n_averaged.device.type == "cpu"
+    assert ema.average_model.n_averaged.device.type == "cpu"
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")  # left out on purpose

@@ -23,7 +23,7 @@ from lightning_dice.callbacks import (
 )
 from lightning_dice.data.batch import Batch, Sample
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 
 class Cases(Dataset):
@@ -228,7 +228,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(tmp_path, trainer, accumulat
 def test_too_many_skips_in_a_row_stop(tmp_path, trainer):
     guard = GradientGuard(tmp_path, action="skip", max_skips=2, max_files=1)
     with (
-        pytest.raises(NonFiniteError, match="It is the step after 2 in a row that were skipped"),
+        pytest.raises(NonFiniteError, match="It follows 2 skipped steps"),
         pytest.warns(UserWarning, match="number 2 of 2"),
     ):
         trainer(guard, max_epochs=1).fit(module(), cases(broken=range(2, 8)), cases())
@@ -253,7 +253,7 @@ def test_going_on_counts_on(tmp_path, trainer):
 
     with pytest.warns(UserWarning, match="number 1 of 1"):
         fit(1)
-    with pytest.raises(NonFiniteError, match="the step after 1 in a row"):
+    with pytest.raises(NonFiniteError, match="It follows 1 skipped step"):
         fit(2, tmp_path / "last.ckpt")
 
 
@@ -296,7 +296,7 @@ def test_batches_without_names(tmp_path, trainer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"action": "warn"}, "action must be 'stop' or 'skip', got 'warn'"),
+        ({"action": "warn"}, "action must be one of 'stop', 'skip', got 'warn'"),
         ({"max_skips": 0}, "max_skips must be an integer >= 1, got 0"),
         ({"max_files": -1}, "max_files must be an integer >= 0, got -1"),
     ],
@@ -321,7 +321,7 @@ def test_a_run_that_diverges_ends_with_one_message_and_keeps_its_checkpoint(tmp_
     told = command("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path, status=2).stderr
     assert "Traceback" not in told
     assert "are not finite (NaN or infinite): cases train" in told
-    assert "last.ckpt stays as it was" in told
+    assert "last.ckpt is unchanged" in told
     assert last.read_bytes() == before
     assert len(files(tmp_path / "run")) == 1
 
@@ -359,7 +359,7 @@ class TestCollapse:
     )
     def test_table(self, activation, excluded, predicted, actual, count, expected):
         guard = CollapseGuard(["a", "b", "c"][: len(count)], activation, exclude_classes=excluded)
-        told = guard.collapse(predicted, actual, count)
+        told = guard.describe_collapse(predicted, actual, count)
         assert told is None if expected is None else told.startswith(expected)
 
     @staticmethod
@@ -448,8 +448,8 @@ class TestCollapse:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"activation": None}, 'activation must be "sigmoid" or "softmax", got None'),
-            ({"action": "skip"}, "action must be 'warn' or 'stop', got 'skip'"),
+            ({"activation": None}, "activation must be one of 'sigmoid', 'softmax', got None"),
+            ({"action": "skip"}, "action must be one of 'warn', 'stop', got 'skip'"),
             ({"patience": 0}, "patience must be an integer >= 1, got 0"),
         ],
     )

@@ -63,7 +63,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, request, trainer, 
         process.kill()
     assert process.returncode == status, err
     assert "went on" not in out
-    assert f"Go on with: python -m lightning_dice.fit resume={tmp_path}" in err
+    assert f"Resume with: python -m lightning_dice.fit resume={tmp_path}" in err
     last = tmp_path / "checkpoints/last.ckpt"
     state = torch.load(last, weights_only=True)
     # In the middle of the second epoch of four steps: its first batch or two are done.

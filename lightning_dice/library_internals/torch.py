@@ -1,0 +1,103 @@
+"""Internals of torch, read in torch 2.14.1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_dice.library_internals import internal, set_internal
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is a batch or instance norm of any kind (`torch.nn.modules.batchnorm._NormBase`).
+
+    >>> is_batch_norm(nn.SyncBatchNorm(4)), is_batch_norm(nn.GroupNorm(2, 4))
+    (True, False)
+    """
+    return isinstance(module, internal("torch.nn.modules.batchnorm", "_NormBase", "torch"))
+
+
+def original_module(module: Any) -> Any:
+    """Return the module within one that `torch.compile` returned (`OptimizedModule._orig_mod`), or `module` itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def original_name(name: str) -> str:
+    """Remove what `torch.compile` adds to the names of parameters and submodules.
+
+    >>> original_name("net._orig_mod.weight")
+    'net.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Return whether `module.compile()` has been called (`Module._compiled_call_impl`)."""
+    return internal(module, "_compiled_call_impl", "torch") is not None
+
+
+def foreach_lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move each tensor towards its end, in place and in few kernels (`torch._foreach_lerp_`).
+
+    >>> import torch
+    >>> start = torch.zeros(2)
+    >>> foreach_lerp_([start], [torch.ones(2)], 0.25)
+    >>> start
+    tensor([0.2500, 0.2500])
+    """
+    internal("torch", "_foreach_lerp_", "torch")(tensors, ends, weight)
+
+
+def foreach_copy_(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors, in few kernels (`torch._foreach_copy_`)."""
+    internal("torch", "_foreach_copy_", "torch")(tensors, values)
+
+
+def is_transform_wrapper(tensor: Tensor) -> bool:
+    """Return whether a tensor is a wrapper of `torch.func` (`torch._C._functorch.is_functorch_wrapped_tensor`).
+
+    >>> import torch
+    >>> is_transform_wrapper(torch.zeros(2))
+    False
+    """
+    return bool(_functorch_check()(tensor))
+
+
+@cache  # Asked for each tensor at each step.
+def _functorch_check() -> Callable[[Tensor], bool]:
+    check: Callable[[Tensor], bool] = internal("torch", "_C._functorch.is_functorch_wrapped_tensor", "torch")
+    return check
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that identifies a living storage, also on the meta device (`UntypedStorage._cdata`).
+
+    >>> import torch
+    >>> tensor = torch.empty(4, device="meta")
+    >>> storage_id(tensor) == storage_id(tensor[:2])
+    True
+    """
+    return int(internal(tensor.untyped_storage(), "_cdata", "torch"))
+
+
+@contextmanager
+def unspecialized_sizes() -> Iterator[None]:
+    """Export graphs that hold for axes of 1 and multiples of the divisor too, which torch otherwise specializes.
+
+    Sets `torch.fx.experimental._config.backed_size_oblivious`, which torch 2.6 does not have; there it does nothing.
+    """
+    config = internal("torch.fx.experimental", "_config", "torch")
+    name = "backed_size_oblivious"
+    before = getattr(config, name, None)
+    if before is None:
+        yield
+        return
+    set_internal(config, name, True, "torch")
+    try:
+        yield
+    finally:
+        set_internal(config, name, before, "torch")

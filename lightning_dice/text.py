@@ -1,0 +1,15 @@
+"""Text for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def join_some(items: Sequence[object], limit: int = 8) -> str:
+    """Join items with commas, and replace those beyond `limit` by their number.
+
+    >>> join_some(["a", "b", "c", "d"], limit=2)
+    'a, b and 2 more'
+    """
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
