@@ -142,7 +142,7 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
 def write(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
     """Write the table of differences, those of each case, and the picture."""
     from lightning_dice.io import number, write_csv
-    from lightning_dice.plotting.comparison_plot import draw
+    from lightning_dice.plotting.comparison_plot import draw_comparison
 
     columns = ["a", "b", "score", "class", "cases", "only_a", "only_b", "mean_a", "mean_b", "difference", "low", "high"]
     columns += ["wins", "losses", "ties", "wilcoxon", "wilcoxon_holm", "permutation", "permutation_holm"]
@@ -158,7 +158,7 @@ def write(folder: Path, names: Sequence[str], table: Cases, score: str, groups: 
                 by_case.append({**found, "class": line.name, "difference": number(value)})
     write_csv(folder / TABLE, columns, rows)
     write_csv(folder / "compare_cases.csv", ["a", "b", "split", "case", "class", "difference"], by_case)
-    draw(folder / PICTURE, names, groups, score, table.unit_of(score))
+    draw_comparison(folder / PICTURE, names, groups, score, table.unit_of(score))
 
 
 def show(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
@@ -193,7 +193,7 @@ def differences_table(group: Sequence[Difference]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from lightning_dice.report import shown
+    from lightning_dice.report import format_score
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("class")
@@ -203,8 +203,8 @@ def differences_table(group: Sequence[Difference]) -> Table:
         ends = f"{line.low:+.4g} to {line.high:+.4g}" if line.low == line.low else ""
         table.add_row(
             Text(line.name),
-            shown(line.mean_a),
-            shown(line.mean_b),
+            format_score(line.mean_a),
+            format_score(line.mean_b),
             f"{line.mean:+.4g}" if line.cases else "",
             ends,
             *(str(count) for count in (line.wins, line.losses, line.ties)),

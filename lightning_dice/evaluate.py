@@ -214,7 +214,7 @@ def _show(lines: list[report.ScoreSummary], folder: Path) -> None:
     from lightning_dice import report
 
     console = Console(width=max(Console().width, 112, len(str(folder)) + 24))
-    console.print(report.summary_of_scores(lines))
+    console.print(report.score_table(lines))
 
 
 if __name__ == "__main__":

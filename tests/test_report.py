@@ -16,12 +16,12 @@ from PIL import Image
 
 from lightning_dice import report
 from lightning_dice.callbacks import CaseTable, Overlays
-from lightning_dice.plotting import report_plots
-from lightning_dice.report.html import page
+from lightning_dice.plotting import report_plots, style
+from lightning_dice.report.html import render_report
 from lightning_dice.scoring.summary import summarize
 from lightning_dice.scoring.table import parse_rows
 
-FACTS = report.ScoreProvenance(
+PROVENANCE = report.ScoreProvenance(
     "Evaluation of <b>bold & brave", {"run": "/r <i>"}, {"tolerance": 2.0, "lesion_iou": 0.0}
 )
 CLASSES = ["one <i>", "two"]
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         overlays.offer(name, torch.rand(1, 40, 30, generator=generator), mask, predicted)
     table.write("test")
     overlays.draw("test")
-    report.write_report(made, "test", FACTS)
+    report.write_report(made, "test", PROVENANCE)
     return made
 
 
@@ -85,7 +85,7 @@ def test_the_report_says_what_there_is(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     for words in (
         *("10 test cases, 2 classes", "mean of classes", "one &lt;i&gt;", "Hausdorff 95 <small>mm</small>"),
-        *("neither there nor predicted: no score: 1 case", "missed altogether: Dice 0, no distance: 1 case"),
+        *("neither in the mask nor predicted: no score: 1 case", "missed altogether: Dice 0, no distance: 1 case"),
         *("95% percentile bootstrap over cases, 10000 resamples, seed 0", "within 2.0 mm of the other", "any overlap"),
         *("Calibration", "&lt;b&gt;bold &amp; brave", "/r &lt;i&gt;"),
     ):
@@ -114,10 +114,10 @@ def test_the_summary(folder):
 
 
 def test_without_a_table_there_is_nothing_to_conclude(tmp_path):
-    assert report.write_report(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", PROVENANCE) == []
     assert not list(tmp_path.iterdir())
     (tmp_path / "cases.csv").write_text("split,case,dice,dice/a,actual/a,predicted/a\nval,c,1,1,4,4\n")
-    assert report.write_report(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", PROVENANCE) == []
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
@@ -125,7 +125,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
     lines = ["split,case,dice,dice/a,actual/a,predicted/a,spacing"]
     lines += ["test,c,0.25,0.25,4,4,1 1", "val,c,0.5,0.5,4,4,1 1", "test,d,,,0,0,"]
     (tmp_path / "cases.csv").write_text("\n".join(lines))
-    (line,) = report.write_report(tmp_path, "test", FACTS)
+    (line,) = report.write_report(tmp_path, "test", PROVENANCE)
     assert line.mean == 0.25
     data = json.loads((tmp_path / "summary.json").read_text())
     assert (data["scores"][0]["mean"], data["scores"][0]["low"], data["scores"][0]["high"]) == (0.25, None, None)
@@ -133,7 +133,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
     assert "no interval: one case" in (tmp_path / "report.html").read_text()
     (row,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
     assert (row["low"], row["high"], row["median"], row["absent"]) == ("", "", "0.25", "1")
-    (line,) = report.write_report(tmp_path, "val", FACTS)
+    (line,) = report.write_report(tmp_path, "val", PROVENANCE)
     assert line.mean == 0.5
 
 
@@ -141,7 +141,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
 def charts(monkeypatch):
     """The figures that are drawn."""
     figures = []
-    monkeypatch.setattr(report_plots, "_source", lambda figure: figures.append(figure) or "source")
+    monkeypatch.setattr(report_plots, "figure_url", lambda figure: figures.append(figure) or "source")
     return figures
 
 
@@ -157,12 +157,12 @@ def rows_of(count, classes, **scores):
     return rows
 
 
-def shown(tmp_path, rows, **settings):
-    """The report of a table, and its text by sections."""
+def sections(tmp_path, rows, **settings):
+    """The report of a table, and its text by section, with a bar for tags."""
     cases = parse_rows(rows)
-    text = page(tmp_path, cases, summarize(cases, n_resamples=200), FACTS._replace(settings=settings))
+    text = render_report(tmp_path, cases, summarize(cases, n_resamples=200), PROVENANCE._replace(settings=settings))
     parts = re.split(r"<h2>(.*?)</h2>", text)
-    plain = [re.sub(r"(<[^>]*>)+", " | ", part) for part in parts[2::2]]
+    plain = [" ".join(re.sub(r"(\s*<[^>]*>)+", " | ", part).split()) for part in parts[2::2]]
     return text, dict(zip(parts[1::2], plain, strict=True))
 
 
@@ -173,7 +173,7 @@ def test_the_worst_cases_and_the_means_of_a_large_table(tmp_path):
     distance = lambda case, place: "" if facts["predicted"](case, place) == 0 else 1500 + case  # noqa: E731
     error = lambda case, place: -12.25 if place else 0  # noqa: E731
     rows = rows_of(25, ["a", "b"], dice=dice, hd95=distance, volume_error=error, **facts)
-    text, parts = shown(tmp_path, rows, tolerance=2, lesion_iou=0.5)
+    text, parts = sections(tmp_path, rows, tolerance=2, lesion_iou=0.5)
     order = sorted(rows, key=lambda row: float(row["dice"]))
     expected = [
         " | ".join([row["case"], *(f"{float(row[key]):.3f}" for key in ("dice", "dice/a", "dice/b"))])
@@ -209,14 +209,14 @@ def test_the_report_of_one_class(tmp_path):
         actual=lambda case, _: (5, 6, 0)[case],
         predicted=lambda case, _: (5, 6, 0)[case],
     )
-    _, parts = shown(tmp_path, rows, tolerance=2, lesion_iou=0.5)
+    _, parts = sections(tmp_path, rows, tolerance=2, lesion_iou=0.5)
     assert "case 1 | 0.250 | 6.000 | case 0 | 0.500 | 4.000 | By" in parts["Worst cases"]
     assert "Distances and errors of the same cases" in parts["Worst cases"]
     assert "mean of the classes" not in parts["Definitions"]
     assert "match an actual one by an intersection over union above 0.5, one to one." in parts["Definitions"]
     # Two absent, and no distance that a mask would have and does not.
     assert "undefined" not in parts["Scores"].partition("Mean over the cases")[0]
-    assert "neither there nor predicted: no score: 1 case: case 2" in parts["Empty masks and undefined scores"]
+    assert "neither in the mask nor predicted: no score: 1 case: case 2" in parts["Empty masks and undefined scores"]
     assert "Calibration" not in parts
 
 
@@ -226,19 +226,19 @@ def test_the_calibration_of_classes_that_exclude_each_other(tmp_path):
     rows = [row | {"ece": ("0.125", "0.375")[place]} for place, row in enumerate(rows)]
     line = "val,,0,1,3,0.5,1\n"
     (tmp_path / "reliability.csv").write_text("split,class,lower,upper,pixels,confidence,right\n" + line)
-    text, parts = shown(tmp_path, rows)
+    text, parts = sections(tmp_path, rows)
     assert "calibration error, mean</span><b>0.250</b>" in text
     assert re.search(r"calibration error \| 0.250 \| 0.125 to 0.375 \| median 0.250 \| – \| –", parts["Scores"])
     assert "Expected calibration error" in parts["Definitions"]
     assert "Calibration" not in parts  # There is none of this split.
-    assert "None: every class is in every mask and predicted" in parts["Empty masks and undefined scores"]
+    assert "None: every class is in every mask and in every prediction" in parts["Empty masks and undefined scores"]
 
 
 @pytest.mark.usefixtures("charts")
 def test_many_classes_run_down_the_page(tmp_path):
     classes = [f"<{n}>" for n in range(13)]
     rows = rows_of(2, classes, **dict.fromkeys(("dice", "actual", "predicted"), lambda case, place: case))
-    text, parts = shown(tmp_path, rows)
+    text, parts = sections(tmp_path, rows)
     assert "2 test cases, 13 classes" in text
     assert "The first 12 of 13 classes; all are in the table." in parts["Distribution over the cases"]
     assert re.search(r"class \| Dice \| mean of classes \| ", parts["Scores"])
@@ -249,7 +249,7 @@ def test_a_table_without_any_score_has_a_report_that_says_so(tmp_path):
     table = CaseTable(tmp_path, ["a", "b"], "sigmoid")
     table.add("empty", *torch.zeros(2, 2, 8, 8).long())
     table.write("test")
-    assert report.write_report(tmp_path, "test", FACTS) == []
+    assert report.write_report(tmp_path, "test", PROVENANCE) == []
     assert "No case has a score" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["scores"] == []
 
@@ -264,20 +264,18 @@ def test_the_summary_for_a_terminal():
         predicted=lambda case, place: 1,
     )
     lines = summarize(parse_rows(rows), n_resamples=200)
-    columns = [list(map(str, column._cells)) for column in report.summary_of_scores(lines).columns]
+    columns = [list(map(str, column._cells)) for column in report.score_table(lines).columns]
     score, name, mean, interval, median, cases, undefined = columns
     assert score == ["Dice", "", "", "volume difference (pixels)", "", ""]
     assert name == ["mean of classes", "a", "b"] * 2
     assert mean[1:] == ["0.2083", "0.3333", "-6171", "-1.235e+04", "3.0000"]
-    assert interval == [f"{report.shown(line.low)} to {report.shown(line.high)}" for line in lines]
+    assert interval == [f"{report.format_score(line.low)} to {report.format_score(line.high)}" for line in lines]
     assert (median[1], cases[3:], undefined) == ("0.1250", ["2"] * 3, ["", "", "", "1", "1", "1"])
 
 
 def test_the_points_of_the_charts(charts, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        report_plots, "draw_cases", lambda axes, place, known, random: drawn.append((place, known.tolist()))
-    )
+    monkeypatch.setattr(style, "_draw_scores", lambda axes, row, values, random: drawn.append((row, values.tolist())))
     cases = parse_rows(
         rows_of(
             3,
@@ -287,10 +285,10 @@ def test_the_points_of_the_charts(charts, monkeypatch):
             predicted=lambda case, place: ((9, 1, 0), (2, 3, 4))[place][case],
         )
     )
-    assert report_plots.distribution(cases, "dice") == "source"
+    assert report_plots.distribution_chart(cases, "dice") == "source"
     assert drawn == [(0, [0.5, 0.25]), (1, [0.75, 1, 0])]
     assert [label.get_text() for label in charts[0].axes[0].get_yticklabels()] == ["a  (n=2)", "b  (n=3)"]
-    assert report_plots.by_size(cases) == "source"
+    assert report_plots.size_chart(cases) == "source"
     axes = charts[1].axes[0]
     # A class that is not there has no size.
     assert [np.transpose(line.get_xydata()).tolist() for line in axes.lines] == [
@@ -299,16 +297,16 @@ def test_the_points_of_the_charts(charts, monkeypatch):
     ]
     assert axes.get_xscale() == "log"
     near = parse_rows(rows_of(2, ["a"], dice=lambda *_: 1, actual=lambda case, _: 5 + case, predicted=lambda *_: 5))
-    report_plots.by_size(near)
+    report_plots.size_chart(near)
     assert charts[2].axes[0].get_xscale() == "linear"
     absent = parse_rows(rows_of(2, ["a"], dice=lambda *_: 0, actual=lambda *_: 0, predicted=lambda *_: 5))
-    assert report_plots.by_size(absent) == ""
+    assert report_plots.size_chart(absent) == ""
 
 
 def test_the_points_of_the_reliability_chart(charts):
     names = ("class", "lower", "upper", "pixels", "confidence", "right")
     bins = [("", 0, 0.5, 6, 0.25, 0.125), ("", 0.5, 1, 2, 0.75, 1)]
-    report_plots.reliability([dict(zip(names, map(str, each), strict=True)) for each in bins])
+    report_plots.reliability_chart([dict(zip(names, map(str, each), strict=True)) for each in bins])
     curve, pixels = charts[0].axes
     assert curve.lines[1].get_xydata().tolist() == [[0.25, 0.125], [0.75, 1]]
     assert pixels.lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.75, 0.25]]
@@ -316,14 +314,14 @@ def test_the_points_of_the_reliability_chart(charts):
 
 
 def test_a_large_picture_is_made_to_fit(tmp_path):
-    from lightning_dice.plotting.report_plots import of_file
+    from lightning_dice.plotting.report_plots import image_file_url
 
     noise = np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    small, large = (len(of_file(tmp_path / "noise.png", limit=limit)) for limit in (400_000, 2_000_000))
+    small, large = (len(image_file_url(tmp_path / "noise.png", max_chars=limit)) for limit in (400_000, 2_000_000))
     assert small < 400_000 < large
     Image.new("RGB", (20_000, 40), "red").save(tmp_path / "long.png")
-    source = base64.b64decode(of_file(tmp_path / "long.png").partition(",")[2])
+    source = base64.b64decode(image_file_url(tmp_path / "long.png").partition(",")[2])
     with Image.open(io.BytesIO(source)) as picture:
         assert picture.size == (16383, 32)
-    assert of_file(tmp_path / "none.png") == ""
+    assert image_file_url(tmp_path / "none.png") == ""

@@ -16,7 +16,7 @@ from lightning_dice.callbacks.loggers import log_picture
 from lightning_dice.callbacks.step_outputs import Activation, evaluated_split, gather, step_labels
 from lightning_dice.data.batch import Batch
 from lightning_dice.plotting.colors import class_colors
-from lightning_dice.plotting.thumbnails import Record, make_record
+from lightning_dice.plotting.thumbnails import CaseThumbnail, ThumbnailSettings, make_thumbnail
 from lightning_dice.scoring import Scoring, score_case
 
 # The typical cases are found without keeping all of them: among some drawn at random, for data in an order of their
@@ -77,8 +77,8 @@ class Overlays(Callback):
         self.colors = class_colors(len(self.classes), colors, self.exclude_classes)
         facts = (self.classes, activation, ignore_index, self.exclude_classes)
         self._scoring = Scoring(*facts, surfaces=False, lesions=False)
-        self.mean, self.std = mean, std
-        self.count, self.typical, self.best, self.size = count, typical, best, size
+        self._thumbnails = ThumbnailSettings(activation, ignore_index, self.exclude_classes, mean, std, size)
+        self.count, self.typical, self.best = count, typical, best
         self._reset()
 
     @property
@@ -87,7 +87,7 @@ class Overlays(Callback):
         return self.folder / "overlays.png"
 
     def _reset(self) -> None:
-        self._kept: dict[str, Record] = {}
+        self._kept: dict[str, CaseThumbnail] = {}
         self._scores: dict[str, float] = {}
         self._ends: dict[str, float] = {}
         self._pool: list[str] = []
@@ -148,21 +148,9 @@ class Overlays(Callback):
         middle = max(0, (len(self._ranked) - POOL) // 2)
         wanted = {*self._pool, *self._ends, *(name for _, name in self._ranked[middle : middle + POOL])}
         if case in wanted:
-            record = make_record(
-                case,
-                score,
-                image,
-                mask,
-                predicted,
-                activation=self.activation,
-                ignore_index=self.ignore_index,
-                exclude_classes=self.exclude_classes,
-                mean=self.mean,
-                std=self.std,
-                size=self.size,
-            )
-            if record is not None:
-                self._kept[case] = record
+            thumbnail = make_thumbnail(case, score, image, mask, predicted, self._thumbnails)
+            if thumbnail is not None:
+                self._kept[case] = thumbnail
         for name in self._kept.keys() - wanted:
             del self._kept[name]
 
@@ -219,8 +207,8 @@ class Overlays(Callback):
             for case in shown
         }
 
-    def _choose(self, scores: dict[str, float], kept: dict[str, Record]) -> list[Record]:
-        """The records to be drawn, worst first."""
+    def _choose(self, scores: dict[str, float], kept: dict[str, CaseThumbnail]) -> list[CaseThumbnail]:
+        """Return the thumbnails to draw, worst first."""
         chosen = {name: kept[name] for name in self._extremes(scores) if name in kept}
         known = [score for score in scores.values() if not math.isnan(score)]
         others = [name for name in kept if name not in chosen and not math.isnan(scores[name])]

@@ -1,4 +1,4 @@
-"""Colours that stay apart for colour-blind eyes."""
+"""Colours that colour-blind people can tell apart."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 Color = tuple[int, int, int]
 
-# Okabe & Ito's colours, then those of Paul Tol's "muted" scheme that differ from them. The order of the first ones
-# keeps neighbours apart; black is left out, it would be lost in dark images.
+# Okabe and Ito's colours, then those of Paul Tol's "muted" scheme that differ from them. The order of the first ones
+# keeps neighbours distinct; black is left out, because it would vanish in dark images.
 PALETTE = (
     *("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00"),
     *("#882255", "#999933", "#332288", "#DDCC77", "#117733", "#AA4499", "#44AA99", "#CC6677", "#BBBBBB"),
 )
 
-# Of all fours of Okabe & Ito's colours these are the farthest apart (CIE Lab, least distance over normal vision and
-# simulated protanopia, deuteranopia and tritanopia: 24.8; the first three: 33.6).
+# The four of Okabe and Ito's colours that are farthest apart (CIE Lab; least distance over normal vision and simulated
+# protanopia, deuteranopia and tritanopia: 24.8, and 33.6 among the first three).
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE, WRONG_CLASS = "#56B4E9", "#D55E00", "#F0E442", "#0072B2"
 IGNORED = "#404040"
 
 
 def parse_color(color: str | Sequence[int]) -> Color:
-    """Red, green and blue, 0 to 255, of `"#RRGGBB"` or of a triple.
+    """Return red, green and blue, 0 to 255, of `"#RRGGBB"` or of a triple.
 
     >>> parse_color("#56B4E9")
     (86, 180, 233)
 
     Raises:
-        ValueError: anything else.
+        ValueError: for anything else.
     """
     try:
         if isinstance(color, str):
@@ -41,15 +41,18 @@ def parse_color(color: str | Sequence[int]) -> Color:
 def class_colors(
     count: int, colors: Sequence[str | Sequence[int]] | None = None, skip: Sequence[int] = ()
 ) -> list[Color]:
-    """A colour for each of `count` classes.
+    """Return a colour for each of `count` classes.
 
     Args:
-        count: of classes.
-        colors: given ones, one for each class; None for the palette.
-        skip: indices of classes that are never painted, and take no colour from the palette.
+        count: number of classes.
+        colors: one for each class; None takes them from the palette.
+        skip: indices of classes that are never painted; they are black and use up no colour of the palette.
 
     Raises:
-        ValueError: the number of given colours differs from `count`.
+        ValueError: the number of `colors` is not `count`.
+
+    >>> class_colors(3, skip=[0])
+    [(0, 0, 0), (86, 180, 233), (230, 159, 0)]
     """
     if colors is not None:
         if len(colors) != count:

@@ -10,30 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.io import save_figure
-from lightning_dice.plotting import thumbnails
-from lightning_dice.plotting.colors import (
-    FALSE_NEGATIVE,
-    FALSE_POSITIVE,
-    IGNORED,
-    TRUE_POSITIVE,
-    WRONG_CLASS,
-    Color,
-    parse_color,
-)
-from lightning_dice.plotting.thumbnails import Codes, Record
+from lightning_dice.plotting import colors as palette
+from lightning_dice.plotting.colors import Color, parse_color
+from lightning_dice.plotting.style import DPI
+from lightning_dice.plotting.thumbnails import IGNORED_CODE, CaseThumbnail, Codes, ErrorCode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 144
-GAP, TITLE, HEADER, LINE, MARGIN, LEAD = 8, 34, 44, 32, 16, 110  # pixels
-LEAST_WIDTH = 320  # pixels of a panel
+GAP, TITLE, HEADER, LINE, MARGIN, LEGEND_INDENT = 8, 34, 44, 32, 16, 110  # pixels
+MIN_PANEL = 320  # pixels on the longer side
 ERRORS = {
-    thumbnails.HIT: ("true positive", TRUE_POSITIVE),
-    thumbnails.SPURIOUS: ("false positive", FALSE_POSITIVE),
-    thumbnails.MISSED: ("false negative", FALSE_NEGATIVE),
-    thumbnails.CONFUSED: ("wrong class", WRONG_CLASS),
-    thumbnails.VOID: ("ignored", IGNORED),
+    ErrorCode.TRUE_POSITIVE: ("true positive", palette.TRUE_POSITIVE),
+    ErrorCode.FALSE_POSITIVE: ("false positive", palette.FALSE_POSITIVE),
+    ErrorCode.FALSE_NEGATIVE: ("false negative", palette.FALSE_NEGATIVE),
+    ErrorCode.WRONG_CLASS: ("wrong class", palette.WRONG_CLASS),
+    ErrorCode.IGNORED: ("ignored", palette.IGNORED),
+}
+# Where every pixel has a class, the only error is a wrong one.
+DENSE_ERRORS = {
+    ErrorCode.WRONG_CLASS: ("wrong class", palette.FALSE_POSITIVE),
+    ErrorCode.IGNORED: ERRORS[ErrorCode.IGNORED],
 }
 
 
@@ -46,7 +43,7 @@ class _Row(NamedTuple):
 
 def draw_overlays(
     path: Path,
-    cases: Sequence[Record],
+    cases: Sequence[CaseThumbnail],
     classes: Sequence[str],
     colors: Sequence[Color],
     *,
@@ -63,23 +60,24 @@ def draw_overlays(
         cases: in the order of the rows.
         classes: names.
         colors: one for each class.
-        dense: every pixel has a class, none is background: correct pixels are not coloured in the errors.
+        dense: every pixel has a class and none is background: correct pixels are then not coloured in the errors.
         title: of the picture.
-        labels: what to say before the name of a case.
+        labels: prefixes of the rows' titles, by case.
     """
     from matplotlib.figure import Figure
 
-    box = max(LEAST_WIDTH, *(max(case.truth.shape) for case in cases))
-    thick = [not dense and _is_thin(case, box) for case in cases]
+    size = max(MIN_PANEL, *(max(case.truth.shape) for case in cases))
+    thickened = [not dense and _has_small_objects(case, size) for case in cases]
     rows = [
-        _row(case, labels.get(case.case, ""), colors, dense, thin, box) for case, thin in zip(cases, thick, strict=True)
+        _make_row(case, labels.get(case.case, ""), colors, dense, thicken, size)
+        for case, thicken in zip(cases, thickened, strict=True)
     ]
-    wide = max(row.width for row in rows)
-    width = 4 * wide + 3 * GAP + 2 * MARGIN
+    panel_width = max(row.width for row in rows)
+    width = 4 * panel_width + 3 * GAP + 2 * MARGIN
     legend = _legend(cases, classes, colors, dense)
     step = max(len(name) for entries in legend.values() for name, _ in entries) * 13 + 60
-    columns = max(1, (width - 2 * MARGIN - LEAD) // step)
-    notes = ["objects under 3 pixels across are drawn a pixel thicker"] if any(thick) else []
+    columns = max(1, (width - 2 * MARGIN - LEGEND_INDENT) // step)
+    notes = ["objects under 3 pixels across are drawn a pixel thicker"] if any(thickened) else []
     if any("at 1/" in case.note for case in cases):
         notes.append("a reduced picture colours a pixel if anything in it is coloured, so borders look thicker")
     legend_height = sum(-(-len(entries) // columns) for entries in legend.values()) * LINE
@@ -87,23 +85,23 @@ def draw_overlays(
     height += sum(row.height + TITLE + GAP for row in rows)
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-    _text(figure, MARGIN, 12, title, fontsize=13, fontweight="bold")
+    _draw_text(figure, MARGIN, 12, title, fontsize=13, fontweight="bold")
     top = HEADER
     for name, entries in legend.items():
-        _text(figure, MARGIN, top + 4, name, fontsize=10, color="0.35")
+        _draw_text(figure, MARGIN, top + 4, name, fontsize=10, color="0.35")
         _draw_legend(figure, entries, columns, step, top)
         top += -(-len(entries) // columns) * LINE
     if notes:
-        _text(figure, MARGIN, top + 4, "Display only: " + "; ".join(notes) + ".", fontsize=8, color="0.35")
+        _draw_text(figure, MARGIN, top + 4, "Display only: " + "; ".join(notes) + ".", fontsize=8, color="0.35")
         top += LINE
     for column, name in enumerate(("image", "truth", "prediction", "errors")):
-        _text(figure, MARGIN + column * (wide + GAP), top + 12, name, fontsize=11, fontweight="bold")
+        _draw_text(figure, MARGIN + column * (panel_width + GAP), top + 12, name, fontsize=11, fontweight="bold")
     top += HEADER
     for row in rows:
-        _text(figure, MARGIN, top + 8, row.title, fontsize=9)
+        _draw_text(figure, MARGIN, top + 8, row.title, fontsize=9)
         top += TITLE
         for column, panel in enumerate(row.panels):
-            left = MARGIN + column * (wide + GAP)
+            left = MARGIN + column * (panel_width + GAP)
             place = (left / width, 1 - (top + row.height) / height, row.width / width, row.height / height)
             axes = figure.add_axes(place)
             axes.imshow(panel, interpolation="nearest", aspect="auto")
@@ -112,31 +110,29 @@ def draw_overlays(
     save_figure(path, figure, DPI)
 
 
-def _row(case: Record, label: str, colors: Sequence[Color], dense: bool, thin: bool, box: int) -> _Row:
+def _make_row(case: CaseThumbnail, label: str, colors: Sequence[Color], dense: bool, thicken: bool, size: int) -> _Row:
     gray = np.repeat(case.image.mean(-1, keepdims=True), 3, -1)
-    classes: dict[int, Color] = dict(enumerate(colors, start=1)) | {thumbnails.IGNORED: parse_color(IGNORED)}
-    errors = {code: parse_color(color) for code, (_, color) in _errors(dense).items()}
-    maps = [(case.truth, classes, 0.75), (case.prediction, classes, 0.75), (case.errors, errors, 0.9)]
+    class_colors = dict(enumerate(colors, start=1)) | {IGNORED_CODE: parse_color(palette.IGNORED)}
+    error_colors = {int(code): parse_color(color) for code, (_, color) in (DENSE_ERRORS if dense else ERRORS).items()}
+    maps = [(case.truth, class_colors, 0.75), (case.prediction, class_colors, 0.75), (case.errors, error_colors, 0.9)]
     panels = [case.image]
-    for codes, palette, alpha in maps:
-        panels.append(_paint(gray, _thicken(codes) if thin else codes, palette, alpha))
-    high, wide = case.truth.shape
-    scale = box / max(high, wide)
-    height, width = round(high * scale), round(wide * scale)
+    for codes, code_colors, alpha in maps:
+        panels.append(_paint(gray, _thicken(codes) if thicken else codes, code_colors, alpha))
+    scale = size / max(case.truth.shape)
+    height, width = (round(side * scale) for side in case.truth.shape)
     note = f"   ({case.note})" if case.note else ""
     dice = "no score: nothing there, nothing predicted" if np.isnan(case.score) else f"Dice {case.score:.3f}"
-    return _Row(
-        [_enlarge(panel, height, width) for panel in panels], f"{label}{case.case}   {dice}{note}", height, width
-    )
+    title = f"{label}{case.case}   {dice}{note}"
+    return _Row([_enlarge(panel, height, width) for panel in panels], title, height, width)
 
 
-def _paint(gray: Any, codes: Codes, palette: dict[int, Color], alpha: float) -> NDArray[np.uint8]:
-    # Darkened, so that the colours stand out on a bright image too.
+def _paint(gray: Any, codes: Codes, colors: dict[int, Color], alpha: float) -> NDArray[np.uint8]:
+    # Darken the image, so that the colours stand out on bright ones too.
     painted = gray * 0.6
     for code in np.unique(codes):
-        if int(code) in palette:
+        if int(code) in colors:
             where = codes == code
-            painted[where] = (1 - alpha) * gray[where] + alpha * np.asarray(palette[int(code)], float)
+            painted[where] = (1 - alpha) * gray[where] + alpha * np.asarray(colors[int(code)], float)
     return painted.round().astype(np.uint8)  # type: ignore[no-any-return]
 
 
@@ -147,49 +143,42 @@ def _enlarge(panel: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
     return enlarged
 
 
-def _around(codes: Any) -> Any:
-    """The greatest of each pixel and its eight neighbours."""
+def _dilate(codes: Any) -> Any:
+    """Return the maximum of each pixel and its eight neighbours."""
     padded = np.pad(codes, 1)
     high, wide = codes.shape
     return np.max([padded[i : i + high, j : j + wide] for i in range(3) for j in range(3)], axis=0)
 
 
-def _small(codes: Codes) -> NDArray[np.bool_]:
-    """Painted pixels that lie in or near no square of 3 x 3 painted ones."""
-    painted = (codes > 0) & (codes != thumbnails.IGNORED)
-    solid = ~_around(~painted)
-    return painted & ~_around(_around(solid))  # type: ignore[no-any-return]
+def _small_objects(codes: Codes) -> NDArray[np.bool_]:
+    """Return the painted pixels that are neither in nor next to a 3 x 3 square of painted ones."""
+    painted = (codes > 0) & (codes != IGNORED_CODE)
+    solid = ~_dilate(~painted)
+    return painted & ~_dilate(_dilate(solid))  # type: ignore[no-any-return]
 
 
 def _thicken(codes: Codes) -> Codes:
-    grown = _around(np.where(_small(codes), codes, 0))
+    grown = _dilate(np.where(_small_objects(codes), codes, 0))
     return np.where(codes == 0, grown, codes).astype(codes.dtype)
 
 
-def _is_thin(case: Record, box: int) -> bool:
-    """Whether something on it is too small to be seen at the size at which it is drawn."""
-    return box < 2 * max(case.truth.shape) and any(_small(codes).any() for codes in case[3:6])
-
-
-def _errors(dense: bool) -> dict[int, tuple[str, str]]:
-    """Names and colours of what the errors show. Where every pixel has a class, the only error is a wrong one."""
-    return (
-        {thumbnails.CONFUSED: ("wrong class", FALSE_POSITIVE), thumbnails.VOID: ERRORS[thumbnails.VOID]}
-        if dense
-        else ERRORS
-    )
+def _has_small_objects(case: CaseThumbnail, size: int) -> bool:
+    """Whether a case has objects that are too small to be seen when it is drawn `size` pixels large."""
+    maps = (case.truth, case.prediction, case.errors)
+    return size < 2 * max(case.truth.shape) and any(_small_objects(codes).any() for codes in maps)
 
 
 def _legend(
-    cases: Sequence[Record], classes: Sequence[str], colors: Sequence[Color], dense: bool
+    cases: Sequence[CaseThumbnail], classes: Sequence[str], colors: Sequence[Color], dense: bool
 ) -> dict[str, list[tuple[str, Any]]]:
     painted = {int(code) for case in cases for codes in (case.truth, case.prediction) for code in np.unique(codes)}
     names = [(name, colors[i]) for i, name in enumerate(classes) if i + 1 in painted]
     shown: list[tuple[str, Any]] = [(name, tuple(value / 255 for value in color)) for name, color in names]
-    # Of the errors what can occur, not what did: two pictures are then read by one key.
-    known = {int(code) for case in cases for code in np.unique(case.errors)}
-    always = {thumbnails.CONFUSED} if dense else {thumbnails.HIT, thumbnails.SPURIOUS, thumbnails.MISSED}
-    errors = [entry for code, entry in _errors(dense).items() if code in always | known]
+    # All errors that can occur, whether or not they did, so that two pictures have the same legend.
+    occurring = {int(code) for case in cases for code in np.unique(case.errors)}
+    optional = {ErrorCode.IGNORED} if dense else {ErrorCode.WRONG_CLASS, ErrorCode.IGNORED}
+    entries = (DENSE_ERRORS if dense else ERRORS).items()
+    errors = [entry for code, entry in entries if code in occurring or code not in optional]
     return {"classes": shown, "errors": errors} if shown else {"errors": errors}
 
 
@@ -198,14 +187,14 @@ def _draw_legend(figure: Figure, entries: Sequence[tuple[str, Any]], columns: in
 
     width, height = figure.get_size_inches() * DPI
     for index, (name, color) in enumerate(entries):
-        left, down = MARGIN + LEAD + index % columns * step, top + index // columns * LINE
+        left, down = MARGIN + LEGEND_INDENT + index % columns * step, top + index // columns * LINE
         patch = Rectangle((left / width, 1 - (down + 22) / height), 22 / width, 18 / height, facecolor=color)
         patch.set(edgecolor="0.3", linewidth=0.5, transform=figure.transFigure)
         figure.add_artist(patch)
-        _text(figure, left + 32, down + 4, name, fontsize=10)
+        _draw_text(figure, left + 32, down + 4, name, fontsize=10)
 
 
-def _text(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
+def _draw_text(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
     width, height = figure.get_size_inches() * DPI
-    # Names of files may hold what matplotlib takes for mathematics.
+    # File names may contain what matplotlib would parse as mathematics.
     figure.text(left / width, 1 - top / height, text, va="top", ha="left", parse_math=False, **style)

@@ -9,7 +9,7 @@ from lightning_dice.callbacks import Overlays
 from lightning_dice.functional import hard_prediction
 from lightning_dice.plotting.colors import FALSE_NEGATIVE, FALSE_POSITIVE, TRUE_POSITIVE, class_colors, parse_color
 from lightning_dice.plotting.panels import draw_overlays
-from lightning_dice.plotting.thumbnails import CONFUSED, HIT, IGNORED, MISSED, NOTHING, SPURIOUS, VOID, make_record
+from lightning_dice.plotting.thumbnails import IGNORED_CODE, ErrorCode, ThumbnailSettings, make_thumbnail
 from lightning_dice.scoring import CaseScore
 
 
@@ -18,10 +18,14 @@ def planes(*rows):
     return torch.tensor(rows).unsqueeze(1)
 
 
-def record(image, mask, logits, **kwargs):
-    facts = {"activation": "sigmoid"} | kwargs
-    predicted = hard_prediction(logits[None], activation=facts["activation"])[0]
-    return make_record("case", 0.5, image, mask, predicted, **facts)
+def thumbnail(image, mask, logits, **kwargs):
+    settings = ThumbnailSettings(**{"activation": "sigmoid"} | kwargs)
+    predicted = hard_prediction(logits[None], activation=settings.activation)[0]
+    return make_thumbnail("case", 0.5, image, mask, predicted, settings)
+
+
+def names(errors):
+    return " ".join(ErrorCode(code).name for code in errors[0])
 
 
 def test_errors_of_planes():
@@ -29,9 +33,9 @@ def test_errors_of_planes():
     predicted = planes([1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0])
     # A margin that is ignored is cut off, so the ignored pixel is put between others.
     order = [0, 1, 5, 2, 3, 4]
-    result = record(torch.zeros(1, 1, 6), truth[..., order], predicted[..., order] * 2.0 - 1, ignore_index=255)
-    assert result.errors.tolist() == [[HIT, MISSED, VOID, SPURIOUS, NOTHING, CONFUSED]]
-    assert result.truth.tolist() == [[1, 1, IGNORED, 0, 0, 1]]
+    result = thumbnail(torch.zeros(1, 1, 6), truth[..., order], predicted[..., order] * 2.0 - 1, ignore_index=255)
+    assert names(result.errors) == "TRUE_POSITIVE FALSE_NEGATIVE IGNORED FALSE_POSITIVE CORRECT WRONG_CLASS"
+    assert result.truth.tolist() == [[1, 1, IGNORED_CODE, 0, 0, 1]]
     assert result.prediction.tolist() == [[1, 0, 1, 1, 0, 2]]
 
 
@@ -39,31 +43,33 @@ def test_errors_of_ids():
     truth = torch.tensor([[0, 1, 1, 0, 255, 2, 2]])
     predicted = torch.tensor([[0, 1, 0, 1, 0, 1, 2]])
     logits = torch.nn.functional.one_hot(predicted, 3).permute(2, 0, 1).float()
-    facts = {"activation": "softmax", "ignore_index": 255, "exclude_classes": [0]}
-    result = record(torch.zeros(1, 1, 7), truth, logits, **facts)
-    assert result.errors.tolist() == [[NOTHING, HIT, MISSED, SPURIOUS, VOID, CONFUSED, HIT]]
-    assert result.truth.tolist() == [[0, 2, 2, 0, IGNORED, 3, 3]]
+    settings = {"activation": "softmax", "ignore_index": 255, "exclude_classes": [0]}
+    result = thumbnail(torch.zeros(1, 1, 7), truth, logits, **settings)
+    assert (
+        names(result.errors) == "CORRECT TRUE_POSITIVE FALSE_NEGATIVE FALSE_POSITIVE IGNORED WRONG_CLASS TRUE_POSITIVE"
+    )
+    assert result.truth.tolist() == [[0, 2, 2, 0, IGNORED_CODE, 3, 3]]
 
 
 def test_where_planes_overlap_the_smaller_class_is_on_top():
     truth = planes([1, 1, 1, 1], [0, 1, 0, 0])
-    assert record(torch.zeros(1, 1, 4), truth, truth * 2.0 - 1).truth.tolist() == [[1, 2, 1, 1]]
+    assert thumbnail(torch.zeros(1, 1, 4), truth, truth * 2.0 - 1).truth.tolist() == [[1, 2, 1, 1]]
 
 
 def test_ignored_margins_are_cut_off():
     mask = torch.full((1, 8, 8), 255)
     mask[:, :5, :6] = 0
-    result = record(torch.randn(3, 8, 8), mask, -torch.ones(1, 8, 8), ignore_index=255)
+    result = thumbnail(torch.randn(3, 8, 8), mask, -torch.ones(1, 8, 8), ignore_index=255)
     assert result.image.shape == (5, 6, 3)
-    assert (result.errors == NOTHING).all()
+    assert (result.errors == ErrorCode.CORRECT).all()
 
 
 @pytest.mark.parametrize("side", [512, 513, 2048, 3000])
 def test_a_lone_error_is_seen_at_any_size(side):
     mask = torch.zeros(1, side, 400, dtype=torch.uint8)
     mask[0, side - 30, 100] = 1
-    result = record(torch.zeros(1, side, 400), mask, -torch.ones(1, side, 400))
-    assert (result.errors == MISSED).sum() == 1
+    result = thumbnail(torch.zeros(1, side, 400), mask, -torch.ones(1, side, 400))
+    assert (result.errors == ErrorCode.FALSE_NEGATIVE).sum() == 1
     assert max(result.errors.shape) <= 512
     assert ("where the most errors are" in result.note) == (side == 3000)
     assert result.note.endswith({512: "", 513: "at 1/2", 2048: "at 1/4", 3000: "at 1/4"}[side])
@@ -74,16 +80,16 @@ def test_a_mostly_hit_object_is_not_painted_over_by_its_border():
     mask[0, 100:112, 100:112] = 1
     logits = mask * 2.0 - 1
     logits[0, 100:112, 111] = -1
-    errors = record(torch.zeros(1, 800, 800), mask, logits, size=400).errors
-    assert (errors == HIT).sum() == 30
-    assert (errors == MISSED).sum() == 6
+    errors = thumbnail(torch.zeros(1, 800, 800), mask, logits, size=400).errors
+    assert (errors == ErrorCode.TRUE_POSITIVE).sum() == 30
+    assert (errors == ErrorCode.FALSE_NEGATIVE).sum() == 6
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_images_of_any_number_of_channels(channels):
     image = torch.randn(channels, 20, 30) * 5 + 100
     image[:, 3, 3] = math.nan
-    result = record(image, torch.zeros(1, 20, 30, dtype=torch.uint8), -torch.ones(1, 20, 30))
+    result = thumbnail(image, torch.zeros(1, 20, 30, dtype=torch.uint8), -torch.ones(1, 20, 30))
     assert result.image.shape == (20, 30, 3)
     assert result.image.dtype == np.uint8
     assert (result.image.min(), result.image.max()) == (0, 255)
@@ -94,22 +100,22 @@ def test_a_volume_is_shown_by_the_slice_with_the_most_errors():
     mask = torch.zeros(9, 8, 8, dtype=torch.uint8)
     mask[5, 2:6, 2:6] = 1
     mask[2, 0, 0] = 1
-    facts = {"activation": "softmax", "exclude_classes": [0]}
+    settings = {"activation": "softmax", "exclude_classes": [0]}
     logits = torch.stack([torch.ones(9, 8, 8), torch.zeros(9, 8, 8)])
-    result = record(torch.zeros(1, 9, 8, 8), mask, logits, **facts)
-    assert (result.note, (result.errors == MISSED).sum()) == ("slice 6 of 9", 16)
-    assert record(torch.zeros(1, 9, 8, 8), mask * 0, logits, **facts).note == "slice 5 of 9"
-    as_planes = record(torch.zeros(1, 9, 8, 8), mask[None], -torch.ones(1, 9, 8, 8))
+    result = thumbnail(torch.zeros(1, 9, 8, 8), mask, logits, **settings)
+    assert (result.note, (result.errors == ErrorCode.FALSE_NEGATIVE).sum()) == ("slice 6 of 9", 16)
+    assert thumbnail(torch.zeros(1, 9, 8, 8), mask * 0, logits, **settings).note == "slice 5 of 9"
+    as_planes = thumbnail(torch.zeros(1, 9, 8, 8), mask[None], -torch.ones(1, 9, 8, 8))
     assert as_planes.note == "slice 6 of 9"
     # The fullest slice is all right, and so are two more pixels of another one that are ignored.
     logits = torch.stack([torch.zeros(9, 8, 8), (mask == 1).float() - 0.5])
     logits[1, 2, 0, 0] = logits[1, 3, 0, :2] = -1
     mask[3, 0, :2] = 255
     logits[1, 3, 0, :2] = 1
-    shown = record(torch.zeros(1, 9, 8, 8), mask, logits, ignore_index=255, **facts)
-    assert (shown.note, (shown.errors == MISSED).sum()) == ("slice 3 of 9", 1)
+    shown = thumbnail(torch.zeros(1, 9, 8, 8), mask, logits, ignore_index=255, **settings)
+    assert (shown.note, (shown.errors == ErrorCode.FALSE_NEGATIVE).sum()) == ("slice 3 of 9", 1)
     without = torch.tensor([1, 0]).view(2, 1, 1, 1) * mask
-    planes = record(torch.zeros(1, 9, 8, 8), without, logits[:1] - 0.5, ignore_index=255, exclude_classes=[0])
+    planes = thumbnail(torch.zeros(1, 9, 8, 8), without, logits[:1] - 0.5, ignore_index=255, exclude_classes=[0])
     assert planes.note == "slice 5 of 9"
 
 
@@ -119,14 +125,14 @@ def test_an_image_of_another_size_is_shown_at_the_masks():
     mask[6, 2:6, 2:6] = 1
     image = torch.zeros(1, 5, 4, 6)
     image[0, 3] = torch.linspace(0, 1, 6)
-    shown = record(image, mask[None], -torch.ones(1, 10, 8, 12))
+    shown = thumbnail(image, mask[None], -torch.ones(1, 10, 8, 12))
     assert shown.note == "slice 7 of 10"
     assert shown.image.shape == (8, 12, 3)
     assert shown.image.std() > 50
 
 
 def test_signals_have_no_picture():
-    assert record(torch.zeros(1, 50), torch.zeros(1, 50), torch.zeros(1, 50)) is None
+    assert thumbnail(torch.zeros(1, 50), torch.zeros(1, 50), torch.zeros(1, 50)) is None
 
 
 def offer(overlays, monkeypatch, scores):
@@ -172,8 +178,8 @@ def picture_of(folder):
 
 def test_picture_holds_the_colours_of_the_errors(tmp_path, trainer, net, loader):
     # A network that predicts from the noise makes every kind of error.
-    facts = {"folder": tmp_path, "classes": ["object_$1$"], "activation": "sigmoid"}
-    trainer(Overlays(**facts)).test(net(), loader(3, size=40), verbose=False)
+    settings = {"folder": tmp_path, "classes": ["object_$1$"], "activation": "sigmoid"}
+    trainer(Overlays(**settings)).test(net(), loader(3, size=40), verbose=False)
     pixels = picture_of(tmp_path).reshape(-1, 3)
     for color in (TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE):
         near = np.abs(pixels.astype(int) - parse_color(color)).max(1) < 40
@@ -186,7 +192,7 @@ def test_rows_of_different_sizes_and_many_classes(tmp_path):
     for high, wide in ((30, 50), (500, 100), (7, 400)):
         mask = torch.randint(0, 40, (high, wide))
         logits = torch.randn(40, high, wide)
-        cases.append(record(torch.randn(3, high, wide), mask, logits, activation="softmax"))
+        cases.append(thumbnail(torch.randn(3, high, wide), mask, logits, activation="softmax"))
     path = tmp_path / "overlays.png"
     draw_overlays(path, cases, classes, class_colors(40), dense=True, title="3 cases", labels={})
     with Image.open(path) as picture:
