@@ -1,4 +1,4 @@
-"""Losses of logits and target: settings, and one formula each on the sums over pixels."""
+"""Losses of logits and target; most are one formula on the sums over pixels."""
 
 from lightning_dice.losses.base import PixelMeanLoss, SegmentationLoss, SumsLoss
 from lightning_dice.losses.boundary import BoundaryLoss, BoundaryWeightedLoss, HausdorffLoss

@@ -1,4 +1,4 @@
-"""Losses that know where pixels lie: how far from the boundary of the target."""
+"""Losses that depend on the distance of pixels to the boundary of the target."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     class DistanceSettings(TypedDict, total=False):
-        """The settings of `DistanceLoss`, for the signatures of its subclasses."""
+        """Settings of `DistanceLoss`, to type the signatures of its subclasses."""
 
         activation: Activation
         classes: int | None
@@ -35,24 +35,22 @@ if TYPE_CHECKING:
 
 
 class DistanceLoss(SegmentationLoss):
-    """Base of the losses that are a mean over pixels of something with the distance to the target's boundary.
+    """Base of the losses that average, over pixels, a value that depends on the distance to the target's boundary.
 
-    The mean is over the valid pixels of each class and image, then over these, each counting the same. Distances are
-    `lightning_dice.functional.target_maps.SignedDistance`, computed on the CPU where the batch does not bring them.
-    Soft labels are cut at 1/2 for them; ignored pixels are taken as outside every class, and count nothing.
+    The mean is over the valid pixels of each class and image, then over classes and images, which count the same.
+    Distances are `lightning_dice.functional.target_maps.SignedDistance`, computed on the CPU unless the batch brings
+    them. For distances, soft labels are cut at 1/2, and ignored pixels are outside every class.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        classes: the number of channels of the logits, needed with class ids.
-        spacing: the size of a pixel along each axis, in whose units distances then are; 1 by default.
+        classes: number of channels of the logits; needed with class ids.
+        spacing: size of a pixel along each axis, which sets the unit of distances; 1 by default.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
-        ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give; see
-            `OverlapLoss`.
+        ignore_index: label of the pixels to ignore.
+        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
-        ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, or a shape
-            that would broadcast.
+        ValueError: an invalid setting; in a call, a wrong number of classes, or a shape that would broadcast.
     """
 
     def __init__(
@@ -78,8 +76,8 @@ class DistanceLoss(SegmentationLoss):
         self.classes, self.spacing = classes, self._distance.spacing
         self.maps = {"signed_distance": self._distance}
 
-    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """What the mean is taken of, `(images, classes, pixels)`; `distance` is of the same shape."""
+    def per_pixel(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the values to average, `(images, classes, pixels)`; `distance` has the same shape."""
         raise NotImplementedError
 
     def deferred(
@@ -91,9 +89,9 @@ class DistanceLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`.
 
-        Of maps it takes `"signed_distance"`, of the shape of logits.
+        Of `maps` it uses `"signed_distance"`, of the shape of logits.
         """
         with full_precision(logits):
             pixels = checked_pixels(
@@ -104,14 +102,14 @@ class DistanceLoss(SegmentationLoss):
                 weight=weight,
                 annotated=annotated,
             )
-            counted = included_classes(logits.shape[1], self.exclude_classes)
+            included = included_classes(logits.shape[1], self.exclude_classes)
             distance = self.get_checked_map("signed_distance", logits, target, maps)
-            values = self.of_pixels(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
+            values = self.per_pixel(pixels, distance.flatten(2).to(pixels.logits.dtype), logits, target)
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            mean = self._mean(values, pixels, counted).apply(lambda loss: loss.to(dtype))
+            mean = self._mean(values, pixels, included).apply(lambda loss: loss.to(dtype))
             return mean if self.across_ranks else mean.finish_locally()
 
-    def _mean(self, values: Tensor, pixels: Pixels, counted: list[int]) -> DeferredReduction:
+    def _mean(self, values: Tensor, pixels: Pixels, included: list[int]) -> DeferredReduction:
         w = pixels.weight
         above = total(values if w is None else values * w)
         below = values.new_full((1, 1), values.shape[2], dtype=wide_dtype(values)) if w is None else total(w)
@@ -119,25 +117,28 @@ class DistanceLoss(SegmentationLoss):
         if pixels.annotated is not None:
             kept = kept & pixels.annotated
         mean = above / below.where(below > 0, 1.0)
-        return weighted_mean(mean[:, counted], kept[:, counted])
+        return weighted_mean(mean[:, included], kept[:, included])
 
 
 class BoundaryLoss(DistanceLoss):
-    r"""Boundary loss: the mean of probabilities times the signed distance to the target's boundary.
+    r"""Boundary loss: the mean of probability times signed distance to the target's boundary.
 
     .. math:: L = \frac{1}{N} \sum_i p_i\,\phi_i
 
-    (Kervadec et al., MIDL 2019.) :math:`\phi` is below 0 inside the class and above 0 outside, so that a pixel costs
-    the more, the farther it is on the wrong side. Not above 0 but least, and below 0, for the target itself. On its own
-    it hardly moves an empty prediction: use it as a term of a `CompoundLoss` with a small weight. The paper lets the
-    weight grow from 0.01 as that of the other term falls: `callbacks=loss_schedule`. Distances are in pixels, so that
-    the term grows with the size of the image.
+    (Kervadec et al., MIDL 2019.) :math:`\phi` is negative inside the class and positive outside, so that a pixel on the
+    wrong side costs more the farther it is from the boundary. The loss is least, and negative, for the target itself.
+    On its own it hardly moves an empty prediction: use it as a term of a `CompoundLoss` with a small weight. In the
+    paper that weight grows from 0.01 while that of the other term falls, as with `callbacks=loss_schedule`. Distances
+    are in pixels, so the loss grows with the size of the image.
 
-    Departs from the published code in the pixels on the inner side of the boundary: their distance is -1, not 0, and
-    they are pushed too. A class that the target does not have is not pushed, as there; nor is one that is everywhere.
+    Unlike in the published code, pixels on the inner side of the boundary have the distance -1, not 0, and so a
+    gradient. As in it, a class that the target does not have, or that is everywhere, has none.
 
     Args:
-        **settings: those of `DistanceLoss`.
+        **settings: settings of `DistanceLoss`.
+
+    Raises:
+        ValueError: as `DistanceLoss`.
 
     >>> mask = torch.tensor([[[[0, 0, 1, 1]]]])
     >>> near, far = torch.tensor([[[[0.0, 1.0, 1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0, 1.0, 1.0]]]])
@@ -146,30 +147,34 @@ class BoundaryLoss(DistanceLoss):
     (tensor(-0.7500), tensor(-0.5000), tensor(-0.2500))
     """
 
-    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """Probability times distance."""
+    def per_pixel(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Return probability times distance."""
         return pixels.probs() * distance
 
 
 class HausdorffLoss(DistanceLoss):
-    r"""Hausdorff distance loss: the mean squared error, weighted by the distances to both boundaries.
+    r"""Hausdorff distance loss: the squared error, weighted by the distances to both boundaries.
 
     .. math:: L = \frac{1}{N} \sum_i (p_i - t_i)^2 \left(d_t(i)^\alpha + d_p(i)^\alpha\right)
 
-    The form by distance transforms of Karimi and Salcudean (IEEE TMI 2020, "Reducing the Hausdorff Distance").
-    :math:`d_t` is the distance to the boundary of the target, :math:`d_p` to that of the prediction: where p > 1/2, or
-    where classes exclude each other the most probable one. It has no gradient and changes with every step, so it is
-    computed on the CPU in each call: for a training on GPUs this is slow. A boundary that is not there (nothing, or
-    everything) is at distance 0.
+    The distance transform form of Karimi and Salcudean (IEEE TMI 2020, "Reducing the Hausdorff Distance").
+    :math:`d_t` is the distance to the boundary of the target, :math:`d_p` to that of the prediction: the pixels with
+    p > 1/2, or with exclusive classes the most probable class. :math:`d_p` has no gradient and changes in every step,
+    so it is computed on the CPU in each call, which is slow for a training on GPUs. Without a boundary (nothing, or
+    everything) the distance is 0.
 
-    Departs from both in the unit: distances in pixels, squared, make the loss grow with the image, to hundreds, and
-    from an undecided start push it into predicting nothing; as shares of the image's diagonal they keep it in [0, 2].
-    Departs from MONAI's `HausdorffDTLoss` in the classes that exclude each other, whose prediction MONAI cuts at 1/2.
+    Unlike in the paper and in MONAI's `HausdorffDTLoss`, distances are fractions of the image's diagonal, which keeps
+    the loss in [0, 2]: squared distances in pixels make it grow with the image, to hundreds, and push an undecided
+    network into predicting nothing. MONAI cuts the prediction at 1/2 for exclusive classes too.
 
     Args:
-        alpha: the exponent, > 0.
-        relative: distances as shares of the image's diagonal; False: in pixels, or units of spacing, as published.
-        **settings: those of `DistanceLoss`.
+        alpha: exponent, > 0.
+        relative: whether distances are fractions of the image's diagonal; False: in pixels, or the unit of `spacing`,
+            as published.
+        **settings: settings of `DistanceLoss`.
+
+    Raises:
+        ValueError: as `DistanceLoss`, or an invalid alpha.
 
     >>> mask = torch.tensor([[[[0, 0, 0, 1, 1]]]])
     >>> loss = HausdorffLoss(activation=None, relative=False)
@@ -183,10 +188,10 @@ class HausdorffLoss(DistanceLoss):
         self.alpha = check_number("alpha", alpha, open_ends=True)
         self.relative = check_flag("relative", relative)
 
-    def of_pixels(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """The weighted squared error."""
+    def per_pixel(self, pixels: Pixels, distance: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the weighted squared error."""
         p = pixels.probs()
-        predicted = self._predicted(pixels, logits, target).to(p.dtype)
+        predicted = self._predicted_distance(pixels, logits, target).to(p.dtype)
         unit = 1.0
         if self.relative:
             space = logits.shape[2:]
@@ -196,8 +201,8 @@ class HausdorffLoss(DistanceLoss):
         return (p - pixels.target_planes()) ** 2 * distances
 
     @torch.no_grad()
-    def _predicted(self, pixels: Pixels, logits: Tensor, target: Tensor) -> Tensor:
-        """Distances to the boundaries of the prediction, `(images, classes, pixels)`."""
+    def _predicted_distance(self, pixels: Pixels, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the distances to the boundaries of the prediction, `(images, classes, pixels)`."""
         z = pixels.logits
         if pixels.activation == "softmax" or not pixels.planes:
             planes = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.argmax(1, keepdim=True), True)
@@ -212,23 +217,24 @@ class HausdorffLoss(DistanceLoss):
 
 
 class BoundaryWeightedLoss(SegmentationLoss):
-    r"""Any loss of this library, with more weight on pixels near the boundaries of the target.
+    r"""Wrapper that gives pixels near the boundaries of the target more weight in any loss of this library.
 
     .. math:: w(x) = 1 + a\,\exp\left(-\frac{d(x)^2}{2\sigma^2}\right)
 
-    with d the distance to the nearest pixel that has another label at its side: see
-    `lightning_dice.functional.target_maps.BoundaryWeight`, which says how it departs from the weight of U-Net. With
-    class ids all boundaries weigh, with planes those of each class its own.
+    with d the distance to the nearest pixel beside another label; for a comparison with the weight of U-Net see
+    `lightning_dice.functional.target_maps.BoundaryWeight`. With class ids a pixel has one weight, for the boundaries of
+    all classes; with planes it has one in each plane, for the boundaries of that class.
 
     Args:
-        loss: gets the weight, times the one that is passed in; with all other settings.
-        width: :math:`\sigma`, in pixels (or units of spacing), > 0.
+        loss: the loss, with all other settings. It gets this weight, times the `weight` that is passed in.
+        width: :math:`\sigma`, in pixels (or the unit of `spacing`), > 0.
         strength: a, >= 0.
-        classes: the number of channels of the logits, needed with class ids where `activation` is `None`.
-        spacing: the size of a pixel along each axis; 1 by default.
+        classes: number of channels of the logits; needed with class ids if `activation` is `None`.
+        spacing: size of a pixel along each axis; 1 by default.
 
     Raises:
-        ValueError: a loss that is not one of this library; a setting outside its range; whatever the loss refuses.
+        ValueError: a loss that is not one of this library, or is already weighted by boundaries; an invalid setting; in
+            a call, whatever the loss refuses.
 
     >>> from lightning_dice.losses import CrossEntropyLoss
     >>> mask = torch.tensor([[[[0, 0, 0, 0, 1, 1, 1, 1]]]])
@@ -266,12 +272,12 @@ class BoundaryWeightedLoss(SegmentationLoss):
 
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
-        """The weight, and what the loss needs of a target."""
+        """The boundary weight, and the maps of the loss."""
         return {"boundary_weight": self._weight, **self.loss.maps}
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """Of a `CompoundLoss`: each term's in the last call."""
+        """The values of the terms of a `CompoundLoss` in the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
     def deferred(
@@ -283,11 +289,11 @@ class BoundaryWeightedLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`.
 
-        Of maps it takes `"boundary_weight"`, of the shape of target.
+        Of `maps` it uses `"boundary_weight"`, of the shape of target.
         """
-        # Before the shapes are checked a map cannot be made.
+        # Checked first, as a map cannot be computed from wrong shapes.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
         own = self.get_checked_map("boundary_weight", logits, target, maps, by_pixel=True)
         if weight is not None:
@@ -297,7 +303,7 @@ class BoundaryWeightedLoss(SegmentationLoss):
         return self.loss.deferred_call(logits, target, own, annotated=annotated, maps=maps)
 
     def repr_settings(self) -> dict[str, object]:
-        """The settings by name, as `print(loss)` shows them."""
-        # Of the map, which is made once: they cannot be changed in a training.
+        """Return the settings that `print(loss)` shows."""
+        # They are kept in the map, which is made once: changing them in a training has no effect.
         shape = {"width": self._weight.width, "strength": self._weight.strength}
         return {**shape, "classes": self.classes, "spacing": self.spacing}

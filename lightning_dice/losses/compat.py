@@ -294,7 +294,9 @@ def smp_overlap(
     (0,)
     """
     if log_loss:
-        raise ValueError("log_loss must be False; use LogDiceLoss.like_smp(...): the logarithm is offered for Dice alone")
+        raise ValueError(
+            "log_loss must be False; use LogDiceLoss.like_smp(...): the logarithm is offered for Dice alone"
+        )
     _check_smp(mode, eps, class_weights, classes)
     excluded: tuple[int, ...] = ()
     if classes is not None:

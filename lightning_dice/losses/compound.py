@@ -1,4 +1,4 @@
-"""Weighted sums of losses, in one pass over the pixels where they share it."""
+"""Weighted sums of losses, computed in one pass over the pixels where possible."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 
 
 class CompoundLoss(SegmentationLoss):
-    """A weighted sum of losses.
+    r"""Weighted sum of losses.
 
-    Terms of this library that are formulas on sums over pixels share one pass. Any other module of logits and target
-    can be a term; one that wants probabilities goes into `OnProbabilities`.
+    .. math:: L = \sum_k w_k\,L_k
+
+    Terms that are formulas on sums over pixels (every `SumsLoss`) share one pass over the pixels. A term may also be
+    any other module of logits and target; wrap a loss of probabilities in `OnProbabilities`.
 
     Args:
-        terms: losses by name, or a list of them, which are then named by their classes.
-        weights: of the terms, by the same names or in the same order; those not named weigh 1. A term of weight 0 is
-            not computed.
+        terms: losses by name, or a list of losses, which are then named by their classes.
+        weights: weights of the terms, by name or in the same order, >= 0; 1 by default. A term of weight 0 is not
+            computed.
 
     Attributes:
-        values: of each term in the last call, without its weight and without a gradient, by name.
+        values: the value of each term in the last call, by name, unweighted and without a gradient.
 
     Raises:
-        ValueError: no terms; a weight that names none, or is below 0; terms that disagree on the activation or the
-            ignored label.
+        ValueError: no terms; a weight below 0, or of no term; terms with different activations or ignored labels.
 
     >>> loss = CompoundLoss({"dice": DiceLoss(), "focal": FocalLoss()}, {"focal": 0.5})
     >>> loss(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
@@ -56,50 +57,48 @@ class CompoundLoss(SegmentationLoss):
         if isinstance(terms, nn.ModuleDict):
             terms = dict(terms.items())
         if not isinstance(terms, (Mapping, Sequence)) or isinstance(terms, str):
-            raise ValueError(f"terms must be losses by name, or a list of them, got {type(terms).__name__}")
-        named = {str(name): term for name, term in terms.items()} if isinstance(terms, Mapping) else _named(terms)
+            raise ValueError(f"terms must be losses by name, or a list of losses, got {type(terms).__name__}")
+        named = {str(name): term for name, term in terms.items()} if isinstance(terms, Mapping) else _by_class(terms)
         if not named:
             raise ValueError("terms must hold at least one loss, got none")
         for name, term in named.items():
             if not isinstance(term, nn.Module):
                 raise ValueError(f"terms must be modules of logits and target, got {type(term).__name__} for {name!r}")
             if isinstance(term, OverlapLoss) and term.reduction == "none":
-                raise ValueError(f'term {name!r} must have one value: reduction="none" does not add up')
+                raise ValueError(f'term {name!r} must have one value, got reduction="none"')
         super().__init__(
-            activation=_agreed(named, "activation"),  # type: ignore[arg-type]
-            ignore_index=_agreed(named, "ignore_index"),  # type: ignore[arg-type]
+            activation=_shared_setting(named, "activation"),  # type: ignore[arg-type]
+            ignore_index=_shared_setting(named, "ignore_index"),  # type: ignore[arg-type]
         )
         try:
             self.terms = nn.ModuleDict(named)
         except KeyError as error:
-            raise ValueError(f"terms have names without dots that no module has: {error.args[0]}") from error
-        self.weights = _weights(list(named), weights)
+            raise ValueError(
+                f"names of terms must have no dots and not be attributes of a module: {error.args[0]}"
+            ) from error
+        self.weights = _read_weights(list(named), weights)
         self.values: dict[str, Tensor] = {}
         self._checked: set[str] = set()
 
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
-        """What the terms need of a target, together; where two call different maps by one name, `<term>.<name>`."""
-        found: dict[str, TargetMap] = {}
-        for name, term in self.terms.items():
-            for key, make in getattr(term, "maps", {}).items():
-                found[self._map_name(name, key)] = make
-        return found
+        """The maps of all terms; named `<term>.<name>` where two terms use one name for different maps."""
+        return {
+            self._map_name(name, key): compute
+            for name, term in self.terms.items()
+            for key, compute in getattr(term, "maps", {}).items()
+        }
 
     def _map_name(self, name: str, key: str) -> str:
-        """By which the map `key` of a term goes: its own, unless that is another term's for something else."""
-        make = cast("Mapping[str, TargetMap]", self.terms[name].maps)[key]
-        others = [getattr(term, "maps", {}) for term in self.terms.values()]
-        return key if all(maps.get(key, make) == make for maps in others) else f"{name}.{key}"
+        """Return the public name of a term's map `key`."""
+        own = cast("Mapping[str, TargetMap]", self.terms[name].maps)[key]
+        all_maps = [getattr(term, "maps", {}) for term in self.terms.values()]
+        return key if all(maps.get(key, own) == own for maps in all_maps) else f"{name}.{key}"
 
-    def _maps_of(self, name: str, term: SegmentationLoss, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was given of the maps of a term, by its own names."""
-        own: dict[str, Tensor] = {}
-        for key in term.maps:
-            public = self._map_name(name, key)
-            if public in maps:
-                own[key] = maps[public]
-        return own
+    def _maps_of_term(self, name: str, term: SegmentationLoss, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pick a term's maps, under the names that the term itself uses."""
+        public = {key: self._map_name(name, key) for key in term.maps}
+        return {key: maps[public[key]] for key in term.maps if public[key] in maps}
 
     def deferred(
         self,
@@ -110,17 +109,17 @@ class CompoundLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The weighted sum up to what the ranks sum, of all terms together; see `SegmentationLoss.forward`.
+        """Compute the weighted sum up to the sums over the ranks, which are sent for all terms at once.
 
-        A module that is not of this library sends what it sends by itself.
+        Arguments as in `SegmentationLoss.forward`. Modules from elsewhere communicate on their own.
         """
         found: dict[str, DeferredReduction] = {}
         active = {name: term for name, term in self.terms.items() if self.weights[name] != 0}
 
-        def of_logits(value: Tensor) -> Tensor:
+        def as_logits(value: Tensor) -> Tensor:
             return value.to(torch.promote_types(logits.dtype, torch.float32))
 
-        for wanted, group in _passes(active):
+        for required, group in _group_by_pass(active):
             first = next(iter(group.values()))
             sums = overlap_sums(
                 logits,
@@ -129,19 +128,19 @@ class CompoundLoss(SegmentationLoss):
                 ignore_index=first.ignore_index,
                 weight=weight,
                 annotated=annotated,
-                wanted=wanted,
+                wanted=required,
             )
-            found |= {name: term.deferred_from_sums(sums).apply(of_logits) for name, term in group.items()}
+            found |= {name: term.deferred_from_sums(sums).apply(as_logits) for name, term in group.items()}
         for name, term in active.items():
             if name in found:
                 continue
             if isinstance(term, SegmentationLoss):
-                own = self._maps_of(name, term, maps or {})
-                found[name] = term.deferred_call(logits, target, weight, annotated=annotated, maps=own)
+                term_maps = self._maps_of_term(name, term, maps or {})
+                found[name] = term.deferred_call(logits, target, weight, annotated=annotated, maps=term_maps)
             elif weight is not None or annotated is not None:
                 raise ValueError(f"term {name!r}, a {type(term).__name__}, takes neither weight nor annotated")
             else:
-                self._check_ignored(name, term, target)
+                self._check_ignored_label(name, term, target)
                 found[name] = DeferredReduction.ready(call_torch_loss(term, logits, target))
 
         def weighted_sum(*values: Tensor) -> Tensor:
@@ -150,14 +149,14 @@ class CompoundLoss(SegmentationLoss):
                     raise ValueError(f"term {name!r} must return a scalar, got the shape {tuple(value.shape)}")
             self.values = {name: value.detach() for name, value in zip(found, values, strict=True)}
             if not values:
-                # Of no pixel, as a sum of all may be infinite, and 0 times that NaN.
+                # A zero with a gradient from no pixel: the sum of all pixels may be infinite, and 0 times that is NaN.
                 return logits[:0].float().sum()
             return torch.stack([self.weights[name] * value for name, value in zip(found, values, strict=True)]).sum()
 
         return DeferredReduction.combine(list(found.values()), weighted_sum)
 
-    def _check_ignored(self, name: str, term: nn.Module, target: Tensor) -> None:
-        """Refuse ignored labels for a module that would take them for labels; on a GPU in the first call only."""
+    def _check_ignored_label(self, name: str, term: nn.Module, target: Tensor) -> None:
+        """Refuse ignored labels that a term would take for a class; on a GPU in its first call only."""
         if self.ignore_index is None or getattr(term, "ignore_index", None) == self.ignore_index:
             return
         if torch.compiler.is_compiling() or (target.device.type != "cpu" and name in self._checked):
@@ -166,9 +165,9 @@ class CompoundLoss(SegmentationLoss):
         valid = valid_pixels(target, self.ignore_index)
         if valid is not None and not bool(valid.all()):
             raise ValueError(
-                f"term {name!r}, a {type(term).__name__}, would take the ignored label {self.ignore_index} for one of "
-                f"a class: give it ignore_index={self.ignore_index} if it has that setting, take one of "
-                f"lightning_dice.losses, or wrap it: OnProbabilities(..., ignore_index={self.ignore_index})"
+                f"term {name!r}, a {type(term).__name__}, takes the ignored label {self.ignore_index} for a class: "
+                f"set its ignore_index={self.ignore_index} if it has one, use a loss of lightning_dice.losses, or wrap "
+                f"it: OnProbabilities(..., ignore_index={self.ignore_index})"
             )
 
     def __repr__(self) -> str:
@@ -177,15 +176,20 @@ class CompoundLoss(SegmentationLoss):
 
 
 class DiceCELoss(CompoundLoss):
-    """Dice and cross-entropy, in one pass: nnU-Net's kind of loss.
+    r"""Dice loss plus cross-entropy, in one pass over the pixels: the kind of loss that nnU-Net uses.
+
+    .. math:: L = w_\text{dice}\,L_\text{dice} + w_\text{ce}\,L_\text{ce}
 
     Args:
-        dice_weight: of the Dice loss.
-        ce_weight: of the cross-entropy.
+        dice_weight: weight of the `DiceLoss`, >= 0.
+        ce_weight: weight of the `CrossEntropyLoss`, >= 0.
         label_smoothing: of the cross-entropy, in [0, 1).
-        **settings: those of `OverlapLoss`, for the Dice loss. The cross-entropy shares `activation`, `ignore_index`,
-            `class_weights` and `across_ranks`; it takes all classes, as a softmax must learn the background too, and
-            all pixels of the batch.
+        **settings: settings of `OverlapLoss`, for the Dice loss. The cross-entropy shares `activation`, `ignore_index`,
+            `class_weights` and `across_ranks`; it includes all classes, as a softmax must learn the background too, and
+            averages over all pixels of the batch.
+
+    Raises:
+        ValueError: as `DiceLoss` and `CrossEntropyLoss`.
 
     >>> DiceCELoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
     tensor(1.0265)
@@ -199,7 +203,7 @@ class DiceCELoss(CompoundLoss):
         label_smoothing: float = 0.0,
         **settings: Unpack[OverlapSettings],
     ) -> None:
-        ce = CrossEntropyLoss(label_smoothing=label_smoothing, **_by_pixel(settings))  # type: ignore[arg-type]
+        ce = CrossEntropyLoss(label_smoothing=label_smoothing, **_pixel_settings(settings))  # type: ignore[arg-type]
         super().__init__({"dice": DiceLoss(**settings), "ce": ce}, {"dice": dice_weight, "ce": ce_weight})
 
     @classmethod
@@ -236,15 +240,20 @@ class DiceCELoss(CompoundLoss):
 
 
 class DiceFocalLoss(CompoundLoss):
-    """Dice and focal loss, in one pass.
+    r"""Dice loss plus focal loss, in one pass over the pixels.
+
+    .. math:: L = w_\text{dice}\,L_\text{dice} + w_\text{focal}\,L_\text{focal}
 
     Args:
-        dice_weight: of the Dice loss.
-        focal_weight: of the focal loss.
+        dice_weight: weight of the `DiceLoss`, >= 0.
+        focal_weight: weight of the `FocalLoss`, >= 0.
         gamma: of the focal loss, see `FocalLoss`.
         alpha: of the focal loss, see `FocalLoss`.
-        **settings: those of `OverlapLoss`, for the Dice loss. The focal loss shares `activation`, `ignore_index`,
-            `class_weights` and `across_ranks`, and takes all classes and all pixels of the batch.
+        **settings: settings of `OverlapLoss`, for the Dice loss. The focal loss shares `activation`, `ignore_index`,
+            `class_weights` and `across_ranks`; it includes all classes and averages over all pixels of the batch.
+
+    Raises:
+        ValueError: as `DiceLoss` and `FocalLoss`.
 
     >>> DiceFocalLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
     tensor(0.5066)
@@ -259,7 +268,7 @@ class DiceFocalLoss(CompoundLoss):
         alpha: float | None = None,
         **settings: Unpack[OverlapSettings],
     ) -> None:
-        focal = FocalLoss(gamma=gamma, alpha=alpha, **_by_pixel(settings))  # type: ignore[arg-type]
+        focal = FocalLoss(gamma=gamma, alpha=alpha, **_pixel_settings(settings))  # type: ignore[arg-type]
         super().__init__({"dice": DiceLoss(**settings), "focal": focal}, {"dice": dice_weight, "focal": focal_weight})
 
     @classmethod
@@ -284,53 +293,57 @@ class DiceFocalLoss(CompoundLoss):
         return cls(dice_weight=lambda_dice, focal_weight=lambda_focal, gamma=gamma, alpha=alpha, **settings)
 
 
-def _named(terms: Sequence[nn.Module]) -> dict[str, nn.Module]:
+def _by_class(terms: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Name each term by its class."""
     names = [type(term).__name__ for term in terms]
     if len(set(names)) < len(names):
-        raise ValueError(f"terms of one class need names: give a mapping of names to losses, got {names}")
+        raise ValueError(f"several terms of one class need names: pass a mapping of names to losses, got {names}")
     return dict(zip(names, terms, strict=True))
 
 
-def _agreed(terms: Mapping[str, nn.Module], setting: str) -> object:
-    """The setting that all terms share which have one."""
-    given = {name: getattr(term, setting) for name, term in terms.items() if isinstance(term, SegmentationLoss)}
-    if len(set(given.values())) > 1:
-        raise ValueError(f"terms must have one {setting}, got {given}")
-    return next(iter(given.values()), "sigmoid" if setting == "activation" else None)
+def _shared_setting(terms: Mapping[str, nn.Module], setting: str) -> object:
+    """Return the setting that all losses of this library among the terms share."""
+    found = {name: getattr(term, setting) for name, term in terms.items() if isinstance(term, SegmentationLoss)}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"terms must have the same {setting}, got {found}")
+    return next(iter(found.values()), "sigmoid" if setting == "activation" else None)
 
 
-def _weights(names: list[str], weights: Mapping[str, float] | Sequence[float] | None) -> dict[str, float]:
+def _read_weights(names: list[str], weights: Mapping[str, float] | Sequence[float] | None) -> dict[str, float]:
     if weights is None:
         weights = {}
     if not isinstance(weights, Mapping):
         if not isinstance(weights, Sequence) or isinstance(weights, str):
-            raise ValueError(f"weights must be numbers by the names of terms, or a list of them, got {weights!r}")
+            raise ValueError(
+                f"weights must be numbers by the names of the terms, or a list of numbers, got {weights!r}"
+            )
         if len(weights) != len(names):
             raise ValueError(f"weights must have one for each of the {len(names)} terms, got {len(weights)}")
         weights = dict(zip(names, weights, strict=True))
     if unknown := set(weights) - set(names):
         unknown_names = ", ".join(sorted(map(str, unknown)))
         raise ValueError(
-            f"weights must name terms, {', '.join(names)}; got {unknown_names}: a term that is taken away takes its "
-            "weight along, '~loss.weights.<term>'"
+            f"weights must name terms, {', '.join(names)}; got {unknown_names}: to remove a term on the command line, "
+            "remove its weight too, '~loss.weights.<term>'"
         )
     return {name: check_number(f"the weight of {name}", weights.get(name, 1.0)) for name in names}
 
 
-def _by_pixel(settings: OverlapSettings) -> dict[str, object]:
+def _pixel_settings(settings: OverlapSettings) -> dict[str, object]:
+    """Return the settings that a `PixelMeanLoss` shares with the Dice loss beside it."""
     shared = "activation", "ignore_index", "class_weights", "across_ranks"
     return {name: settings[name] for name in shared if name in settings}  # type: ignore[literal-required]
 
 
-def _passes(terms: Mapping[str, nn.Module]) -> list[tuple[RequiredSums, dict[str, SumsLoss]]]:
-    """Terms that one pass over the pixels can serve, and what it must sum."""
+def _group_by_pass(terms: Mapping[str, nn.Module]) -> list[tuple[RequiredSums, dict[str, SumsLoss]]]:
+    """Group the terms that can share a pass over the pixels, each group with the sums that it requires."""
     passes: list[tuple[RequiredSums, dict[str, SumsLoss]]] = []
     for name, term in terms.items():
         if not isinstance(term, SumsLoss) or type(term).forward is not SegmentationLoss.forward:
             continue
-        for index, (wanted, group) in enumerate(passes):
-            if wanted.agrees(term.required_sums):
-                passes[index] = (wanted | term.required_sums, {**group, name: term})
+        for index, (required, group) in enumerate(passes):
+            if required.agrees(term.required_sums):
+                passes[index] = (required | term.required_sums, {**group, name: term})
                 break
         else:
             passes.append((term.required_sums, {name: term}))

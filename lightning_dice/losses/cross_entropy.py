@@ -1,4 +1,4 @@
-"""Losses by pixel: cross-entropy and focal, as sums, and the mean over the hardest pixels."""
+"""Losses per pixel: cross-entropy, focal loss and top-k cross-entropy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PixelMeanSettings(TypedDict, total=False):
-    """The settings of `PixelMeanLoss`, for the signatures of its subclasses."""
+    """Settings of `PixelMeanLoss`, to type the signatures of its subclasses."""
 
     activation: Activation
     pool: Literal["image", "batch"]
@@ -29,17 +29,20 @@ class PixelMeanSettings(TypedDict, total=False):
 
 
 class CrossEntropyLoss(PixelMeanLoss):
-    r"""Cross-entropy: categorical where classes exclude each other, binary in each plane otherwise.
+    r"""Cross-entropy: categorical with a softmax, binary in each plane with a sigmoid.
 
     .. math:: L = \frac{\sum_i w_{c(i)}\,(-\log p_{i, c(i)})}{\sum_i w_{c(i)}} \qquad
         L = \frac{\sum_{i, c} w_c\,[-t \log p - (1 - t) \log(1 - p)]_{i, c}}{\sum_{i, c} w_c}
 
-    Equals `torch.nn.CrossEntropyLoss` for ids, and `torch.nn.BCEWithLogitsLoss` for planes; departs from them where
-    soft labels meet class weights, which here are normalized too. All ranks share the normalizer.
+    Equals `torch.nn.CrossEntropyLoss` for ids and `torch.nn.BCEWithLogitsLoss` for planes, except for soft labels with
+    class weights, which are normalized here too. All ranks share the normalizer.
 
     Args:
-        label_smoothing: the share, in [0, 1), of a label that is given to all classes alike.
-        **settings: those of `PixelMeanLoss`.
+        label_smoothing: fraction of each label that is spread evenly over all classes, in [0, 1).
+        **settings: settings of `PixelMeanLoss`.
+
+    Raises:
+        ValueError: an invalid setting; in a call, a shape that would broadcast or, on the CPU, an invalid value.
 
     >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
     >>> CrossEntropyLoss(activation="softmax")(logits, torch.tensor([[0, 1]]))
@@ -50,16 +53,16 @@ class CrossEntropyLoss(PixelMeanLoss):
         super().__init__(**settings)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1)
         if label_smoothing == 1:
-            raise ValueError("label_smoothing must be less than 1: nothing would be left of the labels")
+            raise ValueError("label_smoothing must be less than 1, or nothing is left of the labels")
 
     @property
     def required_sums(self) -> RequiredSums:
-        """The cross-entropy, and with smoothing that of every class."""
+        """The sum of -log p; with smoothing, also that of every class."""
         smoothed = self.label_smoothing > 0
         return RequiredSums(nll=True, all_nll=smoothed, absent_nll=smoothed and self.activation != "softmax")
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """The sum of -log p of the (smoothed) label."""
+        """Return the sum of -log p of the (smoothed) label."""
         if sums.nll is None:
             raise ValueError("the sums lack nll")
         share = self.label_smoothing
@@ -70,16 +73,20 @@ class CrossEntropyLoss(PixelMeanLoss):
 
 
 class FocalLoss(PixelMeanLoss):
-    r"""Focal loss: cross-entropy with less of it from pixels that are already right (Lin et al., ICCV 2017).
+    r"""Focal loss: cross-entropy in which well classified pixels count less (Lin et al., ICCV 2017).
 
     .. math:: L = \mathrm{mean}\left[\alpha\,(1 - p)^\gamma\,(-\log p)\right]\ \text{of the true class}
 
-    Softmax takes no `alpha`: give `class_weights`. Soft labels take the mean over labels drawn with that probability.
+    With soft labels it is the mean over hard labels drawn with those probabilities.
 
     Args:
-        gamma: the exponent, >= 0; 0 is cross-entropy.
-        alpha: weight of the foreground of each plane, in [0, 1], that of the background being 1 - alpha.
-        **settings: those of `PixelMeanLoss`.
+        gamma: exponent, >= 0; 0 is cross-entropy.
+        alpha: weight of the foreground of each plane, in [0, 1]; the background has 1 - alpha. Not with a softmax,
+            which takes `class_weights`.
+        **settings: settings of `PixelMeanLoss`.
+
+    Raises:
+        ValueError: as `CrossEntropyLoss`, or alpha with a softmax.
 
     >>> FocalLoss(gamma=2)(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1, 1]]]))
     tensor(0.0875)
@@ -92,15 +99,15 @@ class FocalLoss(PixelMeanLoss):
         self.gamma = check_number("gamma", gamma)
         self.alpha = None if alpha is None else check_number("alpha", alpha, 0, 1)
         if alpha is not None and self.activation == "softmax":
-            raise ValueError("alpha sets foreground against background; with a softmax give class_weights")
+            raise ValueError("alpha weighs foreground against background; with a softmax give class_weights")
 
     @property
     def required_sums(self) -> RequiredSums:
-        """The focal sum."""
+        """The focal sum, with this gamma and alpha."""
         return RequiredSums(focal=Focal(self.gamma, self.alpha))
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """The focal sum."""
+        """Return the focal sum."""
         if sums.focal is None:
             raise ValueError("the sums lack focal")
         return sums.focal
@@ -132,20 +139,24 @@ class FocalLoss(PixelMeanLoss):
 
 
 class TopKCrossEntropyLoss(SegmentationLoss):
-    r"""Cross-entropy of the hardest pixels of each image: the mean over the `k` greatest.
+    r"""Top-k cross-entropy: the mean over the hardest pixels of each image.
 
-    The top-k loss of nnU-Net takes the hardest pixels of the whole batch of a process; here each image has its own,
-    so that the loss does not depend on its neighbours or on the number of processes. Ignored pixels are not among
-    those of which a share is taken.
+    .. math:: L = \frac{\sum_{i \in K} w_{c(i)}\,(-\log p_{i, c(i)})}{\sum_{i \in K} w_{c(i)}}
+
+    with K the pixels of an image whose weighted cross-entropy is greatest, then the mean over images. nnU-Net's top-k
+    loss takes the hardest pixels of a process's whole batch; here they are those of each image, so that the loss of an
+    image depends neither on the other images nor on the number of processes. Ignored pixels are not counted.
 
     Args:
-        k: the share of pixels (softmax) or of pixels of all planes (sigmoid), in (0, 1]; at least one pixel.
-        class_weights: one for each class; a pixel is weighted before it is compared, and the sum is divided by the
-            weights, so that with `k=1` this is the `CrossEntropyLoss` of each image.
+        k: fraction of the pixels of an image (softmax), or of all its planes (sigmoid), in (0, 1]; at least one pixel.
+        class_weights: one for each class. Pixels are weighted before they are compared, and the sum is divided by the
+            weights, so that `k=1` is the `CrossEntropyLoss` of each image.
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give; see
-            `OverlapLoss`.
+        ignore_index: label of the pixels to ignore.
+        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
+
+    Raises:
+        ValueError: as `CrossEntropyLoss`, or k outside its range.
 
     >>> logits = torch.tensor([[[4.0, 4.0, 4.0, 0.0]]])
     >>> TopKCrossEntropyLoss(k=0.25)(logits, torch.tensor([[[1, 1, 1, 1]]]))
@@ -165,7 +176,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
     ) -> None:
         super().__init__(activation=activation, ignore_index=ignore_index)
         if not (isinstance(k, (int, float)) and not isinstance(k, bool) and 0 < k <= 1):
-            raise ValueError(f"k must be a share of pixels in (0, 1], got {k!r}; 10 % is 0.1")
+            raise ValueError(f"k must be a fraction of pixels in (0, 1], got {k!r}; 10 % is 0.1")
         self.k = float(k)
         self.across_ranks = check_flag("across_ranks", across_ranks)
         self.register_buffer("class_weights", check_class_weights(class_weights))
@@ -179,7 +190,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`."""
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`."""
         pixels = checked_pixels(
             logits,
             target,
@@ -188,13 +199,13 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             weight=weight,
             annotated=annotated,
         )
-        cost, weighs = self._weighted(pixels, logits.shape[1])
+        cost, weights = self._weighted(pixels, logits.shape[1])
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        mean = self._mean_of_hardest(cost, weighs).apply(lambda loss: loss.to(dtype))
+        mean = self._mean_of_hardest(cost, weights).apply(lambda loss: loss.to(dtype))
         return mean if self.across_ranks else mean.finish_locally()
 
     def _weighted(self, pixels: Pixels, classes: int) -> tuple[Tensor, Tensor]:
-        """Of each pixel (or of that of each plane) its cost times its weight, and its weight: `(images, entries)`."""
+        """Return the weighted cost and the weight of each pixel (of each plane), both `(images, entries)`."""
         nll = pixels.nll()
         weights = class_weights_of(self.class_weights, classes, pixels.logits).view(1, -1, 1)
         if pixels.weight is not None:
@@ -206,17 +217,17 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             weights = weights.gather(1, pixels.target.long())
         cost = nll * weights
         if pixels.planes and pixels.activation == "softmax":
-            # A pixel with soft labels counts once, with the sum over its classes, and weighs what its labels do.
+            # A pixel with soft labels counts once: with the cost summed over classes, and the weight of its labels.
             cost, weights = cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)
         return cost.flatten(1), weights.flatten(1)
 
     def _mean_of_hardest(self, cost: Tensor, weights: Tensor) -> DeferredReduction:
         counted = weights > 0
         kept = counted.any(1)
-        # In float64, and with a billionth to spare: 0.53 of 100 pixels is 53, not 52.
-        number_of = (counted.sum(1).to(wide_dtype(cost)) * self.k + 1e-9).floor().clamp(min=1).long()
+        # In float64 and rounded up by a billionth, so that 0.53 of 100 pixels are 53, not 52.
+        number = (counted.sum(1).to(wide_dtype(cost)) * self.k + 1e-9).floor().clamp(min=1).long()
         ordered, order = cost.where(counted, -torch.inf).sort(1, descending=True)
-        hardest = torch.arange(cost.shape[1], device=cost.device) < number_of.unsqueeze(1)
+        hardest = torch.arange(cost.shape[1], device=cost.device) < number.unsqueeze(1)
         hardest = hardest & kept.unsqueeze(1)
         above = ordered.where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))
         below = weights.gather(1, order).where(hardest, 0.0).sum(1, dtype=wide_dtype(cost))

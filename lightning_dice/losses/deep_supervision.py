@@ -17,31 +17,31 @@ from lightning_dice.losses.overlap import OverlapLoss
 
 
 class DeepSupervision(SegmentationLoss):
-    r"""The weighted mean of a loss over the levels of a network's output, each against the target at its own size.
+    r"""Weighted mean of a loss over the levels of a network's output, each against the target at its size.
 
     .. math:: L = \frac{\sum_i w_i\,L(z_i, t_i)}{\sum_i w_i}
 
-    Weights of :math:`2^{-i}` are nnU-Net's (Isensee et al., Nature Methods 2021), which leaves the coarsest level out.
-    Departs from it and from others in the target of the coarser levels: they take the nearest pixel of each cell, by
-    which objects smaller than a cell come and go; here every pixel of the cell counts, see
+    Weights of :math:`2^{-i}` are those of nnU-Net (Isensee et al., Nature Methods 2021), which leaves out the coarsest
+    level. nnU-Net and others take the nearest pixel of each cell as the target of a coarser level, so that objects
+    smaller than a cell come and go; here every pixel of the cell counts, see
     `lightning_dice.functional.coarser_target`. Distances, skeletons and regions are those of the `"max"` target.
 
     With `reduce="area"`, coarser targets are soft labels. The Dice loss of a soft label with `overlap="product"` is
-    neither 0 nor least at p = t: on a cell of which an object covers 0.6 it is least at p = 1. The coarser levels then
-    learn to round, which does no harm to a network whose finest level is what is used; for levels that learn the share
-    itself give the loss `overlap="minimum"`, or use `reduce="max"`, by which labels stay hard.
+    neither 0 nor least at p = t: if an object covers 0.6 of a cell, it is least at p = 1. Coarser levels then learn to
+    round, which does no harm if you use the finest level only. For levels that learn the covered fraction, give the
+    loss `overlap="minimum"`; for hard labels, use `reduce="max"`.
 
     Args:
-        loss: a module of logits and target. One that is no `SegmentationLoss` gets these two alone. Where it has an
-            `ignore_index` for ids, as `torch.nn.CrossEntropyLoss` does, it cannot ignore soft labels: a cell without
-            a valid pixel gets a share of 0 of every class.
-        weights: one for each level, finest first; only their ratios matter, and a level of weight 0 is not computed.
-            1/2^i by default.
-        reduce: how the target becomes coarser: `"area"` or `"max"`, see `lightning_dice.functional.coarser_target`.
+        loss: a module of logits and target. A module that is not a `SegmentationLoss` gets these two alone; if it has
+            an `ignore_index` for ids, as `torch.nn.CrossEntropyLoss` does, it cannot ignore soft labels, and a cell
+            without a valid pixel gets 0 for every class.
+        weights: one for each level, finest first, >= 0; only their ratios matter, and a level of weight 0 is not
+            computed. 1/2^i by default.
+        reduce: how to make the target coarser: `"area"` or `"max"`, see `lightning_dice.functional.coarser_target`.
 
     Raises:
-        ValueError: weights below 0 or all 0, or a loss without one value; in a call, another number of levels than of
-            weights, or a level larger than the target.
+        ValueError: weights below 0 or all 0, or a loss with `reduction="none"`; in a call, different numbers of levels
+            and of weights, or a level larger than the target.
 
     >>> from lightning_dice.losses import DiceLoss
     >>> levels = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)]
@@ -55,7 +55,7 @@ class DeepSupervision(SegmentationLoss):
         if not isinstance(loss, nn.Module):
             raise ValueError(f"loss must be a module of logits and target, got {type(loss).__name__}")
         if isinstance(loss, OverlapLoss) and loss.reduction == "none":
-            raise ValueError('loss must have one value: with reduction="none" the levels do not add up')
+            raise ValueError('loss must have one value, got reduction="none"')
         ours = isinstance(loss, SegmentationLoss)
         ignore_index = getattr(loss, "ignore_index", None)
         super().__init__(
@@ -70,12 +70,12 @@ class DeepSupervision(SegmentationLoss):
 
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
-        """What the loss needs of a target."""
+        """The maps of the loss."""
         return getattr(self.loss, "maps", {}) if isinstance(self.loss, SegmentationLoss) else {}
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """Of a `CompoundLoss`: each term's at the finest level in the last call."""
+        """The values of the terms of a `CompoundLoss`, at the finest level of the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
     def deferred(
@@ -87,43 +87,45 @@ class DeepSupervision(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum, of all levels together.
+        """Compute the loss up to the sums over the ranks, which are sent for all levels at once.
 
         Args:
             logits: of each level, finest first, `(batch, classes, *space)`; one tensor is one level.
-            target: as `SegmentationLoss.forward` takes it, at the size of the finest level or larger.
-            weight: of pixels, which coarser levels get as its mean over each cell.
+            target: as in `SegmentationLoss.forward`, at the size of the finest level or larger.
+            weight: as in `SegmentationLoss.forward`, at the size of the target; coarser levels get its means.
             annotated: as in `SegmentationLoss.forward`.
-            maps: for levels of the target's size; coarser levels compute their own.
+            maps: of levels at the size of the target; coarser levels compute their own.
         """
         if not isinstance(logits, (Tensor, list, tuple)):
-            raise ValueError(f"logits must be a tensor, or a list of them, finest first, got {type(logits).__name__}")
+            raise ValueError(
+                f"logits must be a tensor, or a list of tensors, finest first, got {type(logits).__name__}"
+            )
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
-        shares = [1.0] if isinstance(logits, Tensor) else _shares(self.weights, len(levels))
+        shares = [1.0] if isinstance(logits, Tensor) else _normalized_weights(self.weights, len(levels))
         for finer, coarser in pairwise(levels):
             if any(after > before for before, after in zip(finer.shape[2:], coarser.shape[2:], strict=False)):
                 shapes = [tuple(level.shape[2:]) for level in levels]
-                raise ValueError(f"logits must be given finest first, got levels of the sizes {shapes}")
+                raise ValueError(f"logits must come finest first, got levels of the sizes {shapes}")
         axes = levels[0].ndim - 2
         if weight is not None and weight.shape[-axes:] != target.shape[-axes:]:
-            # Reduced to the level it would fit, whatever its axes are.
+            # Made coarser, it would fit a level whatever its axes are.
             raise ValueError(
                 "weight must have the shape (batch, *space) or (batch, classes, *space) with the space of target, "
                 f"{tuple(target.shape[-axes:])}, got {tuple(weight.shape)}"
             )
-        # Coarsest first: what a compound loss keeps of its last call is then that of the finest level.
+        # Coarsest first, so that the last values of a compound loss are those of the finest level.
         counted = [(level, share) for level, share in reversed(list(zip(levels, shares, strict=True))) if share]
-        found = [self._at(level, target, weight, annotated=annotated, maps=maps) for level, _ in counted]
+        losses = [self._at_level(level, target, weight, annotated=annotated, maps=maps) for level, _ in counted]
 
-        def mean(*values: Tensor) -> Tensor:
+        def weighted_sum(*values: Tensor) -> Tensor:
             for value in values:
                 if value.ndim:
                     raise ValueError(f"loss must return a scalar, got the shape {tuple(value.shape)}")
             return torch.stack([share * value for (_, share), value in zip(counted, values, strict=True)]).sum()
 
-        return DeferredReduction.combine(found, mean)
+        return DeferredReduction.combine(losses, weighted_sum)
 
-    def _at(
+    def _at_level(
         self,
         logits: Tensor,
         target: Tensor,
@@ -156,7 +158,7 @@ class DeepSupervision(SegmentationLoss):
     def _coarser_maps(
         self, target: Tensor, own: Tensor, space: tuple[int, ...], classes: int
     ) -> Mapping[str, Tensor] | None:
-        """Maps at a coarser level, of hard labels: of shares, which maps cut at 1/2, a small object would have none."""
+        """Compute the maps of a coarser level from hard labels, as maps lose small objects at labels below 1/2."""
         soft = self.activation == "softmax" and own.ndim == target.ndim and target.is_floating_point()
         if not self.maps or self.reduce == "max" or soft or not len(target):
             return None
@@ -164,19 +166,20 @@ class DeepSupervision(SegmentationLoss):
             target, space, activation=self.activation, classes=classes, ignore_index=self.ignore_index, reduce="max"
         )
         if hard.ndim < own.ndim:
-            # Planes, as the level's target is.
+            # As planes, like the target of the level.
             ignored = (
                 torch.zeros_like(hard, dtype=torch.bool) if self.ignore_index is None else hard == self.ignore_index
             )
             planes = torch.zeros_like(own).scatter_(1, hard.masked_fill(ignored, 0).long().unsqueeze(1), 1.0)
             hard = planes if self.ignore_index is None else planes.masked_fill(ignored.unsqueeze(1), self.ignore_index)
         return {
-            name: torch.stack([make(one.cpu()) for one in hard]).to(target.device) for name, make in self.maps.items()
+            name: torch.stack([compute(one.cpu()) for one in hard]).to(target.device)
+            for name, compute in self.maps.items()
         }
 
 
-def _shares(weights: tuple[float, ...] | None, levels: int) -> list[float]:
-    """What each level counts of the whole."""
+def _normalized_weights(weights: tuple[float, ...] | None, levels: int) -> list[float]:
+    """Return the weights of the levels, with a sum of 1."""
     if not levels:
         raise ValueError("logits must hold at least one level, got none")
     if weights is None:

@@ -1,4 +1,4 @@
-"""Dice losses."""
+"""Dice loss and its variants: logarithmic, log-cosh and generalized."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ class DiceLoss(OverlapLoss):
 
     .. math:: L = 1 - \frac{2\sum p t + s}{\sum p + \sum t + s}
 
-    As it stands, `DiceLoss()` takes the sigmoid of the logits, sums over the whole batch and smooths with `s = 1`:
-    for one channel it is the loss that most tutorials write in four lines. With several channels each class has its
-    own ratio and the loss is their mean; tutorials that flatten everything into one ratio are `pool="all"`.
+    `DiceLoss()` takes the sigmoid of the logits, sums over the whole batch and smooths with `s = 1`: for one channel,
+    the loss that most tutorials write in four lines. With several channels each class has its own ratio, and the loss
+    is their mean; `pool="all"` flattens everything into one ratio, as some tutorials do.
 
-    In [0, 1] where `smooth` is one number and `absent` is not `"penalize"`; 0 for a perfect match.
+    The loss is in [0, 1] if `smooth` is one number and `absent` is not `"penalize"`; it is 0 for a perfect match.
 
-    Two weaknesses are known, and have settings. Very small targets give large and unsteady losses: `pool="batch"` (the
-    default), a small `smooth` so that one pixel still matters, `exclude_classes=[0]` so that the background does not
-    drown them, and `absent="penalize"` so that an image without any target pushes false positives down. Pixels know
-    nothing of each other: `weight` lets pixels near a boundary count more.
+    Two known weaknesses have settings. Very small targets give large and unsteady losses: keep `pool="batch"`, choose a
+    `smooth` so small that one pixel still matters, exclude the background with `exclude_classes=[0]`, and set
+    `absent="penalize"` so that images without a target push false positives down. The loss ignores where pixels are:
+    pass a `weight` to give pixels near a boundary more weight, or wrap the loss in `BoundaryWeightedLoss`.
 
-    With `squared=True` the denominator is :math:`\sum p^2 + \sum t^2`, as in V-Net (Milletari et al., 3DV 2016); with
-    `overlap="minimum"` the product becomes min(p, t), by which the loss of soft labels is least, and 0, at p = t (the
+    With `squared=True` the denominator is :math:`\sum p^2 + \sum t^2`, as in V-Net (Milletari et al., 3DV 2016). With
+    `overlap="minimum"` the product becomes min(p, t), so that the loss of soft labels is least, and 0, at p = t (the
     first form of Wang et al., "Dice Semimetric Losses", MICCAI 2023, without the cancellation of p + t - |p - t|).
 
     Args:
-        **settings: those of `OverlapLoss`.
+        **settings: settings of `OverlapLoss`.
 
     Raises:
-        ValueError: a setting outside its range; in a call, a shape that would broadcast or, on the CPU, a value that
-            has no meaning, such as a mask of 0 and 255.
+        ValueError: an invalid setting; in a call, a shape that would broadcast or, on the CPU, an invalid value, such
+            as 255 in a mask without `ignore_index=255`.
 
     >>> import torch
     >>> logits = torch.tensor([[[[4.0, -4.0], [4.0, -4.0]]]])
@@ -55,7 +55,7 @@ class DiceLoss(OverlapLoss):
     """
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """1 minus the Dice score."""
+        """Return 1 minus the Dice score."""
         return 1 - dice_score(sums, self.smooth)
 
     @classmethod
@@ -99,13 +99,18 @@ its mean, here only the ratios matter: give [1, 1, 1] and multiply by 10
 
 
 class LogDiceLoss(OverlapLoss):
-    r"""Logarithmic Dice loss: :math:`(-\log D)^\gamma`, which pushes hardest where the overlap is small.
+    r"""Logarithmic Dice loss, whose gradient is largest where the overlap is small.
+
+    .. math:: L = (-\log D)^\gamma
 
     The Dice part of the exponential logarithmic loss (Wong et al., MICCAI 2018, with :math:`\gamma = 0.3`).
 
     Args:
-        gamma: an exponent > 0; below 1 it also pushes where the overlap is nearly perfect.
-        **settings: those of `OverlapLoss`.
+        gamma: exponent, > 0; below 1 the gradient is also large where the overlap is nearly perfect.
+        **settings: settings of `OverlapLoss`.
+
+    Raises:
+        ValueError: as `DiceLoss`, or an invalid gamma.
 
     >>> LogDiceLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
     tensor(0.4055)
@@ -116,9 +121,9 @@ class LogDiceLoss(OverlapLoss):
         self.gamma = check_number("gamma", gamma, open_ends=True)
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """(-log D)^gamma."""
+        """Return (-log D)^gamma."""
         score = dice_score(sums, self.smooth)
-        # As small as it may be, a probability has its full share of the gradient; only 0 has a logarithm made up.
+        # The tiny clamp keeps the full gradient of every score but 0, whose logarithm is infinite.
         return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
 
     @classmethod
@@ -132,39 +137,44 @@ class LogDiceLoss(OverlapLoss):
 
 
 class LogCoshDiceLoss(OverlapLoss):
-    r"""Log-cosh Dice loss: :math:`\log\cosh(1 - D)`, flat near a perfect match (Jadon, CIBCB 2020).
+    r"""Log-cosh Dice loss, flat near a perfect match (Jadon, CIBCB 2020).
+
+    .. math:: L = \log\cosh(1 - D)
 
     Args:
-        **settings: those of `OverlapLoss`.
+        **settings: settings of `OverlapLoss`.
+
+    Raises:
+        ValueError: as `DiceLoss`.
 
     >>> LogCoshDiceLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
     tensor(0.0546)
     """
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """The logarithm of the hyperbolic cosine."""
+        """Return log cosh(1 - D)."""
         loss = 1 - dice_score(sums, self.smooth)
-        # Without overflow, and without losing small losses to the logarithm of 1.
+        # This form does not overflow, and does not round small losses to the logarithm of 1.
         return loss.abs() + torch.log1p(torch.expm1(-2 * loss.abs()) / 2)
 
 
 class GeneralizedDiceLoss(OverlapLoss):
-    r"""Generalized Dice loss: one ratio over the classes, each weighted by its size (Sudre et al., DLMIA 2017).
+    r"""Generalized Dice loss: one ratio over all classes, weighted by their sizes (Sudre et al., DLMIA 2017).
 
     .. math:: L = 1 - \frac{2\sum_c w_c \sum p_c t_c + s}{\sum_c w_c (\sum p_c + \sum t_c) + s}, \qquad
         w_c \propto \left(\sum t_c\right)^{-2}
 
     The weights are relative to the rarest class of the image (or batch), so that `smooth` is in pixels of that class.
-    A class that the target does not have weighs as much as the rarest one (`absent="smooth"`), nothing (`"skip"`), or
-    is left to the penalty (`"penalize"`). Unlike `torchmetrics.functional.generalized_dice_score` and some others, an
-    image never takes its weights from its neighbours: that is `pool="image"`.
+    A class that the target does not have gets the weight of the rarest one (`absent="smooth"`), no weight (`"skip"`),
+    or the penalty (`"penalize"`). With `pool="image"` the weights of an image depend on that image alone, unlike those
+    of `torchmetrics.functional.generalized_dice_score` and some others.
 
     Args:
         weighting: `"inverse_square"`, `"inverse"` or `"uniform"`.
-        **settings: those of `OverlapLoss`; `class_weights`, `pool="all"` and `reduction="sum"` are refused.
+        **settings: settings of `OverlapLoss`, without `class_weights`, `pool="all"` and `reduction="sum"`.
 
     Raises:
-        ValueError: as `OverlapLoss`.
+        ValueError: as `DiceLoss`, or one of these three settings.
 
     >>> logits = torch.tensor([[[4.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, 4.0]]])
     >>> GeneralizedDiceLoss(activation="softmax")(logits, torch.tensor([[0, 0, 0, 1]]))
@@ -175,16 +185,16 @@ class GeneralizedDiceLoss(OverlapLoss):
         super().__init__(**settings)
         self.weighting: ClassWeighting = check_choice("weighting", weighting, ClassWeighting)
         if self.class_weights is not None or self.pool == "all":
-            raise ValueError('the classes are weighted by their sizes: leave out class_weights and pool="all"')
+            raise ValueError('classes are weighted by their sizes: leave out class_weights and pool="all"')
         if self.reduction == "sum":
-            raise ValueError('the classes share one ratio, which does not add up: use reduction="mean" or "none"')
+            raise ValueError('reduction="sum" has no meaning, as all classes share one ratio: use "mean" or "none"')
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """1 minus the ratio of all classes, the same for each."""
+        """Return 1 minus the ratio of all classes, which is the same for each class."""
         count_absent = self.absent.rule == "smooth"
         score = generalized_dice_score(sums, self.weighting, self.smooth, count_absent=count_absent)
         loss = (1 - score).expand_as(sums.overlap)
-        # Without a class that counts the ratio is 0/0, which must not take the penalty with it.
+        # Without any present class the ratio is 0/0; that NaN must not hide the penalty.
         return loss.where(sums.actual > 0, 0.0) if self.absent.rule == "penalize" else loss
 
     @classmethod

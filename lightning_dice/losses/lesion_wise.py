@@ -1,4 +1,4 @@
-"""Overlap losses by which each lesion counts the same, whatever its size."""
+"""Overlap losses in which all lesions count the same, whatever their size."""
 
 from __future__ import annotations
 
@@ -19,38 +19,43 @@ from lightning_dice.losses.overlap import OverlapLoss
 
 
 class LesionWiseLoss(SegmentationLoss):
-    r"""An overlap loss of each lesion instead of each image, and the mean over all lesions.
+    r"""Overlap loss of each lesion instead of each image, averaged over all lesions.
 
     .. math:: L = \frac{1}{K} \sum_{k=1}^K \ell\left(\sum_{i \in R_k} p_i t_i,\ \sum_{i \in R_k} p_i,\
         \sum_{i \in R_k} t_i\right)
 
-    A lesion is a connected component of a class of the target; its region R is where predictions count for or against
-    it. `"nearest"`: the pixels to which no other component of the class is nearer, as in the CC-DiceCE loss (Bouteille
-    et al., "Learning to Look Closer", 2025) after the metrics of Jaus et al., "Every Component Counts". `"blob"`: all
-    pixels but those of the other components, as in the blob loss (Kofler et al., IPMI 2023): a false positive then
-    counts against every lesion.
+    A lesion is a connected component of a class in the target; its region R holds the pixels where predictions count
+    for or against it. `"nearest"`: the pixels that are nearer to it than to any other component of the class, as in the
+    CC-DiceCE loss (Bouteille et al., "Learning to Look Closer", 2025) after the metrics of Jaus et al., "Every
+    Component Counts". `"blob"`: all pixels except those of other components, as in the blob loss (Kofler et al., IPMI
+    2023), so that a false positive counts against every lesion.
 
-    Departs from both in the mean, which is over the lesions of all images and ranks, where theirs is over images of the
-    mean over the lesions of each; in classes, each with lesions of its own; and in images without a lesion, which they
-    leave out: here the whole image is one region, and `absent` of the loss decides. The blob loss adds the loss of the
-    whole image, which keeps large lesions whole: that is another term of a `CompoundLoss`.
+    Unlike those losses, this one
 
-    A `smooth` of one pixel halves what a missed lesion of one pixel costs: make it small, as a region has at least
-    the pixels of its lesion to be divided by. Without a lesion that is not so, hence `absent="penalize"`. Exclude the
-    background of a softmax: its parts would count as lesions. With cross-entropy: a `CompoundLoss` of both.
+    - averages over the lesions of all images and ranks, not over the lesions of each image and then over images;
+    - gives each class lesions of its own;
+    - takes an image without a lesion as one region, to which the `absent` policy of the loss applies; they leave it
+      out;
+    - leaves the loss of the whole image, which the blob loss adds to keep large lesions whole, to another term of a
+      `CompoundLoss`.
 
-    Components are found on the CPU; where the batch does not bring them, in each call.
+    A `smooth` of one pixel halves the cost of missing a lesion of one pixel. Choose a small one: the pixels of the
+    lesion keep the denominator above 0. Without a lesion nothing does, hence use `absent="penalize"`. Exclude the
+    background of a softmax, whose parts would count as lesions. For cross-entropy too, use a `CompoundLoss`.
+
+    Components are found on the CPU, in each call unless the batch brings them.
 
     Args:
-        loss: of each region, with all other settings; `pool="image"`. `class_weights` weigh lesions by their class.
-        classes: the number of channels of the logits, needed with class ids.
+        loss: the loss of each region, with all other settings; it must have `pool="image"`. Its `class_weights` weigh
+            lesions by class.
+        classes: number of channels of the logits; needed with class ids.
         regions: `"nearest"` or `"blob"`.
-        connectivity: along how many axes at once pixels of a component may lie apart: 1, those with a common side; the
-            number of space axes by default, those that touch at all.
+        connectivity: along how many axes at once neighbouring pixels of a component may differ: 1 joins pixels that
+            share a side; the default, the number of space axes, joins all pixels that touch.
 
     Raises:
-        ValueError: a loss that is no `OverlapLoss`, pools images or classes, or has no single value; in a call, a
-            number of classes that the logits do not have, and whatever the loss refuses.
+        ValueError: a loss that is not an `OverlapLoss`, pools images or classes, or has `reduction="none"`; in a call,
+            a wrong number of classes, and whatever the loss refuses.
 
     >>> from lightning_dice.losses import DiceLoss
     >>> mask = torch.tensor([[[1, 0, 0, 0, 0, 0, 1, 1, 1, 1]]])
@@ -72,12 +77,12 @@ class LesionWiseLoss(SegmentationLoss):
             raise ValueError(f"loss must be an OverlapLoss, such as DiceLoss, got {type(loss).__name__}")
         if isinstance(loss, GeneralizedDiceLoss):
             raise ValueError(
-                "loss must have a ratio for each class: a lesion has one class, GeneralizedDiceLoss joins all"
+                "loss must have a ratio for each class, as a lesion has one class; GeneralizedDiceLoss joins them"
             )
         if loss.pool != "image":
-            raise ValueError(f'loss must have pool="image", as each lesion has a ratio of its own, got {loss.pool!r}')
+            raise ValueError(f'loss must have pool="image", as each lesion has its own ratio, got {loss.pool!r}')
         if loss.reduction == "none":
-            raise ValueError('loss must have one value: reduction="none" would return as many as there are lesions')
+            raise ValueError('loss must have one value, got reduction="none", which would return one for each lesion')
         super().__init__(activation=loss.activation, ignore_index=loss.ignore_index)
         self.loss = loss
         self.classes = None if classes is None else check_count("classes", classes, optional=True)
@@ -102,9 +107,9 @@ class LesionWiseLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`.
 
-        Of maps it takes `"regions"`, `(batch, classes, *space)`.
+        Of `maps` it uses `"regions"`, integers `(batch, classes, *space)`.
         """
         with full_precision(logits):
             pixels = checked_pixels(
@@ -129,5 +134,5 @@ class LesionWiseLoss(SegmentationLoss):
         if self.loss.class_weights is not None:
             weights = class_weights_of(self.loss.class_weights, classes, loss)[own_class].unsqueeze(1)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        reduced = self.loss.reduce_classes(loss, kept, weights).apply(lambda value: value.to(dtype))
-        return reduced if self.loss.across_ranks else reduced.finish_locally()
+        mean = self.loss.reduce_classes(loss, kept, weights).apply(lambda value: value.to(dtype))
+        return mean if self.loss.across_ranks else mean.finish_locally()

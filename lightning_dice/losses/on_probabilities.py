@@ -1,4 +1,4 @@
-"""A way for losses of probabilities, torch's own for example, to be called with logits."""
+"""Adapter from losses of probabilities, such as torch's own, to logits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from lightning_dice.losses.base import SegmentationLoss
 
 
 class OnProbabilities(SegmentationLoss):
-    """Gives any loss the probabilities, and the target as planes of the same dtype.
+    r"""Adapter that calls a loss of probabilities with the activated logits, and the target as planes of their dtype.
 
-    Where pixels are ignored, `loss` gets the others alone, `(pixels, classes)` with a softmax and `(pixels,)` of all
-    planes with a sigmoid: the loss must then be one that looks at each pixel by itself, such as
-    `torch.nn.SmoothL1Loss`. In a distributed training it must be a mean over entries, or a sum (`reduction="sum"`):
-    each process then counts what it has of them.
+    .. math:: L = \ell\left(\mathrm{activation}(z),\ t\right)
+
+    If pixels are ignored, `loss` gets only the others, as `(pixels, classes)` with a softmax and as `(pixels,)` of all
+    planes with a sigmoid; it must then treat each pixel separately, as `torch.nn.SmoothL1Loss` does. In a distributed
+    training it must be a mean over entries, or a sum (`reduction="sum"`); the ranks' numbers of entries are accounted
+    for.
 
     Args:
         loss: a module of probabilities and target, both `(batch, classes, *space)`.
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        ignore_index: pixels whose target holds this value count as nothing.
+        ignore_index: label of the pixels to ignore.
+
+    Raises:
+        ValueError: a loss of this library, or not a module; in a call, `weight` or `annotated`, or a shape that would
+            broadcast.
 
     >>> import torch
     >>> OnProbabilities(nn.SmoothL1Loss())(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
@@ -35,7 +41,7 @@ class OnProbabilities(SegmentationLoss):
             raise ValueError(f"loss must be a module of probabilities and target, got {loss!r}")
         if isinstance(loss, SegmentationLoss):
             raise ValueError(
-                f"loss must not be of this library, got {type(loss).__name__}: these take logits themselves, and "
+                f"loss must not be one of lightning_dice.losses, got {type(loss).__name__}: they take logits, or "
                 "probabilities with activation=None"
             )
         super().__init__(activation=activation, ignore_index=ignore_index)
@@ -50,7 +56,7 @@ class OnProbabilities(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss of probabilities, up to what the ranks sum; `weight` and `annotated` are refused."""
+        """Compute the loss of probabilities up to the sums over the ranks; `weight` and `annotated` are refused."""
         if weight is not None or annotated is not None:
             raise ValueError(f"{type(self.loss).__name__} takes neither weight nor annotated")
         with full_precision(logits):
@@ -68,7 +74,7 @@ class OnProbabilities(SegmentationLoss):
             value: Tensor = self.loss(probs, planes) if probs.numel() else probs.sum()
         if getattr(self.loss, "reduction", "mean") == "sum":
             return DeferredReduction((value,), lambda total: total)
-        # Wide, so that a mean comes back from its sum as it was.
+        # In a wide dtype, so that dividing the sum by the entries gives back the mean.
         entries = probs.new_full((), probs.numel(), dtype=wide_dtype(probs))
         above = value.to(entries.dtype) * entries
         return DeferredReduction(

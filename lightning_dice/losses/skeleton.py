@@ -1,4 +1,4 @@
-"""Losses that keep thin structures whole: by the center lines of prediction and target."""
+"""Losses that keep thin structures connected, by the skeletons of prediction and target."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from lightning_dice.losses.tversky import TverskyLoss
 
 
 def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *, core: bool = False) -> Tensor:
-    r"""Soft skeleton by repeated minima and maxima over neighbours (Shit et al., CVPR 2021, Algorithm 1).
+    r"""Compute a soft skeleton by minima and maxima over neighbours (Shit et al., CVPR 2021, Algorithm 1).
 
-    What an opening takes away is skeleton, of the image and of each of its erosions:
+    The skeleton collects what an opening removes from the image and from each of its erosions:
 
     .. math:: S_0 = [I_0 - \mathrm{open}(I_0)]_+, \qquad
         S_k = S_{k-1} + (1 - S_{k-1})\,[I_k - \mathrm{open}(I_k)]_+, \qquad I_k = \mathrm{erode}(I_{k-1})
 
-    The minimum is over the pixels that share a side, the maximum over those that touch, as in the published code.
+    The minimum is over pixels that share a side, the maximum over pixels that touch, as in the published code.
 
     Args:
-        probs: `(images, classes, *space)`, of two or three space axes, in [0, 1].
-        iterations: how often to erode: the radius in pixels of the widest structure that is to have a skeleton.
-        valid: bool, of a shape that broadcasts to that of probs. What is not valid is no neighbour of any pixel, like
-            what lies outside of the image.
-        core: whether what is still there after one erosion more is skeleton too. Without it, what is wider than the
-            iterations can tell has none.
+        probs: `(images, classes, *space)`, two or three space axes, in [0, 1].
+        iterations: number of erosions: the radius, in pixels, of the widest structure that gets a skeleton.
+        valid: bool, of a shape that broadcasts to that of probs. Invalid pixels are no neighbours of any pixel, as if
+            they were outside of the image.
+        core: whether the pixels left after one more erosion belong to the skeleton. Without them, structures that are
+            too wide for the iterations have no skeleton.
 
     Returns:
-        Of the shape of probs, in [0, 1]; 0 where not valid.
+        The shape of probs, in [0, 1]; 0 where invalid.
 
     >>> line = torch.tensor([[[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]]])
     >>> soft_skeleton(line.float(), iterations=1)
@@ -60,10 +60,10 @@ def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *
     """
     outside = None if valid is None else ~valid
     remains = probs
-    skeleton = _taken_by_opening(remains, outside)
+    skeleton = _removed_by_opening(remains, outside)
     for _ in range(iterations):
         remains = _erode(remains, outside)
-        skeleton = skeleton + (1 - skeleton) * _taken_by_opening(remains, outside)
+        skeleton = skeleton + (1 - skeleton) * _removed_by_opening(remains, outside)
     if not core:
         return skeleton
     remains = _erode(remains, outside)
@@ -72,40 +72,37 @@ def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *
 
 
 class ClDiceLoss(SegmentationLoss):
-    r"""Centerline Dice loss: 1 minus clDice, by which a vessel that is cut costs more than one that is thin.
+    r"""Centerline Dice loss: 1 minus clDice, in which a cut vessel costs more than a thin one.
 
     .. math:: L = 1 - \frac{2\,T_p\,T_s}{T_p + T_s}, \qquad T_p = \frac{\sum S(p)\,t + s}{\sum S(p) + s}, \qquad
         T_s = \frac{\sum S(t)\,p + s}{\sum S(t) + s}
 
-    (Shit et al., CVPR 2021.) S is `soft_skeleton`: how much of the prediction's skeleton lies in the target, and of the
-    target's in the prediction. The paper adds the Dice loss, as the skeletons say nothing of the width: a
-    `CompoundLoss` of both.
+    (Shit et al., CVPR 2021.) S is `soft_skeleton`: :math:`T_p` is the fraction of the prediction's skeleton inside the
+    target, :math:`T_s` that of the target's skeleton inside the prediction. The paper adds the Dice loss, as skeletons
+    ignore the width: use a `CompoundLoss` of both. Ignored pixels count as outside of the image.
 
-    Departs from the published code, which has one ratio for all channels of the batch, in that every class has a ratio
-    of its own; from MONAI's `SoftclDiceLoss`, which has one for all channels of an image, likewise, and in that nothing
-    is added to :math:`T_p + T_s`. Ignored pixels are to the skeletons what lies outside of the image.
+    Each class has its own ratios, where the published code has one for all channels of the batch, and MONAI's
+    `SoftclDiceLoss` one for all channels of an image. Unlike in MONAI, nothing is added to :math:`T_p + T_s`.
 
-    Departs from both in the `core`: a prediction that is wider than the iterations can tell, all of the image for one,
-    has no soft skeleton, hence a precision of 1, and with the sensitivity of 1 a loss of 0. Training from scratch on
-    thin structures falls into that hole. With the core, what is left after the erosions counts as skeleton.
+    The `core` is in neither of them. Without it, a prediction too wide for the iterations, such as the whole image, has
+    no soft skeleton, hence a precision of 1, and as its sensitivity is 1 too, a loss of 0: training from scratch on
+    thin structures ends there. With it, the pixels left after the erosions belong to the skeleton.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
-        iterations: how often to erode: the radius in pixels of the widest structure.
-        core: whether what is wider than that is skeleton as a whole; False is the published form.
-        smooth: s above, in pixels of skeleton; a pair sets numerator and denominator apart. With 0, a class that
+        iterations: number of erosions: the radius, in pixels, of the widest structure.
+        core: whether the inside of wider structures belongs to the skeleton; False is the published form.
+        smooth: s above, in pixels of skeleton; a pair sets numerator and denominator separately. With 0, a class that
             neither side has is left out.
-        pool: which images share one ratio: `"image"`, each its own; `"batch"`, all of the batch, on all ranks.
+        pool: which images share one ratio: `"image"`: each has its own; `"batch"`: all of the batch, on all ranks.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter.
-        ignore_index: pixels whose target holds this value count as nothing.
-        absent: what a class counts that the target does not have: `"smooth"`, the formula; `"skip"`, nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give; see
-            `OverlapLoss`.
+        ignore_index: label of the pixels to ignore.
+        absent: how to count a class that the target does not have: `"smooth"`: by the formula; `"skip"`: not at all.
+        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
-        ValueError: a setting outside its range; in a call, a shape that would broadcast, or other than two or three
-            space axes.
+        ValueError: an invalid setting; in a call, a shape that would broadcast, or not two or three space axes.
 
     >>> mask = torch.zeros(1, 1, 5, 7)
     >>> mask[..., 1:4, :] = 1
@@ -152,7 +149,7 @@ class ClDiceLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`. It takes no maps."""
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`. It uses no maps."""
         with full_precision(logits):
             pixels = checked_pixels(
                 logits,
@@ -167,9 +164,9 @@ class ClDiceLoss(SegmentationLoss):
             weights = None
             if self.class_weights is not None:
                 weights = class_weights_of(self.class_weights, logits.shape[1], pixels.logits)
-            counted = included_classes(logits.shape[1], self.exclude_classes)
-            weights = None if weights is None else weights[counted]
-            sums = self._sums(pixels, counted, logits, target)
+            included = included_classes(logits.shape[1], self.exclude_classes)
+            weights = None if weights is None else weights[included]
+            sums = self._sums(pixels, included, logits, target)
 
         def formula(precision: OverlapSums, sensitivity: OverlapSums) -> DeferredReduction:
             return self._mean(precision, sensitivity, weights)
@@ -182,24 +179,24 @@ class ClDiceLoss(SegmentationLoss):
         tprec = _ratio(precision.overlap, precision.predicted, self.smooth)
         tsens = _ratio(sensitivity.overlap, sensitivity.actual, self.smooth)
         both = tprec + tsens
-        # Of two zeros the harmonic mean is 0; what is NaN stays so.
+        # The harmonic mean of two zeros is 0; NaN stays NaN.
         loss = 1 - 2 * tprec * tsens / both.where(both != 0, 1.0)
         kept = self.absent.kept(loss, precision)
         if self.smooth[1] == 0:
             kept = kept & ((precision.predicted != 0) | (sensitivity.actual != 0))
         return weighted_mean(loss, kept, weights)
 
-    def _sums(self, pixels: Pixels, counted: list[int], logits: Tensor, target: Tensor) -> list[OverlapSums]:
-        """The prediction's skeleton with the target, and the prediction with the target's skeleton."""
-        shape = (logits.shape[0], len(counted), *logits.shape[2:])
-        p, t = pixels.probs()[:, counted], pixels.target_planes()[:, counted]
+    def _sums(self, pixels: Pixels, included: list[int], logits: Tensor, target: Tensor) -> list[OverlapSums]:
+        """Return the sums of the prediction's skeleton with the target, and of the prediction with the target's."""
+        shape = (logits.shape[0], len(included), *logits.shape[2:])
+        p, t = pixels.probs()[:, included], pixels.target_planes()[:, included]
         w = pixels.weight
-        w = w[:, counted] if w is not None and w.shape[1] > 1 else w
+        w = w[:, included] if w is not None and w.shape[1] > 1 else w
         valid = valid_pixels(target, self.ignore_index)
         if valid is not None:
             valid = valid.unsqueeze(1) if not pixels.planes else valid
             valid = valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid
-            valid = valid[:, counted] if valid.shape[1] > 1 else valid
+            valid = valid[:, included] if valid.shape[1] > 1 else valid
         p_skeleton = soft_skeleton(p.reshape(shape), self.iterations, valid, core=self.core).flatten(2)
         with torch.no_grad():
             t_skeleton = soft_skeleton(t.reshape(shape), self.iterations, valid, core=self.core).flatten(2)
@@ -211,8 +208,8 @@ class ClDiceLoss(SegmentationLoss):
             result = OverlapSums(overlap, predicted, actual, count)
             if pixels.annotated is None:
                 return result
-            said = pixels.annotated[:, counted]
-            return result.map(lambda field: field.where(said, torch.zeros((), dtype=field.dtype, device=field.device)))
+            kept = pixels.annotated[:, included]
+            return result.map(lambda field: field.where(kept, torch.zeros((), dtype=field.dtype, device=field.device)))
 
         return [sums(p_skeleton * t, p_skeleton, t), sums(p * t_skeleton, p, t_skeleton)]
 
@@ -222,31 +219,29 @@ class SkeletonRecallLoss(SegmentationLoss):
 
     .. math:: L = 1 - \frac{\sum_i k_i\,p_i\,t_i + s}{\sum_i k_i\,t_i + s}
 
-    where k is 1 within `radius` of the skeleton of the class and inside it, else 0: see
-    `lightning_dice.functional.target_maps.TubedSkeleton`, which a batch should bring, as skeletons are computed on the
-    CPU. It costs no more memory than cross-entropy, where clDice holds a skeleton of the prediction with its gradient.
-    On its own it asks for foreground everywhere: it is a term of a `CompoundLoss`.
+    where k is 1 inside the class within `radius` of its skeleton, else 0: see
+    `lightning_dice.functional.target_maps.TubedSkeleton`. Let the batch bring it, as skeletons are computed on the CPU.
+    The loss needs no more memory than cross-entropy, while clDice keeps a skeleton of the prediction with its gradient.
+    On its own it asks for foreground everywhere: use it as a term of a `CompoundLoss`.
 
-    Departs from the published code in the skeletons, which there are one for all classes but the background, and in the
-    classes without one in an image (or in the pooled batch), which there count as perfect and here are left out of the
-    mean.
+    Unlike in the published code, each class has its own skeleton, where that has one for all classes but the
+    background; and classes without a skeleton in an image (or in the pooled batch) are left out of the mean, where that
+    counts them as perfect.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
         radius: around the skeleton, in pixels, >= 0.
-        classes: the number of channels of the logits, needed with class ids.
-        smooth: s above, in pixels; a pair sets numerator and denominator apart.
-        pool: what shares one ratio: `"image"`, each image its own; `"batch"`, all images of the batch, on all ranks;
-            `"all"`, all images and all classes.
+        classes: number of channels of the logits; needed with class ids.
+        smooth: s above, in pixels; a pair sets numerator and denominator separately.
+        pool: which pixels share one ratio: `"image"`, `"batch"` or `"all"`, see `OverlapLoss`.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter.
-        ignore_index: pixels whose target holds this value count as nothing.
-        across_ranks: in a distributed training, give what one process with the whole batch would give; see
-            `OverlapLoss`.
+        ignore_index: label of the pixels to ignore.
+        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
-        ValueError: a setting outside its range; in a call, a number of classes that the logits do not have, other than
-            two or three space axes, or a shape that would broadcast.
+        ValueError: an invalid setting; in a call, a wrong number of classes, not two or three space axes, or a shape
+            that would broadcast.
 
     >>> mask = torch.tensor([[[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]]])
     >>> wide, cut = torch.ones(1, 1, 3, 5), mask.float()
@@ -302,11 +297,11 @@ class SkeletonRecallLoss(SegmentationLoss):
         annotated: Tensor | None = None,
         maps: Mapping[str, Tensor] | None = None,
     ) -> DeferredReduction:
-        """The loss up to what the ranks sum; see `SegmentationLoss.forward`.
+        """Compute the loss up to the sums over the ranks; see `SegmentationLoss.forward`.
 
-        Of maps it takes `"skeleton"`, `(batch, classes, *space)`.
+        Of `maps` it uses `"skeleton"`, `(batch, classes, *space)`.
         """
-        # Before the shapes are checked a map cannot be made.
+        # Checked first, as a map cannot be computed from wrong shapes.
         check_shapes(logits, target, activation=self.activation, weight=weight, annotated=annotated)
         skeleton = self.get_checked_map("skeleton", logits, target, maps)
         if weight is not None:
@@ -315,23 +310,23 @@ class SkeletonRecallLoss(SegmentationLoss):
 
 
 def _ratio(above: Tensor, below: Tensor, smooth: tuple[float, float]) -> Tensor:
-    """Smoothed; 0/0 is 0."""
+    """Return the smoothed ratio; 0/0 is 0."""
     below = below + smooth[1]
     return (above + smooth[0]) / below.where(below != 0, 1.0)
 
 
-def _taken_by_opening(values: Tensor, outside: Tensor | None) -> Tensor:
+def _removed_by_opening(values: Tensor, outside: Tensor | None) -> Tensor:
     eroded = _erode(values, outside)
     opened = _maximum(eroded if outside is None else eroded.masked_fill(outside, -torch.inf), range(values.ndim - 2))
-    taken = values - opened
-    # Filled before anything is multiplied: infinities stand outside, and a gradient of 0 times those is NaN.
-    taken = taken if outside is None else taken.masked_fill(outside, 0)
-    # The maximum reaches farther than the minimum did, so that an opening may also add.
-    return F.relu(taken)
+    removed = values - opened
+    # Replace the infinities outside before anything is multiplied: 0 times infinity is NaN in the gradient.
+    removed = removed if outside is None else removed.masked_fill(outside, 0)
+    # The maximum reaches farther than the minimum, so that an opening may also add.
+    return F.relu(removed)
 
 
 def _erode(values: Tensor, outside: Tensor | None) -> Tensor:
-    """The minimum over each pixel and those that share a side with it."""
+    """Return the minimum over each pixel and those that share a side with it."""
     values = -values if outside is None else (-values).masked_fill(outside, -torch.inf)
     result = values
     for axis in range(values.ndim - 2):
@@ -340,7 +335,7 @@ def _erode(values: Tensor, outside: Tensor | None) -> Tensor:
 
 
 def _maximum(values: Tensor, axes: Iterable[int]) -> Tensor:
-    """The maximum over each pixel and its neighbours along these space axes."""
+    """Return the maximum over each pixel and its neighbours along these space axes."""
     space = values.ndim - 2
     size = [3 if axis in axes else 1 for axis in range(space)]
     pool = F.max_pool2d if space == 2 else F.max_pool3d

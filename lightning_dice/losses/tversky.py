@@ -1,4 +1,4 @@
-"""Losses by the Tversky index, and by its special case, the Jaccard score."""
+"""Losses based on the Tversky index and its special case, the Jaccard score."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class JaccardLoss(OverlapLoss):
 
     .. math:: L = 1 - \frac{\sum p t + s}{\sum p + \sum t - \sum p t + s}
 
-    With `squared=True` it is 1 minus the Tanimoto coefficient; with `overlap="minimum"` the first form of Wang et al.,
-    "Jaccard Metric Losses" (NeurIPS 2023), which soft labels need.
+    With `squared=True` it is 1 minus the Tanimoto coefficient. With `overlap="minimum"`, which soft labels need, it is
+    the first form of Wang et al., "Jaccard Metric Losses" (NeurIPS 2023).
 
     Args:
-        **settings: those of `OverlapLoss`.
+        **settings: settings of `OverlapLoss`.
+
+    Raises:
+        ValueError: an invalid setting; in a call, a shape that would broadcast or, on the CPU, an invalid value.
 
     >>> import torch
     >>> JaccardLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
@@ -33,7 +36,7 @@ class JaccardLoss(OverlapLoss):
     """
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """1 minus the Jaccard score."""
+        """Return 1 minus the Jaccard score."""
         return 1 - jaccard_score(sums, self.smooth)
 
     @classmethod
@@ -56,17 +59,20 @@ class JaccardLoss(OverlapLoss):
 
 
 class TverskyLoss(OverlapLoss):
-    r"""Tversky loss: false positives and false negatives weigh what you say (Salehi et al., MLMI 2017).
+    r"""Tversky loss: false positives and false negatives have weights of their own (Salehi et al., MLMI 2017).
 
     .. math:: L = 1 - \frac{I + s}{I + \alpha\,(\sum p - I) + \beta\,(\sum t - I) + s}, \qquad I = \sum p t
 
-    `alpha = beta = 1/2` is Dice with twice the `smooth`, `alpha = beta = 1` is Jaccard. The default favours recall, as
-    the paper does for small lesions. (In focal Tversky papers the two letters are often exchanged.)
+    `alpha = beta = 1/2` is Dice with twice the `smooth`; `alpha = beta = 1` is Jaccard. The defaults favour recall, as
+    in the paper, for small lesions. (Focal Tversky papers often exchange the two letters.)
 
     Args:
         alpha: weight of false positives, >= 0.
         beta: weight of false negatives, >= 0.
-        **settings: those of `OverlapLoss`; `squared` is refused.
+        **settings: settings of `OverlapLoss`, without `squared`.
+
+    Raises:
+        ValueError: as `JaccardLoss`, a weight below 0, or `squared=True`.
 
     >>> import torch
     >>> TverskyLoss(alpha=0.5, beta=0.5, smooth=0.5)(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
@@ -77,10 +83,10 @@ class TverskyLoss(OverlapLoss):
         super().__init__(**settings)
         self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
         if self.squared:
-            raise ValueError("squared must be False: with squares, false positives are no longer sum p - sum pt")
+            raise ValueError("squared must be False: with squares, sum p - sum pt no longer counts false positives")
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """1 minus the Tversky index."""
+        """Return 1 minus the Tversky index."""
         return 1 - tversky_score(sums, self.alpha, self.beta, self.smooth)
 
     # Not `cls`: a subclass, such as the focal one, is not the peer's loss.
@@ -113,23 +119,28 @@ class TverskyLoss(OverlapLoss):
         """
         if gamma != 1:
             raise ValueError(
-                f"gamma must be 1, got {gamma}: smp raises the mean of all classes to it; FocalTverskyLoss raises the "
-                "loss of each, which is the same for one class"
+                f"gamma must be 1, got {gamma}: smp raises the mean over classes to it; FocalTverskyLoss raises the "
+                "loss of each class, which is the same for one class"
             )
         return TverskyLoss(alpha=alpha, beta=beta, **compat.smp_overlap(mode, **arguments))
 
 
 class FocalTverskyLoss(TverskyLoss):
-    r"""Focal Tversky loss: :math:`(1 - T)^\gamma` (Abraham and Khan, ISBI 2019).
+    r"""Focal Tversky loss: a power of the Tversky loss of each class (Abraham and Khan, ISBI 2019).
 
-    An exponent below 1, as in the paper, raises the gradient of classes that are already well segmented; above 1 it
-    raises that of the hard ones. The paper writes the exponent as 1/γ with γ = 4/3.
+    .. math:: L = (1 - T)^\gamma
+
+    An exponent below 1, as in the paper, raises the gradient of classes that are already well segmented; one above 1
+    raises that of the hard ones. The paper writes the exponent as 1/γ, with γ = 4/3.
 
     Args:
-        gamma: the exponent, > 0.
+        gamma: exponent, > 0.
         alpha: weight of false positives, >= 0.
         beta: weight of false negatives, >= 0.
-        **settings: those of `OverlapLoss`; `squared` is refused.
+        **settings: settings of `OverlapLoss`, without `squared`.
+
+    Raises:
+        ValueError: as `TverskyLoss`, or an invalid gamma.
 
     >>> import torch
     >>> FocalTverskyLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
@@ -144,17 +155,17 @@ class FocalTverskyLoss(TverskyLoss):
 
     @classmethod
     def like_monai(cls, **arguments: Any) -> NoReturn:
-        """Refused: MONAI has no loss of this form (its `AsymmetricFocalTverskyLoss` is another)."""
+        """Raise `ValueError`: MONAI's `AsymmetricFocalTverskyLoss` is another loss."""
         raise ValueError("MONAI has no focal Tversky loss of this form: use TverskyLoss.like_monai(...)")
 
     @classmethod
     def like_smp(cls, mode: str, **arguments: Any) -> NoReturn:
-        """Refused: smp raises the mean over classes to its gamma, and not the loss of each."""
+        """Raise `ValueError`: smp raises the mean over classes to gamma, not the loss of each class."""
         raise ValueError(
-            "smp raises the mean of all classes to gamma, and this the loss of each: use TverskyLoss.like_smp(...) "
-            "for gamma=1; for a single class set gamma, alpha and beta here"
+            "smp raises the mean over classes to gamma, FocalTverskyLoss the loss of each class: use "
+            "TverskyLoss.like_smp(...) for gamma=1; with a single class set gamma, alpha and beta here"
         )
 
     def per_class(self, sums: OverlapSums) -> Tensor:
-        """(1 - T)^gamma."""
+        """Return (1 - T)^gamma."""
         return power(super().per_class(sums), self.gamma)

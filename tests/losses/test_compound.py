@@ -33,13 +33,13 @@ class TestAnyModule:
     def test_the_ignored_label_is_not_taken_for_a_label(self):
         logits, mask = random_case(0, activation="sigmoid", ignored=True)
         loss = CompoundLoss({"dice": DiceLoss(ignore_index=255), "bce": nn.BCEWithLogitsLoss()})
-        with pytest.raises(ValueError, match=r"term 'bce', a BCEWithLogitsLoss, would take the ignored label 255"):
+        with pytest.raises(ValueError, match=r"term 'bce', a BCEWithLogitsLoss, takes the ignored label 255"):
             loss(logits, mask)
         loss(logits, mask.where(mask != 255, 0))
         logits, ids = random_case(0, activation="softmax", ignored=True)
         for_ids = DiceLoss(activation="softmax", ignore_index=255)
         CompoundLoss({"dice": for_ids, "ce": nn.CrossEntropyLoss(ignore_index=255)})(logits, ids)
-        with pytest.raises(ValueError, match="give it ignore_index=255"):
+        with pytest.raises(ValueError, match="set its ignore_index=255"):
             CompoundLoss({"dice": for_ids, "ce": nn.CrossEntropyLoss()})(logits, ids)
 
     def test_what_a_module_raises_is_told_with_a_remedy(self):
@@ -51,7 +51,7 @@ class TestAnyModule:
 
 class TestOnProbabilities:
     def test_losses_of_this_library_are_refused(self):
-        with pytest.raises(ValueError, match="must not be of this library, got DiceLoss"):
+        with pytest.raises(ValueError, match="must not be one of lightning_dice.losses, got DiceLoss"):
             OnProbabilities(DiceLoss())
 
     def test_a_sum_and_a_mean(self):
@@ -63,18 +63,18 @@ class TestOnProbabilities:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([DiceLoss()], "terms must be losses by name, or a list of them, got DiceLoss"),
+        ([DiceLoss()], "terms must be losses by name, or a list of losses, got DiceLoss"),
         (["dice"], "terms must be losses by name"),
         ([{}], "at least one loss"),
         ([{"dice": 1}], "terms must be modules of logits and target, got int for 'dice'"),
-        ([{"a.b": DiceLoss()}], "names without dots"),
+        ([{"a.b": DiceLoss()}], "names of terms must have no dots"),
         ([[DiceLoss(), DiceLoss()]], "terms of one class need names"),
-        ([{"dice": DiceLoss()}, 2.0], "weights must be numbers by the names of terms"),
+        ([{"dice": DiceLoss()}, 2.0], "weights must be numbers by the names of the terms"),
         ([{"dice": DiceLoss()}, [1, 2]], "one for each of the 1 terms, got 2"),
         ([{"dice": DiceLoss()}, {"ce": 1}], r"weights must name terms, dice; got ce: .*'~loss.weights.<term>'"),
         ([{"dice": DiceLoss()}, {"dice": -1}], "the weight of dice must be a number >= 0, got -1"),
-        ([{"a": DiceLoss(), "b": DiceLoss(activation="softmax")}], "terms must have one activation"),
-        ([{"a": DiceLoss(), "b": FocalLoss(ignore_index=255)}], "terms must have one ignore_index"),
+        ([{"a": DiceLoss(), "b": DiceLoss(activation="softmax")}], "terms must have the same activation"),
+        ([{"a": DiceLoss(), "b": FocalLoss(ignore_index=255)}], "terms must have the same ignore_index"),
         ([{"a": DiceLoss(reduction="none")}], "term 'a' must have one value"),
     ],
 )

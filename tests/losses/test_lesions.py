@@ -430,8 +430,8 @@ class TestMaps:
     [
         (nn.BCEWithLogitsLoss(), {}, "loss must be an OverlapLoss, such as DiceLoss, got BCEWithLogitsLoss"),
         (GeneralizedDiceLoss(pool="image"), {}, "GeneralizedDiceLoss joins all"),
-        (DiceLoss(), {}, "must have pool=\"image\", as each lesion has a ratio of its own, got 'batch'"),
-        (DiceLoss(pool="image", reduction="none"), {}, 'reduction="none" would return as many as there are lesions'),
+        (DiceLoss(), {}, "must have pool=\"image\", as each lesion has its own ratio, got 'batch'"),
+        (DiceLoss(pool="image", reduction="none"), {}, 'must have one value, got reduction="none"'),
         (DiceLoss(pool="image"), {"regions": "voronoi"}, "regions must be one of 'nearest', 'blob', got 'voronoi'"),
         (DiceLoss(pool="image"), {"connectivity": 0}, "connectivity must be None or an integer >= 1, got 0"),
         (DiceLoss(pool="image"), {"classes": 2.0}, "classes must be None or an integer >= 1, got 2.0"),
