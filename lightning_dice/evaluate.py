@@ -134,7 +134,7 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
             table,
             overlays,
             skip_missing=config.missing == "skip",
-            each=lambda: progress.advance(bar),
+            on_case=lambda: progress.advance(bar),
         )
     made = (
         run_folder.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False) if output is None else output
@@ -147,7 +147,7 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     lines = report.write_report(
         made, split, score_provenance(run, folder.name, _origin(config, folder, scored.missing))
     )
-    _tell_files(scored.missing, scored.leftover, split)
+    _tell_files(scored.missing, scored.unmatched, split)
     print_line(f"{scored.cases} {split} cases of {folder}")
     _show(lines, made)
     print_line(f"folder  {made}\nreport  {made / report.REPORT}")

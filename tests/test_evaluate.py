@@ -128,11 +128,11 @@ def test_missing_predictions_can_be_skipped(home, tmp_path, capsys):
 def test_a_folder_of_no_prediction_is_refused(home, tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="empty holds no prediction of any of the 5 test cases"):
+    with pytest.raises(UserError, match="empty has no prediction of any of the 5 test cases"):
         run(home, f"predictions={empty}", "missing=skip")
     # As `predict` writes those of several splits.
     shutil.copytree(home / "predictions", empty / "test")
-    monkeypatch.setattr(score_predictions, "LISTED", 2)
+    monkeypatch.setattr(score_predictions, "MAX_LISTED", 2)
     with pytest.raises(UserError, match=r"or predictions=\S+empty/test:\n  test0\n  test1\n  and 3 more$"):
         run(home, f"predictions={empty}")
     Image.new("L", (9, 9)).save(empty / "test0.png")
@@ -311,4 +311,4 @@ def test_tiles_are_scored_by_the_predictions_of_whole_images(home, tmp_path):
     with pytest.raises(UserError) as told:
         run(home, f"predictions={tmp_path / 'some'}", "data.tile=16", f"output={tmp_path / 'none'}")
     assert "lacks the predictions of 1 test cases; missing=skip scores the others:\n  test1\n" in str(told.value)
-    assert "the prediction of test2 is of the size 1 x 40 x 30, its mask of 1 x 26 x 30" in str(told.value)
+    assert "the prediction of test2 has size 1 x 40 x 30, but its mask has 1 x 26 x 30" in str(told.value)

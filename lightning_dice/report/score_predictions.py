@@ -1,4 +1,4 @@
-"""Scores of masks that lie in files, whoever made them."""
+"""Score predicted masks that are stored in files, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from lightning_dice.callbacks import CaseTable, Overlays
 from lightning_dice.data import DataError, SegmentationData, Split
+from lightning_dice.data.images.datasets import TiledCases
 from lightning_dice.data.interfaces import PredictionIO
 
 FORMATS = (None, "png", "tiff", "nifti")
-# What `predict` writes beside the masks, and what no mask is called.
 PROBABILITIES = "probabilities"
-BESIDE = {PROBABILITIES, "overlays"}
+NO_MASKS = {PROBABILITIES, "overlays"}  # folders that `predict` writes beside the masks
 SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
-LISTED = 50
+MAX_LISTED = 50  # cases in an error message
 
 
-class Scored(NamedTuple):
-    """What there was to score.
+class ScoringResult(NamedTuple):
+    """Which cases had a prediction to score.
 
     Attributes:
-        cases: that were scored.
-        missing: cases of the split that have no prediction.
-        leftover: files that belong to no case of the split.
+        cases: number of scored cases.
+        missing: cases of the split without a prediction.
+        unmatched: mask files that belong to no case of the split.
     """
 
     cases: int
     missing: list[str]
-    leftover: list[str]
+    unmatched: list[str]
 
 
 def score_predictions(
@@ -43,118 +43,109 @@ def score_predictions(
     overlays: Overlays | None = None,
     *,
     skip_missing: bool = False,
-    each: Callable[[], Any] = lambda: None,
-) -> Scored:
-    """Score every case of a split by its prediction's file, against its mask; to be written by `table.write`.
+    on_case: Callable[[], Any] = lambda: None,
+) -> ScoringResult:
+    """Score the predicted mask of every case of a split against its true mask.
 
-    As soon as something is wrong, no more cases are scored, but all are looked at, so that one message names them all.
+    After the first problem no more cases are scored, but the remaining files are still checked, so that one error
+    names all problems. Write the scores with `table.write` afterwards.
 
     Args:
         data: the data set, checked.
         reader: of the predictions.
-        folder: of the predictions, as `predict` writes it. Where it wrote probabilities beside the masks, the
-            calibration error is of these.
+        folder: of the predictions, laid out as by `predict`. If it has probabilities beside the masks, they are used
+            for the calibration error.
         split: of the data.
-        table: gets the scores.
-        overlays: gets the pictures.
-        skip_missing: leave cases without a prediction out, instead of refusing.
-        each: called after every case, for a progress bar.
+        table: receives the scores.
+        overlays: receives the cases to draw, if given.
+        skip_missing: skip cases without a prediction instead of raising an error.
+        on_case: called after every case, for a progress bar.
 
     Raises:
-        DataError: names every case without a prediction, or with one that cannot be read or is of another size.
+        DataError: cases have no prediction, or one that cannot be read or differs in size; all are named.
     """
     data.setup("test" if split == "test" else "validate")
     batches: Any = data.test_dataloader() if split == "test" else data.val_dataloader()
-    present = {_stem(name) for name in _masks(folder)}
-    files = _Files(reader, folder, data.source.split(split))
+    mask_files = _find_masks(folder)
+    present = {_without_suffix(name) for name in mask_files}
+    files = _PredictionFiles(reader, folder, data.source.split(split))
     expected: set[str] = set()
     missing: list[str] = []
-    wrong: list[str] = []
+    errors: list[str] = []
     scored = 0
     for batch in batches:
         for index, case in enumerate(batch.case):
-            stems = {_stem(name.as_posix()) for name in files.names(case)}
+            stems = {_without_suffix(path.as_posix()) for path in files.possible_paths(case)}
             expected |= stems
             try:
                 predicted, probs = files.load(case, batch.mask[index])
             except DataError as error:
                 if stems & present:
-                    wrong.append(str(error))
-                elif (name := files.whole(case)) not in missing:
+                    errors.append(str(error))
+                elif (name := files.image_of(case)) not in missing:
                     missing.append(name)
             else:
-                if not wrong and (skip_missing or not missing):
-                    _add(table, overlays, case, batch, index, predicted, probs)
+                if not errors and (skip_missing or not missing):
+                    table.add(case, predicted, batch.mask[index], batch.spacing[index], probs=probs)
+                    if overlays is not None:
+                        overlays.offer(case, batch.image[index], batch.mask[index], predicted)
                     scored += 1
-            each()
-    if wrong or (missing and not skip_missing):
-        raise DataError(_message(folder, split, wrong, [] if skip_missing else missing))
+            on_case()
+    if errors or (missing and not skip_missing):
+        raise DataError(_error_message(folder, split, errors, [] if skip_missing else missing))
     if not scored:
-        raise DataError(f"{folder} holds no prediction of any of the {len(missing)} {split} cases")
-    return Scored(scored, missing, _leftover(folder, expected))
+        raise DataError(f"{folder} has no prediction of any of the {len(missing)} {split} cases")
+    return ScoringResult(scored, missing, [name for name in mask_files if _without_suffix(name) not in expected])
 
 
-def _add(
-    table: CaseTable,
-    overlays: Overlays | None,
-    case: str,
-    batch: Any,
-    index: int,
-    predicted: Tensor,
-    probs: Tensor | None,
-) -> None:
-    table.add(case, predicted, batch.mask[index], batch.spacing[index], probs=probs)
-    if overlays is not None:
-        overlays.offer(case, batch.image[index], batch.mask[index], predicted)
-
-
-class _Files:
-    """The predictions of cases; of a tile, its part of the prediction of the whole image."""
+class _PredictionFiles:
+    """Loads the predictions of cases; for a tile, the corresponding part of the prediction of its image."""
 
     def __init__(self, reader: PredictionIO, folder: Path, cases: Any) -> None:
         self.reader, self.folder = reader, folder
-        self._part = getattr(cases, "part", None)
+        self._tiles = cases if isinstance(cases, TiledCases) else None
         self._last: tuple[str, Tensor, Tensor | None] | None = None
 
-    def whole(self, case: str) -> str:
-        """The case whose prediction holds this one's."""
-        return case if self._part is None else str(self._part(case)[0])
+    def image_of(self, case: str) -> str:
+        """Return the image that a tile belongs to; any other case is its own."""
+        return case if self._tiles is None else self._tiles.part(case)[0]
 
-    def names(self, case: str) -> list[Path]:
-        """All files that a case's prediction may lie in."""
+    def possible_paths(self, case: str) -> list[Path]:
+        """Return the files of a case's prediction in all formats."""
         files = []
         for format in FORMATS:
             try:
-                files += self.reader.names(self.whole(case), format)
+                files += self.reader.names(self.image_of(case), format)
             except DataError:
-                continue  # A format that these masks are not written in.
+                continue  # Masks of this kind cannot be written in this format.
         return files
 
     def load(self, case: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Labels of the mask's shape, and probabilities, where there are any.
+        """Load labels in the shape of the mask, and probabilities if there are any.
 
         Raises:
-            DataError: they cannot be read, or are of another size.
+            DataError: they cannot be read, or differ in size.
         """
-        if self._part is None:
-            return self._whole(case, mask.shape)
-        name, size, window = self._part(case)
-        if self._last is None or self._last[0] != name:  # Tiles of one image come one after the other.
-            self._last = name, *self._whole(name, (*mask.shape[: mask.ndim - len(size)], *size))
+        if self._tiles is None:
+            return self._load_image(case, mask.shape)
+        name, size, window = self._tiles.part(case)
+        if self._last is None or self._last[0] != name:  # Tiles of one image come one after another.
+            self._last = name, *self._load_image(name, (*mask.shape[: mask.ndim - len(size)], *size))
         _, labels, probs = self._last
-        return labels[(..., *window)], None if probs is None else probs[(..., *window)]
+        inside: tuple[Any, ...] = (..., *window)
+        return labels[inside], None if probs is None else probs[inside]
 
-    def _whole(self, case: str, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def _load_image(self, case: str, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         labels = self.reader.load(self.folder, case)
         if tuple(labels.shape) != tuple(shape):
             raise DataError(
-                f"the prediction of {case} is of the size {_size(labels.shape)}, its mask of {_size(shape)}: "
-                "predictions must be in the geometry of the images"
+                f"the prediction of {case} has size {_size(labels.shape)}, but its mask has {_size(shape)}: "
+                "predictions must have the geometry of the images"
             )
         probs = self.reader.load_probabilities(self.folder / PROBABILITIES, case)
         if probs is not None and tuple(probs.shape[1:]) != tuple(shape[1 - probs.ndim :]):
             raise DataError(
-                f"the probabilities of {case} are of the size {_size(probs.shape)}, its mask of {_size(shape)}"
+                f"the probabilities of {case} have size {_size(probs.shape)}, but its mask has {_size(shape)}"
             )
         return labels, probs
 
@@ -163,38 +154,33 @@ def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _message(folder: Path, split: Split, wrong: list[str], missing: list[str]) -> str:
+def _error_message(folder: Path, split: Split, errors: list[str], missing: list[str]) -> str:
     parts = []
     if missing:
-        inside = folder / split
-        hint = f", or predictions={inside}" if inside.is_dir() else ""
-        listed = "\n  ".join(missing[:LISTED])
-        more = f"\n  and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        subfolder = folder / split
+        hint = f", or predictions={subfolder}" if subfolder.is_dir() else ""
+        listed = "\n  ".join(missing[:MAX_LISTED])
+        more = f"\n  and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
         parts.append(
             f"{folder} lacks the predictions of {len(missing)} {split} cases; missing=skip scores the others{hint}:"
             f"\n  {listed}{more}"
         )
-    if wrong:
-        parts.append(f"{len(wrong)} predictions cannot be scored:\n  " + "\n  ".join(wrong[:LISTED]))
+    if errors:
+        parts.append(f"{len(errors)} predictions cannot be scored:\n  " + "\n  ".join(errors[:MAX_LISTED]))
     return "\n".join(parts)
 
 
-def _leftover(folder: Path, expected: set[str]) -> list[str]:
-    return [name for name in _masks(folder) if _stem(name) not in expected]
-
-
-def _masks(folder: Path) -> list[str]:
-    """The files that may be masks, below the folder."""
+def _find_masks(folder: Path) -> list[str]:
+    """Return the files below a folder that may be masks, relative to it."""
     found = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or inside.parts[0] in BESIDE or not path.name.endswith(SUFFIXES) or not path.is_file():
+        if hidden or inside.parts[0] in NO_MASKS or not path.name.endswith(SUFFIXES) or not path.is_file():
             continue
         found.append(inside.as_posix())
     return found
 
 
-def _stem(name: str) -> str:
-    """A file's name without the suffix of a mask."""
+def _without_suffix(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
