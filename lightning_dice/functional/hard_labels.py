@@ -1,4 +1,4 @@
-"""Hard predictions and their counts: what metrics are made of."""
+"""Hard predictions and targets, and counts of their pixels, for metrics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from lightning_dice.kernels import Activation, OverlapSums
 from lightning_dice.kernels.backend import OutOfRange
-from lightning_dice.kernels.checks import check_shapes, check_values, reads_values, value_range
+from lightning_dice.kernels.checks import can_read_values, check_shapes, check_values, value_range
 from lightning_dice.kernels.counts import count_classes, count_labels, count_planes
 
 
 def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", threshold: float = 0.5) -> Tensor:
-    """The labels that logits stand for.
+    """Turn logits into labels.
 
     Args:
         logits: `(batch, classes, *space)`, or probabilities with `activation=None`.
         activation: `"softmax"`: the class of the greatest logit; `"sigmoid"` and `None`: a plane for each class.
-        threshold: a probability; a pixel is foreground above it.
+        threshold: probability above which a pixel is foreground; not used with `"softmax"`.
 
     Returns:
         `"softmax"`: class ids, int64 `(batch, *space)`; else bool planes `(batch, classes, *space)`.
@@ -31,17 +31,21 @@ def hard_prediction(logits: Tensor, *, activation: Activation = "sigmoid", thres
         return logits.argmax(1)
     if activation is None:
         return logits > threshold
-    # Compared as logits: no probabilities are made, and none is rounded to the threshold.
+    # Comparing logits needs no probabilities, and none can round to the threshold.
     return logits > _logit(threshold)
 
 
 def hard_target(target: Tensor, *, activation: Activation = "sigmoid") -> Tensor:
-    """The labels that soft labels stand for: what a hard score can count while training on soft ones.
+    """Turn soft labels into hard ones, which a hard score can count.
 
     Args:
-        target: ids, or planes of 0 and 1, which are returned as they are; or soft labels `(batch, classes, *space)` of
-            floating point, in [0, 1]. Values beyond are labels to be ignored, and stay.
-        activation: `"softmax"`: the class with the greatest label, the lowest of equals; else those of more than 1/2.
+        target: soft labels `(batch, classes, *space)`, floating point, in [0, 1]; values outside are ignored labels,
+            and stay. Integers (ids, or planes of 0 and 1) are returned unchanged.
+        activation: `"softmax"`: the class with the greatest label, the lowest of equals; else the classes with a label
+            above 1/2.
+
+    Returns:
+        `"softmax"`: class ids, int64 `(batch, *space)`; else planes, with the shape and dtype of target.
 
     >>> hard_target(torch.tensor([[[0.5, 0.7, 255.0]]]))
     tensor([[[  0.,   1., 255.]]])
@@ -53,8 +57,8 @@ def hard_target(target: Tensor, *, activation: Activation = "sigmoid") -> Tensor
     outside = (target < 0) | (target > 1)
     if activation != "softmax":
         return target.where(outside, (target > 0.5).to(target.dtype))
-    beyond = target.where(outside, 0).sum(1) / outside.sum(1).clamp(min=1)
-    return beyond.long().where(outside.any(1), target.argmax(1))
+    ignored_label = target.where(outside, 0).sum(1) / outside.sum(1).clamp(min=1)
+    return ignored_label.long().where(outside.any(1), target.argmax(1))
 
 
 def hard_sums(
@@ -65,20 +69,20 @@ def hard_sums(
     threshold: float = 0.5,
     ignore_index: int | None = None,
 ) -> OverlapSums:
-    """Count pixels of each class in each image: both, predicted, actual, all.
+    """Count the pixels of each class in each image: in both, predicted, actual and all.
 
     Args:
         logits: `(batch, classes, *space)`, or probabilities with `activation=None`.
-        target: as for `lightning_dice.kernels.overlap_sums`, but no soft labels.
+        target: as for `lightning_dice.kernels.overlap_sums`, without soft labels.
         activation: as for `hard_prediction`.
-        threshold: a probability; with `"softmax"` it has no part.
-        ignore_index: pixels whose target holds this value are not counted.
+        threshold: as for `hard_prediction`.
+        ignore_index: label of the pixels to ignore.
 
     Returns:
         int64 `(images, classes)`; exact at any size.
 
     Raises:
-        ValueError: a shape that would broadcast; on the CPU, a value outside its range.
+        ValueError: a shape that would broadcast; on the CPU, an invalid value.
 
     >>> sums = hard_sums(torch.tensor([[[2.0, 2.0, -2.0]]]), torch.tensor([[[1, 0, 255]]]), ignore_index=255)
     >>> sums.overlap.item(), sums.predicted.item(), sums.actual.item(), sums.count.item()
@@ -86,35 +90,37 @@ def hard_sums(
     """
     check_shapes(logits, target, activation=activation)
     if target.shape == logits.shape and activation == "softmax":
-        raise ValueError("a hard score needs class ids (batch, *space); for one-hot planes use target.argmax(1)")
+        raise ValueError(
+            "a hard score needs class ids (batch, *space); turn one-hot planes into ids with target.argmax(1)"
+        )
     if target.shape != logits.shape and activation is None:
         raise ValueError(f"target must have the shape of logits, {tuple(logits.shape)}, got {tuple(target.shape)}")
-    if activation is None and reads_values(logits):
+    if activation is None and can_read_values(logits):
         check_values(logits, target, activation=None, ignore_index=ignore_index)
     try:
         if activation == "softmax":
             return count_classes(logits, target, ignore_index)
-        at = threshold if activation is None else _logit(threshold)
-        return count_planes(logits, target, at, ignore_index)
+        cut = threshold if activation is None else _logit(threshold)
+        return count_planes(logits, target, cut, ignore_index)
     except OutOfRange:
         check_values(logits, target, activation=activation, ignore_index=ignore_index)
         raise
 
 
 def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> OverlapSums:
-    """As `hard_sums`, of class ids that have been predicted already.
+    """Count pixels as `hard_sums` does, for class ids that were predicted already.
 
     Args:
-        predicted: class ids `(batch, *space)`; under an ignored pixel anything.
+        predicted: class ids `(batch, *space)`; any value where the target is ignored.
         target: class ids `(batch, *space)`.
-        num_classes: how many classes there are.
-        ignore_index: pixels whose target holds this value are not counted.
+        num_classes: number of classes.
+        ignore_index: label of the pixels to ignore.
 
     Returns:
         int64 `(batch, num_classes)`.
 
     Raises:
-        ValueError: shapes that differ, a dtype that is no integer; on the CPU, an id that is no class.
+        ValueError: different shapes, or a dtype that is not an integer; on the CPU, an id that is not a class.
 
     >>> sums = label_sums(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]]), 3)
     >>> sums.overlap.tolist(), sums.predicted.tolist(), sums.actual.tolist()

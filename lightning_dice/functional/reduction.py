@@ -139,7 +139,7 @@ def pool_and_reduce(
 
     def finish(*fields: Tensor) -> Tensor:
         rest = iter(fields)
-        summed = [one.having(dict(zip(one.fields, rest, strict=False))) for one in pooled]
+        summed = [one.replace(**dict(zip(one.fields, rest, strict=False))) for one in pooled]
         # Every rank has the same sums by now, hence the same mean.
         mean = formula(*summed)
         return mean.finish(*mean.local_sums)

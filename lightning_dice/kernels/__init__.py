@@ -1,8 +1,20 @@
-"""The sums over pixels on which every overlap loss and metric of this library is built.
+"""Sums over pixels, from which every overlap loss and metric of this library is computed.
 
-`overlap_sums` checks its input and calls an implementation, chosen by `choice`; `reference` defines what each returns.
-`native` (C++), `blocked` (PyTorch, by cache-sized blocks) and `gpu` (Triton) are its faster twins, reached through
-`operator`. `counts` are the same sums of hard predictions.
+`overlap_sums` checks its input, picks a backend and returns the sums, differentiable in the logits:
+
+- `overlap_sums`: the entry point.
+- `sums`: the result, `OverlapSums`, and the request, `RequiredSums`.
+- `checks`: the shapes, dtypes and values that are accepted.
+- `pixels`: flattened input with ignored pixels blanked, and its probabilities.
+- `reference`: the sums in plain PyTorch. They define what every backend returns.
+- `backend`: the interface of the faster implementations, and the gradient that they compute.
+- `native` (C++ on the CPU), `torch_blocked` (PyTorch on the CPU, without a compiler), `triton_backend` with
+  `triton_kernels` (CUDA): the backends.
+- `dispatch`: selects the backend, by device or by force.
+- `autograd`: makes the backends differentiable, in eager calls and under `torch.compile`.
+- `counts`: the sums of hard predictions, for metrics.
+- `regions`: the sums of each region of an image, for lesion-wise losses.
+- `huge_pages`: faster allocation of large gradients on Linux.
 """
 
 from lightning_dice.kernels.checks import Activation, check_logits, check_values

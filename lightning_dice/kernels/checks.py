@@ -1,4 +1,4 @@
-"""What the sums accept: shapes, and what their values must be."""
+"""Checks of the shapes, dtypes and values from which sums are computed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from lightning_dice.kernels.sums import valid_pixels
 
 Activation = Literal["sigmoid", "softmax"] | None
 
-# torch knows no minimum of the other unsigned types.
+# torch has no minimum for the other unsigned dtypes.
 COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# What sums and interpolations of values in [0, 1] may be beyond it.
+# How far rounding may take sums and interpolations of values in [0, 1] out of that range.
 ROUNDING = 1e-5
-# So many values do not lie in [0, 1] by chance.
-_TELLING = 64
+# Fewer logits may lie in [0, 1] by chance.
+_MIN_LOGITS = 64
 
 _FLAT_TARGET = "for a mask of shape (batch, *space) use target.unsqueeze(1)"
 _IDS_TARGET = 'class ids (batch, *space) go with activation="softmax"'
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
 
 
-def reads_values(values: Tensor) -> bool:
-    """Whether the values may be looked at in every call: on the CPU, where that makes nobody wait."""
+def can_read_values(values: Tensor) -> bool:
+    """Whether values can be checked in every call: only on the CPU, as reading them would stall a GPU.
+
+    >>> can_read_values(torch.zeros(1)), can_read_values(torch.zeros(1, device="meta"))
+    (True, False)
+    """
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -37,10 +41,17 @@ def check_shapes(
     weight: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> None:
-    """Refuse whatever would broadcast into a plausible, wrong number. Reads no value, so it never stalls a GPU.
+    """Refuse shapes that would broadcast into a plausible, wrong number, and wrong dtypes.
+
+    Reads no values, so it never stalls a GPU.
 
     Raises:
-        ValueError: names the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was given.
+
+    >>> check_shapes(torch.zeros(2, 1, 4), torch.zeros(1, 1, 4), activation="sigmoid")
+    Traceback (most recent call last):
+    ...
+    ValueError: target must have the shape of logits, (2, 1, 4), got (1, 1, 4)
     """
     if activation not in ("sigmoid", "softmax", None):
         raise ValueError(f'activation must be "sigmoid", "softmax" or None, got {activation!r}')
@@ -93,12 +104,12 @@ def check_values(
     ignore_index: int | None = None,
     weight: Tensor | None = None,
 ) -> None:
-    """Refuse values that have no meaning: ids, planes, probabilities or weights out of range.
+    """Refuse class ids, planes, probabilities and weights outside their range.
 
-    Reads the values, so it makes a GPU wait: on the CPU it runs at every call, elsewhere on the first batch only.
+    Reads the values, which stalls a GPU: it runs in every call on the CPU, and on the first batch elsewhere.
 
     Raises:
-        ValueError: names the values that came and the remedy.
+        ValueError: names the values found and the remedy.
 
     >>> check_values(torch.zeros(1, 1, 2), torch.tensor([[[0, 7]]]), activation="sigmoid")
     Traceback (most recent call last):
@@ -114,13 +125,13 @@ def check_values(
     planes = target.shape == logits.shape
     low, high = value_range(target, ignore_index)
     if planes and not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        hint = "; a mask of 0 and 255 becomes 0 and 1 by target == 255" if (low, high) == (0, 255) else ""
+        hint = "; convert a mask of 0 and 255 by target == 255" if (low, high) == (0, 255) else ""
         raise ValueError(f"target must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
     if planes and activation == "softmax":
         _check_sums_to_one(target, ignore_index)
     if not planes and not (low >= 0 and high < classes):
         ignored = "" if ignore_index is None else f" (ignored: {ignore_index})"
-        remedy = "set ignore_index for a label to be left out, or give logits a channel for every class"
+        remedy = "set ignore_index to the label to ignore, or give logits a channel for every class"
         remedy = "ids start at 0" if low >= 1 and high == classes else remedy
         raise ValueError(
             f"target must hold class ids from 0 to {classes - 1}{ignored}, got values from {low:g} to {high:g}; "
@@ -152,43 +163,50 @@ def _check_sums_to_one(target: Tensor, ignore_index: int | None) -> None:
 
 
 def check_logits(logits: Tensor, *, activation: Activation) -> None:
-    """Refuse what an activation would be applied to for the second time. Reads the values, as `check_values` does.
+    """Refuse logits to which an activation was already applied. Reads the values, like `check_values`.
 
     Raises:
-        ValueError: probabilities under a softmax, or a mask of 0 and 1. (Probabilities under a sigmoid cannot be told
-            from the logits of a young net.)
+        ValueError: the logits are probabilities under a softmax, or a mask of 0 and 1. (Probabilities under a sigmoid
+            look like the logits of a net at the start of training.)
+
+    >>> check_logits(torch.eye(8).view(1, 1, 8, 8), activation="sigmoid")
+    Traceback (most recent call last):
+    ...
+    ValueError: logits are a mask of 0 and 1; to score a finished prediction set activation=None
     """
-    if activation is None or logits.numel() < _TELLING:
+    if activation is None or logits.numel() < _MIN_LOGITS:
         return
     logits = logits.detach()
-    # A corner of real logits tells at once that they are none of these.
-    for part in (logits[0].flatten(1)[:, :_TELLING] if logits[0].is_contiguous() else logits[:1], logits):
+    # A corner is enough to accept real logits.
+    for part in (logits[0].flatten(1)[:, :_MIN_LOGITS] if logits[0].is_contiguous() else logits[:1], logits):
         low, high = (float(v) for v in torch.aminmax(part))
         if not 0 <= low <= high <= 1:
             return
     if low == high:
         return
     if activation == "softmax":
-        # Rounding each to bfloat16 leaves a sum within 2e-3 of 1.
+        # Probabilities that were rounded to bfloat16 sum to 1 within 2e-3.
         if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 1e-2):
             raise ValueError(
                 "logits are probabilities: they lie in [0, 1] and sum to 1 over the classes; "
-                "leave the net's softmax out, or set activation=None"
+                "remove the net's softmax, or set activation=None"
             )
     elif bool(((logits == 0) | (logits == 1)).all()):
-        raise ValueError(
-            "logits are a mask: each of them is 0 or 1; for a prediction that is already decided set activation=None"
-        )
+        raise ValueError("logits are a mask of 0 and 1; to score a finished prediction set activation=None")
 
 
 def value_range(target: Tensor, ignore_index: int | None) -> tuple[float, float]:
-    """The least and the greatest value that is not ignored; (0, 0) where all is ignored."""
+    """Return the least and the greatest value that is not ignored; (0, 0) if all are ignored.
+
+    >>> value_range(torch.tensor([0, 2, 255]), ignore_index=255)
+    (0.0, 2.0)
+    """
     if target.dtype == torch.bool:
         return 0.0, 1.0
     if not target.is_floating_point() and target.dtype not in COMPARABLE:
         target = target.long()
     low, high = (float(v) for v in torch.aminmax(target))
-    # The second, masked pass is only needed where an ignored value (or NaN) stands at an end of the range.
+    # A second, masked pass is only needed if an ignored value, or NaN, is an end of the range.
     if ignore_index is not None and (low == ignore_index or high == ignore_index or low != low):
         valid = valid_pixels(target, ignore_index)
         kept = target if valid is None else target[valid]

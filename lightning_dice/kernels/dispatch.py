@@ -1,4 +1,4 @@
-"""Which implementation of the sums does the work: by device, in this one place, unless it is forced."""
+"""Selection of the backend that computes the sums: by device, unless one is forced."""
 
 from __future__ import annotations
 
@@ -14,92 +14,97 @@ from lightning_dice.kernels import native, torch_blocked, triton_backend
 from lightning_dice.kernels.backend import Backend, SumsSpec
 from lightning_dice.library_internals.torch import is_transform_wrapper
 
-TWINS = {
+BACKENDS = {
     "native": cast(Backend, native),
     "blocked": cast(Backend, torch_blocked),
     "triton": cast(Backend, triton_backend),
 }
-NAMES = ("reference", *TWINS)
-# The first that can does the work.
+NAMES = ("reference", *BACKENDS)
+# In order of preference.
 _BY_DEVICE = {"cpu": ("native", "blocked"), "cuda": ("triton",)}
 
 
 def available() -> dict[str, str | None]:
-    """Each implementation by name, with the reason why it cannot run here; `None`: it can.
+    """Return the reason why each implementation cannot run here, by name; `None` if it can.
 
-    On the CPU the sums are done by the first of `native` and `blocked` that can, on CUDA by `triton`, and by the
-    reference where neither can, as well as for what only the reference does: a second derivative, a gradient of the
-    target or of the weight, `annotated`, probabilities (`activation=None`).
+    The CPU uses `native` or else `blocked`, CUDA uses `triton`. The reference is the fallback, and the only
+    implementation of second derivatives, gradients of the target or the weight, `annotated`, and, on the CPU,
+    probabilities (`activation=None`).
 
     >>> available()["reference"] is None
     True
     """
-    return {"reference": None, **{name: twin.missing() for name, twin in TWINS.items()}}
+    return {"reference": None, **{name: backend.unavailable_reason() for name, backend in BACKENDS.items()}}
 
 
 @contextmanager
 def forced(name: str | None, *, strict: bool = False) -> Iterator[None]:
-    """Have one implementation do the sums, for what it can do, while the context lasts; `None`: as by default.
+    """Use one implementation within the context, for all sums that it supports; `None` restores the default.
 
-    The environment variable `LIGHTNING_DICE_KERNEL` does the same for a whole process. Both hold for all threads.
+    The environment variable `LIGHTNING_DICE_KERNEL` does the same for a whole process. Both apply to all threads.
 
     Args:
-        name: of the implementation.
-        strict: refuse what the implementation cannot do, instead of leaving it to the reference.
+        name: a key of `available()`.
+        strict: raise an error for sums that the implementation does not support, instead of using the reference.
 
     Raises:
-        ValueError: an unknown name, or an implementation that cannot run here, with the reason.
+        ValueError: the name is unknown, or the implementation cannot run here; gives the reason.
 
     >>> with forced("reference"):
     ...     pass
     """
     global _forced, _strict
-    before, _forced, _strict = (_forced, _strict), _checked(name), strict
+    before, _forced, _strict = (_forced, _strict), _check_name(name), strict
     try:
         yield
     finally:
         _forced, _strict = before
 
 
-def chosen(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    """The name of the twin that does this work; `None`: the reference does."""
-    if not _lies_in_memory(logits, target, weight):
+def choose_backend(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    """Return the name of the backend for these sums; `None` if the reference computes them."""
+    if not _are_plain(logits, target, weight):
         return None
     names = _BY_DEVICE.get(logits.device.type, ()) if _forced is None else (_forced,)
     for name in names:
-        if name != "reference" and _usable(name) and TWINS[name].takes(work, logits, target, weight):
+        if name != "reference" and _is_available(name) and BACKENDS[name].supports(spec, logits, target, weight):
             return name
     return None
 
 
 def check_forced() -> None:
-    """Refuse an implementation, named in the environment perhaps, that is not known or cannot run here.
+    """Check the implementation that is forced, perhaps by the environment.
 
     Raises:
-        ValueError: names what there is, or the reason.
+        ValueError: its name is unknown, or it cannot run here; lists the names or gives the reason.
+
+    >>> with forced("reference"):
+    ...     check_forced()
     """
-    _checked(_forced)
+    _check_name(_forced)
 
 
 def refuse_if_strict() -> None:
-    """Called where the reference does the work: raise if another was to, and no other.
+    """Raise an error, before the reference computes sums, if another implementation is forced and `strict`.
 
     Raises:
-        ValueError: names it.
+        ValueError: names that implementation.
     """
     if _strict and _forced != "reference":
-        raise ValueError(f"{_forced!r} cannot do these sums, on these tensors: the reference would have to")
+        raise ValueError(
+            f"{_forced!r} does not support these sums of these tensors: leave strict out to use the reference"
+        )
 
 
-def native_counts(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
-    """Whether the C++ kernels count what these tensors hold."""
+def can_count_natively(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
+    """Whether the C++ kernels count these predictions and labels."""
     if _forced not in (None, "native") or torch.compiler.is_compiling():
         return False
-    return _lies_in_memory(*tensors) and _usable("native") and native.can_count(classes, ignore_index, *tensors)
+    return _are_plain(*tensors) and _is_available("native") and native.can_count(classes, ignore_index, *tensors)
 
 
-def _lies_in_memory(*tensors: Tensor | None) -> bool:
-    """Whether tensors are what their memory says: no subclass, no wrapper of a transform, no view with a sign."""
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Whether the memory of tensors holds their values: no subclass, wrapper of a transform or lazily negated view."""
     if torch.compiler.is_compiling():
         return True
     return not torch.jit.is_tracing() and all(  # type: ignore[attr-defined,no-untyped-call]
@@ -113,22 +118,22 @@ def _lies_in_memory(*tensors: Tensor | None) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _usable(name: str) -> bool:
+def _is_available(name: str) -> bool:
     if name == _forced:
         check_forced()
-    return TWINS[name].missing() is None
+    return BACKENDS[name].unavailable_reason() is None
 
 
-def _checked(name: str | None) -> str | None:
+def _check_name(name: str | None) -> str | None:
     if name is None:
         return None
     if name not in NAMES:
-        raise ValueError(f"the implementations of the sums are {', '.join(NAMES)}, got {name!r}")
-    if name != "reference" and (why := TWINS[name].missing()) is not None:
-        raise ValueError(f"{name!r} cannot run here: {why}")
+        raise ValueError(f"the implementation of the sums must be one of {', '.join(NAMES)}, got {name!r}")
+    if name != "reference" and (reason := BACKENDS[name].unavailable_reason()) is not None:
+        raise ValueError(f"{name!r} cannot run here: {reason}")
     return name
 
 
-# Checked at the first use: an import should not fail, and a build may take some seconds.
+# Checked at the first use, as an import should not fail and a build may take some seconds.
 _forced: str | None = os.environ.get("LIGHTNING_DICE_KERNEL") or None
 _strict = False

@@ -1,4 +1,4 @@
-"""Logits and target as every sum, and every loss that is not a sum, reads them: ignored pixels hold nothing."""
+"""Flattened logits and target, with ignored pixels blanked: the input of the reference and of other losses."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from lightning_dice.kernels.sums import valid_pixels
 
 @dataclass(frozen=True)
 class Pixels:
-    """Flattened input in which no ignored pixel can do harm.
+    """Flattened input; whatever ignored pixels held is replaced by 0.
 
     Attributes:
-        logits: `(images, classes, pixels)`, float32 or float64; 0 where ignored.
-        target: class ids `(images, 1, pixels)` or planes `(images, classes, pixels)`; 0 where ignored.
-        weight: `(images, 1 or classes, pixels)`, 0 where ignored; `None`: 1 everywhere.
-        activation: what turns logits into probabilities.
-        planes: whether the target is planes.
-        annotated: `(images, classes)`, False for a class that its image says nothing about; `None`: all are.
+        logits: `(images, classes, pixels)`, float32 or float64.
+        target: class ids `(images, 1, pixels)` or planes `(images, classes, pixels)`.
+        weight: `(images, 1 or classes, pixels)`; `None` if every pixel has the weight 1.
+        activation: maps logits to probabilities.
+        planes: whether the target holds planes.
+        annotated: `(images, classes)`, False for a class that is not annotated in an image; `None` if all are.
+
+    >>> pixels = Pixels(torch.zeros(1, 2, 3), torch.tensor([[[0, 1, 1]]]), None, "softmax", planes=False)
+    >>> pixels.probs()
+    tensor([[[0.5000, 0.5000, 0.5000],
+             [0.5000, 0.5000, 0.5000]]])
+    >>> pixels.target_planes()
+    tensor([[[1., 0., 0.],
+             [0., 1., 1.]]])
+    >>> pixels.nll()
+    tensor([[[0.6931, 0.6931, 0.6931]]])
     """
 
     logits: Tensor
@@ -33,7 +43,7 @@ class Pixels:
     annotated: Tensor | None = None
 
     def probs(self) -> Tensor:
-        """Probabilities, `(images, classes, pixels)`."""
+        """Return the probabilities, `(images, classes, pixels)`."""
         if self.activation is None:
             return self.logits
         function = _Softmax if self.activation == "softmax" else _Sigmoid
@@ -41,13 +51,13 @@ class Pixels:
         return probs
 
     def target_planes(self) -> Tensor:
-        """The target as planes of the logits' dtype, for losses that cannot do without: ids become one-hot."""
+        """Return the target as planes in the dtype of the logits, one-hot for class ids."""
         if self.planes:
             return self.target.to(self.logits.dtype)
         return torch.zeros_like(self.logits).scatter_(1, self.target.long(), 1.0)
 
     def nll(self) -> Tensor:
-        """-log p of the true class, `(images, 1, pixels)`, or with planes the cross-entropy of each of them."""
+        """Return -log p of the true class, `(images, 1, pixels)`, or with planes the cross-entropy of each plane."""
         z, t = self.logits, self.target
         if not self.planes:
             return _true_nll(z, t.long()) if self.activation == "softmax" else -log(z.gather(1, t.long()))
@@ -68,17 +78,17 @@ def read_pixels(
     weight: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> Pixels:
-    """`Pixels` of input that has passed its checks.
+    """Flatten input that has been checked, and blank its ignored pixels.
 
     Args:
         logits: `(batch, classes, *space)`.
         target: ids `(batch, *space)` or planes `(batch, classes, *space)`.
-        activation: what turns logits into probabilities.
-        ignore_index: the label of pixels that count as nothing.
+        activation: maps logits to probabilities.
+        ignore_index: label of the pixels to ignore.
         weight: `(batch, *space)` or `(batch, classes, *space)`.
-        annotated: `(batch, classes)`. Where classes exclude each other, a pixel that belongs to a class that is not
-            annotated is labelled as background: there the probabilities of these classes count as the background's,
-            class 0 (Shi et al., Medical Image Analysis 2021, "marginal loss").
+        annotated: `(batch, classes)`. If classes exclude each other, pixels of a class that is not annotated are
+            labelled as background, class 0, so the probability of that class is added to the background's (Shi et al.,
+            Medical Image Analysis 2021, "marginal loss").
     """
     z = logits.flatten(2)
     z = z if z.dtype == torch.float64 else z.float()
@@ -98,14 +108,14 @@ def read_pixels(
         z = z.where(valid, zero)
         w = valid.to(z.dtype) if w is None else w.where(valid, zero)
     if annotated is not None:
-        z = _without(z, annotated, exclusive=not planes or activation == "softmax", activation=activation)
+        z = _merge_unannotated(z, annotated, exclusive=not planes or activation == "softmax", activation=activation)
         if planes:
             t = t.where(annotated.unsqueeze(2), torch.zeros((), dtype=t.dtype, device=t.device))
     return Pixels(z, t, w, activation, planes, annotated)
 
 
-def _without(z: Tensor, annotated: Tensor, *, exclusive: bool, activation: str | None) -> Tensor:
-    """Logits without the classes that are not annotated, their probability given to the background."""
+def _merge_unannotated(z: Tensor, annotated: Tensor, *, exclusive: bool, activation: str | None) -> Tensor:
+    """Blank the classes that are not annotated, after adding their probability to the background's if exclusive."""
     missing = ~annotated.unsqueeze(2)
     nothing = torch.zeros((), dtype=z.dtype, device=z.device)
     if not exclusive:
@@ -113,7 +123,7 @@ def _without(z: Tensor, annotated: Tensor, *, exclusive: bool, activation: str |
     merged = missing.clone()
     merged[:, 0] = True
     if activation == "softmax":
-        # Finite, as infinity minus infinity is NaN; small enough for a probability of 0.
+        # Low enough for a probability of 0, but finite, as infinity minus infinity is NaN.
         nothing = torch.full((), torch.finfo(z.dtype).min / 8, dtype=z.dtype, device=z.device)
         background = z.masked_fill(~merged, -torch.inf).logsumexp(1, keepdim=True)
     else:
@@ -122,7 +132,7 @@ def _without(z: Tensor, annotated: Tensor, *, exclusive: bool, activation: str |
 
 
 class _Sigmoid(torch.autograd.Function):
-    """Sigmoid with a gradient of p · sigmoid(-z): p (1 - p) is 0 from a logit of 18 on, where float32 has p = 1."""
+    """Sigmoid with the gradient p · sigmoid(-z). From a logit of 18, float32 rounds p to 1 and p (1 - p) to 0."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -132,16 +142,15 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        slope: Tensor = z.sigmoid() * (-z).sigmoid()
-        return grad[0] * slope
+        derivative: Tensor = z.sigmoid() * (-z).sigmoid()
+        return grad[0] * derivative
 
 
 class _Softmax(torch.autograd.Function):
-    r"""Softmax whose gradient keeps its digits where one class is all but certain.
+    """Softmax whose gradient stays exact if one class is almost certain: the part by p in `kernels.backend`.
 
-    With g from above, :math:`dz_c = p_c\,(g_c - \sum_k g_k p_k)`. For a class m with p > 1/2, of which there can be one
-    and whose p may be rounded to 1, that is :math:`p_m\,(g_m q - \sum_{k \ne m} g_k p_k)` with
-    :math:`q = \sum_{k \ne m} p_k`, in which nothing of the order of 1 is left to cancel.
+    The class m is that with p > 1/2, if there is one. Only its own gradient needs the form without cancellation, with
+    q as the sum of the other probabilities.
     """
 
     @staticmethod
@@ -156,24 +165,24 @@ class _Softmax(torch.autograd.Function):
         likely = p > 0.5
         others = p.masked_fill(likely, 0)
         rest, whole = (g * others).sum(1, keepdim=True), (g * p).sum(1, keepdim=True)
-        slope: Tensor = p * torch.where(likely, g * others.sum(1, keepdim=True) - rest, g - whole)
-        return slope
+        gradient: Tensor = p * torch.where(likely, g * others.sum(1, keepdim=True) - rest, g - whole)
+        return gradient
 
 
 def _true_nll(z: Tensor, ids: Tensor) -> Tensor:
-    """-log p of the true class as softplus(logsumexp of the others - its logit), which keeps its digits near p = 1."""
+    """Return -log p of the true class as softplus(logsumexp of the others - its logit), which is exact near p = 1."""
     own = z.gather(1, ids)
     others = z.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    # A logit of infinity is a network that has diverged: infinity minus infinity, NaN, says so.
+    # Infinity minus infinity is NaN: an infinite logit, from a network that has diverged, must show.
     return softplus(others - own) + (own - own)
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z); the default threshold of 20 leaves out e^-20, which float64 would show."""
+    """Return log(1 + e^z), exact in float64: with the default threshold of 20, torch drops a term of e^-20."""
     return F.softplus(z, threshold=40)
 
 
 def log(p: Tensor) -> Tensor:
-    """Logarithm of a probability, of which 0 has a finite one with a gradient of 0."""
-    # Clamped before the logarithm: after it, the gradient at 0 would be 0 times infinity.
+    """Return the logarithm of a probability, finite and with a gradient of 0 at p = 0."""
+    # Clamped before the logarithm, as afterwards the gradient at 0 would be 0 times infinity.
     return p.clamp(min=torch.finfo(p.dtype).tiny).log()

@@ -1,9 +1,10 @@
-"""The sums themselves, as a value, and which of them a loss wants."""
+"""The sums as a value, `OverlapSums`, and the request for some of them, `RequiredSums`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,12 @@ class Focal(NamedTuple):
     """The focal factor of a cross-entropy (Lin et al., ICCV 2017).
 
     Attributes:
-        gamma: exponent of 1 - p of the true class.
-        alpha: weight of the foreground, 1 - alpha that of the background; `None`: 1 for both. Only where each class
-            has a plane of its own.
+        gamma: exponent of 1 - p, with p the probability of the true class.
+        alpha: weight of the foreground; the background has the weight 1 - alpha. `None` gives both the weight 1. Used
+            only if classes do not exclude each other.
+
+    >>> Focal(gamma=1.5)
+    Focal(gamma=1.5, alpha=None)
     """
 
     gamma: float = 2.0
@@ -25,7 +29,7 @@ class Focal(NamedTuple):
 
 @dataclass(frozen=True)
 class RequiredSums:
-    """Sums beyond the four that are always there; see `OverlapSums` for what each is.
+    """The sums that a loss requires beyond the four that are always computed; `OverlapSums` defines them.
 
     >>> RequiredSums(nll=True) | RequiredSums(squares=True)
     RequiredSums(squares=True, minimum=False, nll=True, all_nll=False, absent_nll=False, focal=None)
@@ -39,13 +43,13 @@ class RequiredSums:
     focal: Focal | None = None
 
     def __or__(self, other: RequiredSums) -> RequiredSums:
-        """What either wants.
+        """Return the sums that either requires.
 
         Raises:
-            ValueError: both want a focal sum, with different factors; `agrees` tells before.
+            ValueError: both require a focal sum, with different factors. Check `agrees` first.
         """
         if not self.agrees(other):
-            raise ValueError(f"one pass has one focal factor, got {self.focal} and {other.focal}")
+            raise ValueError(f"sums of one pass must share one focal factor, got {self.focal} and {other.focal}")
         return RequiredSums(
             self.squares or other.squares,
             self.minimum or other.minimum,
@@ -56,17 +60,31 @@ class RequiredSums:
         )
 
     def agrees(self, other: RequiredSums) -> bool:
-        """Whether one pass can serve both."""
+        """Whether one pass can compute both.
+
+        >>> RequiredSums(focal=Focal(1.0)).agrees(RequiredSums(focal=Focal(2.0)))
+        False
+        """
         return self.focal is None or other.focal is None or self.focal == other.focal
 
 
 def wide_dtype(values: Tensor) -> torch.dtype:
-    """The dtype in which sums over pixels are taken: float64, but on devices that have none."""
+    """Return the dtype in which sums over pixels accumulate: float64, or float32 on devices without it.
+
+    >>> wide_dtype(torch.zeros(1))
+    torch.float64
+    """
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def holds_label(target: Tensor, ignore_index: int | None) -> bool:
-    """Whether a target's dtype can hold the ignored label: compared with uint8, torch takes -1 for 255."""
+    """Whether the dtype of a target can hold the ignored label.
+
+    If it cannot, no pixel is ignored; a comparison would wrap around, as torch finds uint8 255 equal to -1.
+
+    >>> holds_label(torch.zeros(2, dtype=torch.uint8), 255), holds_label(torch.zeros(2, dtype=torch.uint8), -1)
+    (True, False)
+    """
     if ignore_index is None or target.dtype == torch.bool:
         return False
     if target.is_floating_point():
@@ -76,7 +94,11 @@ def holds_label(target: Tensor, ignore_index: int | None) -> bool:
 
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Where the target does not hold the ignored label; `None` if that is everywhere."""
+    """Return a mask of the pixels that are not ignored; `None` if the target cannot hold the ignored label.
+
+    >>> valid_pixels(torch.tensor([0, 1, 255]), 255)
+    tensor([ True,  True, False])
+    """
     if not holds_label(target, ignore_index):
         return None
     return target.ne(ignore_index)  # type: ignore[arg-type]
@@ -84,7 +106,7 @@ def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class OverlapSums:
-    r"""Sums over the pixels of each class in each image, every one of shape `(images, classes)`.
+    r"""Sums over the pixels of each class in each image, each of shape `(images, classes)`.
 
     With the pixel weight `w` (0 at ignored pixels), the probability `p` and the target `t`:
 
@@ -93,16 +115,21 @@ class OverlapSums:
         predicted: :math:`\sum w p`.
         actual: :math:`\sum w t`.
         count: :math:`\sum w`, in pixels.
-        predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless wanted (a loss says so by its
-            `wanted`: `RequiredSums(squares=True)`).
+        predicted_squares: :math:`\sum w p^2`; this and the following are `None` unless required, as by
+            `RequiredSums(squares=True)`.
         actual_squares: :math:`\sum w t^2`.
-        minimum: :math:`\sum w \min(p, t)`; the overlap, where every label is 0 or 1.
-        nll: :math:`\sum w\,(-\log p)` over the pixels of the true class, in the sum of that class, where classes
-            exclude each other; otherwise the binary cross-entropy.
-        all_nll: :math:`\sum w\,(-\log p)`, whatever the target is.
-        absent_nll: :math:`\sum w\,(-\log(1 - p))`, the cross-entropy of a class that should not be there.
-        focal: as `nll`, each term times the focal factor.
-        exclusive: whether the classes exclude each other (ids, or a softmax).
+        minimum: :math:`\sum w \min(p, t)`; equals the overlap if every label is 0 or 1.
+        nll: the cross-entropy. If classes exclude each other, :math:`\sum w t\,(-\log p)`, so that each pixel is part
+            of the sum of its true class; otherwise the binary cross-entropy of each class.
+        all_nll: :math:`\sum w\,(-\log p)`, whatever the target.
+        absent_nll: :math:`\sum w\,(-\log(1 - p))`, the cross-entropy of a class that is absent.
+        focal: `nll` with each term multiplied by the focal factor.
+        exclusive: whether classes exclude each other, as with class ids or a softmax.
+
+    >>> field = torch.tensor([[2.0]])
+    >>> sums = OverlapSums(overlap=field, predicted=2 * field, actual=field, count=5 * field)
+    >>> 2 * sums.overlap / (sums.predicted + sums.actual)
+    tensor([[0.6667]])
     """
 
     overlap: Tensor
@@ -120,21 +147,34 @@ class OverlapSums:
 
     @property
     def fields(self) -> dict[str, Tensor]:
-        """The sums that are there, by name."""
+        """The sums that are not `None`, by name."""
         return {name: value for name in _NAMES if (value := getattr(self, name)) is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> OverlapSums:
-        """The same sums with `function` applied to each tensor."""
-        return self.having({name: function(value) for name, value in self.fields.items()})
+        """Apply `function` to each sum.
 
-    def having(self, fields: Mapping[str, Tensor]) -> OverlapSums:
-        """The same sums, but for those given by name."""
-        return replace(self, **fields)  # type: ignore[arg-type]
+        >>> OverlapSums(*torch.ones(4, 1, 2)).map(lambda field: field.sum(1, keepdim=True)).count
+        tensor([[2.]])
+        """
+        return self.replace(**{name: function(value) for name, value in self.fields.items()})
+
+    def replace(self, **fields: Tensor) -> OverlapSums:
+        """Return these sums with some replaced by name.
+
+        >>> OverlapSums(*torch.ones(4, 1, 1)).replace(count=torch.zeros(1, 1)).count
+        tensor([[0.]])
+        """
+        return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
 
     @staticmethod
-    def cat(parts: Sequence[OverlapSums]) -> OverlapSums:
-        """The images of several batches, one after the other: what accumulated micro-batches have together."""
-        return parts[0].having({name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields})
+    def cat(batches: Sequence[OverlapSums]) -> OverlapSums:
+        """Concatenate the images of several batches, such as accumulated micro-batches.
+
+        >>> OverlapSums.cat([OverlapSums(*torch.ones(4, 1, 2)), OverlapSums(*torch.ones(4, 3, 2))]).count.shape
+        torch.Size([4, 2])
+        """
+        first = batches[0]
+        return first.replace(**{name: torch.cat([batch.fields[name] for batch in batches]) for name in first.fields})
 
 
 _NAMES = tuple(name for name in OverlapSums.__dataclass_fields__ if name != "exclusive")

@@ -1,6 +1,6 @@
-"""The sums in plain PyTorch over blocks that fit a processor's cache: what the CPU has where nothing can be compiled.
+"""The sums of Dice and cross-entropy in plain PyTorch, for a CPU without a compiler.
 
-Does what Dice and cross-entropy need. Peak memory is the gradient and a block.
+Pixels are processed in blocks that fit the cache. Peak memory is the gradient plus one block.
 """
 
 from __future__ import annotations
@@ -13,73 +13,73 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dice.kernels.backend import SumsSpec
-from lightning_dice.kernels.pages import ask_for_large_pages
+from lightning_dice.kernels.huge_pages import advise_huge_pages
 from lightning_dice.kernels.pixels import read_pixels
 
-_BLOCK = 1 << 19  # logits: few enough for the cache, and enough to keep all threads at work for a while
+_BLOCK = 1 << 19  # logits: few enough for the cache, enough to keep all threads busy
 CHECKS_VALUES = False
 _DICE_AND_CE = {"overlap", "predicted", "actual", "count", "nll"}
 
 
-def missing() -> str | None:
-    """It runs wherever PyTorch does."""
+def unavailable_reason() -> str | None:
+    """Return `None`, as this backend runs wherever PyTorch does."""
     return None
 
 
-def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Softmax with class ids and sigmoid, with the sums of Dice and cross-entropy."""
+def supports(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether these are sums of Dice and cross-entropy, of a sigmoid with planes or a softmax with class ids."""
     shared = weight is None or weight.shape != logits.shape
-    form = work.activation == "sigmoid" if work.planes else work.activation == "softmax" and shared
-    return form and set(work.rows) <= _DICE_AND_CE and logits.device.type != "mps"
+    form = spec.activation == "sigmoid" if spec.planes else spec.activation == "softmax" and shared
+    return form and set(spec.rows) <= _DICE_AND_CE and logits.device.type != "mps"
 
 
-def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The sums, float64 `(rows, images, classes)`."""
-    sums = logits.new_zeros((len(work.rows), *logits.shape[:2]), dtype=torch.float64)
-    for image, _, read in _blocks(work, logits, target, weight):
-        fields = _sigmoid_sums(read, work) if work.planes else _softmax_sums(read, work)
-        sums[:, image] += torch.stack([fields[name].double() for name in work.rows])
+def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the sums, float64 `(rows, images, classes)`."""
+    sums = logits.new_zeros((len(spec.rows), *logits.shape[:2]), dtype=torch.float64)
+    for image, _, block in _blocks(spec, logits, target, weight):
+        fields = _sigmoid_sums(block, spec) if spec.planes else _softmax_sums(block, spec)
+        sums[:, image] += torch.stack([fields[name].double() for name in spec.rows])
     return sums
 
 
-def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
-    slope = torch.empty_like(logits)
-    ask_for_large_pages(slope)
-    flat = slope.flatten(2)
-    for image, run, read in _blocks(work, logits, target, weight):
-        rows = dict(zip(work.rows, grad[:, image].to(read.z.dtype), strict=True))
-        make = _sigmoid_slope if work.planes else _softmax_slope
-        flat[image, :, run] = make(read, rows)
-    # Where the space axes are not one axis of one stride, flattening has made a copy.
-    return slope if flat.data_ptr() == slope.data_ptr() else slope.copy_(flat.view(slope.shape))
+def backward(spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the gradient of the logits, in their shape, dtype and memory format, from that of the sums."""
+    gradient = torch.empty_like(logits)
+    advise_huge_pages(gradient)
+    flat = gradient.flatten(2)
+    for image, run, block in _blocks(spec, logits, target, weight):
+        rows = dict(zip(spec.rows, grad[:, image].to(block.z.dtype), strict=True))
+        flat[image, :, run] = _sigmoid_gradient(block, rows) if spec.planes else _softmax_gradient(block, rows)
+    # Flattening has copied if the space axes cannot be viewed as one.
+    return gradient if flat.data_ptr() == gradient.data_ptr() else gradient.copy_(flat.view(gradient.shape))
 
 
 def _blocks(
-    work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None
-) -> Iterator[tuple[int, slice, _Read]]:
-    """Runs of pixels of one image: its number, which pixels, and what they hold."""
+    spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None
+) -> Iterator[tuple[int, slice, _Block]]:
+    """Yield an image's index, a run of its pixels and their contents."""
     images, classes = logits.shape[:2]
     length = max(_BLOCK // max(classes, 1), 1024)
-    z, t = logits.flatten(2), target.flatten(2 if work.planes else 1)
+    z, t = logits.flatten(2), target.flatten(2 if spec.planes else 1)
     w = None if weight is None else weight.flatten(2 if weight.shape == logits.shape else 1)
     for image in range(images):
         one = slice(image, image + 1)
         for start in range(0, z.shape[2], length):
             run = slice(start, start + length)
-            read = read_pixels(
+            pixels = read_pixels(
                 z[one, :, run],
                 t[one, ..., run],
-                activation=work.activation,
-                ignore_index=work.ignore_index,
+                activation=spec.activation,
+                ignore_index=spec.ignore_index,
                 weight=None if w is None else w[one, ..., run],
             )
-            yield image, run, _Read(read.logits[0], read.target[0], None if read.weight is None else read.weight[0])
+            w_run = None if pixels.weight is None else pixels.weight[0]
+            yield image, run, _Block(pixels.logits[0], pixels.target[0], w_run)
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Without harm in ignored pixels: `(classes, pixels)`, the others `(1 or classes, pixels)`."""
+class _Block:
+    """Logits `(classes, pixels)`, target and weight `(1 or classes, pixels)`, with ignored pixels blanked."""
 
     z: Tensor
     target: Tensor
@@ -93,11 +93,11 @@ class _Read:
 
 
 @dataclass(frozen=True)
-class _Softened:
-    """With x = exp(z - max): what of it is the own class's, and what is everything else, apart.
+class _Softmax:
+    """A softmax with the true class kept apart from the others, so that 1 - p and -log p are exact near p = 1.
 
-    1 - p of the own class is others/(others + own), and its -log p is log1p(others/own): both keep their digits where p
-    is near 1.
+    With x = exp(z - max), p of the true class is own/(others + own), 1 - p is others/(others + own), and -log p is
+    log1p(others/own).
     """
 
     x: Tensor
@@ -107,62 +107,59 @@ class _Softened:
     inv: Tensor
 
     @staticmethod
-    def of(z: Tensor, ids: Tensor, top: Tensor) -> _Softened:
+    def of(z: Tensor, ids: Tensor, top: Tensor) -> _Softmax:
         x = (z - top).exp_()
         own = x.gather(0, ids)
         others = x.scatter_(0, ids, 0).sum(0, keepdim=True)
         x.scatter_(0, ids, own)
-        return _Softened(x, top, own, others, (others + own).reciprocal_())
+        return _Softmax(x, top, own, others, (others + own).reciprocal_())
 
 
-def _softmax_sums(read: _Read, work: SumsSpec) -> dict[str, Tensor]:
-    z, ids = read.z, read.target.long()
-    soft = _Softened.of(z, ids, z.amax(0, keepdim=True))
-    share = soft.inv if read.weight is None else soft.inv * read.weight
+def _softmax_sums(block: _Block, spec: SumsSpec) -> dict[str, Tensor]:
+    z, ids = block.z, block.target.long()
+    soft = _Softmax.of(z, ids, z.amax(0, keepdim=True))
+    share = soft.inv if block.weight is None else soft.inv * block.weight
     fields = {
-        "count": read.count,
+        "count": block.count,
         "overlap": _by_class(soft.own * share, ids, len(z)),
-        "actual": _by_class(torch.ones_like(share) if read.weight is None else read.weight, ids, len(z)),
+        "actual": _by_class(torch.ones_like(share) if block.weight is None else block.weight, ids, len(z)),
     }
-    fields["predicted"] = soft.x.mul_(share).sum(1)  # Not by BLAS, which adds all in one number.
-    if "nll" in work.rows:
+    fields["predicted"] = soft.x.mul_(share).sum(1)  # BLAS would add all pixels in one float32.
+    if "nll" in spec.rows:
         near = torch.log1p(soft.others / soft.own.clamp(min=0.5))
         nll = torch.where(soft.own > 0.5, near, soft.top - z.gather(0, ids) - soft.inv.log())
-        fields["nll"] = _by_class(nll if read.weight is None else nll * read.weight, ids, len(z))
+        fields["nll"] = _by_class(nll if block.weight is None else nll * block.weight, ids, len(z))
     return fields
 
 
-def _softmax_slope(read: _Read, grad: dict[str, Tensor]) -> Tensor:
-    """With B_c the gradient of p_c and m the greatest class: dz_c = p_c (D_c - s), D_c = B_c - B_m, s = sum p_k D_k.
-
-    D_m = 0, so that s has only terms of the size of 1 - p_m: nothing cancels where p_m is near 1.
-    """
-    z, ids = read.z, read.target.long()
-    soft = _Softened.of(z, ids, z.amax(0, keepdim=True))
-    slope = grad["predicted"].unsqueeze(1).expand_as(z).contiguous()
-    slope.scatter_(0, ids, grad["predicted"][ids] + grad["overlap"][ids])
-    # Of the greatest class, without asking for its number, for which torch takes several times as long.
-    slope -= slope.masked_fill(soft.x < 1, -torch.inf).amax(0, keepdim=True)
-    mine = slope.gather(0, ids)
-    s = slope.mul_(soft.x).sum(0, keepdim=True).mul_(soft.inv)
-    mine = soft.own * soft.inv * (mine - s)
+def _softmax_gradient(block: _Block, grad: dict[str, Tensor]) -> Tensor:
+    """Return the gradient derived in `backend`: `gradient` holds B, then D and D·x, and `s` is the sum of p·D."""
+    z, ids = block.z, block.target.long()
+    soft = _Softmax.of(z, ids, z.amax(0, keepdim=True))
+    gradient = grad["predicted"].unsqueeze(1).expand_as(z).contiguous()
+    gradient.scatter_(0, ids, grad["predicted"][ids] + grad["overlap"][ids])
+    # B of the greatest class, by a maximum: its argmax takes torch several times as long.
+    gradient -= gradient.masked_fill(soft.x < 1, -torch.inf).amax(0, keepdim=True)
+    own = gradient.gather(0, ids)
+    s = gradient.mul_(soft.x).sum(0, keepdim=True).mul_(soft.inv)
+    own = soft.own * soft.inv * (own - s)
     if "nll" in grad:
-        falling = grad["nll"][ids]
-        mine -= falling * soft.others * soft.inv
-        s -= falling
-    slope.addcmul_(soft.x, s, value=-1).mul_(soft.inv).scatter_(0, ids, mine)
-    return slope if read.weight is None else slope.mul_(read.weight)
+        by_nll = grad["nll"][ids]
+        own -= by_nll * soft.others * soft.inv
+        s -= by_nll
+    gradient.addcmul_(soft.x, s, value=-1).mul_(soft.inv).scatter_(0, ids, own)
+    return gradient if block.weight is None else gradient.mul_(block.weight)
 
 
 def _by_class(values: Tensor, ids: Tensor, classes: int) -> Tensor:
     return values.new_zeros(classes, dtype=torch.float64).scatter_add_(0, ids[0], values[0].double())
 
 
-def _sigmoid_sums(read: _Read, work: SumsSpec) -> dict[str, Tensor]:
-    z, t, w = read.z, read.target.to(read.z.dtype), read.weight
+def _sigmoid_sums(block: _Block, spec: SumsSpec) -> dict[str, Tensor]:
+    z, t, w = block.z, block.target.to(block.z.dtype), block.weight
     p = z.sigmoid()
-    fields = {"count": read.count}
-    if "nll" in work.rows:
+    fields = {"count": block.count}
+    if "nll" in spec.rows:
         nll = F.binary_cross_entropy_with_logits(z, t, reduction="none")
         fields["nll"] = (nll if w is None else nll.mul_(w)).sum(1)
     p = p if w is None else p.mul_(w)
@@ -171,11 +168,11 @@ def _sigmoid_sums(read: _Read, work: SumsSpec) -> dict[str, Tensor]:
     return fields
 
 
-def _sigmoid_slope(read: _Read, grad: dict[str, Tensor]) -> Tensor:
-    z, t = read.z, read.target.to(read.z.dtype)
+def _sigmoid_gradient(block: _Block, grad: dict[str, Tensor]) -> Tensor:
+    z, t = block.z, block.target.to(block.z.dtype)
     p, q = z.sigmoid(), z.neg().sigmoid_()
-    slope = torch.addcmul(grad["predicted"].unsqueeze(1), t, grad["overlap"].unsqueeze(1)).mul_(p).mul_(q)
+    gradient = torch.addcmul(grad["predicted"].unsqueeze(1), t, grad["overlap"].unsqueeze(1)).mul_(p).mul_(q)
     if "nll" in grad:
-        # p - t, without the cancellation at p near t = 1.
-        slope += grad["nll"].unsqueeze(1) * p.mul_(1 - t).sub_(q.mul_(t))
-    return slope if read.weight is None else slope.mul_(read.weight)
+        # p - t, without cancellation near p = t = 1.
+        gradient += grad["nll"].unsqueeze(1) * p.mul_(1 - t).sub_(q.mul_(t))
+    return gradient if block.weight is None else gradient.mul_(block.weight)

@@ -1,11 +1,11 @@
-"""The sums on a CUDA device, by two Triton kernels: one reads logits once, one reads them and writes the gradient.
+"""The sums on a CUDA device, by two Triton kernels: one for the sums, one for the gradient, each reading logits once.
 
-Nothing is kept between them but logits and target. No sum depends on the order in which blocks of threads run, so a
-repetition gives the same bits; no value is read back, so a CUDA graph can hold both. Logits and target are read where
-they lie, in any format of memory whose space axes can be walked by one stride; others are copied once.
+Between them nothing is stored but logits and target. No sum depends on the order in which thread blocks run, so results
+are reproducible bit for bit, and no value is read back, so a CUDA graph can capture both. Tensors are read in place if
+their space axes can be walked by one stride; others are copied once.
 
-Triton is imported at the first use. With `TRITON_INTERPRET=1` in the environment before that, tensors of the CPU are
-taken too, slowly: that is how the kernels are tested without a GPU.
+Triton is imported at the first use. With `TRITON_INTERPRET=1` set before that, CPU tensors are supported too, slowly,
+which tests use on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -22,125 +22,162 @@ from torch import Tensor
 
 from lightning_dice.kernels.backend import SumsSpec
 
-# Reading a verdict back would make the GPU wait.
+# Reading a flag back would stall the GPU.
 CHECKS_VALUES = False
 
-# A tile holds all classes of a softmax; beyond this the few pixels that are left no longer fill a memory access.
-_CLASSES = 1024
-# Elsewhere classes are worked on in blocks: in channels_last they lie side by side, so a block should be wide.
+# A tile holds all classes of a softmax; with more than this, it has too few pixels to fill a memory access.
+_MAX_CLASSES = 1024
+# Otherwise classes are processed in blocks, which should be wide, as classes are adjacent in channels_last.
 _CLASS_BLOCK = 32
 _TILE = 2048  # elements
-# Registers decide: each sum that is wanted holds as many numbers of a thread as it has elements of the tile.
+# Limited by registers: each required sum occupies as many numbers of a thread as it has elements of the tile.
 _PER_THREAD = 8
 _FEW_ROWS = 6
-_MOST_WARPS = 16
+_MAX_WARPS = 16
 _PROGRAMS = 1024  # a few for each multiprocessor of a large GPU
-_STEPS = 16  # tiles that a program adds up in the dtype of computation; more would cost digits
-_STAGES = 3  # tiles on their way to the chip: one in use, two ahead
-_BYTES_OF_A_STAGE = 16 << 10  # so that all stages fit into the shared memory of any GPU
-_FAR = 1 << 31
-_LEAST_CAPABILITY = (7, 5)  # of what Triton supports
-_BFLOAT16_CAPABILITY = (8, 0)
+_MAX_STEPS = 16  # tiles that a program adds in the dtype of computation; more would cost digits
+_STAGES = 3  # tiles in flight: one in use, two being loaded
+_STAGE_BYTES = 16 << 10  # so that all stages fit into the shared memory of any GPU
+_INT32_LIMIT = 1 << 31
+_MIN_CAPABILITY = (7, 5)  # required by Triton
+_MIN_BFLOAT16_CAPABILITY = (8, 0)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def missing() -> str | None:
-    """Why it cannot run here: `"no triton"` or `"no CUDA device"`; `None`: it can."""
-    if not _triton_is_there():
+def unavailable_reason() -> str | None:
+    """Return why Triton cannot run here, `"no triton"` or `"no CUDA device"`; `None` if it can."""
+    if not _has_triton():
         return "no triton"
-    if not _interpreted() and not torch.cuda.is_available():
+    if not _is_interpreting() and not torch.cuda.is_available():
         return "no CUDA device"
     return None
 
 
-def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether it can do this work on these tensors: on a GPU, and up to 1024 classes where they exclude each other."""
-    if not _ready():
+def supports(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether the tensors are on one supported GPU, with up to 1024 classes if these exclude each other."""
+    if not _is_ready():
         return False
     if logits.device.type == "cuda":
         capability = _capability(logits.device.index)
-        least = _BFLOAT16_CAPABILITY if torch.bfloat16 in (logits.dtype, target.dtype) else _LEAST_CAPABILITY
-        # AMD's numbers mean something else.
-        if torch.version.hip is None and capability < least:
+        bfloat16 = torch.bfloat16 in (logits.dtype, target.dtype)
+        # AMD numbers its capabilities differently.
+        if torch.version.hip is None and capability < (_MIN_BFLOAT16_CAPABILITY if bfloat16 else _MIN_CAPABILITY):
             return False
-    elif not (logits.device.type == "cpu" and _interpreted()):
+    elif not (logits.device.type == "cpu" and _is_interpreting()):
         return False
-    together = all(other is None or other.device == logits.device for other in (target, weight))
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    known = logits.dtype in floats and not target.dtype.is_complex
-    known = known and (weight is None or weight.dtype in floats)
-    known = known and (not target.is_floating_point() or target.dtype in floats)
-    return together and known and (not _exclusive(work) or logits.shape[1] <= _CLASSES)
+    same_device = all(other is None or other.device == logits.device for other in (target, weight))
+    dtypes = logits.dtype in _FLOATS and not target.dtype.is_complex
+    dtypes = dtypes and (weight is None or weight.dtype in _FLOATS)
+    dtypes = dtypes and (not target.is_floating_point() or target.dtype in _FLOATS)
+    return same_device and dtypes and (not _is_exclusive(spec) or logits.shape[1] <= _MAX_CLASSES)
 
 
-def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The sums, float64 `(rows, images, classes)`, in the order of `work.rows`."""
+def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the sums, float64 `(rows, images, classes)`, in the order of `spec.rows`."""
     images, classes = logits.shape[:2]
     if logits.numel() == 0:
-        return torch.zeros(len(work.rows), images, classes, dtype=torch.float64, device=logits.device)
-    tensors = _Flat.of(work, logits, target, weight)
-    plan = _Plan.of(work, tensors.logits)
-    parts = torch.empty(plan.chunks, len(work.rows), images, classes, dtype=torch.float64, device=logits.device)
-    with _on(logits.device):
-        _kernels().sums_kernel[(plan.programs,)](
-            parts,
-            *tensors.pointers,
-            images,
-            classes,
-            tensors.logits.shape[2],
-            *tensors.strides,
-            *plan.arguments(_ignored_value(work, target)),
-            ROWS=len(work.rows),
-            ACTUAL_SQUARES_ROW=_row(work, "actual_squares"),
-            **plan.constants(work, tensors),
-        )
-    # Fixed in its order too: torch adds along an axis without atomic operations.
-    return parts[0] if plan.chunks == 1 else parts.sum(0)
+        return torch.zeros(len(spec.rows), images, classes, dtype=torch.float64, device=logits.device)
+    launch = _Launch.of(spec, logits, target, weight)
+    shape = (launch.plan.chunks, len(spec.rows), images, classes)
+    partial = torch.empty(shape, dtype=torch.float64, device=logits.device)
+    actual_squares = _row(spec, "actual_squares")
+    launch(_kernels().sums_kernel, (partial,), ROWS=len(spec.rows), ACTUAL_SQUARES_ROW=actual_squares)
+    # Reproducible too: torch adds along an axis without atomic operations.
+    return partial[0] if launch.plan.chunks == 1 else partial.sum(0)
 
 
-def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient of logits, with the shape, dtype and strides of `torch.empty_like(logits)`.
-
-    Args:
-        work: as given to `forward`.
-        grad: the gradient of the sums, float64 `(rows, images, classes)`.
-        logits: `(images, classes, *space)`.
-        target: `(images, *space)` or of the shape of logits.
-        weight: `(images, *space)` or of the shape of logits.
-    """
-    result = torch.empty_like(logits)
+def backward(spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the gradient of the logits, with the shape, dtype and strides of `torch.empty_like(logits)`."""
+    gradient = torch.empty_like(logits)
     if logits.numel() == 0:
-        return result
-    tensors = _Flat.of(work, logits, target, weight)
-    plan = _Plan.of(work, tensors.logits)
-    ordered = result.permute(0, 1, *tensors.order)
-    # Flattening copies what it cannot view; the kernel then fills the copy.
+        return gradient
+    launch = _Launch.of(spec, logits, target, weight)
+    ordered = gradient.permute(0, 1, *launch.tensors.order)
+    # Flattening copies if it cannot view; the kernel then fills the copy.
     flat = ordered.flatten(2)
-    with _on(logits.device):
-        _kernels().gradient_kernel[(plan.programs,)](
-            flat,
-            grad.contiguous(),
-            *tensors.pointers,
-            *logits.shape[:2],
-            flat.shape[2],
-            *flat.stride(),
-            *tensors.strides,
-            *plan.arguments(_ignored_value(work, target)),
-            **plan.constants(work, tensors),
-        )
-    if flat.data_ptr() != result.data_ptr():
+    launch(_kernels().gradient_kernel, (flat, grad.contiguous()), flat.stride())
+    if flat.data_ptr() != gradient.data_ptr():
         ordered.copy_(flat.view(ordered.shape))
-    return result
+    return gradient
 
 
 @dataclass(frozen=True)
-class _Flat:
-    """The tensors of one call with their space axes, in the order in which logits lie in memory, as one.
+class _Launch:
+    """The launch of either kernel on the tensors of one call: all arguments but its outputs are built here."""
+
+    spec: SumsSpec
+    tensors: _FlatTensors
+    plan: _Plan
+
+    @classmethod
+    def of(cls, spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> _Launch:
+        tensors = _FlatTensors.of(logits, target, weight)
+        return cls(spec, tensors, _Plan.of(spec, tensors.logits))
+
+    def __call__(self, kernel: Any, outputs: tuple[Tensor, ...], strides: tuple[int, ...] = (), **rows: int) -> None:
+        """Launch a kernel.
+
+        Args:
+            kernel: from `triton_kernels`.
+            outputs: its first pointers.
+            strides: those of its output, if the kernel takes them.
+            rows: constants that only this kernel takes.
+        """
+        tensors, plan = self.tensors, self.plan
+        arguments = (
+            *outputs,
+            *tensors.pointers,
+            *tensors.logits.shape,
+            *strides,
+            *tensors.strides,
+            _ignored_value(self.spec, tensors.target),
+            plan.chunks,
+            plan.steps,
+        )
+        device = tensors.logits.device
+        # Triton launches on the current device, which may be another.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(plan.programs,)](*arguments, **rows, **self._constants(), num_warps=plan.warps)
+
+    def _constants(self) -> dict[str, Any]:
+        spec, tensors, plan = self.spec, self.tensors, self.plan
+        tl = _kernels().tl
+        wide = tensors.logits.dtype == torch.float64
+        focal = spec.required.focal
+        alpha = None if focal is None else focal.alpha
+        weight = tensors.weight
+        return {
+            "ACTIVATION": spec.activation or "none",
+            "IDS": not spec.planes,
+            "IGNORE": spec.ignore_index is not None,
+            "WEIGHT": "none" if weight is None else "class" if weight.ndim == 3 else "pixel",
+            "SQUARES_ROW": _row(spec, "predicted_squares"),
+            "MINIMUM_ROW": _row(spec, "minimum"),
+            "NLL_ROW": _row(spec, "nll"),
+            "ALL_NLL_ROW": _row(spec, "all_nll"),
+            "ABSENT_NLL_ROW": _row(spec, "absent_nll"),
+            "FOCAL_ROW": _row(spec, "focal"),
+            "GAMMA": 0.0 if focal is None else float(focal.gamma),
+            "FRONT": 1.0 if alpha is None else float(alpha),
+            "BACK": 1.0 if alpha is None else 1.0 - alpha,
+            "COMPUTE": tl.float64 if wide else tl.float32,
+            "TINY": torch.finfo(torch.float64 if wide else torch.float32).tiny,
+            "BLOCK_C": plan.block_c,
+            "BLOCK_P": plan.block_p,
+            "STAGES": _STAGES if plan.tile_bytes(tensors) <= _STAGE_BYTES else 1,
+            "INDEX": tl.int64 if plan.needs_int64(tensors) else tl.int32,
+        }
+
+
+@dataclass(frozen=True)
+class _FlatTensors:
+    """The tensors of one call with their space axes flattened to one, in the memory order of the logits.
 
     Attributes:
         logits: `(images, classes, pixels)`.
         target: `(images, pixels)` or `(images, classes, pixels)`.
-        weight: the same; `None`: 1 everywhere.
-        order: the space axes of logits, the slowest first.
+        weight: like target; `None` if every pixel has the weight 1.
+        order: the space axes of the logits, slowest first.
     """
 
     logits: Tensor
@@ -149,16 +186,16 @@ class _Flat:
     order: tuple[int, ...]
 
     @classmethod
-    def of(cls, work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> _Flat:
+    def of(cls, logits: Tensor, target: Tensor, weight: Tensor | None) -> _FlatTensors:
         order = tuple(sorted(range(2, logits.ndim), key=lambda axis: -logits.stride()[axis]))
 
-        def flat(tensor: Tensor) -> Tensor:
-            lead = tensor.ndim - len(order)
-            axes = [*range(lead), *(axis - 2 + lead for axis in order)]
+        def flatten(tensor: Tensor) -> Tensor:
+            first = tensor.ndim - len(order)
+            axes = [*range(first), *(axis - 2 + first for axis in order)]
             tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            return tensor.permute(axes).flatten(lead)
+            return tensor.permute(axes).flatten(first)
 
-        return cls(flat(logits), flat(target), None if weight is None else flat(weight), order)
+        return cls(flatten(logits), flatten(target), None if weight is None else flatten(weight), order)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -170,7 +207,7 @@ class _Flat:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of images, classes and pixels of all three; 0 along classes where there are none."""
+        """Strides of images, classes and pixels of all three tensors; 0 for an axis that a tensor lacks."""
         strides: tuple[int, ...] = ()
         for tensor in (self.logits, self.target, self.weight):
             own = (0, 0) if tensor is None else tensor.stride()
@@ -180,15 +217,15 @@ class _Flat:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one call is cut up: by its shape alone, so that equal calls add up in the same order.
+    """The division of one call into tiles and programs. It depends on the shape alone, so that sums are reproducible.
 
     Attributes:
         block_c: classes in a tile, a power of two.
-        block_p: pixels in a tile, likewise.
+        block_p: pixels in a tile, a power of two.
         warps: warps of a program, of 32 threads each.
-        steps: tiles of a program, one after the other.
+        steps: tiles that a program processes one after the other.
         chunks: programs that share an image, or a block of its classes.
-        programs: programs in all.
+        programs: total number of programs.
     """
 
     block_c: int
@@ -199,71 +236,39 @@ class _Plan:
     programs: int
 
     @classmethod
-    def of(cls, work: SumsSpec, logits: Tensor) -> _Plan:
+    def of(cls, spec: SumsSpec, logits: Tensor) -> _Plan:
         images, classes, pixels = logits.shape
-        widest = classes if _exclusive(work) else min(classes, _CLASS_BLOCK)
+        widest = classes if _is_exclusive(spec) else min(classes, _CLASS_BLOCK)
         block_c = 1 << (widest - 1).bit_length()
-        heavy = logits.dtype == torch.float64 or len(work.rows) > _FEW_ROWS
+        heavy = logits.dtype == torch.float64 or len(spec.rows) > _FEW_ROWS
         tile, per_thread = (_TILE // 2, _PER_THREAD // 2) if heavy else (_TILE, _PER_THREAD)
-        # 16 pixels of half precision are one sector of memory; less would read what is not used.
+        # 16 pixels of half precision are one memory sector; less would load unused bytes.
         block_p = max(tile // block_c, 32 if block_c <= 128 and not heavy else 16 if block_c <= 512 else 8)
-        warps = min(max(block_c * block_p // (32 * per_thread), 1), _MOST_WARPS)
+        warps = min(max(block_c * block_p // (32 * per_thread), 1), _MAX_WARPS)
         units = images * -(-classes // block_c)
         blocks = -(-pixels // block_p)
-        steps = min(max(blocks * units // _PROGRAMS, 1), _STEPS)
+        steps = min(max(blocks * units // _PROGRAMS, 1), _MAX_STEPS)
         chunks = -(-blocks // steps)
         return cls(block_c, block_p, warps, steps, chunks, units * chunks)
 
-    def arguments(self, ignore: float) -> tuple[float, ...]:
-        return ignore, self.chunks, self.steps
-
-    def constants(self, work: SumsSpec, tensors: _Flat) -> dict[str, Any]:
-        wide = tensors.logits.dtype == torch.float64
-        compute = torch.float64 if wide else torch.float32
-        focal = work.wanted.focal
-        alpha = None if focal is None else focal.alpha
-        weight = tensors.weight
-        return {
-            "ACTIVATION": work.activation or "none",
-            "IDS": not work.planes,
-            "IGNORE": work.ignore_index is not None,
-            "WEIGHT": "none" if weight is None else "class" if weight.ndim == 3 else "pixel",
-            "SQUARES_ROW": _row(work, "predicted_squares"),
-            "MINIMUM_ROW": _row(work, "minimum"),
-            "NLL_ROW": _row(work, "nll"),
-            "ALL_NLL_ROW": _row(work, "all_nll"),
-            "ABSENT_NLL_ROW": _row(work, "absent_nll"),
-            "FOCAL_ROW": _row(work, "focal"),
-            "GAMMA": 0.0 if focal is None else float(focal.gamma),
-            "FRONT": 1.0 if alpha is None else float(alpha),
-            "BACK": 1.0 if alpha is None else 1.0 - alpha,
-            "COMPUTE": _kernels().tl.float64 if wide else _kernels().tl.float32,
-            "TINY": torch.finfo(compute).tiny,
-            "BLOCK_C": self.block_c,
-            "BLOCK_P": self.block_p,
-            "STAGES": _STAGES if self._bytes_of_tiles(tensors) <= _BYTES_OF_A_STAGE else 1,
-            "INDEX": _kernels().tl.int64 if self._far(tensors) else _kernels().tl.int32,
-            "num_warps": self.warps,
-        }
-
-    def _bytes_of_tiles(self, tensors: _Flat) -> int:
+    def tile_bytes(self, tensors: _FlatTensors) -> int:
         return self.block_c * self.block_p * sum(tensor.element_size() for tensor in tensors.all if tensor.ndim == 3)
 
-    def _far(self, tensors: _Flat) -> bool:
-        """Whether an offset inside an image, its last tiles filled up, passes 31 bits."""
+    def needs_int64(self, tensors: _FlatTensors) -> bool:
+        """Whether an offset inside an image, including the padding of its last tiles, exceeds 31 bits."""
         _, classes, pixels = tensors.logits.shape
         rows, columns = classes + self.block_c, pixels + self.steps * self.block_p
-        furthest = [rows * columns]  # of the gradient, which is dense
+        offsets = [rows * columns]  # of the gradient, which is dense
         for tensor in tensors.all:
-            by_class = tensor.stride()[1] if tensor.ndim == 3 else 0
-            furthest.append(rows * by_class + columns * tensor.stride()[-1])
-        return max(furthest) >= _FAR
+            class_stride = tensor.stride()[1] if tensor.ndim == 3 else 0
+            offsets.append(rows * class_stride + columns * tensor.stride()[-1])
+        return max(offsets) >= _INT32_LIMIT
 
 
-# Facts of the machine, which a graph that is being compiled takes as they are.
+# Facts about the machine are constants in a compiled graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _ready() -> bool:
-    return missing() is None
+def _is_ready() -> bool:
+    return unavailable_reason() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -271,35 +276,30 @@ def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _exclusive(work: SumsSpec) -> bool:
-    return not work.planes or work.activation == "softmax"
+def _is_exclusive(spec: SumsSpec) -> bool:
+    return not spec.planes or spec.activation == "softmax"
 
 
-def _row(work: SumsSpec, name: str) -> int:
-    return work.rows.index(name) if name in work.rows else -1
+def _row(spec: SumsSpec, name: str) -> int:
+    return spec.rows.index(name) if name in spec.rows else -1
 
 
-def _ignored_value(work: SumsSpec, target: Tensor) -> float:
-    """The ignored label as a target of this dtype holds it."""
-    if work.ignore_index is None:
+def _ignored_value(spec: SumsSpec, target: Tensor) -> float:
+    """Return the ignored label, rounded to the dtype of the target."""
+    if spec.ignore_index is None:
         return 0
     if target.is_floating_point():
-        # On the CPU whatever the default device is: reading it back would make a GPU wait.
-        return float(torch.tensor(work.ignore_index, dtype=target.dtype, device="cpu"))
-    return work.ignore_index
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        # On the CPU whatever the default device, as reading it back would stall a GPU.
+        return float(torch.tensor(spec.ignore_index, dtype=target.dtype, device="cpu"))
+    return spec.ignore_index
 
 
 @functools.cache
-def _triton_is_there() -> bool:
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
+def _is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,12 +1,12 @@
 # mypy: ignore-errors
-"""Triton kernels of the sums and of their gradient; `lightning_dice.kernels.triton_backend` launches them.
+"""Triton kernels of the sums and their gradient; `lightning_dice.kernels.triton_backend` launches them.
 
-Every program works on tiles of `BLOCK_C` classes by `BLOCK_P` pixels of one image. A tile is read once, in whatever
-order memory has it, and stays in registers: the probabilities are made there, and made again for the gradient. While
-one tile is worked on, the next `STAGES - 1` are on their way.
+Each program processes tiles of `BLOCK_C` classes by `BLOCK_P` pixels of one image. A tile is loaded once, in its memory
+order, and stays in registers; probabilities are computed there, and recomputed for the gradient. While one tile is
+processed, the next `STAGES - 1` are loaded.
 
-Shapes in the comments: C is `BLOCK_C`, P is `BLOCK_P`. Arguments in capitals are constants of a compiled kernel. Those
-that end in `_ROW` are the places of optional sums in the result, -1 where they are not wanted.
+Shapes in the comments: C is `BLOCK_C`, P is `BLOCK_P`. Arguments in capitals are compile-time constants. Those that end
+in `_ROW` are the rows of optional sums in the result, -1 for sums that are not required.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What changes from call to call must not compile a kernel anew where it happens to be 1 or a multiple of 16.
+# Not specialized, as these vary between calls: a value of 1 or a multiple of 16 would recompile the kernel.
 _VARYING = ["images", "ignore", "chunks", "steps"]
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) from logarithms alone: what 1 + x rounds away is added to first order. For x > -1, not infinite."""
+    """Return log(1 + x), for finite x > -1: the part that 1 + x rounds away is added to first order."""
     u = 1.0 + x
     return tl.log(u) - ((u - 1.0) - x) / u
 
@@ -32,10 +32,10 @@ def _softplus(x):
 
 @triton.jit
 def _softmax(z, inside):
-    """p, 1 - p and -log p of every class, (C, P), and where a class is likelier than all others together.
+    """Return p, 1 - p and -log p, (C, P), and a mask of the likely class, which has more than half of the probability.
 
-    There can be one such class; its exponential is the 1 in the total, and 1 - p and -log p come from the rest. Nothing
-    then cancels, however near p is to 1.
+    Its exponential is the 1 in the total; its 1 - p and -log p are computed from the rest, so nothing cancels, however
+    near p is to 1.
     """
     top = tl.max(z, 0)[None, :]
     e = tl.exp(z - top)
@@ -45,14 +45,14 @@ def _softmax(z, inside):
     inverse = 1.0 / total
     p = e * inverse
     q = tl.where(likely, rest * inverse, 1.0 - p)
-    # Classes that only fill the tile hold -inf; infinity times a gradient of 0 would be NaN.
+    # Classes that pad the tile hold -inf, and infinity times a gradient of 0 would be NaN.
     nll = tl.where(inside, (top - z) + _log1p(tl.where(total < 2.0, rest, total - 1.0)), 0.0)
     return p, q, nll, likely
 
 
 @triton.jit
 def _softmax_without(z, likely):
-    """Softmax over all but the likely class, where there is one, and the logarithm of its denominator, (1, P)."""
+    """Return the softmax over the classes other than the likely one, and the logarithm of its denominator, (1, P)."""
     z = tl.where(likely, float("-inf"), z)
     top = tl.max(z, 0)[None, :]
     e = tl.exp(z - top)
@@ -62,7 +62,7 @@ def _softmax_without(z, likely):
 
 @triton.jit
 def _sigmoid(z):
-    """p, 1 - p, -log p and -log(1 - p), none of them by subtraction from 1."""
+    """Return p, 1 - p, -log p and -log(1 - p), none of them by subtraction from 1."""
     e = tl.exp(-tl.abs(z))
     inverse = 1.0 / (1.0 + e)
     small = e * inverse
@@ -73,12 +73,12 @@ def _sigmoid(z):
 
 @triton.jit
 def _activate(z, inside, ACTIVATION: tl.constexpr, ABSENT: tl.constexpr, TINY: tl.constexpr):
-    """p, 1 - p, -log p, -log(1 - p) (of a softmax if ABSENT) and where a softmax has a likely class, all (C, P)."""
+    """Return p, 1 - p, -log p, -log(1 - p) (of a softmax only if ABSENT) and a mask of its likely class, all (C, P)."""
     if ACTIVATION == "softmax":
         p, q, nll, likely = _softmax(z, inside)
         absent = nll
         if ABSENT:
-            # From logits where p is near 1: 1 - p itself underflows for logits of a hundred.
+            # From logits if p is near 1, as 1 - p underflows for logits of a hundred.
             _, others = _softmax_without(z, likely)
             absent = tl.where(likely, _softplus(z - others), -_log1p(-tl.where(likely, 0.0, p)))
     elif ACTIVATION == "sigmoid":
@@ -92,25 +92,25 @@ def _activate(z, inside, ACTIVATION: tl.constexpr, ABSENT: tl.constexpr, TINY: t
 
 
 @triton.jit
-def _of_label(t, x, IDS: tl.constexpr):
-    """The label times x. Not multiplied where labels are true and false: x may be infinite at a false one."""
+def _times_label(t, x, IDS: tl.constexpr):
+    """Return the label times x. Class ids select instead of multiplying, as x may be infinite for a wrong class."""
     return tl.where(t, x, 0.0) if IDS else t * x
 
 
 @triton.jit
 def _power(x, GAMMA: tl.constexpr, TINY: tl.constexpr):
-    """x^gamma, and x as it was taken for it: not 0, of which no logarithm is finite."""
+    """Return x^gamma and x, clamped to have a finite logarithm."""
     x = tl.maximum(x, TINY)
     return tl.exp(tl.log(x) * GAMMA), x
 
 
 @triton.jit
-def _over_pixels(x):
+def _sum_pixels(x):
     return tl.sum(x.to(tl.float64), 1)
 
 
 @triton.jit
-def _read(
+def _load_tile(
     z_ptr,
     t_ptr,
     w_ptr,
@@ -135,22 +135,22 @@ def _read(
     WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """A tile of classes c and pixels i: logits, labels, weights, and where the tile lies inside the image.
+    """Load the tile of classes c and pixels i: logits, labels, weights, valid pixels, and the part inside the image.
 
-    Logits are 0 at ignored pixels, whatever memory holds there, and -inf at classes beyond the last under a softmax.
-    Labels are (C, P), bool for ids. Weights are 0 where a pixel counts as nothing, and (1, P) where classes share them.
+    Logits are 0 at ignored pixels, whatever memory holds there, and with a softmax -inf at classes beyond the last.
+    Labels are (C, P), bool for class ids. Weights are 0 at ignored pixels, and (1, P) if classes share them.
     """
-    known = (i < pixels)[None, :]
-    inside = (c < classes)[:, None] & known
+    in_image = (i < pixels)[None, :]
+    inside = (c < classes)[:, None] & in_image
     z = tl.load(z_ptr + image * z_image + c[:, None] * z_class + i[None, :] * z_pixel, mask=inside, other=0.0)
-    valid = known
+    valid = in_image
     if IDS:
         ids = tl.load(t_ptr + image * t_image + i * t_pixel, mask=i < pixels, other=0)
         if IGNORE:
             valid = valid & (ids != ignore)[None, :]
-        # Narrowed only to be compared with every class of the tile; 2^32 + 1 is not class 1.
-        held = (ids >= 0) & (ids < classes)
-        t = held[None, :] & (ids.to(tl.int32)[None, :] == c.to(tl.int32)[:, None])
+        # The range is checked before narrowing to int32, as 2^32 + 1 is not class 1.
+        in_range = (ids >= 0) & (ids < classes)
+        t = in_range[None, :] & (ids.to(tl.int32)[None, :] == c.to(tl.int32)[:, None])
     else:
         labels = tl.load(t_ptr + image * t_image + c[:, None] * t_class + i[None, :] * t_pixel, mask=inside, other=0)
         t = labels.to(COMPUTE)
@@ -176,8 +176,8 @@ def _read(
     return z, t, w, valid, inside
 
 
-# A program adds up a few tiles in the dtype of computation, each place of the tile for itself, and only then the pixels
-# of the tile, in float64. So no float32 sum has more terms than there are steps.
+# A program adds its tiles elementwise in the dtype of computation, and only then the pixels of the resulting tile, in
+# float64. So no float32 sum has more terms than there are steps.
 @triton.jit(do_not_specialize=_VARYING)
 def sums_kernel(
     out_ptr,
@@ -221,9 +221,9 @@ def sums_kernel(
     STAGES: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Partial sums, `(chunks, rows, images, classes)`: each program those of its chunk of an image's pixels."""
+    """Write partial sums, `(chunks, rows, images, classes)`: each program those of its chunk of an image's pixels."""
     EXCLUSIVE: tl.constexpr = IDS or ACTIVATION == "softmax"
-    # One count for all classes, where they share the weights.
+    # One count for all classes if they share the weights.
     COUNT_C: tl.constexpr = BLOCK_C if WEIGHT == "class" or (IGNORE and not EXCLUSIVE) else 1
     class_blocks = tl.cdiv(classes, BLOCK_C)
     program = tl.program_id(0)
@@ -244,7 +244,7 @@ def sums_kernel(
     focal = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
     for step in tl.range(0, steps, num_stages=STAGES):
         i = (chunk * steps + step).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
-        z, t, w, _valid, inside = _read(
+        z, t, w, _valid, inside = _load_tile(
             z_ptr,
             t_ptr,
             w_ptr,
@@ -270,9 +270,9 @@ def sums_kernel(
             COMPUTE,
         )
         p, q, log, log_not, _ = _activate(z, inside, ACTIVATION, ABSENT_NLL_ROW >= 0, TINY)
-        overlap += _of_label(t, w * p, IDS)
+        overlap += _times_label(t, w * p, IDS)
         predicted += w * p
-        actual += _of_label(t, w, IDS)
+        actual += _times_label(t, w, IDS)
         count += w
         if SQUARES_ROW >= 0:
             squares += w * p * p
@@ -281,7 +281,7 @@ def sums_kernel(
         if MINIMUM_ROW >= 0:
             minimum += w * tl.minimum(p, t)
         if NLL_ROW >= 0:
-            nll += w * _of_label(t, log, IDS)
+            nll += w * _times_label(t, log, IDS)
             if not EXCLUSIVE:
                 nll += w * (1.0 - t) * log_not
         if ALL_NLL_ROW >= 0:
@@ -291,7 +291,7 @@ def sums_kernel(
         if FOCAL_ROW >= 0:
             power, _ = _power(q, GAMMA, TINY)
             if EXCLUSIVE:
-                focal += w * _of_label(t, power * log, IDS)
+                focal += w * _times_label(t, power * log, IDS)
             else:
                 power_not, _ = _power(p, GAMMA, TINY)
                 focal += w * (t * (power * log) * FRONT + (1.0 - t) * (power_not * log_not) * BACK)
@@ -299,47 +299,34 @@ def sums_kernel(
     row = images.to(tl.int64) * classes
     out = out_ptr + chunk.to(tl.int64) * ROWS * row + image * classes + c
     mask = c < classes
-    tl.store(out, _over_pixels(overlap), mask=mask)
-    tl.store(out + row, _over_pixels(predicted), mask=mask)
-    tl.store(out + 2 * row, _over_pixels(actual), mask=mask)
-    tl.store(out + 3 * row, tl.broadcast_to(_over_pixels(count), [BLOCK_C]), mask=mask)
+    tl.store(out, _sum_pixels(overlap), mask=mask)
+    tl.store(out + row, _sum_pixels(predicted), mask=mask)
+    tl.store(out + 2 * row, _sum_pixels(actual), mask=mask)
+    tl.store(out + 3 * row, tl.broadcast_to(_sum_pixels(count), [BLOCK_C]), mask=mask)
     if SQUARES_ROW >= 0:
-        tl.store(out + SQUARES_ROW * row, _over_pixels(squares), mask=mask)
+        tl.store(out + SQUARES_ROW * row, _sum_pixels(squares), mask=mask)
     if ACTUAL_SQUARES_ROW >= 0:
-        tl.store(out + ACTUAL_SQUARES_ROW * row, _over_pixels(actual_squares), mask=mask)
+        tl.store(out + ACTUAL_SQUARES_ROW * row, _sum_pixels(actual_squares), mask=mask)
     if MINIMUM_ROW >= 0:
-        tl.store(out + MINIMUM_ROW * row, _over_pixels(minimum), mask=mask)
+        tl.store(out + MINIMUM_ROW * row, _sum_pixels(minimum), mask=mask)
     if NLL_ROW >= 0:
-        tl.store(out + NLL_ROW * row, _over_pixels(nll), mask=mask)
+        tl.store(out + NLL_ROW * row, _sum_pixels(nll), mask=mask)
     if ALL_NLL_ROW >= 0:
-        tl.store(out + ALL_NLL_ROW * row, _over_pixels(all_nll), mask=mask)
+        tl.store(out + ALL_NLL_ROW * row, _sum_pixels(all_nll), mask=mask)
     if ABSENT_NLL_ROW >= 0:
-        tl.store(out + ABSENT_NLL_ROW * row, _over_pixels(absent_nll), mask=mask)
+        tl.store(out + ABSENT_NLL_ROW * row, _sum_pixels(absent_nll), mask=mask)
     if FOCAL_ROW >= 0:
-        tl.store(out + FOCAL_ROW * row, _over_pixels(focal), mask=mask)
+        tl.store(out + FOCAL_ROW * row, _sum_pixels(focal), mask=mask)
 
 
 @triton.jit
-def _gradient_of(grad_ptr, row: tl.constexpr, size, offset, mask, COMPUTE: tl.constexpr):
-    """The gradient of one sum, for each class of a tile, (C, 1)."""
+def _load_grad(grad_ptr, row: tl.constexpr, size, offset, mask, COMPUTE: tl.constexpr):
+    """Load the gradient of one sum for each class of a tile, (C, 1)."""
     return tl.load(grad_ptr + row * size + offset, mask=mask, other=0.0).to(COMPUTE)[:, None]
 
 
-# The sums reach a logit through p, through -log p and through -log(1 - p). At one pixel let B, H and K be their
-# gradients by these three, weights included, and q = 1 - p. A focal term q^g L, with L = -log p and dq/dL = p, has
-# d/dL = q^g (1 + g p L / q), and goes into H; the one of the background, p^g (-log q), likewise into K.
-#
-# Sigmoid: dp/dz = p q, dL/dz = -q, d(-log q)/dz = p, so dz = B p q - H q + K p.
-#
-# Probabilities: dp = B - H/p + K/q, without what the logarithm's floor takes away.
-#
-# Softmax: three parts, of which m is the likely class (if there is none, terms with it are 0).
-#   By p: dp_c/dz_k = p_c (d_ck - p_k), so p_k (B_k - sum_c p_c B_c). As the p add up to 1, B_m can be subtracted from
-#   every B: with D = B - B_m it is p_k (D_k - sum_c p_c D_c), where nothing of the size of p_m B_m is left to cancel.
-#   By -log p: dL_c/dz_k = p_k - d_ck, so p_k sum_{c != k} H_c - H_k q_k.
-#   By -log(1 - p): dA_c/dz_c = p_c and, for k != c, dA_c/dz_k = -p_k r_c with r = p/q. For c = m that is -p_m u_k, with
-#   u_k the share of k among the classes other than m: r_m may be infinite. With R = sum_{c != m} K_c r_c:
-#   p_k (K_k + K_k r_k - R) - K_m p_m u_k for k != m, as R counts k too; p_m (K_m - R) for m.
+# The gradient is derived in `backend`: b, h and k are its B, H and K, d is D, `k_odds` holds the terms of R, and
+# `likely` marks m if p_m > 1/2. Otherwise no class needs the forms for m.
 @triton.jit(do_not_specialize=_VARYING)
 def gradient_kernel(
     out_ptr,
@@ -385,9 +372,9 @@ def gradient_kernel(
     STAGES: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """The gradient of logits from that of the sums, float64 `(rows, images, classes)`."""
+    """Write the gradient of the logits, given that of the sums, float64 `(rows, images, classes)`."""
     EXCLUSIVE: tl.constexpr = IDS or ACTIVATION == "softmax"
-    # Triton 3.2 reads no chain of three.
+    # Triton 3.2 cannot parse a chain of three.
     ANY_H: tl.constexpr = (NLL_ROW >= 0 or ALL_NLL_ROW >= 0) or FOCAL_ROW >= 0
     ANY_K: tl.constexpr = ABSENT_NLL_ROW >= 0 or (not EXCLUSIVE and (NLL_ROW >= 0 or FOCAL_ROW >= 0))
     class_blocks = tl.cdiv(classes, BLOCK_C)
@@ -397,26 +384,26 @@ def gradient_kernel(
     c = (program // chunks % class_blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(INDEX)
 
     row = images.to(tl.int64) * classes
-    place = image * classes + c
+    offset = image * classes + c
     mask = c < classes
-    by_overlap = _gradient_of(grad_ptr, 0, row, place, mask, COMPUTE)
-    by_predicted = _gradient_of(grad_ptr, 1, row, place, mask, COMPUTE)
+    by_overlap = _load_grad(grad_ptr, 0, row, offset, mask, COMPUTE)
+    by_predicted = _load_grad(grad_ptr, 1, row, offset, mask, COMPUTE)
     if SQUARES_ROW >= 0:
-        by_squares = _gradient_of(grad_ptr, SQUARES_ROW, row, place, mask, COMPUTE)
+        by_squares = _load_grad(grad_ptr, SQUARES_ROW, row, offset, mask, COMPUTE)
     if MINIMUM_ROW >= 0:
-        by_minimum = _gradient_of(grad_ptr, MINIMUM_ROW, row, place, mask, COMPUTE)
+        by_minimum = _load_grad(grad_ptr, MINIMUM_ROW, row, offset, mask, COMPUTE)
     if NLL_ROW >= 0:
-        by_nll = _gradient_of(grad_ptr, NLL_ROW, row, place, mask, COMPUTE)
+        by_nll = _load_grad(grad_ptr, NLL_ROW, row, offset, mask, COMPUTE)
     if ALL_NLL_ROW >= 0:
-        by_all_nll = _gradient_of(grad_ptr, ALL_NLL_ROW, row, place, mask, COMPUTE)
+        by_all_nll = _load_grad(grad_ptr, ALL_NLL_ROW, row, offset, mask, COMPUTE)
     if ABSENT_NLL_ROW >= 0:
-        by_absent_nll = _gradient_of(grad_ptr, ABSENT_NLL_ROW, row, place, mask, COMPUTE)
+        by_absent_nll = _load_grad(grad_ptr, ABSENT_NLL_ROW, row, offset, mask, COMPUTE)
     if FOCAL_ROW >= 0:
-        by_focal = _gradient_of(grad_ptr, FOCAL_ROW, row, place, mask, COMPUTE)
+        by_focal = _load_grad(grad_ptr, FOCAL_ROW, row, offset, mask, COMPUTE)
 
     for step in tl.range(0, steps, num_stages=STAGES):
         i = (chunk * steps + step).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
-        z, t, w, valid, inside = _read(
+        z, t, w, valid, inside = _load_tile(
             z_ptr,
             t_ptr,
             w_ptr,
@@ -443,17 +430,17 @@ def gradient_kernel(
         )
         p, q, log, log_not, likely = _activate(z, inside, ACTIVATION, False, TINY)
 
-        b = by_predicted + _of_label(t, by_overlap, IDS)
+        b = by_predicted + _times_label(t, by_overlap, IDS)
         if SQUARES_ROW >= 0:
             b += 2.0 * by_squares * p
         if MINIMUM_ROW >= 0:
-            # As torch.minimum: where both are equal, each has half.
+            # As in torch.minimum, equal arguments share the gradient.
             b += by_minimum * tl.where(p < t, 1.0, tl.where(p == t, 0.5, 0.0))
         b *= w
         h = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
         k = tl.zeros([BLOCK_C, BLOCK_P], COMPUTE)
         if NLL_ROW >= 0:
-            h += _of_label(t, by_nll, IDS)
+            h += _times_label(t, by_nll, IDS)
             if not EXCLUSIVE:
                 k += (1.0 - t) * by_nll
         if ALL_NLL_ROW >= 0:
@@ -462,11 +449,11 @@ def gradient_kernel(
             k += by_absent_nll
         if FOCAL_ROW >= 0:
             power, base = _power(q, GAMMA, TINY)
-            slope = power * (1.0 + p * log / base * GAMMA)
+            derivative = power * (1.0 + p * log / base * GAMMA)
             if EXCLUSIVE:
-                h += _of_label(t, by_focal * slope, IDS)
+                h += _times_label(t, by_focal * derivative, IDS)
             else:
-                h += t * by_focal * slope * FRONT
+                h += t * by_focal * derivative * FRONT
                 power, base = _power(p, GAMMA, TINY)
                 k += (1.0 - t) * by_focal * power * (1.0 + q * log_not / base * GAMMA) * BACK
         h *= w
@@ -496,7 +483,7 @@ def gradient_kernel(
                 dz -= tl.where(p >= TINY, h / tl.maximum(p, TINY), 0.0)
             if ANY_K:
                 dz += tl.where(q >= TINY, k / tl.maximum(q, TINY), 0.0)
-        # A gradient of the sums that is infinite must not reach an ignored pixel as 0 times infinity.
+        # An infinite gradient of the sums times a weight of 0 would be NaN at an ignored pixel.
         dz = tl.where(valid, dz, 0.0)
-        at = out_ptr + image * out_image + c[:, None] * out_class + i[None, :] * out_pixel
-        tl.store(at, dz.to(out_ptr.dtype.element_ty), mask=inside)
+        out = out_ptr + image * out_image + c[:, None] * out_class + i[None, :] * out_pixel
+        tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=inside)

@@ -277,7 +277,7 @@ class SumsLoss(SegmentationLoss):
             ignore_index=self.ignore_index,
             weight=weight,
             annotated=annotated,
-            wanted=self.required_sums,
+            required=self.required_sums,
         )
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return self.deferred_from_sums(sums).apply(lambda loss: loss.to(dtype))

@@ -128,7 +128,7 @@ class CompoundLoss(SegmentationLoss):
                 ignore_index=first.ignore_index,
                 weight=weight,
                 annotated=annotated,
-                wanted=required,
+                required=required,
             )
             found |= {name: term.deferred_from_sums(sums).apply(as_logits) for name, term in group.items()}
         for name, term in active.items():

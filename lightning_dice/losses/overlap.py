@@ -162,7 +162,7 @@ class OverlapLoss(SumsLoss):
     def _choose_sums(self, sums: OverlapSums) -> OverlapSums:
         """Put the squared sums, or the minimum, where formulas expect `predicted`, `actual` and `overlap`."""
         if self.squared and sums.predicted_squares is not None and sums.actual_squares is not None:
-            return sums.having({"predicted": sums.predicted_squares, "actual": sums.actual_squares})
+            return sums.replace(predicted=sums.predicted_squares, actual=sums.actual_squares)
         if self.overlap == "minimum" and sums.minimum is not None:
-            return sums.having({"overlap": sums.minimum})
+            return sums.replace(overlap=sums.minimum)
         return sums

@@ -235,7 +235,7 @@ def nnunet(regions: bool, compiling: Callable[[Any], Any] | None = None) -> Call
     return make
 
 
-def twins(device: str, run: Callable[[], Run]) -> dict[str, Contender]:
+def backends(device: str, run: Callable[[], Run]) -> dict[str, Contender]:
     """Each implementation of our sums that is meant for the device."""
     names = ("reference", "blocked", "triton" if device == "cuda" else "native")
     return {f"ours: {name}": Contender(run, context=partial(kernels.forced, name, strict=True)) for name in names}
@@ -270,7 +270,7 @@ def groups(case: str, device: str, quick: bool) -> list[Group]:
         "nnU-Net, its Dice compiled": Contender(
             on_channel(nnunet(False, lambda module: compiled(module, quick))), compiled=True
         ),
-        **twins(device, ours),
+        **backends(device, ours),
     }
     return [Group("Dice", dice), Group("Dice + cross-entropy", both)]
 
@@ -295,7 +295,7 @@ def binary(device: str, quick: bool, clone: Mapping[str, Contender]) -> list[Gro
         "naive, compiled": Contender(on_planes(lambda: compiled(naive_binary_dice_ce, quick)), compiled=True),
         "MONAI": Contender(on_planes(peer("monai.losses", "DiceCELoss", sigmoid=True))),
         "nnU-Net": Contender(on_planes(nnunet(True))),
-        **twins(device, ours),
+        **backends(device, ours),
     }
     return [Group("Dice", dice, needed=needed), Group("Dice + cross-entropy", both, needed=needed)]
 

@@ -20,7 +20,7 @@ HOW = [
 
 
 def plain(predicted, target, classes, ignored):
-    """Overlap, predicted, actual and count of lists of ids, by the definition; a prediction may be None."""
+    """Count overlap, predicted, actual and all of lists of ids, by definition; a prediction may be None."""
     pairs = [(p, t) for p, t in zip(predicted, target, strict=True) if t != ignored]
     return [
         [sum(p == t == c for p, t in pairs) for c in range(classes)],
@@ -55,7 +55,7 @@ def as_lists(sums):
 )
 def test_equals_the_definition(how, seed, batch, classes, space, dtype, target_dtype, layout, nans):
     torch.manual_seed(seed)
-    # Whole numbers, so that there are ties.
+    # Whole numbers, for ties.
     logits = torch.randint(-3, 4, (batch, classes, *space)).to(dtype)
     if nans:
         logits[torch.rand(logits.shape) < 0.05] = math.nan
@@ -117,7 +117,7 @@ def test_at_the_ends_of_runs_and_units(how, pixels):
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_what_has_no_meaning(how):
+def test_refuses_values_out_of_range(how):
     ids = torch.tensor([[0, 1, 2]])
     with forced(how):
         with pytest.raises(ValueError, match="target must hold class ids from 0 to 2, got values from 0 to 3"):
@@ -132,7 +132,7 @@ def test_what_has_no_meaning(how):
             hard_sums(torch.zeros(1, 3, 3), torch.tensor([[0, 1, 7]]), activation="softmax")
         with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
             hard_sums(torch.zeros(1, 1, 3), torch.tensor([[[0, 1, 7]]]))
-        # Under an ignored pixel a prediction may be anything.
+        # The prediction of an ignored pixel may be anything.
         sums = label_sums(torch.tensor([[0, 1, 9]]), torch.tensor([[0, 1, 255]]), 3, ignore_index=255)
         assert sums.count.tolist() == [[2, 2, 2]]
 
@@ -140,7 +140,7 @@ def test_what_has_no_meaning(how):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_ignored_label_of_zero(how, dtype):
-    """What fills up the last vector is no ignored pixel."""
+    """The padding of the last vector is not ignored pixels."""
     for pixels in (1, 7, 16, 17, 2049):
         logits, target = torch.ones(1, 2, pixels, dtype=dtype), torch.ones(1, 2, pixels, dtype=torch.long)
         target[..., 0] = 0
@@ -154,7 +154,7 @@ def test_an_ignored_label_of_zero(how, dtype):
 
 @pytest.mark.parametrize("how", HOW)
 def test_runs_of_one_label(how):
-    """Of which the predictions are all the same, or not."""
+    """With predictions that are all the same, and that are not."""
     target = torch.zeros(1, 96, dtype=torch.long)
     target[:, 48:] = 2
     predicted = target.clone()

@@ -1,4 +1,4 @@
-"""How the C++ kernels come to be, and what they promise beyond the numbers."""
+"""How the C++ kernels are built, and their guarantees beyond correct sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(available()["native"] is not None, reason=str(
 
 def has_compiler():
     try:
-        return bool(build.compiler())
+        return bool(build.find_compiler())
     except OSError:
         return False
 
@@ -40,7 +40,7 @@ print(available()["native"])
 
 
 def python(code, **env):
-    """Output lines of a fresh interpreter."""
+    """Run code in a fresh interpreter and return the lines of its output."""
     everything = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     everything.pop("LIGHTNING_DICE_KERNEL", None) if "LIGHTNING_DICE_KERNEL" not in env else None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=everything, timeout=300)
@@ -54,7 +54,7 @@ def by_reference():
 
 
 def compiler_in(folder, script):
-    """A folder for PATH that has one program: a compiler that does what the script says."""
+    """Return a folder for PATH that holds one program, a compiler that runs the script."""
     folder.mkdir()
     file = folder / "c++"
     file.write_text(f"#!/bin/sh\n{script}\n")
@@ -64,11 +64,11 @@ def compiler_in(folder, script):
 
 @needs_compiler
 def test_they_build_here():
-    """Where they did not, the tests of the kernels would be skipped, and nobody would know."""
+    """If they did not, the tests of the kernels would be skipped unnoticed."""
     assert available()["native"] is None
 
 
-def test_without_a_compiler_the_next_best_works_and_says_so(tmp_path, by_reference):
+def test_without_a_compiler_the_next_best_runs_and_the_reason_is_reported(tmp_path, by_reference):
     (tmp_path / "nothing").mkdir()
     value, why = python(LOSS, PATH=str(tmp_path / "nothing"), CXX="", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert value == by_reference
@@ -117,7 +117,7 @@ def test_several_processes_may_build_at_once(tmp_path, by_reference):
 @needs_compiler
 @pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
 def test_a_file_that_was_cut_short_is_built_again(tmp_path, by_reference, left):
-    """Loading it would end the process."""
+    """Loading it would crash the process."""
     env = {"XDG_CACHE_HOME": str(tmp_path)}
     assert python(LOSS, **env) == [by_reference, "None"]
     (file,) = (tmp_path / "lightning_dice").iterdir()
@@ -137,17 +137,17 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, by_reference):
     assert not list(folder.iterdir())
 
 
-def test_a_compiler_that_is_named_must_be_there(tmp_path, by_reference):
+def test_a_compiler_that_is_named_must_exist(tmp_path, by_reference):
     value, why = python(LOSS, CXX="/does/not/exist -m64", XDG_CACHE_HOME=str(tmp_path))
     assert value == by_reference
-    assert why == "no C++ compiler: CXX is /does/not/exist -m64, and there is no /does/not/exist"
+    assert why == "no C++ compiler: CXX is /does/not/exist -m64, but /does/not/exist was not found"
 
 
 @needs_compiler
 def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "env c++ -g0")
-    assert build.compiler() == ["env", "c++", "-g0"]
-    assert build.build(tmp_path / "kernels.so", build.compiler()).is_file()
+    assert build.find_compiler() == ["env", "c++", "-g0"]
+    assert build.build(tmp_path / "kernels.so", build.find_compiler()).is_file()
 
 
 @needs_compiler
@@ -156,7 +156,7 @@ def test_threads_that_come_at_once_build_once(tmp_path):
 import threading, pathlib, os
 from lightning_dice.kernels import native
 seen = []
-threads = [threading.Thread(target=lambda: seen.append(native.missing())) for _ in range(4)]
+threads = [threading.Thread(target=lambda: seen.append(native.unavailable_reason())) for _ in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
 print(seen, len(list((pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dice").iterdir())))
 """
@@ -173,7 +173,7 @@ def test_a_user_without_a_home(by_reference, tmp_path):
 def test_no_memory_is_an_error_and_no_crash(monkeypatch):
     logits = torch.zeros(1, 2, 4)
     monkeypatch.setattr(native, "_NO_MEMORY", 0)
-    with forced("native"), pytest.raises(MemoryError, match="no memory for their partial results"):
+    with forced("native"), pytest.raises(MemoryError, match="not enough memory for the partial results"):
         overlap_sums(logits, torch.zeros(1, 4, dtype=torch.long), activation="softmax")
 
 
@@ -185,23 +185,23 @@ def test_a_cache_that_cannot_be_written(tmp_path, by_reference):
 
 @needs_compiler
 def test_a_prebuilt_file_needs_no_compiler(tmp_path, monkeypatch):
-    file = build.build(tmp_path / "kernels.so", build.compiler())
+    file = build.build(tmp_path / "kernels.so", build.find_compiler())
     monkeypatch.setattr(build, "PREBUILT", file)
-    monkeypatch.setattr(build, "compiler", lambda: pytest.fail("not needed"))
-    assert build.library().lightning_dice_count_size() > 0
-    monkeypatch.setattr(build, "source", lambda: "0123456789abcdef")
-    with pytest.raises(OSError, match="was built of other sources"):
-        build.library()
+    monkeypatch.setattr(build, "find_compiler", lambda: pytest.fail("not needed"))
+    assert build.load_library().lightning_dice_count_call_size() > 0
+    monkeypatch.setattr(build, "source_digest", lambda: "0123456789abcdef")
+    with pytest.raises(OSError, match="was built from other sources"):
+        build.load_library()
 
 
 @needs_compiler
 def test_a_processor_that_the_compiler_does_not_know(tmp_path):
     with pytest.raises(OSError, match="failed to compile the kernels"):
-        build.build(tmp_path / "kernels.so", build.compiler(), "abacus-7")
+        build.build(tmp_path / "kernels.so", build.find_compiler(), "abacus-7")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kernel_named_in_the_environment_must_be_there(tmp_path):
+def test_a_kernel_named_in_the_environment_must_be_available(tmp_path):
     (tmp_path / "nothing").mkdir()
     code = f"""
 try:
@@ -210,13 +210,13 @@ except ValueError as error:
     print(error)
 """
     env = {"PATH": str(tmp_path / "nothing"), "CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    (said,) = python(code, LIGHTNING_DICE_KERNEL="native", **env)
-    assert said.startswith("'native' cannot run here: no C++ compiler")
-    (said,) = python(code, LIGHTNING_DICE_KERNEL="quick")
-    assert said == "the implementations of the sums are reference, native, blocked, triton, got 'quick'"
+    (message,) = python(code, LIGHTNING_DICE_KERNEL="native", **env)
+    assert message.startswith("'native' cannot run here: no C++ compiler")
+    (message,) = python(code, LIGHTNING_DICE_KERNEL="quick")
+    assert message == "the implementation of the sums must be one of reference, native, blocked, triton, got 'quick'"
 
 
-def test_the_command_tells_what_there_is():
+def test_the_command_lists_the_implementations():
     done = subprocess.run([sys.executable, "-m", "lightning_dice.kernels"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -237,7 +237,7 @@ def test_results_do_not_depend_on_the_number_of_threads(activation):
             torch.set_num_threads(threads)
             leaf = logits.clone().requires_grad_()
             with forced("native", strict=True):
-                sums = overlap_sums(leaf, target, activation=activation, wanted=RequiredSums(nll=True))
+                sums = overlap_sums(leaf, target, activation=activation, required=RequiredSums(nll=True))
             stacked = torch.stack(list(sums.fields.values()))
             (stacked * torch.linspace(-1, 1, stacked.numel()).view(stacked.shape)).sum().backward()
             results.append((stacked.detach(), leaf.grad))

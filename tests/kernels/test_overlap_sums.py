@@ -16,7 +16,7 @@ ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nl
 
 
 def reference_sums(logits, target, *, ignore_index):
-    """Without the checks of the CPU, as on a GPU."""
+    """Compute the sums without the checks of the CPU, as on a GPU."""
     return reference.overlap_sums(
         read_pixels(logits, target, activation="softmax", ignore_index=ignore_index), RequiredSums()
     )
@@ -27,7 +27,7 @@ def stacked(sums):
 
 
 def assert_equal_to_definition(logits, target, gamma=2.0, alpha=None, **options):
-    sums = overlap_sums(logits, target, wanted=replace(ALL, focal=Focal(gamma, alpha)), **options)
+    sums = overlap_sums(logits, target, required=replace(ALL, focal=Focal(gamma, alpha)), **options)
     expected = plain_sums(logits, target, gamma=gamma, alpha=alpha, **options)
     assert len(sums.fields) == 11
     for name, field in sums.fields.items():
@@ -58,7 +58,7 @@ def test_classes_that_are_not_annotated(activation, soft):
     logits, target = random_case(1, activation=activation, soft=soft, ignored=True)
     annotated = torch.tensor([[True, False, True], [False, True, True]])
     if activation == "softmax":
-        if soft:  # What is not annotated is labelled as background.
+        if soft:  # Pixels of classes that are not annotated are labelled as background.
             target = target.masked_fill((~annotated[:, :, None, None]) & (target != 255), 0.0)
             labelled = target.where(target != 255, 0.0)
             target = target.clone()
@@ -67,7 +67,7 @@ def test_classes_that_are_not_annotated(activation, soft):
             target[0][target[0] == 1] = 0
         logits_of = torch.softmax(logits, 1)
         assert (logits_of > 0).all()
-    sums = overlap_sums(logits, target, activation=activation, ignore_index=255, annotated=annotated, wanted=ALL)
+    sums = overlap_sums(logits, target, activation=activation, ignore_index=255, annotated=annotated, required=ALL)
     expected = plain_sums(logits, target, activation=activation, ignore_index=255, annotated=annotated)
     for name, field in sums.fields.items():
         values = torch.tensor([[entry.total(name) for entry in row] for row in expected], dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_gradients_once_and_twice(activation, soft):
     logits, target = random_case(3, activation=activation, soft=soft, space=(3, 2), ignored=True)
 
     def totals(z):
-        return stacked(overlap_sums(z, target, activation=activation, ignore_index=255, wanted=ALL))
+        return stacked(overlap_sums(z, target, activation=activation, ignore_index=255, required=ALL))
 
     logits.requires_grad_()
     assert torch.autograd.gradcheck(totals, logits)
@@ -129,7 +129,7 @@ def test_ignored_pixels_may_hold_anything(activation):
     ignored = target == 255
     ignored = ignored.unsqueeze(1).expand_as(logits) if activation == "softmax" else ignored
     poisoned = logits.masked_fill(ignored, math.nan).requires_grad_()
-    options = {"activation": activation, "ignore_index": 255, "wanted": ALL}
+    options = {"activation": activation, "ignore_index": 255, "required": ALL}
     clean, dirty = overlap_sums(logits, target, **options), overlap_sums(poisoned, target, **options)
     torch.testing.assert_close(stacked(dirty), stacked(clean), rtol=0, atol=0)
     stacked(dirty).sum().backward()
@@ -142,7 +142,7 @@ def test_ignored_pixels_may_hold_anything(activation):
 def test_saturated_logits_stay_finite(activation, dtype):
     logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]]).to(dtype).requires_grad_()
     target = torch.tensor([[1, 0]]) if activation == "softmax" else torch.tensor([[[0, 1], [1, 0]]])
-    sums = overlap_sums(logits, target, activation=activation, wanted=ALL)
+    sums = overlap_sums(logits, target, activation=activation, required=ALL)
     stacked(sums).sum().backward()
     assert stacked(sums).isfinite().all()
     assert logits.grad.isfinite().all()
@@ -202,37 +202,37 @@ def test_memory_formats_and_strides():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast on the CPU leaves these operations alone")
 def test_autocast_changes_nothing():
     logits, target = (tensor.cuda() for tensor in random_case(8, activation=None, dtype=torch.float32))
-    expected = overlap_sums(logits, target, activation=None, wanted=ALL)
+    expected = overlap_sums(logits, target, activation=None, required=ALL)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        sums = overlap_sums(logits, target, activation=None, wanted=ALL)
+        sums = overlap_sums(logits, target, activation=None, required=ALL)
     torch.testing.assert_close(sums.nll, expected.nll, rtol=0, atol=0)
 
 
 def test_large_logits_in_float64():
     z = 25.0
-    sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), wanted=ALL)
+    sums = overlap_sums(torch.tensor([[[z]]], dtype=torch.float64), torch.tensor([[[0]]]), required=ALL)
     assert sums.absent_nll.item() == pytest.approx(z + math.log1p(math.exp(-z)), rel=1e-15, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
-def test_unsigned_ids_that_torch_hardly_knows(dtype):
+def test_unsigned_ids_of_limited_support(dtype):
     logits, target = random_case(5, activation="softmax", ignored=True)
     expected = overlap_sums(logits, target, activation="softmax", ignore_index=255)
     sums = overlap_sums(logits, target.to(dtype), activation="softmax", ignore_index=255)
     torch.testing.assert_close(sums.overlap, expected.overlap)
 
 
-def test_a_label_that_the_dtype_cannot_hold_is_nowhere():
+def test_a_label_that_the_dtype_cannot_hold_ignores_nothing():
     target = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
     sums = reference_sums(torch.zeros(1, 256, 3), target, ignore_index=-1)
-    assert sums.count[0, 0].item() == 3  # torch says that uint8 255 equals -1.
+    assert sums.count[0, 0].item() == 3  # torch finds uint8 255 equal to -1.
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_certain_probabilities_have_finite_gradients(value):
     probs = torch.full((1, 2, 3), value, requires_grad=True)
     for target in (torch.tensor([[0, 1, 0]]), torch.tensor([[[0, 1, 0], [1, 0, 1]]])):
-        sums = overlap_sums(probs, target, activation=None, wanted=ALL)
+        sums = overlap_sums(probs, target, activation=None, required=ALL)
         (gradient,) = torch.autograd.grad(stacked(sums).sum(), probs)
         assert gradient.isfinite().all()
 
@@ -244,7 +244,7 @@ def test_a_probability_under_an_ignored_pixel_may_be_anything():
 
 
 def test_an_empty_batch():
-    sums = overlap_sums(torch.zeros(0, 2, 4), torch.zeros(0, 4, dtype=torch.long), activation="softmax", wanted=ALL)
+    sums = overlap_sums(torch.zeros(0, 2, 4), torch.zeros(0, 4, dtype=torch.long), activation="softmax", required=ALL)
     assert all(field.shape == (0, 2) for field in sums.fields.values())
 
 
@@ -303,12 +303,12 @@ def test_refuses_what_would_broadcast(logits, target, options, message):
         (Z3 + 2, IDS, {"activation": None}, r"probabilities in \[0, 1\], got values from 2 to 2; for logits"),
     ],
 )
-def test_refuses_values_without_a_meaning(logits, target, options, message):
+def test_refuses_values_out_of_range(logits, target, options, message):
     with pytest.raises(ValueError, match=message):
         overlap_sums(logits, target, **options)
 
 
-def test_rounding_is_no_fault():
+def test_rounding_beyond_the_range_is_accepted():
     beyond = torch.full((1, 2, 3), 1 + 2e-7)
     overlap_sums(beyond - 1, beyond - 1, activation=None)
     overlap_sums(beyond, beyond, activation=None)
@@ -323,7 +323,7 @@ def test_ignored_values_are_not_checked():
     check_values(Z3, IDS - 1, activation="softmax", ignore_index=-1)
 
 
-def test_a_mask_in_the_place_of_logits_is_named():
+def test_refuses_a_mask_in_place_of_logits():
     mask = (torch.rand(1, 1, 8, 8) < 0.5).float()
     with pytest.raises(ValueError, match=r"logits are a mask.*activation=None"):
         overlap_sums(mask, mask)

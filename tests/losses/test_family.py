@@ -181,7 +181,7 @@ class TestInvariances:
     def test_batch_split_and_sums_added(self, case, activation, pool):
         logits, target = make_case(6, activation, shape=(5, 3, 4))
         loss = case.loss(activation, ignore_index=255, pool=pool, absent="penalize")
-        options = {"activation": activation, "ignore_index": 255, "wanted": loss.required_sums}
+        options = {"activation": activation, "ignore_index": 255, "required": loss.required_sums}
         value, gradient = value_and_gradient(loss, logits, target)
         z = logits.clone().requires_grad_()
         parts = [overlap_sums(z[part], target[part], **options) for part in (slice(0, 2), slice(2, 5))]

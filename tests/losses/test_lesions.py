@@ -429,7 +429,7 @@ class TestMaps:
     ("loss", "settings", "message"),
     [
         (nn.BCEWithLogitsLoss(), {}, "loss must be an OverlapLoss, such as DiceLoss, got BCEWithLogitsLoss"),
-        (GeneralizedDiceLoss(pool="image"), {}, "GeneralizedDiceLoss joins all"),
+        (GeneralizedDiceLoss(pool="image"), {}, "GeneralizedDiceLoss joins them"),
         (DiceLoss(), {}, "must have pool=\"image\", as each lesion has its own ratio, got 'batch'"),
         (DiceLoss(pool="image", reduction="none"), {}, 'must have one value, got reduction="none"'),
         (DiceLoss(pool="image"), {"regions": "voronoi"}, "regions must be one of 'nearest', 'blob', got 'voronoi'"),
@@ -453,7 +453,7 @@ def test_refuses_settings_that_do_not_fit_the_call():
         LesionWiseLoss(softmax, classes=3, connectivity=3)(logits, target)
     with pytest.raises(ValueError, match="one for each of the 3 classes, got 2"):
         LesionWiseLoss(DiceLoss(pool="image", class_weights=[1, 2]))(*lesions(18, activation="sigmoid"))
-    with pytest.raises(ValueError, match="regions have no sums of cross-entropy"):
+    with pytest.raises(ValueError, match="must be squares, minimum or absent_nll"):
         region_sums(
             checked_pixels(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)), torch.zeros(1, 1, 2), RequiredSums(nll=True)
         )

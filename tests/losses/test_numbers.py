@@ -34,7 +34,7 @@ def ten_million(dtype, activation):
 def sums_of_ten_million(dtype, activation):
     """Sums of the logits, and of the same numbers in float64: one pass serves all losses."""
     logits, target = ten_million(dtype, activation)
-    return [overlap_sums(z, target, activation=activation, wanted=ALL) for z in (logits, logits.double())]
+    return [overlap_sums(z, target, activation=activation, required=ALL) for z in (logits, logits.double())]
 
 
 AT_SCALE = [

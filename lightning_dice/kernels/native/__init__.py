@@ -1,7 +1,7 @@
-"""The sums in C++, called with plain pointers: needs a compiler at the first call, and no header of PyTorch.
+"""The sums in C++, called with plain pointers: needs a compiler at the first call, but no headers of PyTorch.
 
-The threads are those of PyTorch itself, `torch.get_num_threads()` of them, in one parallel region for each pass.
-Results do not depend on their number.
+Each pass is one parallel region of PyTorch's own threads, `torch.get_num_threads()` of them. Results do not depend on
+their number.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.backend import OutOfRange, SumsSpec
-from lightning_dice.kernels.native.build import library
-from lightning_dice.kernels.pages import ask_for_large_pages
+from lightning_dice.kernels.huge_pages import advise_huge_pages
+from lightning_dice.kernels.native.build import load_library
 
 _TYPES = {
     torch.float32: 0,
@@ -39,8 +39,9 @@ _ROWS = (
     *("nll", "all_nll", "absent_nll", "focal"),
 )
 CHECKS_VALUES = True
+# `NO_MEMORY` of common.h.
 _NO_MEMORY = 1 << 30
-# float32 tells all integers apart up to here, and an id is compared as a float.
+# Ids are compared as float32, which represents every integer up to here.
 _EXACT = 1 << 24
 
 
@@ -56,8 +57,8 @@ class View(ctypes.Structure):
     )
 
 
-class Count(ctypes.Structure):
-    """`Count` of counts.cpp."""
+class CountCall(ctypes.Structure):
+    """`CountCall` of counts.cpp."""
 
     _fields_ = (
         ("images", ctypes.c_int64),
@@ -68,7 +69,7 @@ class Count(ctypes.Structure):
         ("mode", ctypes.c_int32),
         ("has_ignored", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("wrong", ctypes.c_int32),
+        ("invalid", ctypes.c_int32),
         ("ignored", ctypes.c_double),
         ("threshold", ctypes.c_double),
         ("counts", ctypes.c_void_p),
@@ -76,8 +77,8 @@ class Count(ctypes.Structure):
     )
 
 
-class Job(ctypes.Structure):
-    """`Job` of sums.cpp."""
+class SumsCall(ctypes.Structure):
+    """`SumsCall` of sums.cpp."""
 
     _fields_ = (
         ("images", ctypes.c_int64),
@@ -86,7 +87,7 @@ class Job(ctypes.Structure):
         ("logits", View),
         ("target", View),
         ("weight", View),
-        ("slope", View),
+        ("gradient", View),
         ("softmax", ctypes.c_int32),
         ("planes", ctypes.c_int32),
         ("weighted", ctypes.c_int32),
@@ -99,7 +100,7 @@ class Job(ctypes.Structure):
         ("back", ctypes.c_double),
         ("row", ctypes.c_int32 * len(_ROWS)),
         ("rows", ctypes.c_int32),
-        ("wrong", ctypes.c_int32),
+        ("invalid", ctypes.c_int32),
         ("sums", ctypes.c_void_p),
         ("region", ctypes.c_void_p),
     )
@@ -108,7 +109,8 @@ class Job(ctypes.Structure):
 _lock = threading.Lock()
 
 
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the kernels, or `None` and the reason. The first call may build them."""
     with _lock:
         return _load()
 
@@ -116,92 +118,96 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
-        found = library()
+        kernels = load_library()
     except Exception as error:
         return None, f"{error}" or type(error).__name__
-    for size, structure in ((found.lightning_dice_job_size, Job), (found.lightning_dice_count_size, Count)):
+    for size, structure in (
+        (kernels.lightning_dice_sums_call_size, SumsCall),
+        (kernels.lightning_dice_count_call_size, CountCall),
+    ):
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(structure):
             return None, f"{structure.__name__} has {ctypes.sizeof(structure)} bytes here and {size()} in the kernels"
-    return found, ""
+    return kernels, ""
 
 
 @functools.cache
-def region() -> int | None:
-    """The address of the function by which the OpenMP that PyTorch has loaded runs a parallel region."""
+def parallel_region() -> int | None:
+    """Return the address of `GOMP_parallel`, which runs a parallel region, in the OpenMP that PyTorch has loaded."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
         return None
 
 
-def missing() -> str | None:
-    """Why the C++ kernels cannot run here; `None`: they can. The first call may build them."""
-    found, why = _loaded()
-    return why if found is None else None
+def unavailable_reason() -> str | None:
+    """Return why the C++ kernels cannot run here; `None` if they can. The first call may build them."""
+    kernels, reason = _library()
+    return reason if kernels is None else None
 
 
-def takes(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernels can do this work on these tensors."""
+def supports(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether the kernels can compute these sums of these tensors."""
     return (
-        work.activation is not None
-        and reads(*((logits, target) if weight is None else (logits, target, weight)))
-        and abs(work.ignore_index or 0) < _EXACT
+        spec.activation is not None
+        and can_read(*((logits, target) if weight is None else (logits, target, weight)))
+        and abs(spec.ignore_index or 0) < _EXACT
         and logits.shape[1] < _EXACT
     )
 
 
-def reads(*tensors: Tensor) -> bool:
-    """Whether the kernels can read these tensors."""
+def can_read(*tensors: Tensor) -> bool:
+    """Whether the kernels can read tensors of this device and dtype.
+
+    >>> can_read(torch.zeros(1)), can_read(torch.zeros(1, dtype=torch.complex64))
+    (True, False)
+    """
     return all(tensor.device.type == "cpu" and tensor.dtype in _TYPES for tensor in tensors) and (
         _has_half() or all(tensor.dtype != torch.float16 for tensor in tensors)
     )
 
 
 def can_count(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
-    """Whether the kernels can count these tensors."""
-    return reads(*tensors) and classes < _EXACT - 1 and abs(ignore_index or 0) < _EXACT
+    """Whether the kernels can count these predictions and labels."""
+    return can_read(*tensors) and classes < _EXACT - 1 and abs(ignore_index or 0) < _EXACT
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_half() -> bool:
-    found, _ = _loaded()
-    return found is not None and bool(found.lightning_dice_has_half())
+    kernels, _ = _library()
+    return kernels is not None and bool(kernels.lightning_dice_has_half())
 
 
-def forward(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The sums, float64 `(rows, images, classes)`.
+def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the sums, float64 `(rows, images, classes)`.
 
     Raises:
-        OutOfRange: a label or a weight outside its range.
+        OutOfRange: a label or a weight is outside its range.
     """
-    sums = torch.zeros(len(work.rows), *logits.shape[:2], dtype=torch.float64)
+    sums = torch.zeros(len(spec.rows), *logits.shape[:2], dtype=torch.float64)
     if not logits.numel():
         return sums
-    job, alive = _job(work, logits, target, weight)
-    job.sums = sums.data_ptr()
-    _call("lightning_dice_forward", job)
-    del alive
-    if job.wrong:
+    call = _make_call(spec, logits, target, weight)
+    call.sums = sums.data_ptr()
+    _run("lightning_dice_forward", call)
+    if call.invalid:
         raise OutOfRange
     return sums
 
 
-def backward(work: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient of logits, of their shape, dtype and memory format, from that of the sums."""
-    slope = torch.empty_like(logits)
+def backward(spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the gradient of the logits, in their shape, dtype and memory format, from that of the sums."""
+    gradient = torch.empty_like(logits)
     if not logits.numel():
-        return slope
-    job, alive = _job(work, logits, target, weight)
+        return gradient
+    call = _make_call(spec, logits, target, weight)
     grad = grad.contiguous()
-    job.sums = grad.data_ptr()
-    ask_for_large_pages(slope)
-    # Itself, but where its space axes are not one axis of one stride.
-    written = flat(slope, keep_classes=True)
-    job.slope = view(written)
-    _call("lightning_dice_backward", job)
-    del alive
-    return slope if written is slope else slope.copy_(written)
+    call.sums = grad.data_ptr()
+    advise_huge_pages(gradient)
+    written = with_flat_space(gradient, keep_classes=True)
+    call.gradient = make_view(written)
+    _run("lightning_dice_backward", call)
+    return gradient if written is gradient else gradient.copy_(written)
 
 
 _MODES = {"logits": 0, "ids": 1, "planes": 2}
@@ -216,88 +222,86 @@ def count(
     ignore_index: int | None = None,
     threshold: float = 0.0,
 ) -> Tensor:
-    """Overlap, predicted, actual and count of hard predictions, int64 `(4, images, classes)`.
+    """Return overlap, predicted, actual and count of hard predictions, int64 `(4, images, classes)`.
 
     Args:
-        mode: what is predicted: the class of the greatest logit, ids, or planes of values above the threshold.
-        predicted: ids `(images, *space)`, or `(images, classes, *space)`.
+        mode: what predicts: the class of the greatest logit, class ids, or planes of values above the threshold.
+        predicted: ids `(images, *space)`; logits or planes `(images, classes, *space)`.
         target: ids `(images, *space)`; planes `(images, classes, *space)`.
-        classes: how many there are.
-        ignore_index: the label of pixels that count as nothing.
+        classes: number of classes.
+        ignore_index: label of the pixels to ignore.
         threshold: of planes.
 
     Raises:
-        OutOfRange: an id or a label outside its range.
+        OutOfRange: an id or a label is outside its range.
     """
-    predicted = flat(predicted.detach(), keep_classes=mode != "ids")
-    target = flat(target, keep_classes=mode == "planes")
+    predicted = with_flat_space(predicted.detach(), keep_classes=mode != "ids")
+    target = with_flat_space(target, keep_classes=mode == "planes")
     images = len(predicted)
     counts = torch.zeros(4, images, classes, dtype=torch.int64)
     if not target.numel():
         return counts
-    job = Count()
-    job.images, job.classes, job.pixels = images, classes, math.prod(predicted.shape[1 if mode == "ids" else 2 :])
-    job.predicted = view(predicted, has_classes=mode != "ids")
-    job.target = view(target, has_classes=mode == "planes")
-    job.mode, job.threshold = _MODES[mode], threshold
-    job.has_ignored, job.ignored = int(ignore_index is not None), float(ignore_index or 0)
-    job.threads, job.region, job.counts = torch.get_num_threads(), region(), counts.data_ptr()
-    _call("lightning_dice_count", job)
-    if job.wrong:
+    call = CountCall()
+    call.images, call.classes, call.pixels = images, classes, math.prod(predicted.shape[1 if mode == "ids" else 2 :])
+    call.predicted = make_view(predicted, has_classes=mode != "ids")
+    call.target = make_view(target, has_classes=mode == "planes")
+    call.mode, call.threshold = _MODES[mode], threshold
+    call.has_ignored, call.ignored = int(ignore_index is not None), float(ignore_index or 0)
+    call.threads, call.region, call.counts = torch.get_num_threads(), parallel_region(), counts.data_ptr()
+    _run("lightning_dice_count", call)
+    if call.invalid:
         raise OutOfRange
     return counts
 
 
-def _call(name: str, job: ctypes.Structure) -> None:
-    found, why = _loaded()
-    if found is None:
-        raise OSError(why)
-    getattr(found, name)(ctypes.byref(job))
-    if job.wrong == _NO_MEMORY:
-        raise MemoryError("the sums found no memory for their partial results")
+def _run(function: str, call: ctypes.Structure) -> None:
+    kernels, reason = _library()
+    if kernels is None:
+        raise OSError(reason)
+    getattr(kernels, function)(ctypes.byref(call))
+    if call.invalid == _NO_MEMORY:
+        raise MemoryError("there is not enough memory for the partial results of the sums")
 
 
-def _job(work: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Job, list[Tensor]]:
-    """The job, and the tensors that must live as long as it does."""
-    logits, target = flat(logits, keep_classes=True), flat(target, keep_classes=work.planes)
-    job = Job()
-    job.images, job.classes = logits.shape[:2]
-    job.pixels = math.prod(logits.shape[2:])
-    job.logits, job.target = view(logits), view(target, has_classes=work.planes)
+def _make_call(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> SumsCall:
+    logits, target = with_flat_space(logits, keep_classes=True), with_flat_space(target, keep_classes=spec.planes)
+    call = SumsCall()
+    call.images, call.classes = logits.shape[:2]
+    call.pixels = math.prod(logits.shape[2:])
+    call.logits, call.target = make_view(logits), make_view(target, has_classes=spec.planes)
     if weight is not None:
         by_class = weight.shape == logits.shape
-        weight = flat(weight, keep_classes=by_class)
-        job.weight, job.weighted, job.weight_by_class = view(weight, has_classes=by_class), 1, int(by_class)
-    job.softmax, job.planes = int(work.activation == "softmax"), int(work.planes)
-    job.has_ignored, job.ignored = int(work.ignore_index is not None), float(work.ignore_index or 0)
-    job.threads, job.region = torch.get_num_threads(), region()
-    focal = work.wanted.focal
-    job.gamma = focal.gamma if focal else 0.0
-    job.front, job.back = (1.0, 1.0) if focal is None or focal.alpha is None else (focal.alpha, 1 - focal.alpha)
-    for place, name in enumerate(_ROWS):
-        job.row[place] = work.rows.index(name) if name in work.rows else -1
-    job.rows = len(work.rows)
-    return job, [logits, target] if weight is None else [logits, target, weight]
+        weight = with_flat_space(weight, keep_classes=by_class)
+        call.weight, call.weighted, call.weight_by_class = make_view(weight, has_classes=by_class), 1, int(by_class)
+    call.softmax, call.planes = int(spec.activation == "softmax"), int(spec.planes)
+    call.has_ignored, call.ignored = int(spec.ignore_index is not None), float(spec.ignore_index or 0)
+    call.threads, call.region = torch.get_num_threads(), parallel_region()
+    focal = spec.required.focal
+    call.gamma = focal.gamma if focal else 0.0
+    call.front, call.back = (1.0, 1.0) if focal is None or focal.alpha is None else (focal.alpha, 1 - focal.alpha)
+    for index, name in enumerate(_ROWS):
+        call.row[index] = spec.rows.index(name) if name in spec.rows else -1
+    call.rows = len(spec.rows)
+    call.tensors = logits, target, weight  # They must stay alive as long as the call.
+    return call
 
 
-def flat(tensor: Tensor, *, keep_classes: bool) -> Tensor:
-    """The tensor itself where its space axes are one axis of one stride, in memory; else a contiguous copy."""
+def with_flat_space(tensor: Tensor, *, keep_classes: bool) -> Tensor:
+    """Return the tensor itself if one stride walks all its space axes, or else a contiguous copy."""
     return tensor if _pixel_stride(tensor, 2 if keep_classes else 1) is not None else tensor.contiguous()
 
 
-def view(tensor: Tensor, *, has_classes: bool = True) -> View:
-    """The `View` of a tensor that has gone through `flat`."""
+def make_view(tensor: Tensor, *, has_classes: bool = True) -> View:
+    """Return the `View` of a tensor from `with_flat_space`."""
     stride = _pixel_stride(tensor, 2 if has_classes else 1)
     strides = tensor.stride()
     if stride is None:
-        raise ValueError(
-            f"space axes of the strides {strides} are no single axis: the tensor must go through flat first"
-        )
+        raise ValueError(f"tensor must come from with_flat_space, got space axes that no one stride walks: {strides}")
     return View(tensor.data_ptr(), strides[0], strides[1] if has_classes else 0, stride, _TYPES[tensor.dtype])
 
 
 def _pixel_stride(tensor: Tensor, start: int) -> int | None:
-    """The stride of all axes from `start` on taken as one; `None` if there is none."""
+    """Return the stride that walks all axes from `start`; `None` if there is none."""
     stride, expected = 1, None
     for size, step in zip(reversed(tensor.shape[start:]), reversed(tensor.stride()[start:]), strict=True):
         if size == 1:

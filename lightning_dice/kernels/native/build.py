@@ -1,4 +1,4 @@
-"""Builds the C++ kernels on the machine they run on: no headers but the compiler's own, a few seconds, once."""
+"""Build the C++ kernels on the machine that runs them: once, in a few seconds, with no headers but the compiler's."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = ("sums.cpp", "counts.cpp")
 PREBUILT = HERE / "lightning_dice_kernels.so"
-# No fast-math, which some compilers have by default: a NaN must stay one, and sums keep their order.
+# No fast-math, which some compilers enable by default: it breaks NaN and reorders sums.
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread"),
     *("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w"),
 )
-_LIMIT = 300  # seconds
+_TIMEOUT = 300  # seconds
 
 
-def compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ that there is.
+def find_compiler() -> list[str]:
+    """Return the command of the C++ compiler: `$CXX`, or the first of c++, g++ and clang++ on the path.
 
     Raises:
-        OSError: there is none.
+        OSError: no compiler was found.
     """
-    if chosen := shlex.split(os.environ.get("CXX", "")):
-        if shutil.which(chosen[0]) is None:
-            raise OSError(f"no C++ compiler: CXX is {shlex.join(chosen)}, and there is no {chosen[0]}")
-        return chosen
+    if command := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(command[0]) is None:
+            raise OSError(f"no C++ compiler: CXX is {shlex.join(command)}, but {command[0]} was not found")
+        return command
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
     raise OSError("no C++ compiler: install g++ or clang, or set CXX")
 
 
-def library() -> ctypes.CDLL:
-    """The kernels, from a prebuilt file, from the cache of an earlier run, or built now.
+def load_library() -> ctypes.CDLL:
+    """Load the kernels from a prebuilt file or the cache of an earlier run, or build them now.
 
-    A file `lightning_dice_kernels.so` beside this module is taken as it is: what a package for machines without a
-    compiler brings (`python -m lightning_dice.kernels --build`). What is built here is kept in the user's cache folder
-    (`$XDG_CACHE_HOME`), by sources, compiler and processor; where that cannot be, it serves this process alone.
+    A file `lightning_dice_kernels.so` beside this module, built by `python -m lightning_dice.kernels --build` for
+    machines without a compiler, takes precedence. Kernels built here are kept in the user's cache folder
+    (`$XDG_CACHE_HOME`) by sources, compiler and processor, or serve only this process if it cannot be written.
 
     Raises:
-        OSError: there is neither a file nor a compiler, or the compiler failed; says what to do.
+        OSError: there is neither a file nor a compiler, or the compiler failed; names the remedy.
     """
     if PREBUILT.is_file():
-        return _loaded(PREBUILT)
+        return _load(PREBUILT)
     if sys.platform == "win32":
         raise OSError("the C++ kernels are not built on Windows")
-    command = compiler()
+    command = find_compiler()
     with tempfile.TemporaryDirectory() as private:
-        folder = cache()
-        if not _is_ours(folder):
+        folder = cache_folder()
+        if not _is_private(folder):
             folder = Path(private)
-        name = f"kernels-{_key(command)}"
+        name = f"kernels-{_cache_key(command)}"
         for file in folder.glob(f"{name}-*.so"):
             if file.name == f"{name}-{_digest(file)}.so":
-                return _loaded(file)
-            file.unlink(missing_ok=True)  # Loading what was cut short would end the process.
-        handle, part = tempfile.mkstemp(suffix=".so", dir=folder)
+                return _load(file)
+            file.unlink(missing_ok=True)  # Loading a truncated file would crash the process.
+        handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            build(Path(part), command)
+            build(Path(built), command)
             try:
-                found = _loaded(Path(part))
+                library = _load(Path(built))
             except OSError:
-                # A folder from which nothing may be run.
-                return _loaded(Path(shutil.copy(part, private)))
-            # Whole or not at all: several processes may build at once.
-            os.replace(part, folder / f"{name}-{_digest(Path(part))}.so")
+                # The folder is mounted without permission to execute.
+                return _load(Path(shutil.copy(built, private)))
+            # Atomic, as several processes may build at once.
+            os.replace(built, folder / f"{name}-{_digest(Path(built))}.so")
         finally:
-            Path(part).unlink(missing_ok=True)
-        return found
+            Path(built).unlink(missing_ok=True)
+        return library
 
 
-def cache() -> Path:
-    """The folder in which built kernels are kept."""
+def cache_folder() -> Path:
+    """Return the folder that holds built kernels."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dice"
-    except RuntimeError:  # A user without a home.
+    except RuntimeError:  # The user has no home.
         return Path(os.devnull) / "lightning_dice"
 
 
@@ -92,52 +92,52 @@ def build(to: Path, command: list[str], machine: str = "native") -> Path:
     """Compile the kernels to a shared library.
 
     Args:
-        to: the file.
-        command: of the compiler.
-        machine: the processors it is to run on, as the compiler's `-march`; `"native"`: this one.
+        to: path of the library.
+        command: command of the compiler.
+        machine: processors on which it will run, a value of the compiler's `-march`; `"native"` means this one.
 
     Raises:
-        OSError: with the first lines that the compiler said.
+        OSError: the compiler failed; quotes the beginning of its output.
     """
     sources = [str(HERE / source) for source in SOURCES]
-    said = ""
-    # What "this processor" is called differs, and not every compiler knows it.
+    output = ""
+    # Compilers differ in the flag for this processor, and some have none.
     for architecture in ([f"-march={machine}"], [f"-mcpu={machine}"], *([[]] if machine == "native" else [])):
-        full = [*command, *FLAGS, f"-DSOURCE=0x{source()}ULL", *architecture, *sources, "-o", str(to)]
+        full = [*command, *FLAGS, f"-DSOURCE=0x{source_digest()}ULL", *architecture, *sources, "-o", str(to)]
         try:
-            done = subprocess.run(full, capture_output=True, encoding="utf-8", errors="replace", timeout=_LIMIT)
+            done = subprocess.run(full, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT)
         except subprocess.TimeoutExpired as error:
-            raise OSError(f"{command[0]} took more than {_LIMIT} s to compile the kernels") from error
+            raise OSError(f"{command[0]} took more than {_TIMEOUT} s to compile the kernels") from error
         if done.returncode == 0:
             with to.open("rb+") as file:
                 os.fsync(file.fileno())
             return to
-        said = said or done.stderr.strip()[:500]
+        output = output or done.stderr.strip()[:500]
         if machine not in done.stderr:
             break
-    raise OSError(f"{shlex.join(command)} failed to compile the kernels: {said}")
+    raise OSError(f"{shlex.join(command)} failed to compile the kernels: {output}")
 
 
-def source() -> str:
-    """What a library was built of: 16 hexadecimal digits."""
+def source_digest() -> str:
+    """Return a digest of the sources, 16 hexadecimal digits."""
     parts = [(HERE / name).read_bytes() for name in ("common.h", *SOURCES)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _loaded(file: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(file))
+def _load(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
     try:
-        found.lightning_dice_source.restype = ctypes.c_uint64
-        matches = found.lightning_dice_source() == int(source(), 16)
+        library.lightning_dice_source.restype = ctypes.c_uint64
+        matches = library.lightning_dice_source() == int(source_digest(), 16)
     except AttributeError:
         matches = False
     if not matches:
-        raise OSError(f"{file} was built of other sources: delete it, or build it again")
-    return found
+        raise OSError(f"{file} was built from other sources: delete it, or build it again")
+    return library
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether files can be put into a folder, by nobody but its owner."""
+def _is_private(folder: Path) -> bool:
+    """Whether a folder can be written by this user and nobody else."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
@@ -151,8 +151,8 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def _key(command: list[str]) -> str:
-    """What a built file depends on, as a short name: a home may be shared by machines that differ."""
+def _cache_key(command: list[str]) -> str:
+    """Return a digest of all that a built file depends on, as different machines may share a home."""
     processor = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -160,5 +160,13 @@ def _key(command: list[str]) -> str:
     except OSError:
         pass
     program = Path(str(shutil.which(command[0]))).resolve()
-    parts = (source(), *command, *FLAGS, str(program), str(program.stat().st_size), platform.machine(), processor)
+    parts = (
+        source_digest(),
+        *command,
+        *FLAGS,
+        str(program),
+        str(program.stat().st_size),
+        platform.machine(),
+        processor,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

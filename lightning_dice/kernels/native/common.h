@@ -1,4 +1,4 @@
-// What the kernels share: vectors of the compiler, readers of every dtype, and one parallel region per pass.
+// Shared by the kernels: vector types, readers and writers for every dtype, and the parallel region of a pass.
 #pragma once
 #include <atomic>
 #include <cmath>
@@ -19,7 +19,7 @@
 
 enum Type : int32_t { F32, F64, BF16, F16, U8, I8, I16, I32, I64, U16, U32, BOOL };
 
-// What a job reports instead of what it has found wrong.
+// Reported by a call in place of the flags of invalid values.
 static constexpr int32_t NO_MEMORY = 1 << 30;
 
 // A tensor (images, classes, pixels) anywhere in memory; strides in elements.
@@ -61,7 +61,7 @@ typedef Simd<float>::vec vfloat;
 typedef Simd<float>::mask vint;
 typedef Simd<double>::vec vdouble;
 
-// What is done to several vectors, step by step to all of them: one after the other, each would wait for its own last step.
+// Interleaves the steps for N vectors, as in one vector each step would wait for the one before.
 #define EACH _Pragma("GCC unroll 8") for (int u = 0; u < N; u++)
 
 // e^x for x <= 88; NaN stays NaN, and below -87, where float32 has no normal numbers left, it is 0.
@@ -88,7 +88,7 @@ static inline vfloat exp_(vfloat x) {
   return one[0];
 }
 
-// log(1 + r) for r >= 0, given 1/(1 + r) (Cephes' polynomial); what 1 + r rounds off comes back as a correction.
+// log(1 + r) for r >= 0, given 1/(1 + r) (Cephes' polynomial), with a correction for the rounding of 1 + r.
 static inline vfloat log1p_(vfloat r, vfloat inverse) {
   vfloat u = r + 1.f;
   vint bits = (vint)u;
@@ -105,7 +105,7 @@ static inline vfloat log1p_(vfloat r, vfloat inverse) {
   q = q * f + 3.3333331174e-1f;
   q = q * f * z - e * 2.12194440e-4f - z * 0.5f;
   vfloat result = f + q + e * 0.693359375f;
-  // (u - u) is NaN where u is no number, which the bits above cannot say.
+  // (u - u) propagates infinity and NaN, which the operations on bits above lose.
   return result + (r - (u - 1.f)) * inverse + (u - u);
 }
 
@@ -135,7 +135,7 @@ template <int N> static inline void exp_each(vdouble (&x)[N]) { EACH x[u] = exac
 static inline vdouble log1p_(vdouble r, vdouble) { return exact_log1p(r); }
 static inline vdouble log1p_of_share(vdouble x) { return exact_log1p(x); }
 
-// A sum over many vectors: a few in their own type, which rounds little, then in double.
+// A sum over many vectors: a few are added in their own type, which rounds little, then in double.
 template <class R> struct Sum;
 template <> struct Sum<double> {
   eight total = {};
@@ -145,7 +145,7 @@ template <> struct Sum<float> {
   eight total = {};
   void take(vfloat v) {
     typedef float half __attribute__((vector_size(32)));
-    // Lane by lane: an address of v would keep it in memory through the loop that adds it up.
+    // Lane by lane, as taking the address of v would keep it in memory in the loop that computes it.
     const half low = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
     const half high = {v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
     total += __builtin_convertvector(low, eight) + __builtin_convertvector(high, eight);
@@ -159,7 +159,7 @@ struct BFloat {
   explicit BFloat(float value) {
     uint32_t wide;
     std::memcpy(&wide, &value, 4);
-    // To the nearest, ties to even; a NaN stays one.
+    // Rounds to nearest, ties to even, and preserves NaN.
     const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
     bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
   }
@@ -173,7 +173,7 @@ struct BFloat {
   explicit operator double() const { return static_cast<float>(*this); }
 };
 
-// A byte of which anything but 0 is true.
+// A byte that is true unless it is 0.
 struct Bool {
   uint8_t byte;
   Bool() = default;
@@ -182,8 +182,8 @@ struct Bool {
   explicit operator double() const { return byte ? 1 : 0; }
 };
 
-// Calls `f` with a pointer of the type to the element at `at`.
-template <class F> static void of_type(const View &v, int64_t at, const F &f) {
+// Calls `f` with a pointer to element `at`, of the element's type.
+template <class F> static void with_type(const View &v, int64_t at, const F &f) {
   switch (v.type) {
   case F32: return f(static_cast<float *>(v.data) + at);
   case F64: return f(static_cast<double *>(v.data) + at);
@@ -202,9 +202,9 @@ template <class F> static void of_type(const View &v, int64_t at, const F &f) {
   }
 }
 
-// `n` values of a row, converted.
+// Reads and converts `n` values of a row.
 template <class R> static void read(const View &v, int64_t image, int64_t cls, int64_t pixel, R *__restrict to, int64_t n) {
-  of_type(v, image * v.image + cls * v.cls + pixel * v.pixel, [&](const auto *from) {
+  with_type(v, image * v.image + cls * v.cls + pixel * v.pixel, [&](const auto *from) {
     if (v.pixel == 1)
       for (int64_t j = 0; j < n; j++) to[j] = static_cast<R>(from[j]);
     else
@@ -212,17 +212,17 @@ template <class R> static void read(const View &v, int64_t image, int64_t cls, i
   });
 }
 
-// The same of all classes at once, into rows `step` apart: where the classes of a pixel lie side by side.
+// Reads all classes at once, for memory in which the classes of a pixel are adjacent, into rows `step` apart.
 template <class R>
 static void read_across(const View &v, int64_t image, int64_t pixel, int64_t classes, R *__restrict to, int64_t step, int64_t n) {
-  of_type(v, image * v.image + pixel * v.pixel, [&](const auto *from) {
+  with_type(v, image * v.image + pixel * v.pixel, [&](const auto *from) {
     for (int64_t j = 0; j < n; j++)
       for (int64_t c = 0; c < classes; c++) to[c * step + j] = static_cast<R>(from[j * v.pixel + c]);
   });
 }
 
 template <class R> static void write(const View &v, int64_t image, int64_t cls, int64_t pixel, const R *__restrict from, int64_t n) {
-  of_type(v, image * v.image + cls * v.cls + pixel * v.pixel, [&](auto *to) {
+  with_type(v, image * v.image + cls * v.cls + pixel * v.pixel, [&](auto *to) {
     typedef typename std::remove_reference<decltype(*to)>::type S;
     if (v.pixel == 1)
       for (int64_t j = 0; j < n; j++) to[j] = static_cast<S>(from[j]);
@@ -233,14 +233,14 @@ template <class R> static void write(const View &v, int64_t image, int64_t cls, 
 
 template <class R>
 static void write_across(const View &v, int64_t image, int64_t pixel, int64_t classes, const R *__restrict from, int64_t step, int64_t n) {
-  of_type(v, image * v.image + pixel * v.pixel, [&](auto *to) {
+  with_type(v, image * v.image + pixel * v.pixel, [&](auto *to) {
     typedef typename std::remove_reference<decltype(*to)>::type S;
     for (int64_t j = 0; j < n; j++)
       for (int64_t c = 0; c < classes; c++) to[j * v.pixel + c] = static_cast<S>(from[c * step + j]);
   });
 }
 
-// Memory of a thread that grows and is kept, so that no call pays for fresh pages.
+// Memory of a thread that is kept between calls, so that no call pays for fresh pages.
 struct Scratch {
   char *data = nullptr;
   size_t size = 0, used = 0;
@@ -263,10 +263,10 @@ struct Scratch {
   }
 };
 
-// The threads of PyTorch itself (GOMP_parallel of the OpenMP that it has loaded), so that no second pool competes.
+// GOMP_parallel of the OpenMP that PyTorch has loaded: using its threads, no second pool competes with them.
 typedef void (*Region)(void (*)(void *), void *, unsigned, unsigned);
 
-// Units of work, taken one by one. What a unit computes does not depend on who takes it.
+// Units of work that threads take one by one. The result of a unit does not depend on the thread.
 template <class F> struct Team {
   const F &unit;
   int64_t units;
@@ -277,12 +277,12 @@ template <class F> struct Team {
     try {
       for (int64_t at; (at = team.next.fetch_add(1)) < team.units;) team.unit(at);
     } catch (...) {
-      team.failed = true;  // No exception may leave a thread of OpenMP.
+      team.failed = true;  // An exception must not leave an OpenMP thread.
     }
   }
 };
 
-// Whether every unit was done: false where memory ran out.
+// Returns whether every unit completed; false if memory ran out.
 template <class F> static bool in_parallel(int64_t units, int32_t threads, void *region, const F &unit) {
   Team<F> team{unit, units};
   const int64_t useful = threads < units ? threads : units;
@@ -300,11 +300,11 @@ template <class F> static bool in_parallel(int64_t units, int32_t threads, void 
   return !team.failed;
 }
 
-// A job of which no exception gets out, as its caller speaks C.
-template <class J, class F> static void guarded(J *job, const F &run) {
+// Runs a call without letting an exception through its C interface.
+template <class C, class F> static void guarded(C *call, const F &run) {
   try {
     run();
   } catch (...) {
-    job->wrong = NO_MEMORY;
+    call->invalid = NO_MEMORY;
   }
 }

@@ -1,5 +1,5 @@
-// Counts of hard predictions, in one pass and without a mask of them: pixels of each class in each image that are both
-// predicted and labelled so, that are predicted, that are labelled, and all that count.
+// Counts of hard predictions, in one pass and without a mask of them: for each class and image, the pixels that are both
+// predicted and labelled as the class, predicted as it, labelled as it, and not ignored.
 #include "common.h"
 
 #include <algorithm>
@@ -8,13 +8,13 @@ namespace {
 
 enum Mode : int32_t { LOGITS, IDS, PLANES };
 
-enum Wrong : int32_t { BAD_LABEL = 1, BAD_PREDICTION = 2 };
+enum Invalid : int32_t { BAD_LABEL = 1, BAD_PREDICTION = 2 };
 
-struct Count {
+struct CountCall {
   int64_t images, classes, pixels;
   View predicted, target;  // logits (LOGITS, PLANES) or ids; ids or planes
   int32_t mode, has_ignored, threads;
-  int32_t wrong;           // out
+  int32_t invalid;         // out: flags of Invalid, or NO_MEMORY
   double ignored, threshold;
   int64_t *counts;         // out: (overlap, predicted, actual, count; images, classes)
   void *region;
@@ -31,16 +31,16 @@ template <class R> struct Counter {
   typedef typename S::mask mask;
   static constexpr int L = S::lanes;
 
-  const Count &job;
+  const CountCall &call;
   const int64_t C;
-  int32_t wrong = 0;
+  int32_t invalid = 0;
   R *row, *best, *arg, *label;
-  // A bin for each class and one for what is of none, in two banks: neighbours of one class need not wait for each other.
+  // A bin for each class and one for other pixels, in two banks, so that neighbours of one class do not wait for each other.
   int64_t *both[2], *predicted[2], *actual[2];
   int64_t count = 0;
   int64_t *plane_count;
 
-  explicit Counter(const Count &job) : job(job), C(job.classes) {
+  explicit Counter(const CountCall &call) : call(call), C(call.classes) {
     const size_t bins = (C + 1) * sizeof(int64_t);
     scratch.reserve(4 * RUN * sizeof(R) + 7 * (bins + 64) + 4 * 64);
     for (R **line : {&row, &best, &arg, &label}) *line = scratch.take<R>(RUN);
@@ -50,31 +50,31 @@ template <class R> struct Counter {
     }
   }
 
-  // Ids of a run, with C for those that are ignored or none.
+  // Reads the ids of a run, with C for ids that are ignored or invalid.
   void labels(int64_t image, int64_t at, int64_t n, int64_t padded) {
-    read(job.target, image, 0, at, label, n);
+    read(call.target, image, 0, at, label, n);
     for (int64_t j = n; j < padded; j++) label[j] = static_cast<R>(C);
-    const R end = static_cast<R>(C), ignored = static_cast<R>(job.ignored);
+    const R end = static_cast<R>(C), ignored = static_cast<R>(call.ignored);
     mask special = {};
     for (int64_t j = 0; j < n / L * L; j += L) {
       const vec value = S::load(label + j);
       special |= !((value >= 0) & (value < end));
-      if (job.has_ignored) special |= value == ignored;
+      if (call.has_ignored) special |= value == ignored;
     }
     for (int64_t j = any(special) ? 0 : n / L * L; j < n; j++) {
-      if (job.has_ignored && label[j] == ignored) label[j] = end;
-      else if (!(label[j] >= 0 && label[j] < end)) wrong |= BAD_LABEL, label[j] = end;
+      if (call.has_ignored && label[j] == ignored) label[j] = end;
+      else if (!(label[j] >= 0 && label[j] < end)) invalid |= BAD_LABEL, label[j] = end;
     }
   }
 
-  // The class of the greatest logit, the first of several; none where one is NaN.
+  // Finds the class of the greatest logit, the first among equals; C if one is NaN.
   void greatest(int64_t image, int64_t at, int64_t n, int64_t padded) {
-    const bool direct = job.predicted.type == (sizeof(R) == 4 ? F32 : F64) && job.predicted.pixel == 1 && n == padded;
+    const bool direct = call.predicted.type == (sizeof(R) == 4 ? F32 : F64) && call.predicted.pixel == 1 && n == padded;
     for (int64_t c = 0; c < C; c++) {
       const R *line = row;
-      if (direct) line = static_cast<const R *>(job.predicted.data) + image * job.predicted.image + c * job.predicted.cls + at;
+      if (direct) line = static_cast<const R *>(call.predicted.data) + image * call.predicted.image + c * call.predicted.cls + at;
       else {
-        read(job.predicted, image, c, at, row, n);
+        read(call.predicted, image, c, at, row, n);
         for (int64_t j = n; j < padded; j++) row[j] = 0;
       }
       R *const best = this->best, *const arg = this->arg;
@@ -96,7 +96,7 @@ template <class R> struct Counter {
   }
 
   void ids(int64_t image, int64_t at, int64_t n, int64_t padded) {
-    read(job.predicted, image, 0, at, arg, n);
+    read(call.predicted, image, 0, at, arg, n);
     for (int64_t j = n; j < padded; j++) arg[j] = static_cast<R>(C);
     const R end = static_cast<R>(C);
     mask bad = {};
@@ -107,7 +107,7 @@ template <class R> struct Counter {
     for (int64_t j = any(bad) ? 0 : n / L * L; j < n; j++)
       if (!(arg[j] >= 0 && arg[j] < end)) {
         // An ignored pixel may hold anything.
-        if (label[j] < end) wrong |= BAD_PREDICTION;
+        if (label[j] < end) invalid |= BAD_PREDICTION;
         arg[j] = end;
       }
   }
@@ -133,26 +133,26 @@ template <class R> struct Counter {
   }
 
   void planes(int64_t image, int64_t at, int64_t n, int64_t padded) {
-    const vec threshold = S::all(static_cast<R>(job.threshold)), ignored = S::all(static_cast<R>(job.ignored)), unit = S::all(1);
+    const vec threshold = S::all(static_cast<R>(call.threshold)), ignored = S::all(static_cast<R>(call.ignored)), unit = S::all(1);
     for (int64_t c = 0; c < C; c++) {
-      read(job.predicted, image, c, at, row, n);
-      read(job.target, image, c, at, label, n);
-      // A padding that is neither predicted nor labelled, and not counted.
-      for (int64_t j = n; j < padded; j++) row[j] = static_cast<R>(job.threshold), label[j] = 0;
+      read(call.predicted, image, c, at, row, n);
+      read(call.target, image, c, at, label, n);
+      // Padding that is neither predicted nor labelled.
+      for (int64_t j = n; j < padded; j++) row[j] = static_cast<R>(call.threshold), label[j] = 0;
       mask overlap = {}, found = {}, labelled = {}, left_out = {}, bad = {};
       for (int64_t j = 0; j < padded; j += L) {
         const vec theirs = S::load(label + j);
         mask valid = theirs == theirs;
-        if (job.has_ignored) valid = !(theirs == ignored);
+        if (call.has_ignored) valid = !(theirs == ignored);
         const mask above = S::load(row + j) > threshold, there = theirs == unit;
         bad |= valid & !((theirs >= R(-1e-5)) & (theirs <= R(1 + 1e-5)));
-        if (!job.has_ignored) bad |= !(theirs == theirs);
+        if (!call.has_ignored) bad |= !(theirs == theirs);
         found += above & valid, labelled += there & valid, overlap += above & there & valid, left_out += !valid;
       }
-      if (any(bad)) wrong |= BAD_LABEL;
+      if (any(bad)) invalid |= BAD_LABEL;
       both[0][c] += lanes(overlap), predicted[0][c] += lanes(found), actual[0][c] += lanes(labelled);
-      // The padding of label 0 is no pixel that was left out.
-      plane_count[c] += n - lanes(left_out) + (job.has_ignored && job.ignored == 0 ? padded - n : 0);
+      // Padding has label 0; if that is the ignored label, it must not reduce the count.
+      plane_count[c] += n - lanes(left_out) + (call.has_ignored && call.ignored == 0 ? padded - n : 0);
     }
   }
 
@@ -164,39 +164,39 @@ template <class R> struct Counter {
 
   void run(int64_t image, int64_t at, int64_t n) {
     const int64_t padded = (n + L - 1) / L * L;
-    if (job.mode == PLANES) return planes(image, at, n, padded);
+    if (call.mode == PLANES) return planes(image, at, n, padded);
     labels(image, at, n, padded);
-    job.mode == LOGITS ? greatest(image, at, n, padded) : ids(image, at, n, padded);
+    call.mode == LOGITS ? greatest(image, at, n, padded) : ids(image, at, n, padded);
     tally(padded);
   }
 };
 
-template <class R> void run(Count &job) {
-  const int64_t C = job.classes;
-  // Partial counts of all units, 8 bytes each, should not be the larger part of the memory.
+template <class R> void run(CountCall &call) {
+  const int64_t C = call.classes;
+  // Longer units if the partial counts, 8 bytes each, would take much memory.
   int64_t length = UNIT;
-  while (length < job.pixels && (job.pixels + length - 1) / length * job.images * 4 * C > (1 << 22)) length *= 2;
-  const int64_t per_image = (job.pixels + length - 1) / length, units = per_image * job.images;
+  while (length < call.pixels && (call.pixels + length - 1) / length * call.images * 4 * C > (1 << 22)) length *= 2;
+  const int64_t per_image = (call.pixels + length - 1) / length, units = per_image * call.images;
   std::vector<int64_t> parts(units * 4 * C);
-  std::atomic<int32_t> wrong{0};
-  const bool done = in_parallel(units, job.threads, job.region, [&](int64_t unit) {
-    Counter<R> counter(job);
-    const int64_t first = unit % per_image * length, end = std::min(first + length, job.pixels);
+  std::atomic<int32_t> invalid{0};
+  const bool done = in_parallel(units, call.threads, call.region, [&](int64_t unit) {
+    Counter<R> counter(call);
+    const int64_t first = unit % per_image * length, end = std::min(first + length, call.pixels);
     for (int64_t at = first; at < end; at += RUN) counter.run(unit / per_image, at, std::min(RUN, end - at));
     int64_t *to = &parts[unit * 4 * C];
     for (int64_t c = 0; c < C; c++) {
       to[c] = counter.both[0][c] + counter.both[1][c];
       to[C + c] = counter.predicted[0][c] + counter.predicted[1][c];
       to[2 * C + c] = counter.actual[0][c] + counter.actual[1][c];
-      to[3 * C + c] = job.mode == PLANES ? counter.plane_count[c] : counter.count;
+      to[3 * C + c] = call.mode == PLANES ? counter.plane_count[c] : counter.count;
     }
-    if (counter.wrong) wrong |= counter.wrong;
+    if (counter.invalid) invalid |= counter.invalid;
   });
-  job.wrong = done ? wrong.load() : NO_MEMORY;
+  call.invalid = done ? invalid.load() : NO_MEMORY;
   if (!done) return;
   for (int64_t row = 0; row < 4; row++)
-    for (int64_t image = 0; image < job.images; image++) {
-      int64_t *to = job.counts + (row * job.images + image) * C;
+    for (int64_t image = 0; image < call.images; image++) {
+      int64_t *to = call.counts + (row * call.images + image) * C;
       std::memset(to, 0, C * sizeof(int64_t));
       for (int64_t unit = image * per_image; unit < (image + 1) * per_image; unit++)
         for (int64_t c = 0; c < C; c++) to[c] += parts[(unit * 4 + row) * C + c];
@@ -206,8 +206,8 @@ template <class R> void run(Count &job) {
 }  // namespace
 
 extern "C" {
-void lightning_dice_count(Count *job) {
-  guarded(job, [&] { job->predicted.type == F64 ? run<double>(*job) : run<float>(*job); });
+void lightning_dice_count(CountCall *call) {
+  guarded(call, [&] { call->predicted.type == F64 ? run<double>(*call) : run<float>(*call); });
 }
-int64_t lightning_dice_count_size() { return sizeof(Count); }
+int64_t lightning_dice_count_call_size() { return sizeof(CountCall); }
 }
