@@ -29,7 +29,7 @@ CLASSES = ["one <i>", "two"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What an evaluation of ten cases leaves, one of them empty, one missed altogether."""
+    """The folder of an evaluation of ten cases, one of them empty, one missed altogether."""
     made = tmp_path_factory.mktemp("evaluation")
     generator = torch.Generator().manual_seed(0)
     table = CaseTable(made, CLASSES, "sigmoid")

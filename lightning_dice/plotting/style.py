@@ -53,6 +53,11 @@ def draw_score_rows(axes: Axes, scores: Mapping[str, NDArray[np.float64]]) -> li
 
     Returns:
         The finite scores of each row.
+
+    >>> from matplotlib.figure import Figure
+    >>> rows = draw_score_rows(Figure().subplots(), {"cell": np.array([0.5, np.nan, 0.75])})
+    >>> [row.tolist() for row in rows]
+    [[0.5, 0.75]]
     """
     random = np.random.default_rng(0)
     finite = [values[np.isfinite(values)] for values in scores.values()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_dice.scoring.settings import Activation
 
 Codes = NDArray[np.uint16]
+_Maps = tuple[Codes, Codes, Codes]  # truth, prediction, errors
 
 IGNORED_CODE = 65535  # of ignored pixels in the maps of classes
 
@@ -161,7 +162,7 @@ def _three_channels(image: Tensor) -> Tensor:
     return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, *image.shape[1:])
 
 
-def _paint_ids(truth: Any, predicted: Any, ignore_index: int | None, excluded: Any) -> tuple[Codes, Codes, Codes]:
+def _paint_ids(truth: Any, predicted: Any, ignore_index: int | None, excluded: Any) -> _Maps:
     valid = np.full(truth.shape, True) if ignore_index is None else truth != ignore_index
     actual = np.where(valid & ~np.isin(truth, excluded), truth + 1, 0)
     found = np.where(np.isin(predicted, excluded), 0, predicted + 1)
@@ -178,7 +179,7 @@ def _paint_ids(truth: Any, predicted: Any, ignore_index: int | None, excluded: A
     return np.where(valid, actual, IGNORED_CODE).astype(np.uint16), found.astype(np.uint16), errors
 
 
-def _paint_planes(truth: Any, predicted: Any, ignore_index: int | None, excluded: Any) -> tuple[Codes, Codes, Codes]:
+def _paint_planes(truth: Any, predicted: Any, ignore_index: int | None, excluded: Any) -> _Maps:
     keep = np.isin(np.arange(len(truth)), excluded, invert=True)
     valid = np.full(truth.shape, True) if ignore_index is None else truth != ignore_index
     valid &= keep[:, None, None]
@@ -204,22 +205,18 @@ def _paint_planes(truth: Any, predicted: Any, ignore_index: int | None, excluded
 
 
 def _error_map(where: Mapping[ErrorCode, Any], otherwise: ErrorCode) -> Codes:
-    """The first code of `where` that applies to each pixel."""
+    """Return the first code of `where` that applies to each pixel."""
     return np.select(list(where.values()), [int(code) for code in where], int(otherwise)).astype(np.uint16)
 
 
-def _crop_and_reduce(
-    case: str, score: float, rgb: Any, codes: tuple[Codes, Codes, Codes], notes: list[str], size: int
-) -> CaseThumbnail:
-    window = _bounds(codes[2] != ErrorCode.IGNORED)
-    rgb, (truth, prediction, errors) = rgb[(slice(None), *window)], (code[window] for code in codes)
-    height, width = errors.shape
+def _crop_and_reduce(case: str, score: float, rgb: Any, codes: _Maps, notes: list[str], size: int) -> CaseThumbnail:
+    rgb, codes = _crop(rgb, codes, _bounds(codes[2] != ErrorCode.IGNORED))
+    height, width = codes[2].shape
     factor = -(-max(height, width) // size)
     if factor > 4:
         factor = 4
-        window = _densest_window(np.isin(errors, _ERRORS), size * factor)
-        rgb, (truth, prediction, errors) = rgb[(slice(None), *window)], (c[window] for c in (truth, prediction, errors))
-        high, wide = errors.shape
+        rgb, codes = _crop(rgb, codes, _densest_window(np.isin(codes[2], _ERRORS), size * factor))
+        high, wide = codes[2].shape
         notes = [*notes, f"{wide} x {high} of {width} x {height} pixels, where the most errors are"]
     if factor > 1:
         notes = [*notes, f"at 1/{factor}"]
@@ -227,11 +224,16 @@ def _crop_and_reduce(
         case,
         score,
         _reduce_image(_stretch_contrast(rgb), factor),
-        reduce_codes(truth, factor),
-        reduce_codes(prediction, factor),
-        reduce_codes(errors, factor, weights={ErrorCode.TRUE_POSITIVE: 0.5, ErrorCode.IGNORED: 0.0}),
+        reduce_codes(codes[0], factor),
+        reduce_codes(codes[1], factor),
+        reduce_codes(codes[2], factor, weights={ErrorCode.TRUE_POSITIVE: 0.5, ErrorCode.IGNORED: 0.0}),
         ", ".join(notes),
     )
+
+
+def _crop(rgb: Any, codes: _Maps, window: tuple[slice, slice]) -> tuple[Any, _Maps]:
+    truth, prediction, errors = codes
+    return rgb[(slice(None), *window)], (truth[window], prediction[window], errors[window])
 
 
 def _bounds(valid: NDArray[np.bool_]) -> tuple[slice, slice]:

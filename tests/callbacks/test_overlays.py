@@ -136,7 +136,7 @@ def test_signals_have_no_picture():
 
 
 def offer(overlays, monkeypatch, scores):
-    """Cases of these scores: what the masks would give is not what is tested."""
+    """Offer cases with these scores, whatever their masks are."""
     empty = torch.zeros(1, 40, 40, dtype=torch.uint8)
     for case, score in scores.items():
         monkeypatch.setattr("lightning_dice.callbacks.overlays.score_case", lambda *_, it=score: CaseScore(it, []))
