@@ -1,4 +1,4 @@
-"""Formulas on sums: scores, the policy for absent classes, pooling and means."""
+"""Scores, reductions and absent-class policy on sums; hard labels; maps and resizing of targets."""
 
 from lightning_dice.functional.absent_classes import AbsentPolicy, AbsentRule
 from lightning_dice.functional.activations import probabilities

@@ -1,4 +1,4 @@
-"""What a class counts that is absent: the one policy that losses and metrics share."""
+"""Policy for classes that are absent from the target, shared by losses and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AbsentRule = Literal["smooth", "skip", "penalize"]
 
 @dataclass(frozen=True)
 class AbsentPolicy:
-    """Decides what a class counts in an image (or in the pooled batch) whose target does not have it.
+    """How to count a class in an image (or in the pooled batch) whose target does not have it.
 
     | | target has none, prediction has some | neither has any |
     |---|---|---|
@@ -23,16 +23,21 @@ class AbsentPolicy:
     | `"skip"` | left out of the mean | left out of the mean |
     | `"penalize"` | loss: the mean of -log(1 - p); metric: as `"smooth"` | as `"smooth"` |
 
-    Whatever the rule, a class of which every pixel is ignored is left out, and so is a score of 0/0.
+    With every rule, a class whose pixels are all ignored is left out, and so is a score of 0/0.
 
-    The smoothed formula hardly moves the prediction on an empty image: the gradient of 1 - s/(Σp + s) falls with the
-    square of Σp. The penalty is the cross-entropy of the class being absent: a pixel is pushed down by p / count.
+    The smoothed formula hardly moves the prediction on an empty image, as the gradient of 1 - s/(Σp + s) falls with the
+    square of Σp. The penalty is the cross-entropy of the class being absent; its gradient in a logit is p / count.
 
     Args:
-        rule: one of the above.
+        rule: `"smooth"`, `"skip"` or `"penalize"`.
 
     Raises:
         ValueError: an unknown rule.
+
+    >>> from lightning_dice.functional import dice_score, hard_sums
+    >>> sums = hard_sums(torch.tensor([[[9.0, -9.0]]]), torch.tensor([[[0, 0]]]))  # a false positive
+    >>> [AbsentPolicy(rule).kept(dice_score(sums), sums).item() for rule in ("smooth", "skip")]
+    [True, False]
     """
 
     rule: AbsentRule = "smooth"
@@ -42,16 +47,16 @@ class AbsentPolicy:
             raise ValueError(f"absent must be one of {', '.join(map(repr, get_args(AbsentRule)))}, got {self.rule!r}")
 
     def kept(self, score: Tensor, sums: OverlapSums) -> Tensor:
-        """Which entries of a score or a loss, `(images, classes)`, enter a mean.
+        """Return which entries of a score or a loss, `(images, classes)`, enter a mean.
 
-        One of 0/0 does not; one that is NaN because a logit is does, and makes the mean NaN: it must be seen.
+        NaN from 0/0 is left out; NaN from a NaN logit is kept, so that it shows in the mean.
         """
         broken = ~(sums.overlap + sums.predicted).isfinite()
         kept = (sums.count > 0) & (~score.isnan() | broken)
         return kept & ((sums.actual > 0) | broken) if self.rule == "skip" else kept
 
     def loss(self, loss: Tensor, sums: OverlapSums) -> Tensor:
-        """The loss `(images, classes)` with the penalty in the place of absent classes, where the rule has one."""
+        """Replace the loss of absent classes by the penalty if the rule is `"penalize"`; `(images, classes)`."""
         if self.rule != "penalize" or sums.absent_nll is None:
             return loss
         return torch.where(sums.actual > 0, loss, sums.absent_nll / sums.count.clamp(min=torch.finfo(loss.dtype).tiny))

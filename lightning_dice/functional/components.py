@@ -1,4 +1,4 @@
-"""Which lesion of a target each pixel counts with: the connected components of a class, and the regions around them."""
+"""Connected components of the classes of a target, and the regions around them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Regions = Literal["nearest", "blob"]
 
 
 def component_regions(mask: Any, regions: Regions = "nearest", connectivity: int | None = None) -> Any:
-    """The region of each pixel of a mask.
+    """Assign each pixel of a mask to the region of a connected component.
 
     Args:
-        mask: a bool array, any number of axes.
-        regions: `"nearest"`: a pixel belongs to the component that is nearest to it, of equally near ones to either
-            (the Voronoi cells by which Jaus et al., "Every Component Counts", match pixels to lesions). `"blob"`: a
-            pixel outside all components belongs to each of them (blob loss, Kofler et al., IPMI 2023).
-        connectivity: along how many axes at once neighbours may lie apart, 1 to the number of axes, as in
-            `scipy.ndimage.generate_binary_structure`; the number of axes by default, by which pixels that touch at a
-            corner are one component.
+        mask: bool array, any number of axes.
+        regions: `"nearest"`: a pixel belongs to the nearest component, or to either of two equally near ones (the
+            Voronoi cells by which Jaus et al., "Every Component Counts", match pixels to lesions). `"blob"`: a pixel
+            outside all components belongs to each of them (blob loss, Kofler et al., IPMI 2023).
+        connectivity: along how many axes at once neighbours may differ, from 1 to the number of axes, as in
+            `scipy.ndimage.generate_binary_structure`. The default, the number of axes, joins pixels that touch at a
+            corner.
 
     Returns:
-        An int32 array of the shape of mask: regions from 0; -1 where a pixel belongs to each of several. 0 everywhere
-        where there is no component or a single one: then the image is the region.
+        int32 array of the shape of mask: the number of the region, from 0; -1 for a pixel that belongs to all of
+        several. With at most one component all pixels are 0, as the image is one region.
 
     Raises:
-        ValueError: a connectivity of more than the axes.
+        ValueError: a connectivity below 1, or above the number of axes.
 
     >>> component_regions(np.array([0, 1, 0, 0, 0, 1, 1]) == 1).tolist()
     [0, 0, 0, 0, 1, 1, 1]
     >>> component_regions(np.array([0, 1, 0, 0, 0, 1, 1]) == 1, "blob").tolist()
     [-1, 0, -1, -1, -1, 1, 1]
     """
-    from scipy import ndimage  # Here, as it would slow the start of every command.
+    from scipy import ndimage  # Imported here, as it would slow the start of every command.
 
     if connectivity is not None and not 1 <= connectivity <= mask.ndim:
         raise ValueError(f"connectivity must be from 1 to the number of space axes, {mask.ndim}, got {connectivity}")
@@ -47,28 +47,28 @@ def component_regions(mask: Any, regions: Regions = "nearest", connectivity: int
     if found <= 1:
         return np.zeros(mask.shape, dtype=np.int32)
     if regions == "nearest":
-        places = ndimage.distance_transform_edt(numbers == 0, return_distances=False, return_indices=True)
-        numbers = numbers[tuple(places)]
+        nearest = ndimage.distance_transform_edt(numbers == 0, return_distances=False, return_indices=True)
+        numbers = numbers[tuple(nearest)]
     return numbers.astype(np.int32) - 1
 
 
 @dataclass(frozen=True)
 class RegionMap(TargetReader):
-    """A target's regions, class by class: a map in the sense of `SegmentationLoss.maps`.
+    """Regions of each class of a target, see `component_regions`; one of the `SegmentationLoss.maps`.
 
-    Called with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`, it returns int32
-    `(classes, *space)`; see `component_regions`. Ignored pixels belong to no component.
+    Call it with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`; it returns int32
+    `(classes, *space)`. Ignored pixels belong to no component.
 
     Args:
-        activation: of the loss; this and the following as in `TargetReader`.
-        classes: how many there are; needed with class ids.
-        ignore_index: the label of pixels that count as nothing.
-        exclude_classes: indices of classes whose regions are not computed but 0 everywhere.
+        activation: of the loss, see `TargetReader`.
+        classes: number of classes; needed with class ids.
+        ignore_index: label of the pixels to ignore.
+        exclude_classes: indices of classes to skip; their regions are 0 everywhere.
         regions: see `component_regions`.
         connectivity: see `component_regions`.
 
     Raises:
-        ValueError: in a call, ids without a number of classes, or planes of another number.
+        ValueError: in a call, ids without `classes`, or another number of planes.
 
     >>> RegionMap("softmax", classes=2)(torch.tensor([1, 0, 0, 0, 1]))
     tensor([[0, 0, 0, 0, 0],
@@ -79,7 +79,7 @@ class RegionMap(TargetReader):
     connectivity: int | None = None
 
     def __call__(self, target: Tensor) -> Tensor:
-        """The regions; of the same shape whatever the target holds, so that they stack."""
-        return self.of_each_class(
+        """Compute the regions, int32 `(classes, *space)`."""
+        return self.map_classes(
             lambda mask: component_regions(mask, self.regions, self.connectivity), self.masks(target), torch.int32
         )

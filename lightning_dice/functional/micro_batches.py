@@ -1,4 +1,4 @@
-"""A batch through the network in pieces, with the gradient of the whole."""
+"""Run a batch through a network in micro-batches, with the gradient of the whole batch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from lightning_dice.functional.model_outputs import read_logits
 
 
 def micro_batched(net: nn.Module, image: Tensor, micro_batch_size: int) -> list[Tensor]:
-    """Logits of every output of the network, which never holds the activations of more images than allowed.
+    """Compute the logits of a batch while holding the activations of at most `micro_batch_size` images.
 
-    The batch is split into as few, and as equal, micro-batches as can be. With gradients, the activations of each are
-    dropped and computed again when its backward begins (`torch.utils.checkpoint`), which costs one more forward pass.
-    What is computed again is what was computed first: random numbers of torch and autocast are replayed, and the
-    network's buffers are as they were then. The second pass leaves no trace in them: the running statistics of batch
-    norm see each micro-batch once.
+    The batch is split into as few and as equal micro-batches as possible. With gradients, the activations of each are
+    dropped and recomputed in the backward pass (`torch.utils.checkpoint`), which costs one more forward pass. The
+    second forward pass equals the first: it replays torch's random numbers and autocast, and starts from the buffers
+    that the network had then. It leaves the buffers unchanged, so that batch norm counts each micro-batch once.
 
     Args:
-        net: as `SegmentationModule` takes it.
+        net: as for `SegmentationModule`.
         image: `(batch, channels, *space)`.
-        micro_batch_size: the most images at once, at least 1.
+        micro_batch_size: maximum number of images at once, at least 1.
 
     Returns:
-        `(batch, classes, *space)` of each output, finest first.
+        The logits of each output, `(batch, classes, *space)`, finest first.
 
     >>> levels = micro_batched(nn.Conv2d(3, 2, 1), torch.zeros(5, 3, 8, 8), 2)
     >>> [tuple(level.shape) for level in levels]
@@ -36,10 +35,10 @@ def micro_batched(net: nn.Module, image: Tensor, micro_batch_size: int) -> list[
     if len(image) <= micro_batch_size:
         return read_logits(net(image))
     outputs = []
-    for part in image.tensor_split(-(-len(image) // micro_batch_size)):
-        # Autocast keeps its copies of the weights; a shared copy would add up the parts' gradients in half precision.
+    for images in image.tensor_split(-(-len(image) // micro_batch_size)):
+        # Autocast caches its copies of the weights; a shared copy would add up gradients in half precision.
         torch.clear_autocast_cache()
-        outputs.append(_checkpointed(net, part) if torch.is_grad_enabled() else read_logits(net(part)))
+        outputs.append(_checkpointed(net, images) if torch.is_grad_enabled() else read_logits(net(images)))
     return [torch.cat(level) for level in zip(*outputs, strict=True)]
 
 
@@ -47,9 +46,9 @@ def _checkpointed(net: nn.Module, image: Tensor) -> list[Tensor]:
     before = [(buffer, buffer.clone()) for buffer in net.buffers()]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _Holding(before)
+        return nullcontext(), _SwappedBuffers(before)
 
-    # The images are an argument, not part of the function: their device is the one whose random state is kept.
+    # The images must be an argument: checkpoint keeps the random state of the devices of its arguments.
     levels: list[Tensor] = checkpoint(
         partial(_run, net), image, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
@@ -60,10 +59,10 @@ def _run(net: nn.Module, image: Tensor) -> list[Tensor]:
     return read_logits(net(image))
 
 
-class _Holding(AbstractContextManager[None]):
-    """Lets each buffer hold a copy of its value in `values`, and afterwards what it held before, whatever happens.
+class _SwappedBuffers(AbstractContextManager[None]):
+    """Gives each buffer a copy of its value in `values`, and restores it on exit, also after an error.
 
-    Not a generator: every backward pass through the same graph (`retain_graph=True`) enters it again.
+    Not a generator, as every backward pass through the same graph (`retain_graph=True`) enters it again.
     """
 
     def __init__(self, values: list[tuple[Tensor, Tensor]]) -> None:
@@ -73,7 +72,7 @@ class _Holding(AbstractContextManager[None]):
     def __enter__(self) -> None:
         copies = [value.clone() for _, value in self.values]
         self.held = [buffer.data for buffer, _ in self.values]
-        # Other memory rather than other numbers: what the forward pass changes in place is then thrown away.
+        # Swap the memory, not the numbers, so that in-place changes of the forward pass are discarded.
         for (buffer, _), copy in zip(self.values, copies, strict=True):
             buffer.data = copy
 

@@ -1,4 +1,4 @@
-"""What networks return, and the sizes they can take."""
+"""Logits from the output of any network, and images padded and logits resized to fit it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def read_logits(output: Any) -> list[Tensor]:
-    """The logits in whatever a segmentation network returns, the one to be scored first.
+    """Return the logits in the output of a segmentation network, the level to be scored first.
 
     Args:
         output: a tensor; a mapping with `"out"` (torchvision) or `"logits"`; an object with `.logits` (transformers);
             a list or tuple of tensors, finest first (deep supervision).
 
     Raises:
-        ValueError: none of these.
+        ValueError: any other output.
 
     >>> import torch
     >>> [tuple(level.shape) for level in read_logits({"out": torch.zeros(1, 2, 4, 4)})]
@@ -41,11 +41,11 @@ def read_logits(output: Any) -> list[Tensor]:
 
 
 def pad_to_multiple(image: Tensor, divisor: int) -> Tensor:
-    """Repeat the last rows and columns until every space axis is a multiple of `divisor`.
+    """Pad an image at the end of each space axis, by repeating its edge, to a multiple of `divisor`.
 
     Args:
         image: `(batch, channels, *space)`, 1 to 3 space axes.
-        divisor: in pixels, the stride of the network's coarsest features.
+        divisor: in pixels: the stride of the network's coarsest features.
 
     >>> import torch
     >>> pad_to_multiple(torch.zeros(1, 3, 30, 65), 32).shape
@@ -58,7 +58,7 @@ def pad_to_multiple(image: Tensor, divisor: int) -> Tensor:
 
 
 def resize_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
-    """Logits of a coarser output at the size `space`, by linear interpolation."""
+    """Resize the logits of a coarser output to `space`, by linear interpolation."""
     if tuple(logits.shape[2:]) == space:
         return logits
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)]
@@ -66,7 +66,7 @@ def resize_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
 
 
 def crop_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
-    """Undo `pad_to_multiple`: keep the first `space` pixels of each axis."""
+    """Undo `pad_to_multiple`: keep the first `space` pixels along the axes."""
     for axis, size in enumerate(space, start=2):
         logits = logits.narrow(axis, 0, size)
     return logits

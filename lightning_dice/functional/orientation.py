@@ -1,4 +1,4 @@
-"""Whether masks lie on their images, or would if they were transposed, flipped or turned."""
+"""Detect masks that are transposed, flipped or rotated against their images."""
 
 from __future__ import annotations
 
@@ -8,37 +8,43 @@ from torch import Tensor
 
 from lightning_dice.kernels.sums import valid_pixels
 
-# What a mask may have gone through. Augmentation that flips or turns image and mask together makes one member of a row
-# of another: the transposed mask of a flipped image is seen mirrored along the other diagonal.
+# Each row is one mistake, with all orientations in which it shows: augmentation that flips or rotates image and mask
+# together turns one into another. A transposed mask, for example, shows along the other diagonal in a flipped image.
 ORIENTATIONS = {
     "transposed: its rows are the image's columns": ((True, False, False), (True, True, True)),
     "flipped along one axis": ((False, False, True), (False, True, False)),
-    "turned by 90 degrees": ((True, True, False), (True, False, True)),
-    "turned by 180 degrees": ((False, True, True),),
+    "rotated by 90 degrees": ((True, True, False), (True, False, True)),
+    "rotated by 180 degrees": ((False, True, True),),
 }
 
 FEWEST_IMAGES = 8
 FEWEST_PIXELS = 64  # of boundary
-FINEST = 512  # pixels along an axis: larger images are reduced
+MAX_SIZE = 512  # pixels along an axis; larger images are reduced
 
 
 def edge_scores(image: Tensor, mask: Tensor, ignore_index: int | None = None) -> Tensor:
-    """How well each mask's boundary lies on the edges of its image, as it is and in seven other orientations.
+    """Score how well the boundaries of masks match the edges of their images, in eight orientations.
 
-    The mean rank, in [0, 1], that the gradient at the boundary's pixels has among all of the image: 1/2 by chance. Of
-    ranks, a few strong edges do not decide, and neither brightness nor contrast matters. Reads no value back.
+    A score is the mean rank, in [0, 1], of the image's gradient at the boundary pixels among all pixels: 1/2 by chance.
+    Ranks depend neither on a few strong edges nor on brightness or contrast. No value is read back from a GPU.
 
     Args:
-        image: `(batch, channels, *space)`, two space axes of one length.
+        image: `(batch, channels, *space)`, two space axes of equal length.
         mask: ids `(batch, *space)` or planes `(batch, classes, *space)`.
-        ignore_index: the label of pixels that count as nothing.
+        ignore_index: label of the pixels to ignore.
 
     Returns:
-        `(batch, 8)`, the first as it is, then in the order of `ORIENTATIONS`; NaN with too little boundary.
+        `(batch, 8)`: the unchanged mask, then in the order of `ORIENTATIONS`; NaN with too little boundary.
+
+    >>> image = torch.zeros(1, 1, 64, 64)
+    >>> image[..., 8:32, 8:24] = 1
+    >>> scores = edge_scores(image, image[:, 0].long())
+    >>> scores.shape, scores.argmax().item()
+    (torch.Size([1, 8]), 0)
     """
     planes = mask.unsqueeze(1) if mask.ndim == 3 else mask
     boundary = boundary_pixels(planes, ignore_index).float().unsqueeze(1)
-    factor = -(-image.shape[-1] // FINEST)
+    factor = -(-image.shape[-1] // MAX_SIZE)
     image, boundary = F.avg_pool2d(image.float(), factor), F.max_pool2d(boundary, factor)
     rank, boundary = edge_ranks(image), boundary.squeeze(1)
     pixels = boundary.sum((1, 2))
@@ -48,12 +54,20 @@ def edge_scores(image: Tensor, mask: Tensor, ignore_index: int | None = None) ->
 
 
 def misplaced(scores: Tensor) -> str | None:
-    """The orientation in which masks lie clearly better on their images than in all others, if it is not their own.
+    """Return the orientation that fits the images clearly better than the masks' own and all others, if there is one.
 
-    Clearly: better than the best of all others by 0.03 of the mean rank, and by three standard errors over the images.
+    Clearly: on average better than the best of the others by 0.03, and by three standard errors over the images.
 
     Args:
-        scores: of `edge_scores`; of some images, `(images, 8)`.
+        scores: from `edge_scores`, `(images, 8)`.
+
+    Returns:
+        A key of `ORIENTATIONS`; `None` also with fewer than `FEWEST_IMAGES` images that have a score.
+
+    >>> scores = torch.full((9, 8), 0.5)
+    >>> scores[:, 1] = 0.8
+    >>> misplaced(scores)
+    "transposed: its rows are the image's columns"
     """
     scores = scores[~scores.isnan().any(1)]
     if len(scores) < FEWEST_IMAGES:
@@ -71,16 +85,16 @@ def misplaced(scores: Tensor) -> str | None:
 
 def _move(plane: Tensor, transpose: bool, vertically: bool, horizontally: bool) -> Tensor:
     plane = plane.transpose(-1, -2) if transpose else plane
-    axes = [axis for axis, wanted in ((-2, vertically), (-1, horizontally)) if wanted]
+    axes = [axis for axis, flip in ((-2, vertically), (-1, horizontally)) if flip]
     return plane.flip(axes) if axes else plane
 
 
 def boundary_pixels(planes: Tensor, ignore_index: int | None = None) -> Tensor:
-    """Pixels beside one of another label along some axis, `(batch, *space)`; an ignored pixel has none.
+    """Return the pixels that have a neighbour with another label along some axis, bool `(batch, *space)`.
 
     Args:
         planes: `(batch, classes, *space)`; ids are one plane.
-        ignore_index: the label of pixels that count as nothing.
+        ignore_index: label of the pixels to ignore: they are no neighbours.
 
     >>> boundary_pixels(torch.tensor([[[0, 0, 1, 1, 1]]])).int()
     tensor([[0, 1, 1, 0, 0]], dtype=torch.int32)
@@ -99,11 +113,16 @@ def boundary_pixels(planes: Tensor, ignore_index: int | None = None) -> Tensor:
 
 
 def edge_ranks(image: Tensor) -> Tensor:
-    """The rank of each pixel's gradient among all of its image, in [0, 1], `(batch, *space)`; equal ones share theirs.
+    """Return the rank of each pixel's gradient within its image, in [0, 1], `(batch, *space)`.
+
+    The gradient is the magnitude over all channels, after a mean over 3 pixels along each axis. Equal gradients share
+    their mean rank.
 
     Args:
-        image: `(batch, channels, *space)` with one to three space axes; it is smoothed a little (a mean over 3 pixels
-            along each axis), and the gradient's magnitude is taken over all channels.
+        image: `(batch, channels, *space)`, one to three space axes.
+
+    >>> edge_ranks(torch.tensor([[[0.0, 0.0, 0.0, 3.0, 3.0, 3.0]]]))
+    tensor([[0.1667, 0.5000, 0.8333, 0.8333, 0.5000, 0.1667]])
     """
     axes = image.ndim - 2
     mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]

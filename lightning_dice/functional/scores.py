@@ -1,4 +1,4 @@
-"""Scores of a class in an image, each one formula on the sums."""
+"""Scores of each class in each image, each one formula on the sums."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def dice_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) -> 
 
     .. math:: D = \frac{2\sum p t + s}{\sum p + \sum t + s}
 
-    The denominator is linear in `p`, as in the set definition of Dice (1945); V-Net (Milletari et al., 3DV 2016)
-    squares `p` and `t` there, which is a matter of the sums, not of this formula.
+    The denominator is linear in `p`, as in the set definition of Dice (1945). V-Net (Milletari et al., 3DV 2016)
+    squares `p` and `t` there; for that, pass sums of squares as `predicted` and `actual`.
 
     Args:
-        sums: what `lightning_dice.kernels.overlap_sums` or `hard_sums` returns.
-        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+        sums: from `lightning_dice.kernels.overlap_sums` or `hard_sums`.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator separately.
 
     Returns:
-        `(images, classes)`, in [0, 1] if `smooth` is one number. NaN where numerator and denominator are both 0: with
-        `smooth=0`, a class absent from both sides has no score.
+        `(images, classes)`, in [0, 1] if `smooth` is one number. NaN where numerator and denominator are 0: with
+        `smooth=0`, a class absent from both prediction and target has no score.
 
     >>> from lightning_dice.functional import hard_sums
     >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, -9.0]]]), torch.tensor([[[1, 0, 0]]]))
@@ -40,14 +40,14 @@ def jaccard_score(sums: OverlapSums, smooth: float | tuple[float, float] = 0.0) 
 
     .. math:: J = \frac{\sum p t + s}{\sum p + \sum t - \sum p t + s}
 
-    With sums of squares in the place of `predicted` and `actual` it is the Tanimoto coefficient.
+    With sums of squares as `predicted` and `actual` it is the Tanimoto coefficient.
 
     Args:
         sums: as for `dice_score`.
-        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator separately.
 
     Returns:
-        `(images, classes)`; NaN where numerator and denominator are both 0.
+        `(images, classes)`; NaN where numerator and denominator are 0.
 
     >>> from lightning_dice.functional import hard_sums
     >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, -9.0]]]), torch.tensor([[[1, 0, 0]]]))
@@ -69,10 +69,10 @@ def tversky_score(sums: OverlapSums, alpha: float, beta: float, smooth: float | 
         sums: as for `dice_score`.
         alpha: weight of false positives.
         beta: weight of false negatives.
-        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator separately.
 
     Returns:
-        `(images, classes)`; NaN where numerator and denominator are both 0.
+        `(images, classes)`; NaN where numerator and denominator are 0.
 
     >>> from lightning_dice.functional import hard_sums
     >>> sums = hard_sums(torch.tensor([[[9.0, 9.0, -9.0]]]), torch.tensor([[[1, 0, 0]]]))
@@ -99,18 +99,17 @@ def generalized_dice_score(
     .. math:: G = \frac{2\sum_c w_c \sum p_c t_c + s}{\sum_c w_c (\sum p_c + \sum t_c) + s}, \qquad
         w_c = \left(\frac{\min_k \sum t_k}{\sum t_c}\right)^2
 
-    The paper has :math:`w_c = (\sum t_c)^{-2}`. Only the ratios of the weights matter to G, but for `s`: with the
-    rarest class of the image at 1, `smooth` is in pixels of that class, and no weight is infinite.
+    The paper has :math:`w_c = (\sum t_c)^{-2}`. Except for `s`, only the ratios of the weights matter. With a weight of
+    1 for the rarest class of the image, `smooth` is in pixels of that class, and no weight is infinite.
 
     Args:
         sums: as for `dice_score`.
-        weighting: the exponent of the class's size: `"inverse_square"`, `"inverse"` or `"uniform"`.
-        smooth: `s` above, in pixels; a pair sets numerator and denominator apart.
-        count_absent: whether a class that the target does not have weighs as much as the rarest that it has;
-            otherwise it does not count.
+        weighting: `"inverse_square"`, as above, `"inverse"` or `"uniform"`: an exponent of 2, 1 or 0.
+        smooth: `s` above, in pixels; a pair sets numerator and denominator separately.
+        count_absent: whether a class that the target does not have gets the weight of the rarest class, or none.
 
     Returns:
-        `(images, 1)`; NaN where numerator and denominator are both 0.
+        `(images, 1)`; NaN where numerator and denominator are 0.
 
     >>> from lightning_dice.functional import hard_sums
     >>> ids = torch.tensor([[0, 0, 0, 1]])
@@ -123,7 +122,7 @@ def generalized_dice_score(
     present = actual > 0
     rarest = actual.where(present, torch.inf).amin(1, keepdim=True)
     weight = torch.where(present, (rarest / actual.where(present, 1.0)) ** power, float(count_absent))
-    # Nothing is known of a class without a pixel to count.
+    # A class whose pixels are all ignored has no weight.
     weight = weight.where(sums.count > 0, 0.0)
     above, below = _pair(smooth)
     overlap, both = (weight * sums.overlap).sum(1, keepdim=True), (weight * (sums.predicted + sums.actual)).sum(1, True)
@@ -131,10 +130,13 @@ def generalized_dice_score(
 
 
 def power(loss: Tensor, gamma: float) -> Tensor:
-    """`loss ** gamma` of a loss >= 0, with a finite gradient at 0 for `gamma` below 1.
+    """Raise a loss >= 0 to the power of gamma, with a finite gradient at 0 for `gamma` below 1.
 
-    Below 1e-6 it goes on as a straight line to 0: the root's own slope there, 0.75 · (1e-6)^-0.25 = 24 for a gamma of
-    0.75, grows without limit towards a perfect prediction, where rounding alone would then decide the step.
+    Below 1e-6 it is a straight line to 0. The slope of the power, 0.75 · (1e-6)^-0.25 = 24 there for a gamma of 0.75,
+    would grow without limit towards a perfect prediction, where rounding alone would then decide the step.
+
+    >>> power(torch.tensor([0.0, 0.25]), 0.5)
+    tensor([0.0000, 0.5000])
     """
     if gamma == 1:
         return loss
@@ -149,7 +151,7 @@ def _pair(smooth: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, above: float, below: float) -> Tensor:
-    """(numerator + above) / (denominator + below), NaN where that is 0/0."""
+    """Return (numerator + above) / (denominator + below), NaN where the denominator is 0."""
     denominator = denominator + below
     if not numerator.is_floating_point():
         numerator, denominator = numerator.to(wide_dtype(numerator)), denominator.to(wide_dtype(denominator))

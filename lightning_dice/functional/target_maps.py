@@ -1,4 +1,4 @@
-"""What a target says beyond its values: how far each pixel lies from a boundary, and where the skeletons run."""
+"""Maps of a target: distances to boundaries, boundary weights and skeletons."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_dice.functional.target_reader import TargetReader
 
 
 def signed_distance(mask: Any, spacing: tuple[float, ...] | None = None) -> Any:
-    r"""Euclidean distance of each pixel to the nearest one of the other side: below 0 inside, above 0 outside.
+    r"""Compute the distance of each pixel to the nearest one on the other side: negative inside, positive outside.
 
     .. math:: \phi(x) = \begin{cases} -\min_{y \notin G} |x - y| & x \in G \\ \min_{y \in G} |x - y| & \text{else}
         \end{cases}
 
-    Pixels on either side of a boundary are 1 from it and never 0. The published code of Kervadec et al. (MIDL 2019)
-    adds 1 inside, so that the outermost pixels of the mask are 0 and the loss does not see them.
+    Pixels beside a boundary have the distance 1 or -1, never 0. The published code of Kervadec et al. (MIDL 2019) adds
+    1 inside, so that the outermost pixels of the mask are 0 and do not enter the loss.
 
     Args:
-        mask: a bool array, any number of axes.
-        spacing: the size of a pixel along each axis; 1 by default.
+        mask: bool array, any number of axes.
+        spacing: size of a pixel along each axis; 1 by default.
 
     Returns:
-        A float64 array of the shape of mask. 0 everywhere where the mask is empty or full: no boundary, no distance.
+        float64 array of the shape of mask; 0 everywhere if the mask is empty or full.
 
     Raises:
         ValueError: a spacing for another number of axes.
@@ -38,24 +38,24 @@ def signed_distance(mask: Any, spacing: tuple[float, ...] | None = None) -> Any:
     """
     if mask.all() or not mask.any():
         return np.zeros(mask.shape)
-    from scipy import ndimage  # Here, as it would slow the start of every command.
+    from scipy import ndimage  # Imported here, as it would slow the start of every command.
 
-    inside, outside = (ndimage.distance_transform_edt(one, _sampling(mask, spacing)) for one in (mask, ~mask))
+    inside, outside = (ndimage.distance_transform_edt(one, _check_spacing(mask, spacing)) for one in (mask, ~mask))
     return outside - inside
 
 
 def boundary_distance(labels: Any, valid: Any = None, spacing: tuple[float, ...] | None = None) -> Any:
-    """Euclidean distance of each pixel to the nearest one on a boundary.
+    """Compute the Euclidean distance of each pixel to the nearest boundary pixel.
 
-    A pixel is on a boundary where one that shares a side with it has another label.
+    A pixel is on a boundary if a pixel that shares a side with it has another label.
 
     Args:
-        labels: an array of labels, any number of axes.
-        valid: a bool array of the same shape; pixels that are not valid have no label, and no boundary.
-        spacing: the size of a pixel along each axis; 1 by default.
+        labels: array of labels, any number of axes.
+        valid: bool array of the same shape; invalid pixels have no label, and no boundary.
+        spacing: size of a pixel along each axis; 1 by default.
 
     Returns:
-        A float64 array of the shape of labels; infinite everywhere where there is no boundary.
+        float64 array of the shape of labels; infinite everywhere if there is no boundary.
 
     Raises:
         ValueError: a spacing for another number of axes.
@@ -63,7 +63,7 @@ def boundary_distance(labels: Any, valid: Any = None, spacing: tuple[float, ...]
     >>> boundary_distance(np.array([0, 0, 0, 1, 2, 2])).tolist()
     [2.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     """
-    from scipy import ndimage  # Here, as it would slow the start of every command.
+    from scipy import ndimage  # Imported here, as it would slow the start of every command.
 
     edge = np.zeros(labels.shape, dtype=bool)
     for axis in range(labels.ndim):
@@ -73,26 +73,26 @@ def boundary_distance(labels: Any, valid: Any = None, spacing: tuple[float, ...]
             differs &= known[1:] & known[:-1]
         along[1:] |= differs
         along[:-1] |= differs
-    sampling = _sampling(labels, spacing)
+    sampling = _check_spacing(labels, spacing)
     return ndimage.distance_transform_edt(~edge, sampling) if edge.any() else np.full(labels.shape, np.inf)
 
 
 def tubed_skeleton(mask: Any, radius: float = 2.0) -> Any:
-    """The pixels of a mask that lie within a radius of its skeleton.
+    """Return the pixels of a mask within a radius of its skeleton.
 
-    In two dimensions a radius of 2 is the two dilations by a cross of the published code of Kirchhoff et al. (ECCV
-    2024); in three they make an octahedron, and this a ball. A component of which thinning leaves nothing, as
-    scikit-image's does of many boxes of even width in three dimensions, has its deepest pixels for a skeleton.
+    In two dimensions a radius of 2 equals the two dilations by a cross in the published code of Kirchhoff et al. (ECCV
+    2024); in three, those make an octahedron, and this a ball. If thinning leaves nothing of a component, as that of
+    scikit-image does with many boxes of even width in three dimensions, its deepest pixels are its skeleton.
 
     Args:
-        mask: a bool array of two or three axes.
-        radius: in pixels, Euclidean; with 0, the skeleton alone.
+        mask: bool array of two or three axes.
+        radius: in pixels, Euclidean; with 0, only the skeleton.
 
     Returns:
-        A bool array of the shape of mask.
+        bool array of the shape of mask.
 
     Raises:
-        ValueError: another number of axes.
+        ValueError: not two or three axes.
 
     >>> mask = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]) == 1
     >>> tubed_skeleton(mask, radius=0).astype(int).tolist()
@@ -102,11 +102,11 @@ def tubed_skeleton(mask: Any, radius: float = 2.0) -> Any:
         raise ValueError(f"a skeleton needs an image of 2 or 3 space axes, got {mask.ndim}")
     if not mask.any():
         return np.zeros(mask.shape, dtype=bool)
-    from scipy import ndimage  # Here, as both take longer than all the rest, and most losses have no skeletons.
+    from scipy import ndimage  # Imported here, as both are slow to import, and most losses have no skeletons.
     from skimage.morphology import skeletonize
 
     skeleton = skeletonize(np.ascontiguousarray(mask)) > 0  # type: ignore[no-untyped-call]
-    # Thinning in three dimensions takes away all of what is two pixels wide: the ridge of its distances is left then.
+    # In three dimensions, thinning removes components that are two pixels wide: use the ridge of their distances.
     parts, found = ndimage.label(mask, np.ones((3,) * mask.ndim))
     lost = np.setdiff1d(np.arange(1, found + 1), np.unique(parts[skeleton]))
     if lost.size:
@@ -121,17 +121,17 @@ def tubed_skeleton(mask: Any, radius: float = 2.0) -> Any:
 
 @dataclass(frozen=True)
 class SignedDistance(TargetReader):
-    """The signed distance to the boundary of each class: a map in the sense of `SegmentationLoss.maps`.
+    """Signed distance to the boundary of each class, see `signed_distance`; one of the `SegmentationLoss.maps`.
 
-    Called with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`, it returns float32
-    `(classes, *space)`; see `signed_distance`. 0 everywhere for a class that is nowhere or everywhere.
+    Call it with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`; it returns float32
+    `(classes, *space)`, 0 for a class that is nowhere or everywhere.
 
     Args:
-        activation: of the loss; this and the following as in `TargetReader`.
-        classes: how many there are; needed with class ids.
-        ignore_index: the label of pixels that count as nothing.
-        exclude_classes: indices of classes that are not computed but 0 everywhere.
-        spacing: the size of a pixel along each axis; 1 by default.
+        activation: of the loss, see `TargetReader`.
+        classes: number of classes; needed with class ids.
+        ignore_index: label of the pixels to ignore.
+        exclude_classes: indices of classes to skip; their distances are 0 everywhere.
+        spacing: size of a pixel along each axis; 1 by default.
 
     >>> SignedDistance("softmax", classes=2)(torch.tensor([0, 0, 1, 1]))
     tensor([[-2., -1.,  1.,  2.],
@@ -142,38 +142,38 @@ class SignedDistance(TargetReader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "spacing", _spacing(self.spacing))
+        object.__setattr__(self, "spacing", _read_spacing(self.spacing))
 
     def __call__(self, target: Tensor) -> Tensor:
-        """The distances, float32 `(classes, *space)`."""
+        """Compute the distances, float32 `(classes, *space)`."""
         return self.of_masks(self.masks(target))
 
     def of_masks(self, masks: Tensor) -> Tensor:
-        """The distances of bool planes `(classes, *space)`, such as a prediction's."""
-        return self.of_each_class(lambda mask: signed_distance(mask, self.spacing), masks)
+        """Compute the distances of bool planes `(classes, *space)`, such as those of a prediction."""
+        return self.map_classes(lambda mask: signed_distance(mask, self.spacing), masks)
 
 
 @dataclass(frozen=True)
 class BoundaryWeight(TargetReader):
-    r"""A weight that is greatest at the boundaries: a map in the sense of `SegmentationLoss.maps`.
+    r"""Pixel weight that is greatest at boundaries; one of the `SegmentationLoss.maps`.
 
     .. math:: w(x) = 1 + a\,\exp\left(-\frac{d(x)^2}{2\sigma^2}\right)
 
-    with d as in `boundary_distance`. Called with the target of one image on the CPU: of ids `(*space)` it returns one
-    weight for each pixel, by the boundaries between any two labels; of planes `(classes, *space)` one for each plane.
-    1 where there is no boundary.
+    with d as in `boundary_distance`. Call it with the target of one image on the CPU: for ids `(*space)` it returns one
+    weight for each pixel, from the boundaries between any two labels; for planes `(classes, *space)` one in each plane.
+    The weight is 1 if there is no boundary.
 
-    The weight of U-Net (Ronneberger et al., MICCAI 2015) has the sum of the distances to the two nearest cells in the
-    place of d, so that it is for narrow gaps between cells alone, and adds one that balances the classes.
+    The weight of U-Net (Ronneberger et al., MICCAI 2015) uses the sum of the distances to the two nearest cells as d,
+    so that it acts on narrow gaps between cells alone, and adds a weight that balances the classes.
 
     Args:
-        activation: of the loss; this and the following as in `TargetReader`.
-        classes: how many there are; needed with class ids where `activation` is `None`.
-        ignore_index: the label of pixels that count as nothing; between them and others there is no boundary.
+        activation: of the loss, see `TargetReader`.
+        classes: number of classes; needed with class ids if `activation` is `None`.
+        ignore_index: label of the pixels to ignore; they have no boundary with other pixels.
         exclude_classes: not used.
-        width: sigma above, in pixels (or units of spacing).
+        width: sigma above, in pixels (or the unit of `spacing`).
         strength: a above.
-        spacing: the size of a pixel along each axis; 1 by default.
+        spacing: size of a pixel along each axis; 1 by default.
 
     >>> BoundaryWeight("softmax", width=1.0, strength=4.0)(torch.tensor([0, 0, 0, 2, 2]))
     tensor([1.5413, 3.4261, 5.0000, 5.0000, 3.4261])
@@ -185,10 +185,10 @@ class BoundaryWeight(TargetReader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "spacing", _spacing(self.spacing))
+        object.__setattr__(self, "spacing", _read_spacing(self.spacing))
 
     def __call__(self, target: Tensor) -> Tensor:
-        """The weights, float32 of the shape of the target."""
+        """Compute the weights, float32, of the shape of target."""
         valid = self.valid(target)
         if self.holds_ids(target):
             return self._weight(target, valid)
@@ -203,19 +203,19 @@ class BoundaryWeight(TargetReader):
 
 @dataclass(frozen=True)
 class TubedSkeleton(TargetReader):
-    """The skeleton of each class, widened within it: a map in the sense of `SegmentationLoss.maps`.
+    """Skeleton of each class, widened within it, see `tubed_skeleton`; one of the `SegmentationLoss.maps`.
 
-    Called with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`, of two or three space
-    axes, it returns 0 and 1, float32 `(classes, *space)`; see `tubed_skeleton`.
+    Call it with the target of one image on the CPU, ids `(*space)` or planes `(classes, *space)`, with two or three
+    space axes; it returns 0 and 1, float32 `(classes, *space)`.
 
-    The published code of Kirchhoff et al. (ECCV 2024) takes one skeleton of all classes but the background together;
-    here each class has its own.
+    Each class has its own skeleton; the published code of Kirchhoff et al. (ECCV 2024) has one for all classes but the
+    background.
 
     Args:
-        activation: of the loss; this and the following as in `TargetReader`.
-        classes: how many there are; needed with class ids.
-        ignore_index: the label of pixels that count as nothing.
-        exclude_classes: indices of classes that are not computed but 0 everywhere.
+        activation: of the loss, see `TargetReader`.
+        classes: number of classes; needed with class ids.
+        ignore_index: label of the pixels to ignore.
+        exclude_classes: indices of classes to skip; their skeletons are empty.
         radius: in pixels.
 
     >>> mask = torch.tensor([[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]])
@@ -228,20 +228,20 @@ class TubedSkeleton(TargetReader):
     radius: float = 2.0
 
     def __call__(self, target: Tensor) -> Tensor:
-        """The skeletons, float32 `(classes, *space)`."""
-        return self.of_each_class(lambda mask: tubed_skeleton(mask, self.radius), self.masks(target))
+        """Compute the skeletons, float32 `(classes, *space)`."""
+        return self.map_classes(lambda mask: tubed_skeleton(mask, self.radius), self.masks(target))
 
 
-def _sampling(mask: Any, spacing: tuple[float, ...] | None) -> tuple[float, ...] | None:
+def _check_spacing(mask: Any, spacing: tuple[float, ...] | None) -> tuple[float, ...] | None:
     if spacing is not None and len(spacing) != mask.ndim:
         raise ValueError(f"spacing must have one number for each of the {mask.ndim} space axes, got {list(spacing)}")
     return spacing
 
 
-def _spacing(spacing: Iterable[float] | None) -> tuple[float, ...] | None:
+def _read_spacing(spacing: Iterable[float] | None) -> tuple[float, ...] | None:
     if spacing is None:
         return None
-    # Not a string, nor one number: which axes it would be for is not said.
+    # Neither a string nor one number, which does not tell the number of axes.
     sizes = tuple(spacing) if isinstance(spacing, Iterable) and not isinstance(spacing, str) else ()
     if not sizes or not all(isinstance(size, (int, float)) and math.isfinite(size) and size > 0 for size in sizes):
         raise ValueError(f"spacing must be None or a number > 0 for each space axis, got {spacing!r}")

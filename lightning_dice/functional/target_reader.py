@@ -1,4 +1,4 @@
-"""How a target is read, ids or planes, by what is computed of it beside the sums."""
+"""Base of the maps of a target, which tells ids from planes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from lightning_dice.kernels.sums import valid_pixels
 
 @dataclass(frozen=True)
 class TargetReader:
-    """How a target is told to be ids or planes, and where it holds a class: what all maps of targets share.
+    """Base of the maps of a target: reads ids or planes as one mask for each class.
 
-    A target is planes with a sigmoid, and where it is floating point or bool; otherwise it is ids, but with
-    `activation=None` only if the number of classes is given. A class is where its soft label is at least 1/2. Ignored
+    A target is planes with a sigmoid, or if it is floating point or bool. Otherwise it is class ids; with
+    `activation=None`, only if `classes` is given. A pixel is of a class if its soft label is at least 1/2. Ignored
     pixels are of no class.
 
     Args:
         activation: of the loss.
-        classes: how many there are; needed with class ids.
-        ignore_index: the label of pixels that count as nothing.
-        exclude_classes: indices of classes that are not computed but 0 everywhere.
+        classes: number of classes; needed with class ids.
+        ignore_index: label of the pixels to ignore.
+        exclude_classes: indices of classes to skip; their maps are 0 everywhere.
 
     Raises:
-        ValueError: a number of classes below 1; in a call, ids without one, or planes of another.
+        ValueError: `classes` below 1; in a call, ids without `classes`, or another number of planes.
+
+    >>> TargetReader("softmax", classes=3).masks(torch.tensor([0, 2, 2])).int()
+    tensor([[1, 0, 0],
+            [0, 0, 0],
+            [0, 1, 1]], dtype=torch.int32)
     """
 
     activation: Activation = "sigmoid"
@@ -43,25 +48,24 @@ class TargetReader:
             check_count("classes", self.classes, optional=True)
 
     def holds_ids(self, target: Tensor) -> bool:
-        """Whether a target is taken for class ids."""
+        """Return whether a target is read as class ids."""
         if self.activation == "sigmoid" or target.is_floating_point() or target.dtype == torch.bool:
             return False
         return self.activation == "softmax" or self.classes is not None
 
     def valid(self, target: Tensor) -> Tensor | None:
-        """Where the target of one image is not ignored, `(*space)` or `(classes, *space)`; `None`: everywhere."""
+        """Return the pixels of one image that are not ignored, of the shape of target; `None` if all are valid."""
         valid = valid_pixels(target, self.ignore_index)
         if valid is not None and self.activation == "softmax" and not self.holds_ids(target):
             valid = valid.all(0, keepdim=True).expand(target.shape)
         return valid
 
     def masks(self, target: Tensor) -> Tensor:
-        """Where each class is, bool `(classes, *space)`."""
+        """Return the mask of each class, bool `(classes, *space)`."""
         if self.holds_ids(target):
             if self.classes is None:
                 raise ValueError("classes, the number of channels of the logits, is needed for a map of class ids")
-            # An ignored label may be a class's id: it is not that class.
-            # Compared with uint8, torch takes class 256 for 0.
+            # Compared with uint8, class 256 would equal 0.
             ids = target.long() if self.classes - 1 > torch.iinfo(target.dtype).max else target
             masks = torch.stack([ids == index for index in range(self.classes)])
         else:
@@ -74,10 +78,8 @@ class TargetReader:
         valid = self.valid(target)
         return masks if valid is None else masks & valid
 
-    def of_each_class(
-        self, function: Callable[[Any], Any], masks: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """What a function of a bool array says of each class, `(classes, *space)`."""
+    def map_classes(self, function: Callable[[Any], Any], masks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Apply a function of a bool array to the mask of each class that is not excluded, `(classes, *space)`."""
         result = torch.zeros(masks.shape, dtype=dtype)
         for index, mask in enumerate(masks.numpy()):
             if index not in self.exclude_classes:

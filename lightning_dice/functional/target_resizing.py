@@ -1,4 +1,4 @@
-"""Targets at another size: coarser, for the coarser outputs of a network, and padded, as its input is."""
+"""Targets made coarser, for deep supervision, or padded, as the input of a network is."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ def coarser_target(
     ignore_index: int | None = None,
     reduce: Reduce = "area",
 ) -> Tensor:
-    r"""A target at a coarser size, in which small objects are still there.
+    r"""Make a target coarser without losing small objects.
 
-    Each pixel of the result stands for a cell of the target; along an axis of n pixels, of which m are left, cell i
-    reaches from :math:`\lfloor i n / m \rfloor` to :math:`\lceil (i + 1) n / m \rceil`: where n is no multiple of m,
-    neighbours share pixels. With the valid pixels V of a cell:
+    Each pixel of the result covers a cell of the target. Along an axis that shrinks from n to m pixels, cell i is
+    :math:`\lfloor i n / m \rfloor` to :math:`\lceil (i + 1) n / m \rceil`; if n is not a multiple of m, adjacent cells
+    share pixels. With the valid pixels V of a cell:
 
     .. math:: \text{area:}\quad t_c = \frac{1}{|V|} \sum_{i \in V} t_{i, c} \qquad
         \text{max:}\quad t_c = \max_{i \in V} t_{i, c}
 
-    An object smaller than a cell keeps its share of it (`"area"`), or takes the cell (`"max"`); the nearest pixel,
-    which others take for the cell, as a rule misses it.
+    An object smaller than a cell keeps the fraction that it covers (`"area"`), or takes the whole cell (`"max"`); the
+    nearest pixel, which others use, usually misses it.
 
     Args:
         target: class ids `(batch, *size)`, or planes or soft labels `(batch, classes, *size)`, 1 to 3 axes of size.
         space: the coarser size.
-        activation: as of the loss: of soft labels of a `"softmax"`, a pixel is ignored if any class holds the label.
-        classes: of the logits.
-        ignore_index: the label of pixels that count as nothing.
-        reduce: `"area"`: planes and soft labels become means, and ids become soft labels, each class's share of the
-            cell. `"max"`: planes keep the greatest value, and ids the class that has fewest pixels in the image among
-            those in the cell (of equally rare ones the last).
+        activation: of the loss. With `"softmax"` and soft labels, a pixel is ignored if any class holds the label.
+        classes: number of channels of the logits.
+        ignore_index: label of the pixels to ignore.
+        reduce: `"area"`: planes and soft labels are averaged, and ids become soft labels, the fraction of the cell that
+            each class covers. `"max"`: planes keep the greatest value, and ids the class of the cell that has the
+            fewest pixels in the image (the last of equally rare ones).
 
     Returns:
-        `"area"`: `(batch, classes, *space)`, float32 or, for a float64 target, float64; shares of ids and of soft
-        labels sum to 1. `"max"`: the shape and dtype of the target otherwise. A cell of which every pixel is ignored
-        holds the ignored label. The target itself where it has that size already.
+        `"area"`: `(batch, classes, *space)`, float32, or float64 for a float64 target; the labels of a softmax sum to
+        1. `"max"`: the axes and dtype of target, at the coarser size. A cell whose pixels are all ignored holds the
+        ignored label. A target that has the size already is returned unchanged.
 
     Raises:
-        ValueError: a size beyond the target's; another number of classes; ids that are no integers or, on the CPU, out
-            of range; `"max"` of soft labels that must sum to 1.
+        ValueError: a size larger than the target; another number of classes; ids that are not integers or, on the CPU,
+            out of range; `"max"` with soft labels of a softmax.
 
     >>> ids = torch.zeros(1, 4, 4, dtype=torch.long)
     >>> ids[0, 1, 2] = 1
@@ -82,21 +82,21 @@ def coarser_target(
     if not planes:
         _check_ids(target, classes, valid)
         if reduce == "max":
-            return _rarest(target, valid, space, classes, ignore_index)
-        return _shares(target, valid, space, classes, ignore_index)
+            return _rarest_class(target, valid, space, classes, ignore_index)
+        return _class_fractions(target, valid, space, classes, ignore_index)
     if activation == "softmax":
         if reduce == "max":
             raise ValueError(
-                'reduce="max" of soft labels would not sum to 1 over the classes: use "area", or give class ids'
+                'reduce="max" needs class ids, as the maxima of soft labels do not sum to 1 over classes; or use "area"'
             )
         valid = None if valid is None else valid.all(1, keepdim=True)
     if reduce == "max":
-        return _greatest(target, valid, space, ignore_index)
-    return _means(target, valid, space, ignore_index)
+        return _masked_max(target, valid, space, ignore_index)
+    return _masked_mean(target, valid, space, ignore_index)
 
 
 def coarser_weight(weight: Tensor, space: Sequence[int]) -> Tensor:
-    """The mean of a pixel weight, `(batch, *size)` or `(batch, classes, *size)`, over the cells of `coarser_target`.
+    """Average a pixel weight, `(batch, *size)` or `(batch, classes, *size)`, over the cells of `coarser_target`.
 
     >>> coarser_weight(torch.tensor([[1.0, 3.0, 0.0, 0.0]]), (2,))
     tensor([[2., 0.]])
@@ -112,16 +112,16 @@ def pad_target(target: Tensor, space: Sequence[int], ignore_index: int | None = 
     """Pad a target at the end of each space axis, as `pad_to_multiple` pads the image.
 
     Args:
-        target: class ids `(batch, *size)` or planes `(batch, classes, *size)`; a pixel weight, too.
+        target: class ids `(batch, *size)`, planes `(batch, classes, *size)`, or a pixel weight of either shape.
         space: the size of the padded image.
-        ignore_index: what the padding holds; `None` repeats the last rows and columns, as the image does.
+        ignore_index: label of the padding; `None` repeats the last rows and columns, as in the image.
 
     Returns:
-        The target itself where it has that size already. Of the target's dtype, but for integers (and bool) that
-        cannot hold the ignored label: those widen to int16 or, for greater labels, int64.
+        The padded target, in its own dtype; integers (and bool) that cannot hold the label widen to int16, or to int64
+        for greater labels. A target that has the size already is returned unchanged.
 
     Raises:
-        ValueError: a size below the target's.
+        ValueError: a size smaller than the target.
 
     >>> pad_target(torch.tensor([[1, 0, 1]]), (5,), ignore_index=255)
     tensor([[  1,   0,   1, 255, 255]])
@@ -139,24 +139,20 @@ def pad_target(target: Tensor, space: Sequence[int], ignore_index: int | None = 
     if space == size:
         return target
     if ignore_index is None:
-        # By index, as torch repeats the edge of floating-point tensors alone.
+        # By index, as torch's padding repeats the edge of floating-point tensors only.
         for axis, (before, after) in enumerate(zip(size, space, strict=True), start=target.ndim - axes):
             if after > before:
-                places = torch.arange(after, device=target.device).clamp(max=before - 1)
-                target = target.index_select(axis, places)
+                index = torch.arange(after, device=target.device).clamp(max=before - 1)
+                target = target.index_select(axis, index)
         return target
     padding: list[int] = []
     for before, after in zip(reversed(size), reversed(space), strict=True):
         padding += [0, after - before]
-    return F.pad(_holding(target, ignore_index), padding, value=ignore_index)
+    return F.pad(_widen_for(target, ignore_index), padding, value=ignore_index)
 
 
 def _is_planes(target: Tensor, space: tuple[int, ...], classes: int, activation: Activation) -> bool:
-    """Whether the target is planes, by its axes.
-
-    Raises:
-        ValueError: neither planes nor ids.
-    """
+    """Return whether the target is planes, by its axes; raise `ValueError` if it is neither planes nor ids."""
     if len(space) not in _MEAN:
         raise ValueError(f"space must have 1 to 3 axes, got {space}")
     planes = target.ndim == len(space) + 2
@@ -189,34 +185,34 @@ def _check_ids(target: Tensor, classes: int, valid: Tensor | None) -> None:
         )
 
 
-def _means(target: Tensor, valid: Tensor | None, space: tuple[int, ...], ignore_index: int | None) -> Tensor:
+def _masked_mean(target: Tensor, valid: Tensor | None, space: tuple[int, ...], ignore_index: int | None) -> Tensor:
     values = target.to(torch.promote_types(target.dtype, torch.float32))
     if valid is None or ignore_index is None:
         return _mean(values, space)
     share = _mean(valid.to(values.dtype), space)
-    # Replaced, not multiplied by zero, as an ignored label may be anything.
+    # Replace ignored labels instead of multiplying by 0, as they may be NaN or infinite.
     means = _mean(values.where(valid, 0.0), space) / share.where(share > 0, 1.0)
     return means.where(share > 0, float(ignore_index))
 
 
-def _shares(
+def _class_fractions(
     ids: Tensor, valid: Tensor | None, space: tuple[int, ...], classes: int, ignore_index: int | None
 ) -> Tensor:
-    """Class by class: all of them at the full size would be the one-hot copy that a target never becomes."""
+    """Average one class at a time, which avoids a one-hot copy at full size."""
     if classes - 1 > torch.iinfo(ids.dtype).max:
-        ids = ids.long()  # Compared with uint8, torch takes class 256 for 0.
-    shares = []
+        ids = ids.long()  # Compared with uint8, class 256 would equal 0.
+    fractions = []
     for index in range(classes):
-        own = ids == index if valid is None else (ids == index) & valid
-        shares.append(_mean(own.unsqueeze(1).float(), space))
-    result = torch.cat(shares, 1)
+        mask = ids == index if valid is None else (ids == index) & valid
+        fractions.append(_mean(mask.unsqueeze(1).float(), space))
+    result = torch.cat(fractions, 1)
     if valid is None or ignore_index is None:
         return result
     share = _mean(valid.unsqueeze(1).float(), space)
     return (result / share.where(share > 0, 1.0)).where(share > 0, float(ignore_index))
 
 
-def _greatest(target: Tensor, valid: Tensor | None, space: tuple[int, ...], ignore_index: int | None) -> Tensor:
+def _masked_max(target: Tensor, valid: Tensor | None, space: tuple[int, ...], ignore_index: int | None) -> Tensor:
     values = target.to(torch.promote_types(target.dtype, torch.float32))
     greatest: Tensor = _GREATEST[len(space)](values if valid is None else values.where(valid, -torch.inf), space)
     if ignore_index is not None:
@@ -224,12 +220,12 @@ def _greatest(target: Tensor, valid: Tensor | None, space: tuple[int, ...], igno
     return greatest.to(target.dtype)
 
 
-def _rarest(
+def _rarest_class(
     ids: Tensor, valid: Tensor | None, space: tuple[int, ...], classes: int, ignore_index: int | None
 ) -> Tensor:
-    """By rank: with the classes of an image numbered from the most common one, the rarest of a cell is the greatest."""
+    """Rank the classes of each image from the most common one; the rarest class of a cell has the greatest rank."""
     batch = ids.shape[0]
-    # Ignored pixels are one more class, the most common of all.
+    # Ignored pixels are one more class, the most common one.
     bins = ids.long() if valid is None else ids.long().where(valid, classes)
     flat = bins.flatten(1)
     count = torch.zeros(batch, classes + 1, dtype=torch.int64, device=ids.device)
@@ -251,8 +247,8 @@ def _mean(values: Tensor, space: tuple[int, ...]) -> Tensor:
     return result
 
 
-def _holding(target: Tensor, label: int) -> Tensor:
-    """The target in a dtype that can hold the label."""
+def _widen_for(target: Tensor, label: int) -> Tensor:
+    """Return the target in a dtype that can hold the label."""
     if target.is_floating_point():
         return target
     for dtype in (target.dtype, torch.int16, torch.int64):

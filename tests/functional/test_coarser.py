@@ -180,7 +180,7 @@ def test_a_weight_becomes_its_mean():
         (torch.zeros(1, 4, 4), (2, 2), {}, "must be of an integer dtype, got torch.float32"),
         (torch.zeros(4, 4).long(), (2, 2), {}, r"with 2 axes of size, got \(4, 4\)"),
         (torch.zeros(1, 1, 4, 4), (2, 2), {}, r"for each of the 2 classes, got 1; .*target.squeeze\(1\)"),
-        (torch.zeros(1, 2, 4, 4), (2, 2), {"reduce": "max"}, "would not sum to 1"),
+        (torch.zeros(1, 2, 4, 4), (2, 2), {"reduce": "max"}, "do not sum to 1"),
         (torch.full((1, 4, 4), 2), (2, 2), {}, "class ids from 0 to 1, got values from 2 to 2"),
         (torch.full((1, 4, 4), -1), (2, 2), {"reduce": "max"}, "class ids from 0 to 1, got values from -1 to -1"),
         (torch.zeros(1, 2, 2, 2, 2).long(), (1, 1, 1, 1), {}, "space must have 1 to 3 axes"),

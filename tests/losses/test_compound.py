@@ -121,7 +121,7 @@ def test_a_network_with_several_outputs_is_sent_to_deep_supervision():
     ):
         with pytest.raises(ValueError, match=r"logits must be a tensor, got list: .*DeepSupervision"):
             loss([mask, mask], mask)
-        with pytest.raises(ValueError, match=r'logits must be a tensor, got dict: take logits\["out"\]'):
+        with pytest.raises(ValueError, match=r'logits must be a tensor, got dict: use logits\["out"\]'):
             loss({"out": mask}, mask)
 
 
