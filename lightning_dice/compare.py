@@ -1,11 +1,11 @@
-"""Whether a run is better than another one, case by case: `python -m lightning_dice.compare <run> <run>`."""
+"""Compare runs case by case: `python -m lightning_dice.compare <run> <run>`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -16,119 +16,98 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lightning_dice.scoring.comparison import Difference
-    from lightning_dice.scoring.table import Cases
+    from lightning_dice.scoring.table import ScoreTable
 
-TABLE, PICTURE = "compare.csv", "compare.png"
+TABLE, CASE_TABLE, PICTURE = "compare.csv", "compare_cases.csv", "compare.png"
+
+
+class Comparison(NamedTuple):
+    """Several runs compared with the first one.
+
+    Attributes:
+        names: of the runs, that of the first one first.
+        baseline: table of the first run.
+        score: that is compared, a key of `SCORES`.
+        groups: for each further run, its differences from the first one, class by class.
+    """
+
+    names: list[str]
+    baseline: ScoreTable
+    score: str
+    groups: list[list[Difference]]
 
 
 def main() -> None:
     """Entry point of `python -m lightning_dice.compare` and `dice-compare`."""
-    sys.argv[1:] = arguments(sys.argv[1:])
+    sys.argv[1:] = quote_folders(sys.argv[1:])
     run_command("compare", lambda config, _: compare(config))
 
 
-def arguments(given: Sequence[str]) -> list[str]:
-    """A command line in Hydra's grammar: what is no setting is a folder.
-
-    >>> arguments(["runs/a b", "score=hd95", "runs/c"])
-    ['score=hd95', 'runs=["runs/a b","runs/c"]']
-    """
-    # A folder may have = in its name, and then is one.
-    folders = [each for each in given if not each.startswith("-") and ("=" not in each or Path(each).exists())]
-    settings = [each for each in given if each not in folders]
-    return [*hydra_escape(settings), *([f"runs=[{','.join(map(hydra_quote, folders))}]"] if folders else [])]
-
-
 def compare(config: DictConfig) -> None:
-    """Compare tables of cases, each with the first, and write the differences and their picture to a new folder.
+    """Compare tables of cases, each with the first, and write the differences and their plot to a new folder.
 
     Args:
-        config: as of `conf/compare.yaml`.
+        config: of `conf/compare.yaml`.
 
     Raises:
-        UserError: a folder without a table, other cases, other masks, or a setting that is not as it should be.
+        UserError: a folder has no table, the cases or masks differ, or a setting is invalid.
     """
     folders = [Path(folder).expanduser() for folder in config.runs]
+    check_settings(folders, config)
+    names = short_names(folders)
+    tables = read_tables(folders, names, config)
+    comparison = Comparison(names, tables[0], config.score, compare_with_first(tables, config))
+    output = make_folder(folders[0], names[1], config)
+    write_results(output, comparison)
+    print_results(output, comparison)
+
+
+def check_settings(folders: Sequence[Path], config: DictConfig) -> None:
+    """Check the settings before anything is read.
+
+    Raises:
+        UserError: a setting is invalid.
+    """
+    from lightning_dice.scoring.table import SCORES
+
     if len(folders) < 2:
-        raise UserError(f"two runs or more are compared, got {len(folders)}: give their folders")
+        raise UserError(f"runs must be the folders of two runs or more, got {len(folders)}")
     if config.split not in (None, "val", "test"):
         raise UserError(f"split must be val or test, got {config.split}")
     if config.cases not in ("same", "common"):
         raise UserError(f"cases must be same or common, got {config.cases}")
-    if not isinstance(config.resamples, int) or config.resamples < 100:
-        raise UserError(f"resamples must be an integer of at least 100, got {config.resamples}")
-    from lightning_dice.cli import run_folder
-    from lightning_dice.scoring.comparison import adjusted
-    from lightning_dice.scoring.comparison import compare_tables as compare_tables
-
-    names = distinct(folders)
-    tables = read_tables(folders, names, config)
-    settings = {"resamples": config.resamples, "seed": config.seed}
-    pairs = [(0, second) for second in range(1, len(tables))]
-    found = [compare_tables(tables[0], tables[second], config.score, **settings) for _, second in pairs]
-    lines = iter(adjusted([line for group in found for line in group]))
-    groups = [[next(lines) for _ in group] for group in found]
-    if config.output is not None:
-        made = run_folder.exact_folder(config.output)
-    else:
-        home = folders[0] if folders[0].is_dir() else folders[0].parent
-        made = run_folder.new_folder(home, f"compare_{names[1]}", dated=False)
-    write(made, names, tables[0], config.score, groups)
-    show(made, names, tables[0], config.score, groups)
+    if not isinstance(config.n_resamples, int) or config.n_resamples < 100:
+        raise UserError(f"n_resamples must be an integer of at least 100, got {config.n_resamples}")
+    if config.score not in SCORES:
+        raise UserError(f"score must be one of {', '.join(SCORES)}, got {config.score}")
 
 
-def distinct(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder: its own, with those above it as far as they are needed.
-
-    >>> distinct([Path("/r/a/test"), Path("/r/b/test"), Path("/r/c")])
-    ['a_test', 'b_test', 'c']
-    """
-    parts = [(path.parent if path.suffix == ".csv" else path).absolute().parts for path in folders]
-    names = []
-    for place, own in enumerate(parts):
-        others = parts[:place] + parts[place + 1 :]
-        depth = next(
-            (depth for depth in range(1, len(own)) if all(other[-depth:] != own[-depth:] for other in others)), len(own)
-        )
-        names.append("_".join(part for part in own[-depth:] if part != "/"))
-    return names
-
-
-def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfig) -> list[Cases]:
-    """The tables, of the same cases with the same masks.
+def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfig) -> list[ScoreTable]:
+    """Read the tables and check that they can be compared: the same cases, with the same masks and units.
 
     Raises:
-        UserError: otherwise.
+        UserError: a table is missing, or they cannot be compared.
     """
     from lightning_dice.io import read_csv
-    from lightning_dice.scoring.comparison import check_same, common
-    from lightning_dice.scoring.table import SCORES, read
+    from lightning_dice.scoring.comparison import check_same_cases
+    from lightning_dice.scoring.table import parse_rows
 
     if len(set(names)) < len(names):
         raise UserError(f"the same table is given twice: {', '.join(map(str, folders))}")
-    if config.score not in SCORES:
-        raise UserError(f"score must be one of {', '.join(SCORES)}, got {config.score}")
-    rows = []
-    for folder in folders:
-        path = folder / "cases.csv" if folder.is_dir() else folder
-        if not path.is_file():
-            raise UserError(f"{path} is not there: give the folder of a run that was scored, or of an evaluation")
-        rows.append(read_csv(path))
+    rows = [read_csv(table_path(folder)) for folder in folders]
     splits = [{row.get("split") for row in entries} for entries in rows]
-    split = config.split or ("test" if all("test" in there for there in splits) else "val")
+    split = config.split or ("test" if all("test" in found for found in splits) else "val")
     tables = []
     for folder, entries in zip(folders, rows, strict=True):
         try:
-            tables.append(read(entries, split))
+            tables.append(parse_rows(entries, split))
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
     try:
         if config.cases == "common":
-            for second in range(1, len(tables)):
-                tables[0], tables[second] = common(tables[0], tables[second])
-            tables[1:] = [common(tables[0], table)[1] for table in tables[1:]]
+            tables = keep_common_cases(tables)
         for name, table in zip(names[1:], tables[1:], strict=True):
-            check_same(tables[0], table, (names[0], name))
+            check_same_cases(tables[0], table, (names[0], name))
     except ValueError as error:
         raise UserError(str(error)) from error
     for name, table in zip(names, tables, strict=True):
@@ -139,46 +118,71 @@ def read_tables(folders: Sequence[Path], names: Sequence[str], config: DictConfi
     return tables
 
 
-def write(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
-    """Write the table of differences, those of each case, and the picture."""
+def compare_with_first(tables: Sequence[ScoreTable], config: DictConfig) -> list[list[Difference]]:
+    """Compare each table with the first one; p-values are adjusted over all of them together."""
+    from lightning_dice.scoring.comparison import adjust_p_values, compare_tables
+
+    groups = [
+        compare_tables(tables[0], table, config.score, n_resamples=config.n_resamples, seed=config.seed)
+        for table in tables[1:]
+    ]
+    adjusted = iter(adjust_p_values([difference for group in groups for difference in group]))
+    return [[next(adjusted) for _ in group] for group in groups]
+
+
+def make_folder(first: Path, second_name: str, config: DictConfig) -> Path:
+    """Make the folder for the results, by default inside the folder of the first run."""
+    from lightning_dice.cli import run_folder
+
+    if config.output is not None:
+        return run_folder.exact_folder(config.output)
+    return run_folder.new_folder(first if first.is_dir() else first.parent, f"compare_{second_name}", dated=False)
+
+
+def write_results(folder: Path, comparison: Comparison) -> None:
+    """Write the differences of each class, those of each case, and the plot."""
     from lightning_dice.io import number, write_csv
     from lightning_dice.plotting.comparison_plot import draw_comparison
 
+    names, table, score, groups = comparison
     columns = ["a", "b", "score", "class", "cases", "only_a", "only_b", "mean_a", "mean_b", "difference", "low", "high"]
     columns += ["wins", "losses", "ties", "wilcoxon", "wilcoxon_holm", "permutation", "permutation_holm"]
-    rows, by_case = [], []
+    rows, case_rows = [], []
     for name, group in zip(names[1:], groups, strict=True):
-        for line in group:
-            fields = {key: value for key, value in line._asdict().items() if key not in ("name", "differences")}
+        for each in group:
+            fields = {key: value for key, value in each._asdict().items() if key not in ("name", "differences")}
             fields["difference"] = fields.pop("mean")
             texts = {key: number(value) for key, value in fields.items()}
-            rows.append({"a": names[0], "b": name, "score": score, "class": line.name, **texts})
-            for case, value in zip(table.names, line.differences.tolist(), strict=True):
-                found = {"a": names[0], "b": name, "split": table.split, "case": case}
-                by_case.append({**found, "class": line.name, "difference": number(value)})
+            rows.append({"a": names[0], "b": name, "score": score, "class": each.name, **texts})
+            for case, value in zip(table.names, each.differences.tolist(), strict=True):
+                row = {"a": names[0], "b": name, "split": table.split, "case": case}
+                case_rows.append({**row, "class": each.name, "difference": number(value)})
     write_csv(folder / TABLE, columns, rows)
-    write_csv(folder / "compare_cases.csv", ["a", "b", "split", "case", "class", "difference"], by_case)
+    write_csv(folder / CASE_TABLE, ["a", "b", "split", "case", "class", "difference"], case_rows)
     draw_comparison(folder / PICTURE, names, groups, score, table.unit_of(score))
 
 
-def show(folder: Path, names: Sequence[str], table: Cases, score: str, groups: Sequence[Sequence[Difference]]) -> None:
-    """Print what came of it."""
+def print_results(folder: Path, comparison: Comparison) -> None:
+    """Print a table of differences for each pair of runs."""
     from rich.console import Console
 
     from lightning_dice.scoring.table import SCORES
 
+    names, table, score, groups = comparison
     console = Console(width=max(Console().width, 120, len(str(folder)) + 24))
-    unit = table.unit_of(score)
-    better = {"high": "more is better", "low": "less is better", "zero": "nearer to 0 is better"}[SCORES[score].better]
+    unit = f" ({table.unit_of(score)})" if table.unit_of(score) else ""
+    better = {"high": "higher is better", "low": "lower is better", "zero": "closer to 0 is better"}
     for name, group in zip(names[1:], groups, strict=True):
-        title = f"{SCORES[score].title}{f' ({unit})' if unit else ''} of {name} less {names[0]}; {better}"
-        print(f"\n{title}, {len(table.names)} {table.split} cases")
-        console.print(differences_table(group))
-        for line in group:
-            if line.only_a or line.only_b:
+        print(
+            f"\n{SCORES[score].title}{unit} of {name} minus {names[0]}; {better[SCORES[score].better]}, "
+            f"{len(table.names)} {table.split} cases"
+        )
+        console.print(difference_table(group))
+        for each in group:
+            if each.only_a or each.only_b:
                 print(
-                    f"{line.name}: {line.only_a} cases have a score in {names[0]} alone and {line.only_b} in {name} "
-                    "alone, and are not part of the difference"
+                    f"{each.name}: not compared are {each.only_a} cases that only {names[0]} has a score for, and "
+                    f"{each.only_b} that only {name} has"
                 )
     print(
         "interval: 95% percentile bootstrap over cases. p: Wilcoxon signed-rank and sign-flip permutation, two-sided, "
@@ -187,8 +191,8 @@ def show(folder: Path, names: Sequence[str], table: Cases, score: str, groups: S
     print(f"folder  {folder}\npicture {folder / PICTURE}")
 
 
-def differences_table(group: Sequence[Difference]) -> Table:
-    """Differences as a rich table."""
+def difference_table(group: Sequence[Difference]) -> Table:
+    """Return the differences of a pair of runs as a rich table."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -199,19 +203,69 @@ def differences_table(group: Sequence[Difference]) -> Table:
     table.add_column("class")
     for name in ("first", "second", "difference", "interval", "wins", "losses", "ties", "Wilcoxon p", "permutation p"):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in group:
-        ends = f"{line.low:+.4g} to {line.high:+.4g}" if line.low == line.low else ""
+    for each in group:
         table.add_row(
-            Text(line.name),
-            format_score(line.mean_a),
-            format_score(line.mean_b),
-            f"{line.mean:+.4g}" if line.cases else "",
-            ends,
-            *(str(count) for count in (line.wins, line.losses, line.ties)),
-            f"{line.wilcoxon_holm:.3g}",
-            f"{line.permutation_holm:.3g}",
+            Text(each.name),
+            format_score(each.mean_a),
+            format_score(each.mean_b),
+            f"{each.mean:+.4g}" if each.cases else "",
+            f"{each.low:+.4g} to {each.high:+.4g}" if each.low == each.low else "",
+            *(str(count) for count in (each.wins, each.losses, each.ties)),
+            f"{each.wilcoxon_holm:.3g}",
+            f"{each.permutation_holm:.3g}",
         )
     return table
+
+
+def quote_folders(arguments: Sequence[str]) -> list[str]:
+    """Rewrite a command line for Hydra's grammar: arguments that are not settings are folders.
+
+    >>> quote_folders(["runs/a b", "score=hd95", "runs/c"])
+    ['score=hd95', 'runs=["runs/a b","runs/c"]']
+    """
+    # The name of a folder may contain `=`.
+    folders = [each for each in arguments if not each.startswith("-") and ("=" not in each or Path(each).exists())]
+    settings = [each for each in arguments if each not in folders]
+    return [*hydra_escape(settings), *([f"runs=[{','.join(map(hydra_quote, folders))}]"] if folders else [])]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Return a distinct short name for each folder: its own name, preceded by as many parents as necessary.
+
+    >>> short_names([Path("/r/a/test"), Path("/r/b/test"), Path("/r/c")])
+    ['a_test', 'b_test', 'c']
+    """
+    parts = [(path.parent if path.suffix == ".csv" else path).absolute().parts for path in folders]
+    names = []
+    for index, own in enumerate(parts):
+        others = parts[:index] + parts[index + 1 :]
+        depth = next(
+            (depth for depth in range(1, len(own)) if all(other[-depth:] != own[-depth:] for other in others)), len(own)
+        )
+        names.append("_".join(part for part in own[-depth:] if part != "/"))
+    return names
+
+
+def table_path(folder: Path) -> Path:
+    """Return the path of a run's table of cases; `folder` may also be the table itself."""
+    path = folder / "cases.csv" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the folder of a scored run, or of an evaluation")
+    return path
+
+
+def keep_common_cases(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """Return the tables with only the cases that all of them have.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from lightning_dice.scoring.comparison import common_cases
+
+    first = tables[0]
+    for table in tables[1:]:
+        first, _ = common_cases(first, table)
+    return [first, *(common_cases(first, table)[1] for table in tables[1:])]
 
 
 if __name__ == "__main__":

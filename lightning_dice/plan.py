@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,10 +16,27 @@ from lightning_dice.cli.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_dice.data.volumes.sources import VolumeSet
     from lightning_dice.models.planner import Proposal, Topology
 
 SETTINGS = ("memory", "output", "overwrite")
-LEAST_LEVELS = 3  # of MONAI's DynUNet
+MIN_LEVELS = 3  # of MONAI's DynUNet
+
+
+class Plan(NamedTuple):
+    """A proposal, and the data that it is for.
+
+    Attributes:
+        spacing: to which images are resampled, in mm; `None` without resampling.
+        voxel_size: spacing of the median case, in mm.
+        median_size: voxels of the median case, after resampling.
+        proposal: of the planner.
+    """
+
+    spacing: tuple[float, ...] | None
+    voxel_size: tuple[float, ...]
+    median_size: tuple[int, ...]
+    proposal: Proposal
 
 
 def main() -> None:
@@ -35,25 +52,52 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     """Read the data once, propose settings, print them and write them as an experiment.
 
     Args:
-        config: as of `conf/plan.yaml`.
-        overrides: of the config of a training: `data=nnunet data.root=...`.
+        config: of `conf/plan.yaml`.
+        overrides: of a training's config: `data=nnunet data.root=...`.
 
     Returns:
-        The file.
+        The path of the experiment.
 
     Raises:
-        UserError: a setting, the data, or the output is not as it should be.
+        UserError: a setting or the data are invalid, or the output cannot be written.
     """
-    from lightning_dice.data import DataError
-    from lightning_dice.data.volumes.sources import VolumeSet
-    from lightning_dice.models import planner
-
     if not isinstance(config.memory, (int, float)) or not config.memory > 0:
         raise UserError(f"memory must be GiB for a training step, more than 0, got {config.memory}")
     path = Path(config.output).expanduser().absolute() / "experiment" / "plan.yaml"
     if path.exists() and not config.overwrite:
         raise UserError(f"{path} exists; choose another output, or overwrite=true")
-    run = _composed(overrides)
+    run = compose_training(overrides)
+    source = check_volumes(run)
+    found = propose_plan(source, run, config.memory)
+    write_experiment(path, format_experiment(run, overrides, found))
+    print_plan(found, config.memory, path)
+    return path
+
+
+def compose_training(overrides: list[str]) -> DictConfig:
+    """Compose the config of a training.
+
+    Raises:
+        UserError: a setting has no value.
+    """
+    from lightning_dice.cli import run_folder
+
+    run = compose("fit", overrides)
+    run_folder.resolve_data(run)
+    if missing := sorted(OmegaConf.missing_keys(run)):
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
+    return run
+
+
+def check_volumes(run: DictConfig) -> VolumeSet:
+    """Read the data once, and print what they are.
+
+    Raises:
+        UserError: the data are not volumes, or something is wrong with them.
+    """
+    from lightning_dice.data import DataError
+    from lightning_dice.data.volumes.sources import VolumeSet
+
     source = instantiate(run.data.datamodule.source, "data")
     if not isinstance(source, VolumeSet):
         raise UserError(f"plan is for volumes, data=nnunet or data=volumes, got a {type(source).__name__}")
@@ -61,51 +105,36 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
         print(source.check(), flush=True)
     except DataError as error:
         raise UserError(str(error)) from error
+    return source
+
+
+def propose_plan(source: VolumeSet, run: DictConfig, memory: float) -> Plan:
+    """Propose patch size, network and batch size.
+
+    Args:
+        source: of the volumes.
+        run: config of a training.
+        memory: GiB for a training step.
+
+    Raises:
+        UserError: the memory is too small.
+    """
+    from lightning_dice.models import planner
+
     fingerprint, spacing = source.fingerprint(), source.preparation().spacing
-    # Without resampling the levels follow from what a voxel is like in the median case.
-    steps, median = spacing or fingerprint.median_spacing(), fingerprint.median_size(spacing)
-    make = partial(_network, run)
-    cases = len(fingerprint.train())
+    # Without resampling, the levels follow from the voxels of the median case.
+    voxel_size, median_size = spacing or fingerprint.median_spacing(), fingerprint.median_size(spacing)
+    make = partial(build_network, run)
+    cases = len(fingerprint.train_cases)
     try:
-        proposal = planner.propose(steps, median, cases, make, source.channels, int(config.memory * planner.GIB))
+        proposal = planner.propose(voxel_size, median_size, cases, make, source.channels, int(memory * planner.GIB))
     except ValueError as error:
         raise UserError(str(error)) from error
-    text = _experiment(run, overrides, proposal, spacing)
-    _write(path, text)
-    shape, sizes = proposal.topology, "x".join(map(str, proposal.topology.size))
-    print(f"\nmedian image {'x'.join(map(str, median))} at {'x'.join(f'{step:.4g}' for step in steps)} mm")
-    print(f"patch {sizes}, batch {proposal.batch_size}, {len(shape.strides)} levels")
-    print(f"about {proposal.memory / planner.GIB:.2g} GiB for a training step in float32, of {config.memory:g}")
-    print("\nAs overrides:\n  " + " ".join(_overrides(proposal, spacing)))
-    place = shlex.quote(str(path.parent.parent))
-    print(f"\nAs an experiment:\n  python -m lightning_dice.fit --config-dir {place} experiment=plan")
-    return path
+    return Plan(spacing, voxel_size, median_size, proposal)
 
 
-def _composed(overrides: list[str]) -> DictConfig:
-    from lightning_dice.cli import run_folder
-
-    run = compose("fit", overrides)
-    run_folder.resolve_data(run)
-    missing = sorted(OmegaConf.missing_keys(run))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
-    return run
-
-
-def _model(topology: Topology) -> dict[str, Any]:
-    """The settings of `conf/model/dynunet.yaml` that follow from a topology."""
-    spare = max(0, LEAST_LEVELS - len(topology.strides))
-    ones = [1] * len(topology.size)
-    strides = [list(stride) for stride in topology.strides] + [ones] * spare
-    kernels = [list(kernel) for kernel in topology.kernels] + [[3] * len(ones)] * spare
-    # All levels of the decoder have a loss but the coarsest, as in nnU-Net.
-    levels = max(1, len(strides) - 3)
-    features = [*topology.features, *topology.features[-1:] * spare]
-    return {"kernel_size": kernels, "strides": strides, "filters": features, "deep_supr_num": levels}
-
-
-def _network(run: DictConfig, topology: Topology) -> nn.Module:
+def build_network(run: DictConfig, topology: Topology) -> nn.Module:
+    """Build the DynUNet of a topology, for the channels and classes of a training."""
     from lightning_dice.models import DynUNet
 
     return DynUNet(
@@ -114,29 +143,45 @@ def _network(run: DictConfig, topology: Topology) -> nn.Module:
         out_channels=len(run.data.classes),
         norm_name="instance",
         deep_supervision=True,
-        **_model(topology),
+        **model_settings(topology),
     )
 
 
-def _values(proposal: Proposal, spacing: tuple[float, ...] | None) -> dict[str, dict[str, Any]]:
-    shape = proposal.topology
+def model_settings(topology: Topology) -> dict[str, Any]:
+    """Return the settings of `conf/model/dynunet.yaml` that follow from a topology."""
+    missing = max(0, MIN_LEVELS - len(topology.strides))
+    ones = [1] * len(topology.size)
+    strides = [list(stride) for stride in topology.strides] + [ones] * missing
+    kernels = [list(kernel) for kernel in topology.kernels] + [[3] * len(ones)] * missing
+    # As in nnU-Net, all levels of the decoder but the coarsest have a loss.
+    levels = max(1, len(strides) - 3)
+    features = [*topology.features, *topology.features[-1:] * missing]
+    return {"kernel_size": kernels, "strides": strides, "filters": features, "deep_supr_num": levels}
+
+
+def settings(found: Plan) -> dict[str, dict[str, Any]]:
+    """Return the proposed settings, by config group."""
+    topology = found.proposal.topology
     data = {
-        "patch_size": list(shape.size),
-        "batch_size": proposal.batch_size,
-        "spacing": None if spacing is None else list(spacing),
+        "patch_size": list(topology.size),
+        "batch_size": found.proposal.batch_size,
+        "spacing": None if found.spacing is None else list(found.spacing),
     }
-    return {"data": data, "model": _model(shape), "module": {"size_divisor": max(shape.divisors)}}
+    module = {"size_divisor": max(topology.divisors)}
+    return {"data": data, "model": model_settings(topology), "module": module}
 
 
-def _overrides(proposal: Proposal, spacing: tuple[float, ...] | None) -> list[str]:
+def format_overrides(found: Plan) -> list[str]:
+    """Format the proposed settings as overrides for the command line."""
     parts = ["model=dynunet"]
-    for group, values in _values(proposal, spacing).items():
+    for group, values in settings(found).items():
         for name, value in values.items():
             parts.append(f"{group}.{name}={'null' if value is None else str(value).replace(' ', '')}")
     return parts
 
 
-def _experiment(run: DictConfig, overrides: list[str], proposal: Proposal, spacing: tuple[float, ...] | None) -> str:
+def format_experiment(run: DictConfig, overrides: list[str], found: Plan) -> str:
+    """Format the proposed settings as the YAML of an experiment, together with the given settings of the data."""
     choices = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     given: dict[str, Any] = {}
     for key in choices:
@@ -144,23 +189,44 @@ def _experiment(run: DictConfig, overrides: list[str], proposal: Proposal, spaci
         if group == "data" and name and "." not in name:
             value = OmegaConf.select(run, f"data.{name}")
             given[name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    values = _values(proposal, spacing)
+    proposed = settings(found)
     content: dict[str, Any] = {
         "defaults": [{"override /data": choices.get("data", "synthetic")}, {"override /model": "dynunet"}],
-        **values,
-        "data": {**given, **values["data"], "root": str(run.data.root)},
+        **proposed,
+        "data": {**given, **proposed["data"], "root": str(run.data.root)},
     }
-    about = f"# Proposed by lightning_dice.plan for {run.data.root}: every value may be changed."
-    return f"# @package _global_\n{about}\n{OmegaConf.to_yaml(OmegaConf.create(content))}"
+    comment = f"# Proposed by lightning_dice.plan for {run.data.root}; change any value you like."
+    return f"# @package _global_\n{comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}"
 
 
-def _write(path: Path, text: str) -> None:
+def write_experiment(path: Path, text: str) -> None:
+    """Write the experiment.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from lightning_dice.io import write_atomically
 
     try:
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def print_plan(found: Plan, memory: float, path: Path) -> None:
+    """Print the proposal, as overrides and as an experiment."""
+    from lightning_dice.models.planner import GIB
+
+    proposal, topology = found.proposal, found.proposal.topology
+    voxel_size = "x".join(f"{step:.4g}" for step in found.voxel_size)
+    print(f"\nmedian image {'x'.join(map(str, found.median_size))} at {voxel_size} mm")
+    print(
+        f"patch {'x'.join(map(str, topology.size))}, batch {proposal.batch_size}, {len(topology.strides)} levels\n"
+        f"about {proposal.memory / GIB:.2g} GiB for a training step in float32, of {memory:g}"
+    )
+    print("\nAs overrides:\n  " + " ".join(format_overrides(found)))
+    folder = shlex.quote(str(path.parent.parent))
+    print(f"\nAs an experiment:\n  python -m lightning_dice.fit --config-dir {folder} experiment=plan")
 
 
 if __name__ == "__main__":

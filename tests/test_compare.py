@@ -13,7 +13,7 @@ from PIL import Image
 
 from lightning_dice.cli.config import CONF_DIR
 from lightning_dice.cli.errors import UserError
-from lightning_dice.compare import arguments, compare
+from lightning_dice.compare import compare, quote_folders
 from lightning_dice.plotting import comparison_plot
 
 
@@ -32,7 +32,7 @@ def write(folder: Path, scores: list[float | None], split: str = "test", **other
 
 def run(*given: object) -> None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("compare", overrides=arguments([str(each) for each in given]))
+        config = compose("compare", overrides=quote_folders([str(each) for each in given]))
     compare(config)
 
 
@@ -47,9 +47,9 @@ OLD, NEW = [0.5, 0.7, 0.9, 0.4, 0.8], [0.6, 0.9, 0.8, 0.4, 0.9]
 def test_as_a_user_runs_it(tmp_path):
     write(tmp_path / "runs" / "the old [1]", OLD)
     write(tmp_path / "new", NEW)
-    line = [sys.executable, "-m", "lightning_dice.compare", "runs/the old [1]", "new", "resamples=500"]
+    line = [sys.executable, "-m", "lightning_dice.compare", "runs/the old [1]", "new", "n_resamples=500"]
     told = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "Dice of new less the old [1]; more is better, 5 test cases" in told
+    assert "Dice of new minus the old [1]; higher is better, 5 test cases" in told
     made = tmp_path / "runs" / "the old [1]" / "compare_new"
     (row,) = rows(made / "compare.csv")
     assert (row["wins"], row["losses"], row["ties"], row["cases"]) == ("3", "1", "1", "5")
@@ -64,13 +64,15 @@ def test_as_a_user_runs_it(tmp_path):
 
 def test_several_are_compared_with_the_first_and_adjusted_together(tmp_path, capsys):
     folders = [write(tmp_path / name, scores) for name, scores in (("a", OLD), ("b", NEW), ("c", [*NEW[:4], None]))]
-    run(*folders, f"output={tmp_path / 'out'}", "resamples=200")
+    run(*folders, f"output={tmp_path / 'out'}", "n_resamples=200")
     b, c = rows(tmp_path / "out" / "compare.csv")
     assert [float(row["difference"]) for row in (b, c)] == pytest.approx([0.06, 0.05])
     assert (b["b"], c["b"], c["cases"], c["only_a"]) == ("b", "c", "4", "1")
     values = sorted(float(row["wilcoxon"]) for row in (b, c))
     assert min(float(row["wilcoxon_holm"]) for row in (b, c)) == pytest.approx(min(1, 2 * values[0]), abs=1e-5)
-    assert "cell: 1 cases have a score in a alone and 0 in c alone" in capsys.readouterr().out
+    assert (
+        "cell: not compared are 1 cases that only a has a score for, and 0 that only c has" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="nothing is overwritten"):
         run(*folders, f"output={tmp_path / 'out'}")
 
@@ -79,7 +81,7 @@ def test_a_table_itself_and_a_name_with_an_equals_sign(tmp_path, monkeypatch):
     write(tmp_path / "runs" / "lr=1", OLD)
     write(tmp_path / "new" / "test", NEW)
     monkeypatch.chdir(tmp_path / "runs")
-    run("lr=1/cases.csv", "../new/test", "resamples=200")
+    run("lr=1/cases.csv", "../new/test", "n_resamples=200")
     (row,) = rows(tmp_path / "runs" / "lr=1" / "compare_test" / "compare.csv")
     assert (row["a"], row["b"]) == ("lr=1", "test")
 
@@ -98,10 +100,10 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
         line[head.index("hd95/cell")] = str(5 - place)
         line[head.index("hd95/nucleus")] = ("2", "4.5", "3", "3.5", "")[place]
     (b / "cases.csv").write_text("\n".join(map(",".join, [head, *body])))
-    run(a, b, "score=hd95", f"output={tmp_path / 'out'}", "resamples=200", "seed=3")
+    run(a, b, "score=hd95", f"output={tmp_path / 'out'}", "n_resamples=200", "seed=3")
     told = capsys.readouterr().out
-    assert "Hausdorff 95 (mm) of b less a; less is better, 5 test cases" in told
-    assert "nucleus: 1 cases have a score in a alone and 0 in b alone, and are not part" in told
+    assert "Hausdorff 95 (mm) of b minus a; lower is better, 5 test cases" in told
+    assert "nucleus: not compared are 1 cases that only a has a score for, and 0 that only b has" in told
     lines = {line["class"]: line for line in rows(tmp_path / "out" / "compare.csv")}
     for name, (first, second, wins, losses, ties) in {
         "cell": (9, 3, 5, 0, 0),
@@ -132,7 +134,7 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
         assert list(mean.get_xdata()) == pytest.approx([float(lines[name]["difference"])], rel=1e-5)
     assert [text.get_text() for text in axes.texts][1:] == ["5 : 0 : 0", "1 : 2 : 1", "wins : losses : ties"]
     assert axes.get_xlabel().endswith("left of 0 b is better")
-    assert axes.get_title(loc="left") == "Hausdorff 95 (mm) of b\nless a"
+    assert axes.get_title(loc="left") == "Hausdorff 95 (mm) of b\nminus a"
 
 
 def test_nothing_is_better_is_drawn_too(tmp_path, monkeypatch):
@@ -150,8 +152,8 @@ def test_the_draws_are_those_that_are_asked_for(tmp_path):
     scores = [place % 7 / 10 for place in range(30)]
     folders = [write(tmp_path / "a", scores), write(tmp_path / "b", [score * score for score in scores])]
     found = []
-    for name, settings in enumerate((["seed=0"], ["seed=1"], ["resamples=101"], ["seed=0"])):
-        run(*folders, f"output={tmp_path / str(name)}", "resamples=100", *settings)
+    for name, settings in enumerate((["seed=0"], ["seed=1"], ["n_resamples=101"], ["seed=0"])):
+        run(*folders, f"output={tmp_path / str(name)}", "n_resamples=100", *settings)
         (line,) = rows(tmp_path / str(name) / "compare.csv")
         found.append((line["low"], line["high"]))
     assert found[0] == found[3]
@@ -160,7 +162,7 @@ def test_the_draws_are_those_that_are_asked_for(tmp_path):
 
 def test_cases_in_common(tmp_path):
     folders = [write(tmp_path / "a", OLD), write(tmp_path / "b", NEW[:4]), write(tmp_path / "c", NEW[:3])]
-    run(*folders, "cases=common", f"output={tmp_path / 'out'}", "resamples=200")
+    run(*folders, "cases=common", f"output={tmp_path / 'out'}", "n_resamples=200")
     assert [row["cases"] for row in rows(tmp_path / "out" / "compare.csv")] == ["3", "3"]
     found = [case["difference"] for case in rows(tmp_path / "out" / "compare_cases.csv")]
     assert found == ["0.1", "0.2", "-0.1"] * 2
@@ -168,7 +170,7 @@ def test_cases_in_common(tmp_path):
 
 def test_each_further_one_is_looked_at(tmp_path):
     a, b = write(tmp_path / "a", OLD), write(tmp_path / "b", NEW)
-    with pytest.raises(UserError, match=r"actual/cell is 7 pixels in a and 8 in c"):
+    with pytest.raises(UserError, match=r"actual/cell of c0 is 7 pixels in a and 8 in c"):
         run(a, b, write(tmp_path / "c", NEW, **{"actual/cell": 8}))
     distance = {"hd95/cell": 2}
     a, b = write(tmp_path / "d", OLD, **distance), write(tmp_path / "e", NEW, **distance)
@@ -182,7 +184,7 @@ def test_validation_where_there_is_no_test(tmp_path):
     folders = [write(tmp_path / "a", OLD, "val"), write(tmp_path / "b", NEW, "val")]
     with (tmp_path / "b" / "cases.csv").open("a") as file:
         file.write("test,c0,0.5,0.5,7,5\n")  # Only one of them has a test split.
-    run(*folders, f"output={tmp_path / 'out'}", "resamples=200")
+    run(*folders, f"output={tmp_path / 'out'}", "n_resamples=200")
     assert {row["split"] for row in rows(tmp_path / "out" / "compare_cases.csv")} == {"val"}
 
 
@@ -190,13 +192,13 @@ def test_validation_where_there_is_no_test(tmp_path):
     ("second", "settings", "message"),
     [
         ({"scores": OLD[:3]}, [], r"b lacks 2 of the test cases, such as c3, c4.*cases=common"),
-        ({"scores": NEW, "actual/cell": 8}, [], "the masks are not the same: of 5 cases, such as c0"),
+        ({"scores": NEW, "actual/cell": 8}, [], "the masks differ in 5 cases: actual/cell of c0"),
         ({"scores": NEW, "split": "val"}, [], "no cases of the val split"),
         ({"scores": NEW}, ["score=hd95"], "a has no hd95; it has dice"),
         ({"scores": NEW}, ["score=dise"], "score must be one of dice, jaccard"),
         ({"scores": NEW}, ["cases=some"], "cases must be same or common"),
         ({"scores": NEW}, ["split=train"], "split must be val or test"),
-        ({"scores": NEW}, ["resamples=1"], "resamples must be an integer of at least 100"),
+        ({"scores": NEW}, ["n_resamples=1"], "n_resamples must be an integer of at least 100"),
     ],
 )
 def test_refuses(tmp_path, second, settings, message):
@@ -209,9 +211,9 @@ def test_refuses(tmp_path, second, settings, message):
 
 def test_one_run_or_none(tmp_path):
     one = write(tmp_path / "a", OLD)
-    with pytest.raises(UserError, match="two runs or more are compared, got 1"):
+    with pytest.raises(UserError, match="runs must be the folders of two runs or more, got 1"):
         run(one)
     with pytest.raises(UserError, match="the same table is given twice"):
         run(one, one)
-    with pytest.raises(UserError, match="is not there: give the folder of a run that was scored"):
+    with pytest.raises(UserError, match="does not exist: give the folder of a scored run"):
         run(one, tmp_path)

@@ -62,11 +62,11 @@ def test_what_is_wrong_is_named_and_the_status_says_so(tmp_path):
     (root / "masks/train/train-0005.png").unlink()
     result = command(*FOLDER, f"data.root={root}", "output=seen", cwd=tmp_path, status=1)
     assert "error: images/train/train-0005.png: has no mask in masks/train" in result.stdout
-    assert "error: 1 image stands in two splits  [duplicates-across-splits]" in result.stdout
+    assert "error: 1 image in two splits  [duplicates-across-splits]" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("2 errors, 0 warnings, 0 notes: ")
-    told = json.loads((tmp_path / "seen/findings.json").read_text())
-    assert [finding["kind"] for finding in told["findings"]] == ["refused", "duplicates-across-splits"]
-    assert told["cases"] == {"train": 13, "val": 6, "test": 6}
+    written = json.loads((tmp_path / "seen/findings.json").read_text())
+    assert [finding["kind"] for finding in written["findings"]] == ["refused", "duplicates-across-splits"]
+    assert written["cases"] == {"train": 13, "val": 6, "test": 6}
     text = (tmp_path / "seen/inspection.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:|#)|@import|url\(|https?://", text)  # Nothing to be fetched.
     assert "equal to test/test-0001" in text
@@ -89,8 +89,8 @@ def test_sound_data(tmp_path):
 
 
 def test_typos_are_explained_and_leave_no_folder(tmp_path):
-    told = command("data=folder", "data.rot=x", cwd=tmp_path, status=1).stderr
-    assert "did you mean root?" in told
+    errors = command("data=folder", "data.rot=x", cwd=tmp_path, status=1).stderr
+    assert "did you mean root?" in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -142,7 +142,7 @@ class TestInProcess:
             assert f"Pictures of {count} of them" in text
 
     def test_large_data_keep_the_page_small(self, root, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data_check.html.MOST_ROWS", 10)
+        monkeypatch.setattr("lightning_dice.data_check.html.MAX_ROWS", 10)
         inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / 'out'}", "data.patch_size=[32,80]"))
         text = (tmp_path / "out/inspection.html").read_text()
         table = text[text.index('id="cases"') :].partition("</table>")[0]

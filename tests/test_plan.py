@@ -15,7 +15,7 @@ from volume_files import folders
 from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.losses import DeepSupervision
 from lightning_dice.models import DynUNet
-from lightning_dice.models.planner import GIB, Topology, first_patch, propose, step_memory, topology
+from lightning_dice.models.planner import GIB, Topology, first_patch, plan_topology, propose, step_memory
 
 RNG = np.random.default_rng(0)
 GRIDS = [
@@ -31,7 +31,7 @@ GRIDS = [
 def test_levels_are_nnunet_s(spacing, size):
     peer = pytest.importorskip("nnunetv2.experiment_planning.experiment_planners.network_topology")
     _, strides, kernels, padded, divisors = peer.get_pool_and_conv_props(spacing, size, 4, 999999)
-    mine = topology(spacing, size)
+    mine = plan_topology(spacing, size)
     assert mine.strides == strides
     assert mine.kernels == kernels
     assert mine.size == tuple(padded)
@@ -105,13 +105,17 @@ class TestCommand:
             config = compose("fit", overrides=[f"hydra.searchpath=[{tmp_path}/plan]", "experiment=plan", "folder=run"])
         assert config.data.root == str(tmp_path / "data")
         assert config.data.classes == ["background", "front", "back"]
-        assert (list(config.data.patch_size), config.data.batch_size, config.data.spacing) == ([20, 20, 9], 2, [1, 1, 4])
+        assert (list(config.data.patch_size), config.data.batch_size, config.data.spacing) == (
+            [20, 20, 9],
+            2,
+            [1, 1, 4],
+        )
         net = instantiate(config.model, "model").eval()
         assert net(torch.zeros(1, 1, 20, 20, 9)).shape == (1, 3, 20, 20, 9)
         refused = self.run(tmp_path, *data, status=2).stderr
         assert "plan.yaml exists; choose another output, or overwrite=true" in refused
 
-    def test_a_typo_is_told_as_in_fit(self, tmp_path):
+    def test_a_typo_is_explained_as_in_fit(self, tmp_path):
         told = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr
         assert "; did you mean root?" in told
         assert "Could not override 'data.rot'" in told

@@ -123,9 +123,7 @@ def _find_similar(cases: Sequence[CaseStatistics]) -> list[Duplicate]:
     ]
 
 
-def _reorient_all(
-    textures: NDArray[np.float16], grid: Sequence[int], orientation: Orientation
-) -> NDArray[np.float16]:
+def _reorient_all(textures: NDArray[np.float16], grid: Sequence[int], orientation: Orientation) -> NDArray[np.float16]:
     return np.stack([reorient(texture.reshape(grid), orientation).ravel() for texture in textures])
 
 

@@ -1,4 +1,4 @@
-"""Every case of a source, read once and measured."""
+"""The survey of a data set: every case is read and measured once."""
 
 from __future__ import annotations
 
@@ -8,40 +8,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.errors import DataError, DataErrors, DataProblem
 from lightning_dice.data.images.datasets import FolderCases, TiledCases
-from lightning_dice.data.interfaces import Cases, Source, Split, Surveyed
-from lightning_dice.data_check.alignment_checks import Mismatch, find_mismatches
-from lightning_dice.data_check.case_statistics import CaseStatistics, Task, draw, measure
+from lightning_dice.data.interfaces import Cases, InspectableSource, Source, Split
+from lightning_dice.data_check.alignment import Mismatch, find_mismatches
+from lightning_dice.data_check.case_statistics import CaseStatistics, measure
+from lightning_dice.data_check.task import Task
+from lightning_dice.data_check.thumbnail import draw_thumbnail
 
-LARGE = 2**25  # pixels, beyond which an image is measured in tiles
+LARGE = 2**25  # pixels, above which an image is measured in tiles
 TILE = 4096  # pixels along an axis
 
-Place = tuple[Split, int]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-Advance = Callable[[int, int], None]  # cases done, and of how many
+Location: TypeAlias = tuple[Split, int]  # of a case in the source: split and index
+Readers: TypeAlias = dict[Split, Sequence[tuple[Cases, int]]]  # of each case: a data set, and the index there
+Advance: TypeAlias = Callable[[int, int], None]  # number of cases done, and of all cases
 
 
 @dataclass
 class SurveyResult:
-    """What a source holds.
+    """Everything measured about a data set.
 
     Attributes:
-        task: what its masks mean.
-        cases: all that could be read, split by split.
-        problems: what could not, and everything else that a training refuses.
-        sizes: how many cases each split has, the unreadable ones included, and each tile of a large image one; splits
-            that do not exist are left out.
-        facts: settings of a training that decide what matters: `batch_size`, `channels`, and `size` of the crops; and
-            `root`, which is left out of the names of files.
+        task: meaning of its masks.
+        cases: those that could be read, split by split.
+        problems: those that could not, and everything else that training rejects.
+        sizes: number of cases of each split, including unreadable ones, where each tile of a large image is a case;
+            splits that do not exist are left out.
+        facts: training settings that the checks use: `batch_size`, `channels` and `size` of the crops; and `root`,
+            which is removed from file names.
         mismatches: masks that fit another image better than their own.
-        images: how many each split has, where that is not the number of its cases.
+        images: number of images of each split, where that differs from the number of cases.
     """
 
     task: Task
@@ -51,18 +54,33 @@ class SurveyResult:
     facts: Mapping[str, Any] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
     images: dict[Split, int] = field(default_factory=dict)
+    _reported: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
-    def whole(self, split: Split) -> int:
-        """How many images a split has."""
+    def image_count(self, split: Split) -> int:
+        """Return the number of images of a split."""
         return self.images.get(split, self.sizes.get(split, 0))
 
     def of(self, split: Split) -> list[CaseStatistics]:
-        """The cases of a split."""
+        """Return the cases of a split."""
         return [case for case in self.cases if case.split == split]
 
     def by_key(self) -> dict[str, CaseStatistics]:
-        """The cases by split and name."""
+        """Return the cases by split and name."""
         return {case.key: case for case in self.cases}
+
+    def add_problems(self, error: Exception, where: str = "") -> None:
+        """Add the problems of an error, except for files that already have one.
+
+        Args:
+            error: raised by the source, or by reading a case.
+            where: the case, if the error does not name a file.
+        """
+        for problem in _split_error(error, where):
+            # Reading a case again raises what the source's own check has reported for its files.
+            names = {str(problem), *(name.strip() for name in str(problem.where).split(", "))} - {""}
+            if not names & self._reported:
+                self.problems.append(problem)
+                self._reported |= {str(problem), str(problem.where)}
 
 
 def survey(
@@ -74,100 +92,103 @@ def survey(
     facts: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
 ) -> SurveyResult:
-    """Check a source as a training does, then read and measure each of its cases.
+    """Check a source as training does, then read and measure each of its cases.
 
-    What cannot be read is noted, and the rest is done. Of each case a few kilobytes stay in memory; at any time
-    `2 workers` cases are read. Pictures of more than 2**25 pixels are measured in tiles of 4096, each as a case.
+    Cases that cannot be read are recorded as problems, and the others are measured. Each case leaves a few kilobytes in
+    memory, and at most `2 * workers` cases are read at a time. Images of more than 2**25 pixels are measured in tiles
+    of 4096 pixels along each axis, each as a case.
 
     Args:
-        source: of cases.
-        task: what its masks mean.
-        workers: threads.
-        thumbnails: how many cases are drawn at most, evenly over all of them.
+        source: of the cases.
+        task: meaning of the masks.
+        workers: number of threads.
+        thumbnails: how many cases to draw at most, evenly spaced over all of them.
         facts: as in `SurveyResult`.
         advance: called after each case.
 
     >>> from lightning_dice.data import SyntheticSource
     >>> source = SyntheticSource(size=(32, 32), cases={"train": 3, "val": 1})
-    >>> found = survey(source, Task(["object"], "sigmoid"))
-    >>> [case.key for case in found.cases], found.sizes, found.problems
+    >>> result = survey(source, Task(["object"], "sigmoid"))
+    >>> [case.key for case in result.cases], result.sizes, result.problems
     (['train/train-0000', 'train/train-0001', 'train/train-0002', 'val/val-0000'], {'train': 3, 'val': 1}, [])
     """
-    found = SurveyResult(task, facts=facts or {})
-    told: set[str] = set()
-
-    def note(problems: Iterable[DataProblem]) -> None:
-        for problem in problems:
-            # A case that is read once more brings up what the check has told of its files.
-            names = {str(problem), *(place.strip() for place in str(problem.where).split(", "))}
-            if not (names - {""}) & told:
-                told.update({str(problem), str(problem.where)})
-                found.problems.append(problem)
-
+    result = SurveyResult(task, facts=facts or {})
     try:
         source.check()
     except DataError as error:
-        note(_problems(error))
-    parts: dict[Split, Sequence[tuple[Cases, int]]] = {}
-    for split in SPLITS:
-        cases, refused = _open(source, split)
-        if cases is not None:
-            parts[split] = _parts(cases)
-            found.sizes[split] = len(parts[split])
-            if len(cases) != len(parts[split]):
-                found.images[split] = len(cases)
-        elif refused is not None and not told:
-            note(_problems(refused))
-    total = sum(found.sizes.values())
-    step = max(1, -(-total // thumbnails)) if thumbnails else 0
-    kinds = source.kinds() if isinstance(source, Surveyed) else {}
+        result.add_problems(error)
+    readers = _open_splits(source, result)
+    locations = [(split, index) for split, count in result.sizes.items() for index in range(count)]
+    drawn = set(locations[:: max(1, -(-len(locations) // thumbnails))]) if thumbnails else set()
+    kinds = source.kinds() if isinstance(source, InspectableSource) else {}
 
-    places = [(split, index) for split, count in found.sizes.items() for index in range(count)]
-    drawn = set(places[::step]) if step else set()
+    def read(split: Split, index: int) -> Sample:
+        cases, number = readers[split][index]
+        return cases[number]
 
-    def one(place: Place) -> CaseStatistics:
-        split, index = place
-        cases, number = parts[split][index]
-        sample = cases[number]
+    def measure_at(location: Location) -> CaseStatistics:
+        split, index = location
+        sample = read(split, index)
         kind = kinds.get((split, sample.case)) or kinds.get((split, sample.case.rpartition("@")[0]), "")
-        return measure(sample, split, task, index=index, kind=kind, thumbnail=place in drawn)
+        return measure(sample, split, task, index=index, kind=kind, thumbnail=location in drawn)
+
+    def read_again(case: CaseStatistics) -> Sample | None:
+        try:
+            return read(case.split, case.index)
+        except Exception:  # Readers may raise anything; what is wrong has been recorded when the case was measured.
+            return None
 
     with _single_threaded():
-        for done, (place, result) in enumerate(_each(one, places, workers), 1):
-            if isinstance(result, CaseStatistics):
-                found.cases.append(result)
+        for done, (location, measured) in enumerate(_map_in_order(measure_at, locations, workers), 1):
+            if isinstance(measured, CaseStatistics):
+                result.cases.append(measured)
             else:
-                note(_problems(result, f"{place[0]}[{place[1]}]"))
+                result.add_problems(measured, f"{location[0]}[{location[1]}]")
             if advance is not None:
-                advance(done, total)
-
-        def again(case: CaseStatistics) -> Sample | None:
-            try:
-                cases, number = parts[case.split][case.index]
-                return cases[number]
-            except Exception:  # Whatever a reader raises; what is wrong has been noted above.
-                return None
-
-        found.mismatches = find_mismatches(found.cases, task, again)
-    return found
+                advance(done, len(locations))
+        result.mismatches = find_mismatches(result.cases, task, read_again)
+    return result
 
 
-def draw_missing(source: Source, found: SurveyResult, keys: Iterable[str]) -> None:
-    """Draw the cases named by `keys` that have no thumbnail yet; one that cannot be read any more is passed over."""
-    by_key = found.by_key()
+def draw_missing(source: Source, result: SurveyResult, keys: Iterable[str]) -> None:
+    """Draw the missing thumbnails of the cases named by `keys`; cases that cannot be read again are skipped."""
+    by_key = result.by_key()
     with _single_threaded():
         for case in (by_key[key] for key in dict.fromkeys(keys) if key in by_key):
             if case.thumbnail is None:
-                cases, _ = _open(source, case.split)
+                cases, _ = _open_split(source, case.split)
                 with suppress(Exception):
                     if cases is not None:
-                        tiled, number = _parts(cases)[case.index]
-                        image, mask, *_ = tiled[number]
-                        case.thumbnail = draw(torch.nan_to_num(image.float()), mask, found.task)
+                        dataset, number = _tile_large(cases)[case.index]
+                        image, mask, *_ = dataset[number]
+                        case.thumbnail = draw_thumbnail(torch.nan_to_num(image.float()), mask, result.task)
 
 
-def _parts(cases: Cases) -> Sequence[tuple[Cases, int]]:
-    """Each case as a data set and an index there; then the tiles of those that are too large to be measured whole."""
+def _open_splits(source: Source, result: SurveyResult) -> Readers:
+    """Open all splits that can be read, and record their sizes, or why they cannot be read."""
+    readers: Readers = {}
+    for split in SPLITS:
+        cases, error = _open_split(source, split)
+        if cases is not None:
+            readers[split] = _tile_large(cases)
+            result.sizes[split] = len(readers[split])
+            if len(cases) != len(readers[split]):
+                result.images[split] = len(cases)
+        elif error is not None and not result.problems:
+            result.add_problems(error)
+    return readers
+
+
+def _open_split(source: Source, split: Split) -> tuple[Cases | None, DataError | None]:
+    """Return the cases of a split, even of a source that is rejected as a whole, if it supports that; or the error."""
+    try:
+        return source.split(split), None
+    except DataError as error:
+        return (source.readable(split) if isinstance(source, InspectableSource) else None), error
+
+
+def _tile_large(cases: Cases) -> Sequence[tuple[Cases, int]]:
+    """Return each case as a data set and an index into it, followed by the tiles of images too large to measure."""
     if not isinstance(cases, FolderCases):
         return [(cases, index) for index in range(len(cases))]
     large = [index for index, size in enumerate(cases.sizes) if prod(size) > LARGE]
@@ -177,46 +198,38 @@ def _parts(cases: Cases) -> Sequence[tuple[Cases, int]]:
     return [*rest, *((tiles, index) for index in range(len(tiles)))]
 
 
-def _open(source: Source, split: Split) -> tuple[Cases | None, DataError | None]:
-    """The cases of a split, also if the source as a whole is refused, where it can tell them; or why there are none."""
-    try:
-        return source.split(split), None
-    except DataError as error:
-        return (source.readable(split) if isinstance(source, Surveyed) else None), error
-
-
-def _each(
-    function: Callable[[Place], CaseStatistics], places: Sequence[Place], workers: int
-) -> Iterator[tuple[Place, CaseStatistics | Exception]]:
-    """What a function makes of each place, in order, by threads that never run far ahead of what is taken."""
-    running: deque[tuple[Place, Future[CaseStatistics]]] = deque()
+def _map_in_order(
+    function: Callable[[Location], CaseStatistics], locations: Sequence[Location], workers: int
+) -> Iterator[tuple[Location, CaseStatistics | Exception]]:
+    """Apply a function in threads and yield results or errors in order, never more than `2 * workers` ahead."""
+    running: deque[tuple[Location, Future[CaseStatistics]]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
 
-        def taken() -> tuple[Place, CaseStatistics | Exception]:
-            place, future = running.popleft()
+        def next_result() -> tuple[Location, CaseStatistics | Exception]:
+            location, future = running.popleft()
             error = future.exception()
             if error is None:
-                return place, future.result()
+                return location, future.result()
             if isinstance(error, Exception):
-                return place, error
+                return location, error
             raise error
 
         try:
-            for place in places:
-                running.append((place, pool.submit(function, place)))
+            for location in locations:
+                running.append((location, pool.submit(function, location)))
                 if len(running) >= 2 * workers:
-                    yield taken()
+                    yield next_result()
             while running:
-                yield taken()
+                yield next_result()
         finally:
             for _, future in running:
                 future.cancel()
 
 
-def _problems(error: Exception, where: str = "") -> Sequence[DataProblem]:
-    """The single problems of an error; what no reader foresaw is told with its type."""
+def _split_error(error: Exception, where: str = "") -> Sequence[DataProblem]:
+    """Return the single problems of an error; an unexpected error is described with its type."""
     if isinstance(error, DataErrors):
-        return [problem for single in error.problems for problem in _problems(single)]
+        return [problem for single in error.problems for problem in _split_error(single)]
     if isinstance(error, DataProblem):
         return [error]
     what = str(error) if isinstance(error, DataError) else f"cannot be read ({type(error).__name__}: {error})"
@@ -225,7 +238,7 @@ def _problems(error: Exception, where: str = "") -> Sequence[DataProblem]:
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Let each of our threads compute by itself: torch would start others for each."""
+    """Limit torch to one thread for each of ours: it would start others in each of them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Networks of other libraries whose outputs need another form. All others are used as they are, by `_target_`."""
+"""Networks of other libraries, adapted where necessary. All other networks are used unchanged, by `_target_`."""
 
 from lightning_dice.models.dynunet import DynUNet
 

@@ -1,4 +1,4 @@
-"""MONAI's DynUNet, whose levels of deep supervision keep their sizes."""
+"""MONAI's DynUNet, with levels of deep supervision that keep their sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class DynUNet(_DynUNet):
-    """nnU-Net's architecture as `monai.networks.nets.DynUNet`, with a list of levels in training.
+    """nnU-Net's architecture, as in `monai.networks.nets.DynUNet`, which returns a list of levels in training.
 
-    MONAI enlarges the coarser levels to the size of the finest and stacks them; here they stay as they are, finest
-    first, so that masks are reduced to each level instead (`lightning_dice.losses.DeepSupervision`), at less memory.
-    Weights have MONAI's names and are exchangeable.
+    MONAI enlarges the coarser levels to the size of the finest and stacks them. Here they keep their sizes, finest
+    first, and `lightning_dice.losses.DeepSupervision` reduces the masks to each level instead, which takes less memory.
+    Weights have the same names as MONAI's, and can be loaded from either.
 
     Args:
-        upsample_kernel_size: of the transposed convolutions; by default what undoes `strides`.
+        upsample_kernel_size: of the transposed convolutions; by default those that undo `strides`.
         settings: of MONAI's class.
 
     >>> import torch
@@ -33,10 +33,10 @@ class DynUNet(_DynUNet):
         super().__init__(upsample_kernel_size=upsample_kernel_size or strides[1:], **settings)
 
     def forward(self, x: Tensor) -> Any:
-        """Logits `(batch, classes, *space)`; in training with deep supervision a list of them, finest first."""
+        """Return logits `(batch, classes, *space)`; in training with deep supervision a list of them, finest first."""
         finest = self.output_block(self.skip_layers(x))
         levels = [finest, *self.heads]
-        # The blocks have left them there; kept, they would keep this step's graph, and a copy of the network from being
-        # made.
+        # MONAI's blocks store their outputs in `heads`. They would keep this step's graph alive, and prevent copies of
+        # the network.
         self.heads[:] = [finest.new_zeros(0)] * len(self.heads)
         return levels if self.training and self.deep_supervision else finest

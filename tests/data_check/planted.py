@@ -1,14 +1,14 @@
-"""Data sets in memory, sound or with something wrong in them."""
+"""Data sets in memory, with and without problems."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from lightning_dice.data import DataError, Sample, SyntheticSource
-from lightning_dice.data_check.case_statistics import Task
-from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.checks import run_checks
 from lightning_dice.data_check.finding import Finding
 from lightning_dice.data_check.survey import SurveyResult, survey
+from lightning_dice.data_check.task import Task
 
 TASK = Task(["object"], "sigmoid")
 SIZES = {"train": 14, "val": 6, "test": 6}
@@ -17,7 +17,7 @@ Data = dict[str, list[Sample]]
 
 
 class Listed:
-    """A source of samples that are there already."""
+    """A source of samples in memory."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -44,8 +44,10 @@ class _Cases(list[Sample]):
 @cache
 def _drawn(size: tuple[int, ...]) -> dict[str, tuple[Sample, ...]]:
     source = SyntheticSource(size=size, cases=SIZES, foreground_fraction=0.08, contrast=0.5, seed=3)
-    # The few images without an object are drawn again, from further on in the seed.
-    spare = iter(SyntheticSource(size=size, cases=(40, 0, 0), foreground_fraction=0.08, contrast=0.5, seed=4).split("train"))
+    # The few images without an object are replaced by spare ones.
+    spare = iter(
+        SyntheticSource(size=size, cases=(40, 0, 0), foreground_fraction=0.08, contrast=0.5, seed=4).split("train")
+    )
     parts = {}
     for split in SIZES:
         samples = list(source.split(split))
@@ -57,24 +59,24 @@ def _drawn(size: tuple[int, ...]) -> dict[str, tuple[Sample, ...]]:
 
 
 def sound(size: tuple[int, ...] = (64, 64)) -> Data:
-    """Three splits of blobs in which nothing is wrong."""
+    """Three splits of blobs without problems."""
     return {
         split: [Sample(s.image.clone(), s.mask.clone(), s.case) for s in part] for split, part in _drawn(size).items()
     }
 
 
 def change(data: Data, split: str, index: int, **fields: object) -> str:
-    """Replace something of a sample; returns the case as findings know it."""
+    """Replace fields of a sample; return its key in findings."""
     data[split][index] = data[split][index]._replace(**fields)
     return f"{split}/{data[split][index].case}"
 
 
 def inspected(data: Data, task: Task = TASK, **facts: object) -> tuple[SurveyResult, dict[str, Finding]]:
-    """What is measured, and what is found, by kind."""
+    """The survey of the data, and its findings by kind."""
     found = survey(Listed(data), task, facts=facts)
-    return found, {finding.kind: finding for finding in judge(found)}
+    return found, {finding.kind: finding for finding in run_checks(found)}
 
 
 def broken(data: Data, split: str, index: int) -> None:
-    """A case that cannot be read."""
+    """Make a case unreadable."""
     data[split][index] = DataError("a.png: is empty (0 bytes)")

@@ -13,11 +13,11 @@ from data_check.planted import SIZES, TASK, Listed, broken, change, inspected, s
 from lightning_dice import data_check
 from lightning_dice.data import Sample
 from lightning_dice.data.errors import DataErrors, DataProblem
-from lightning_dice.data_check import alignment_checks
-from lightning_dice.data_check.case_statistics import Task
-from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.alignment import misaligned_share
+from lightning_dice.data_check.checks import run_checks
 from lightning_dice.data_check.finding import KINDS
 from lightning_dice.data_check.survey import survey
+from lightning_dice.data_check.task import Task
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,7 +61,7 @@ class TestTurned:
         findings = inspected(data)[1]
         assert list(findings["turned-masks"].cases) == turned
         assert f"from {code}," in findings["turned-masks"].remedy
-        assert "exchanged-masks" not in findings
+        assert "swapped-masks" not in findings
 
     def test_volumes(self):
         data = sound((32, 32, 32))
@@ -69,7 +69,7 @@ class TestTurned:
             for index, sample in enumerate(part):
                 change(data, split, index, mask=sample.mask.flip(-1).transpose(1, 2).contiguous())
         finding = inspected(data)[1]["turned-masks"]
-        assert "axes exchanged (1, 0, 2) and flipped along axis 2" in finding.title
+        assert "axes permuted (1, 0, 2) and flipped along axis 2" in finding.title
         assert "mask.transpose(1, 0, 2)[:, :, ::-1]" in finding.remedy
 
 
@@ -78,7 +78,7 @@ class TestOfAnotherImage:
         data = sound()
         one, two = (data["train"][index].mask for index in (3, 9))
         keys = [change(data, "train", 3, mask=two), change(data, "train", 9, mask=one)]
-        finding = inspected(data)[1]["exchanged-masks"]
+        finding = inspected(data)[1]["swapped-masks"]
         assert (finding.severity, list(finding.cases), list(finding.partners)) == ("error", keys, keys[::-1])
 
     def test_masks_paired_one_place_off(self):
@@ -87,7 +87,7 @@ class TestOfAnotherImage:
         masks = [sample.mask for sample in part]
         for index in range(len(part)):
             change(data, "train", index, mask=masks[index - 1])
-        finding = inspected(data)[1]["exchanged-masks"]
+        finding = inspected(data)[1]["swapped-masks"]
         right = {f"train/{part[i].case}": f"train/{part[i - 1].case}" for i in range(len(part))}
         told = dict(zip(finding.cases, finding.partners, strict=True))
         assert len(told) >= 12
@@ -100,7 +100,7 @@ class TestOfAnotherImage:
                 noise = torch.rand(1, 1, 16, 16, generator=generator(index + len(part)))
                 mask = (torch.nn.functional.interpolate(noise, size=64)[0] < 0.1).to(torch.uint8)
                 change(data, split, index, mask=mask)
-        finding = inspected(data)[1]["masks-off-their-images"]
+        finding = inspected(data)[1]["misaligned-masks"]
         assert finding.severity == "error"
 
     def test_one_that_fits_another_image_is_exchanged_only_if_that_ones_is_elsewhere_too(self):
@@ -112,24 +112,24 @@ class TestOfAnotherImage:
             change(data, "train", 3, mask=noise.to(torch.uint8)),
         ]
         findings = inspected(data)[1]
-        assert "exchanged-masks" not in findings
-        assert set(findings["loose-masks"].cases) == set(keys)
+        assert "swapped-masks" not in findings
+        assert set(findings["poorly-fitting-masks"].cases) == set(keys)
         change(data, "train", 9, image=two.image)
         change(data, "train", 3, mask=two.mask)
-        assert set(inspected(data)[1]["exchanged-masks"].cases) == set(keys)
+        assert set(inspected(data)[1]["swapped-masks"].cases) == set(keys)
 
     def test_a_mask_that_was_shifted(self):
         data = sound()
         key = change(data, "val", 3, mask=data["val"][3].mask.roll((9, 14), (-2, -1)))
-        finding = inspected(data)[1]["loose-masks"]
+        finding = inspected(data)[1]["poorly-fitting-masks"]
         assert (finding.severity, list(finding.cases)) == ("note", [key])
 
     def test_few_cases_do_not_tell(self):
         found, _ = inspected({"train": sound()["train"][:7]})
-        assert np.isnan(alignment_checks.astray(found.cases))
+        assert np.isnan(misaligned_share(found.cases))
 
 
-class TestTwins:
+class TestDuplicates:
     @pytest.mark.parametrize(
         "copied",
         [
@@ -162,7 +162,7 @@ class TestTwins:
         change(data, "train", 1, mask=data["train"][0].mask.clone())
         assert "contradicting-masks" not in inspected(data)[1]
 
-    def test_what_all_images_share_makes_no_twins(self):
+    def test_what_all_images_share_makes_no_duplicates(self):
         data = sound()
         rings = [
             (torch.hypot(*torch.meshgrid(torch.arange(64.0) - 32, torch.arange(64.0) - 32, indexing="ij")) < r)
@@ -216,7 +216,7 @@ class TestContents:
         mask = data["train"][0].mask.clone()
         mask[mask == 1] = 7
         key = change(data, "train", 0, mask=mask)
-        assert "no class has" in of_kind("unknown-labels", data, "error", [key]).title
+        assert "labels without a class" in of_kind("unknown-labels", data, "error", [key]).title
 
     def test_values_that_are_not_finite(self):
         data = sound()
@@ -233,7 +233,7 @@ class TestContents:
     def test_masks_of_another_size(self):
         data = sound((48, 72))
         key = change(data, "train", 1, mask=data["train"][1].mask.transpose(1, 2).contiguous())
-        assert "rows and columns are exchanged" in of_kind("mask-sizes", data, "error", [key]).title
+        assert "rows and columns are swapped" in of_kind("mask-sizes", data, "error", [key]).title
         resampled = sound((48, 72))  # for evaluation alone
         change(resampled, "val", 1, image=torch.rand(1, 24, 36))
         assert "mask-sizes" not in inspected(resampled)[1]
@@ -292,9 +292,9 @@ class TestContents:
             def kinds(self):
                 return {("train", sample.case): kinds[sample.case == "train-0004"] for sample in self.data["train"]}
 
-        (finding,) = judge(survey(Known(sound()), TASK))
+        (finding,) = run_checks(survey(Known(sound()), TASK))
         assert (finding.kind, finding.severity, list(finding.cases)) == (
-            "kinds-of-images",
+            "image-formats",
             severity,
             ["train/train-0004"],
         )
@@ -302,7 +302,7 @@ class TestContents:
     def test_an_image_that_is_a_mask(self):
         data = sound()
         key = change(data, "train", 5, image=data["train"][5].mask.float())
-        of_kind("images-like-masks", data, "warning", [key])
+        of_kind("mask-like-images", data, "warning", [key])
 
     def test_an_image_much_brighter_than_the_rest(self):
         data = sound()
@@ -314,7 +314,7 @@ class TestContents:
     def test_few_cases(self):
         data = sound()
         data["val"] = data["val"][:2]
-        assert of_kind("few-cases", data, "warning").title == "the val split holds 2 cases only"
+        assert of_kind("few-cases", data, "warning").title == "the val split has only 2 cases"
         data = sound()
         assert "data.batch_size=14" in of_kind("few-cases", data, "error", batch_size=16).remedy
         assert "no-validation" in inspected({"train": data["train"]})[1]
@@ -323,7 +323,7 @@ class TestContents:
     def test_two_cases_of_one_name(self):
         data = sound()
         key = change(data, "train", 1, case=data["train"][0].case)
-        of_kind("equal-names", data, "error", [key])
+        of_kind("duplicate-names", data, "error", [key])
 
     def test_spacings(self):
         data = sound()
@@ -368,11 +368,11 @@ def test_several_classes_and_their_background():
     part = [Sample(torch.rand(1, 64, 64, generator=generator(i)), ids[i], f"c{i}") for i in range(14)]
     findings = inspected({"train": part}, task)[1]
     assert findings["absent-classes"].title == "no pixel of the train split is b"
-    assert task.objects == [1, 2]
-    assert Task(["sky", "road"], "softmax").objects == [0, 1]
+    assert task.foreground == [1, 2]
+    assert Task(["sky", "road"], "softmax").foreground == [0, 1]
 
 
-def test_the_check_of_the_source_is_asked_and_told_once():
+def test_problems_of_the_source_are_reported_once():
 
     problems = [DataProblem("has no mask", "x/b.png", "Add it."), DataProblem("is empty", "x/a.png", "Copy it again.")]
 
@@ -384,7 +384,7 @@ def test_the_check_of_the_source_is_asked_and_told_once():
     data["train"][0] = DataProblem("is empty, once more", "x/a.png", "Copy it.")
     found = survey(Refusing(data), TASK, facts={"root": "x"})
     assert [str(problem) for problem in found.problems] == [str(problem) for problem in problems]
-    titles = [finding.title for finding in judge(found) if finding.kind == "refused"]
+    titles = [finding.title for finding in run_checks(found) if finding.kind == "refused"]
     assert titles == ["b.png: has no mask", "a.png: is empty"]
 
 
@@ -393,7 +393,7 @@ def test_accepted_findings_are_notes():
     change(data, "val", 0, image=data["train"][0].image.clone(), mask=data["train"][0].mask.clone())
     found, findings = inspected(data)
     assert findings["duplicates-across-splits"].severity == "error"
-    (finding,) = judge(found, accept=["duplicates-across-splits"])
+    (finding,) = run_checks(found, accept=["duplicates-across-splits"])
     assert (finding.severity, finding.title[:9]) == ("note", "accepted:")
 
 

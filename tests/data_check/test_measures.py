@@ -11,17 +11,11 @@ import torch
 from PIL import Image
 
 from lightning_dice.data import Sample
-from lightning_dice.data_check.case_statistics import (
-    CaseStatistics,
-    Task,
-    count_objects,
-    describe,
-    draw,
-    measure,
-    moved,
-    moves,
-    texture,
-)
+from lightning_dice.data_check.case_statistics import CaseStatistics, measure, measure_components
+from lightning_dice.data_check.orientations import describe_orientation, orientations, reorient
+from lightning_dice.data_check.task import Task
+from lightning_dice.data_check.texture import texture
+from lightning_dice.data_check.thumbnail import draw_thumbnail
 
 THREE = Task(["background", "a", "b"], "softmax", exclude_classes=[0])
 
@@ -64,14 +58,14 @@ def edge(plane: np.ndarray) -> int:
 @pytest.mark.parametrize("density", [0.1, 0.4, 0.8])
 def test_objects(size, density):
     plane = blobs(1, size, density)
-    found = count_objects(plane)
+    found = measure_components(plane)
     assert found.sizes.tolist() == components(plane)
     assert (found.pixels, found.edge) == (plane.sum(), edge(plane))
 
 
 def test_no_object_and_nothing_else():
-    assert count_objects(np.zeros((3, 4), bool)).sizes.size == 0
-    full = count_objects(np.ones((3, 4), bool))
+    assert measure_components(np.zeros((3, 4), bool)).sizes.size == 0
+    full = measure_components(np.ones((3, 4), bool))
     assert (full.pixels, full.sizes.tolist(), full.edge) == (12, [12], 0)
 
 
@@ -83,28 +77,28 @@ def test_a_case():
     ids[5, 5:8] = 9
     case = measure(Sample(image, ids, "x", (2.0, 1.0)), "val", THREE, index=4, kind="float")
     assert (case.key, case.index, case.size, case.spacing, case.channels) == ("val/x", 4, (20, 30), (2.0, 1.0), 2)
-    assert [one.pixels for one in case.objects] == [int((ids == index).sum()) for index in range(3)]
-    assert (case.pixels, case.ignored, case.strange) == (600, 60, {9: 3})
+    assert [one.pixels for one in case.components] == [int((ids == index).sum()) for index in range(3)]
+    assert (case.pixels, case.ignored, case.unknown_labels) == (600, 60, {9: 3})
     values = image.numpy()
     assert case.mean == pytest.approx(values.mean((1, 2)), rel=1e-5)
     assert case.std == pytest.approx(values.std((1, 2)), rel=1e-5)
     expected = [values.min(), *np.percentile(values, [1, 50, 99]), values.max()]
     assert case.range == pytest.approx(expected, rel=1e-5)
     assert case.levels is None
-    assert case.foreground(THREE) == int(((ids == 1) | (ids == 2)).sum())
+    assert case.foreground_pixels(THREE) == int(((ids == 1) | (ids == 2)).sum())
 
 
 def test_planes_have_ignored_pixels_of_their_own():
     mask = torch.tensor([[[1, 0, 255, 1]], [[255, 255, 255, 255]]])
     case = measure(Sample(torch.rand(1, 1, 4), mask, "x"), "train", Task(["a", "b"], "sigmoid"))
-    assert [one.pixels for one in case.objects] == [2, 0]
+    assert [one.pixels for one in case.components] == [2, 0]
     assert (case.ignored, case.unannotated) == (2.5, (1,))
 
 
 def test_soft_labels_count_from_a_half_and_nan_is_ignored():
     mask = torch.tensor([[[0.2, 0.6, 1.0, float("nan")]]])
     case = measure(Sample(torch.rand(1, 1, 4), mask, "x"), "train", Task(["a"], "sigmoid"))
-    assert (case.objects[0].pixels, case.ignored, case.strange) == (2, 1, {})
+    assert (case.components[0].pixels, case.ignored, case.unknown_labels) == (2, 1, {})
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out():
@@ -129,23 +123,23 @@ def test_equal_pixels_have_equal_digests():
     assert one.mask_digest == two.mask_digest
 
 
-class TestMoves:
+class TestOrientations:
     @pytest.mark.parametrize("axes", [1, 2, 3])
     def test_each_is_another_and_there_are_no_more(self, axes):
         array = np.arange(3**axes).reshape((3,) * axes)
-        found = {moved(array, move).tobytes() for move in moves(axes)}
-        assert len(found) == len(moves(axes)) == {1: 2, 2: 8, 3: 48}[axes]
-        assert np.array_equal(moved(array, moves(axes)[0]), array)
+        found = {reorient(array, orientation).tobytes() for orientation in orientations(axes)}
+        assert len(found) == len(orientations(axes)) == {1: 2, 2: 8, 3: 48}[axes]
+        assert np.array_equal(reorient(array, orientations(axes)[0]), array)
 
     @pytest.mark.parametrize("axes", [2, 3])
-    def test_the_code_does_what_the_move_does(self, axes):
+    def test_the_code_reorients_likewise(self, axes):
         mask = np.arange(3**axes).reshape((3,) * axes)
-        for move in moves(axes):
-            code = describe(move)[1]
-            assert np.array_equal(eval(code, {"mask": mask, "numpy": np}), moved(mask, move)), code
+        for orientation in orientations(axes):
+            code = describe_orientation(orientation)[1]
+            assert np.array_equal(eval(code, {"mask": mask, "numpy": np}), reorient(mask, orientation)), code
 
 
-class TestPlacement:
+class TestAlignment:
     @staticmethod
     def case(size: tuple[int, ...], transform=lambda mask: mask) -> CaseStatistics:
         plane = np.zeros(size, bool)
@@ -157,28 +151,30 @@ class TestPlacement:
         mask = torch.from_numpy(np.ascontiguousarray(transform(plane)).astype(np.int64))
         return measure(Sample(image, mask, "x"), "train", Task(["background", "a"]))
 
-    @pytest.mark.parametrize("move", moves(2), ids=str)
-    def test_the_move_that_brings_a_mask_back_fits_best(self, move):
+    @pytest.mark.parametrize("orientation", orientations(2), ids=str)
+    def test_the_orientation_that_restores_a_mask_fits_best(self, orientation):
         inverse = next(
             m
-            for m in moves(2)
-            if np.array_equal(moved(moved(np.arange(9).reshape(3, 3), move), m), np.arange(9).reshape(3, 3))
+            for m in orientations(2)
+            if np.array_equal(
+                reorient(reorient(np.arange(9).reshape(3, 3), orientation), m), np.arange(9).reshape(3, 3)
+            )
         )
-        found = self.case((60, 60), lambda mask: moved(mask, move)).placement
-        assert moves(2)[int(np.nanargmax(found))] == inverse
+        found = self.case((60, 60), lambda mask: reorient(mask, orientation)).alignment
+        assert orientations(2)[int(np.nanargmax(found))] == inverse
 
-    def test_only_moves_that_keep_the_size_are_tried(self):
-        known = ~np.isnan(self.case((40, 60)).placement)
+    def test_only_orientations_that_keep_the_size_are_tried(self):
+        known = ~np.isnan(self.case((40, 60)).alignment)
         assert known.sum() == 4
-        assert (~np.isnan(self.case((20, 24, 20)).placement)).sum() == 16
+        assert (~np.isnan(self.case((20, 24, 20)).alignment)).sum() == 16
 
     def test_large_pictures_are_reduced(self):
-        assert int(np.nanargmax(self.case((900, 700)).placement)) == 0
+        assert int(np.nanargmax(self.case((900, 700)).alignment)) == 0
 
     def test_too_little_outline_says_nothing(self):
         mask = torch.zeros(30, 30).int()
         mask[3, 3] = 1
-        assert np.isnan(measure(Sample(torch.rand(1, 30, 30), mask, "x"), "train", THREE).placement).all()
+        assert np.isnan(measure(Sample(torch.rand(1, 30, 30), mask, "x"), "train", THREE).alignment).all()
 
 
 class TestTexture:
@@ -209,7 +205,7 @@ class TestTexture:
 def test_thumbnails(size):
     mask = torch.zeros(size).int()
     mask[tuple(slice(2, 12) for _ in size)] = 1
-    picture = np.asarray(Image.open(io.BytesIO(draw(torch.zeros(1, *size), mask, THREE))))
+    picture = np.asarray(Image.open(io.BytesIO(draw_thumbnail(torch.zeros(1, *size), mask, THREE))))
     assert max(picture.shape[0], (picture.shape[1] - 2) // 2) <= 112
     left, right = picture[:, : picture.shape[1] // 2 - 2], picture[:, picture.shape[1] // 2 + 2 :]
     assert left.max() < 40  # black, but for what JPEG makes of the gap
@@ -219,5 +215,5 @@ def test_thumbnails(size):
 def test_thin_things_stay_visible_in_a_thumbnail():
     mask = torch.zeros(1000, 1000).int()
     mask[500] = 1
-    picture = np.asarray(Image.open(io.BytesIO(draw(torch.zeros(1, 1000, 1000), mask, THREE)))).astype(int)
+    picture = np.asarray(Image.open(io.BytesIO(draw_thumbnail(torch.zeros(1, 1000, 1000), mask, THREE)))).astype(int)
     assert picture[:, 130:].max(2).max(0).min() > 60  # in every column

@@ -10,10 +10,10 @@ from PIL import Image
 
 from lightning_dice import inspect
 from lightning_dice.data import FolderSource, MaskFormat
-from lightning_dice.data_check.case_statistics import Task
-from lightning_dice.data_check.checks import judge
+from lightning_dice.data_check.checks import run_checks
 from lightning_dice.data_check.survey import draw_missing, survey
 from lightning_dice.data_check.tables import split_table
+from lightning_dice.data_check.task import Task
 
 CLASSES = ["background", "disc"]
 
@@ -43,12 +43,12 @@ def test_they_are_measured_in_tiles(source):
     assert found.sizes == {"train": 5, "val": 5}
     assert found.images == {"train": 2, "val": 2}
     assert [row[1] for row in split_table(found)] == ["cases", "2 in 5 tiles", "2 in 5 tiles"]
-    few = [finding.title for finding in judge(found) if finding.kind == "few-cases"]
-    assert few == ["the val split holds 2 cases only"]
+    few = [finding.title for finding in run_checks(found) if finding.kind == "few-cases"]
+    assert few == ["the val split has only 2 cases"]
     photo, first, *rest = found.of("train")
     assert (photo.size, first.size) == ((90, 90), (100, 100))
-    assert photo.objects[1].pixels == first.objects[1].pixels > 1000
-    assert not any(case.objects[1].pixels for case in rest)
+    assert photo.components[1].pixels == first.components[1].pixels > 1000
+    assert not any(case.components[1].pixels for case in rest)
     assert first.kind == "8-bit gray"
     assert [str(problem) for problem in found.problems] == [
         f"{source.root}/images/val/scene.tif: is too large to be scored whole: 200x200 pixels, more than 22500. "
@@ -60,10 +60,16 @@ def test_they_are_measured_in_tiles(source):
 
 @pytest.mark.parametrize(
     ("settings", "least"),
-    [({}, 8), ({"read_size": [64, 64]}, 1), ({"read_size": [64, 64], "patches_per_image": 3}, 3), ({"patches_per_image": 3}, 8)],
+    [
+        ({}, 8),
+        ({"read_size": [64, 64]}, 1),
+        ({"read_size": [64, 64], "patches_per_image": 3}, 3),
+        ({"read_size": None, "patches_per_image": 3}, 8),
+        ({"patches_per_image": 3}, 3),  # volumes
+    ],
 )
 def test_windows_fill_batches(settings, least, source):
-    """A batch needs as many cases as it has windows that do not come from one image."""
+    """The smallest number of cases that fills a batch depends on how many patches one image gives."""
     data = {"classes": CLASSES, "activation": "softmax", "ignore_index": 255, "exclude_classes": [], "channels": 1}
     config = {"data": {**data, "batch_size": 8, **settings}, "workers": 1, "thumbnails": 0}
-    assert inspect.run_survey(source, OmegaConf.create(config)).facts["batch_size"] == least
+    assert inspect.survey_with_progress(source, OmegaConf.create(config)).facts["batch_size"] == least
