@@ -1,4 +1,4 @@
-"""Checks of settings that losses and metrics share, made once, in their constructors."""
+"""Checks of arguments, for constructors; each returns the value, or raises `ValueError`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def check_choice(name: str, value: Any, choices: Any) -> Any:
-    """`value`, if it is one of a tuple of choices or of a `Literal`'s."""
+    """Check that `value` is one of `choices`, a tuple or a `Literal`.
+
+    >>> check_choice("pool", "image", ("image", "batch"))
+    'image'
+    """
     allowed = choices if isinstance(choices, tuple) else get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -19,7 +23,11 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
 
 
 def check_smooth(smooth: float | Sequence[float]) -> tuple[float, float]:
-    """`smooth` as (numerator, denominator), in pixels."""
+    """Return `smooth`, a number of pixels >= 0 or a pair, as (numerator, denominator).
+
+    >>> check_smooth(1)
+    (1.0, 1.0)
+    """
     pair = tuple(smooth) if isinstance(smooth, Sequence) and not isinstance(smooth, str) else (smooth, smooth)
     if len(pair) != 2 or not all(_is_number(s) and math.isfinite(s) and s >= 0 for s in pair):
         raise ValueError(f"smooth must be a number of pixels >= 0, or a pair of them, got {smooth!r}")
@@ -27,21 +35,33 @@ def check_smooth(smooth: float | Sequence[float]) -> tuple[float, float]:
 
 
 def check_label(name: str, value: int | None) -> int | None:
-    """A label id, or `None`."""
+    """Check that `value` is an integer label, or `None`.
+
+    >>> check_label("ignore_index", 255)
+    255
+    """
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise ValueError(f"{name} must be None or an integer label such as 255, got {value!r}")
     return value
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """True or False, and not a word that would count as true, such as "no"."""
+    """Check that `value` is True or False, not something truthy such as "no".
+
+    >>> check_flag("squared", True)
+    True
+    """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_count(name: str, value: int, least: int = 1, *, optional: bool = False) -> int:
-    """An integer >= `least`; `optional` where `None` would do too, and the message is to say so."""
+    """Check that `value` is an integer >= `least`; `optional` mentions in the error that `None` is valid too.
+
+    >>> check_count("iterations", 0, least=0)
+    0
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be {'None or ' * optional}an integer >= {least}, got {value!r}")
     return value
@@ -50,32 +70,42 @@ def check_count(name: str, value: int, least: int = 1, *, optional: bool = False
 def check_number(
     name: str, value: float, least: float = 0.0, most: float = math.inf, *, open_ends: bool = False
 ) -> float:
-    """A finite number in [least, most], or between them with `open_ends`."""
-    fine = _is_number(value) and math.isfinite(value)
-    if not (fine and (least < value < most if open_ends else least <= value <= most)):
-        wanted = (
-            (f"> {least:g}" if open_ends else f">= {least:g}")
-            if most == math.inf
-            else (f"in ({least:g}, {most:g})" if open_ends else f"in [{least:g}, {most:g}]")
-        )
-        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+    """Return a finite number in [least, most], or in (least, most) with `open_ends`, as float.
+
+    >>> check_number("k", 1, 0, 1)
+    1.0
+    """
+    finite = _is_number(value) and math.isfinite(value)
+    if not (finite and (least < value < most if open_ends else least <= value <= most)):
+        if most == math.inf:
+            interval = f"> {least:g}" if open_ends else f">= {least:g}"
+        else:
+            interval = f"in ({least:g}, {most:g})" if open_ends else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name} must be a number {interval}, got {value!r}")
     return float(value)
 
 
 def check_class_indices(name: str, indices: Iterable[int]) -> tuple[int, ...]:
-    """Distinct class indices >= 0, as a tuple."""
+    """Return distinct class indices >= 0 as a tuple.
+
+    >>> check_class_indices("exclude_classes", [0, 2])
+    (0, 2)
+    """
     if isinstance(indices, (int, str)):
         raise ValueError(f"{name} must be a list of class indices such as [0], got {indices!r}")
-    given = tuple(indices)
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given) or len(set(given)) != len(
-        given
-    ):
-        raise ValueError(f"{name} must hold distinct class indices >= 0, got {list(given)}")
-    return given
+    classes = tuple(indices)
+    valid = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in classes)
+    if not valid or len(set(classes)) != len(classes):
+        raise ValueError(f"{name} must hold distinct class indices >= 0, got {list(classes)}")
+    return classes
 
 
 def check_class_weights(weights: Any) -> Tensor | None:
-    """One finite weight >= 0 for each class, not all 0, as float32 `(classes,)`."""
+    """Return one finite weight >= 0 for each class, not all 0, as float32 `(classes,)`; `None` stays `None`.
+
+    >>> check_class_weights([1, 2])
+    tensor([1., 2.])
+    """
     if weights is None:
         return None
     if isinstance(weights, str) or not isinstance(weights, (Iterable, Tensor)):
@@ -89,17 +119,20 @@ def check_class_weights(weights: Any) -> Tensor | None:
 
 
 def included_classes(classes: int, excluded: tuple[int, ...]) -> list[int]:
-    """The indices of the classes that are not left out.
+    """Return the indices of the classes that are not excluded.
 
     Raises:
-        ValueError: a class that is not there is left out, or none would be left.
+        ValueError: an excluded class does not exist, or no class remains.
+
+    >>> included_classes(3, excluded=(0,))
+    [1, 2]
     """
     if any(index >= classes for index in excluded):
         raise ValueError(f"exclude_classes must name classes from 0 to {classes - 1}, got {list(excluded)}")
-    kept = [index for index in range(classes) if index not in excluded]
-    if not kept:
-        raise ValueError(f"exclude_classes leaves no class: all {classes} are left out")
-    return kept
+    included = [index for index in range(classes) if index not in excluded]
+    if not included:
+        raise ValueError(f"exclude_classes leaves no class: all {classes} are excluded")
+    return included
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Metrics: torchmetrics shells over the same sums and formulas as the losses."""
+"""Dice score as a torchmetrics metric, from the same sums and formula as the losses."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from lightning_dice.kernels import Activation, OverlapSums
 MetricPool = Literal["image", "dataset"]
 Average = Literal["macro", "none"]
 
-# A score is kept as an integer number of 2^-40: integers add up the same in any order and on any number of
-# processes, and every device has them. 2^22 cases fit.
-_UNIT = 2**40
+# Scores are summed as integer multiples of 2^-40: sums of integers depend neither on the order nor on the number of
+# processes, and every device supports them. 2^22 cases fit.
+_UNITS_PER_SCORE = 2**40
 
 
 class DiceScore(Metric):
     r"""Dice score of hard predictions, :math:`2|P \cap T| / (|P| + |T|)`, for binary, multilabel and multiclass tasks.
 
-    A class's score is its mean over the cases that have it; the macro average is the mean over the classes that have
-    a score. A class absent from a case's prediction and target has no score there; predicted but absent from the
-    target, it scores 0. The state is a few numbers for each class, however many cases there are.
+    The score of a class is its mean over the cases that have it. A class absent from both prediction and target of a
+    case has no score there; predicted but absent from the target, it scores 0. The macro average is the mean over the
+    classes that have a score. The state is a few numbers for each class, whatever the number of cases.
 
     Args:
-        num_classes: channels of the logits: 1 for a binary task.
-        activation: `"sigmoid"`: one 0/1 plane for each class, which may overlap; `"softmax"`: class ids;
-            `None`: as `"sigmoid"`, for probabilities.
-        threshold: a probability in (0, 1), above which a pixel is foreground; has no part in `"softmax"`.
-        smooth: in pixels, as in `DiceLoss`, but 0 by default.
+        num_classes: number of channels of the logits; 1 for a binary task.
+        activation: `"sigmoid"`: the target has a plane of 0 and 1 for each class, and classes may overlap; `"softmax"`:
+            the target holds class ids; `None`: as `"sigmoid"`, for probabilities.
+        threshold: probability in (0, 1) above which a pixel is foreground; not used with `"softmax"`.
+        smooth: in pixels, as in `DiceLoss`; 0 by default.
         pool: `"image"`: each case has its own score, and cases are averaged; `"dataset"`: all cases share one ratio.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
-        ignore_index: pixels whose target holds this value do not count.
-        absent: what a class counts that the target does not have, see `lightning_dice.functional.AbsentPolicy`.
-        average: `"macro"`: one number; `"none"`: `(classes,)`, NaN for a class that is excluded or was never seen.
+        ignore_index: label of the pixels to ignore.
+        absent: how to count a class that the target does not have, see `lightning_dice.functional.AbsentPolicy`.
+        average: `"macro"`: one number; `"none"`: `(classes,)`, NaN for classes that are excluded or were never seen.
         kwargs: as for any `torchmetrics.Metric`.
 
     Raises:
-        ValueError: a setting outside its range; in an update, a shape that does not fit or, on the CPU, a value that
-            has no meaning.
+        ValueError: an invalid setting; in an update, a shape that does not fit or, on the CPU, an invalid value.
 
     >>> score = DiceScore(num_classes=3, activation="softmax", exclude_classes=[0], average="none")
     >>> logits = torch.eye(3)[torch.tensor([[0, 1, 1, 0]])].movedim(-1, 1)
@@ -99,7 +98,7 @@ class DiceScore(Metric):
             self.add_state(state, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             preds: logits `(batch, classes, *space)`, floating point.
@@ -108,15 +107,10 @@ class DiceScore(Metric):
         if preds.ndim < 2 or preds.shape[1] != self.num_classes:
             raise ValueError(
                 f"DiceScore: logits must have the shape (batch, {self.num_classes}, *space), for num_classes="
-                f"{self.num_classes}, "
-                f"got {tuple(preds.shape)}"
+                f"{self.num_classes}, got {tuple(preds.shape)}"
             )
         sums = hard_sums(
-            preds,
-            target,
-            activation=self.activation,
-            threshold=self.threshold,
-            ignore_index=self.ignore_index,
+            preds, target, activation=self.activation, threshold=self.threshold, ignore_index=self.ignore_index
         )
         if self.pool == "dataset":
             self.overlap += sums.overlap.sum(0)
@@ -126,23 +120,23 @@ class DiceScore(Metric):
         else:
             score = dice_score(sums, self.smooth)
             kept = self.absent.kept(score, sums)
-            self.total += (score.where(kept, 0.0) * _UNIT).round().long().sum(0)
+            self.total += (score.where(kept, 0.0) * _UNITS_PER_SCORE).round().long().sum(0)
             self.cases += kept.sum(0)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value, or several; the present one by default. As for any `torchmetrics.Metric`."""
+        """Plot one or several values, by default the current one, as for any `torchmetrics.Metric`."""
         return self._plot(val, ax)
 
     def compute(self) -> Tensor:
-        """The score, float32: a scalar, or `(classes,)` with `average="none"`."""
+        """Return the score, float32: a scalar, or `(classes,)` with `average="none"`."""
         if self.pool == "dataset":
             sums = OverlapSums(*(s.unsqueeze(0) for s in (self.overlap, self.predicted, self.actual, self.count)))
             pooled = dice_score(sums, self.smooth)
             score = pooled.where(self.absent.kept(pooled, sums), torch.nan).squeeze(0)
         else:
             wide = torch.float32 if self.total.device.type == "mps" else torch.float64
-            # 0/0 for a class that was never seen is the NaN it should be.
-            score = self.total.to(wide) / _UNIT / self.cases
+            # A class that was never seen is 0/0, hence NaN.
+            score = self.total.to(wide) / _UNITS_PER_SCORE / self.cases
         score = score.float()
         excluded = torch.tensor(self.exclude_classes, dtype=torch.long, device=score.device)
         score = score.index_fill(0, excluded, torch.nan)
