@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,15 +32,15 @@ def main() -> None:
 
 
 def evaluate(config: DictConfig, overrides: list[str]) -> None:
-    """Score a run's checkpoint, or predictions in files, and write the scores and the report to a new folder.
+    """Score a run's checkpoint, or masks in files; write the scores and a report to a new folder.
 
     Args:
-        config: as of `conf/evaluate.yaml`.
+        config: as in `conf/evaluate.yaml`.
         overrides: of the run's config, in Hydra's syntax: `data.root=elsewhere`, `module.threshold=0.3`; without a run,
-            of the config of `fit`, whose data they choose.
+            of the config of `fit`, to choose the data.
 
     Raises:
-        UserError: the run, its checkpoint, the predictions, the data or a setting is not as it should be.
+        UserError: the run, its checkpoint, the predictions, the data or a setting is wrong.
     """
     if config.split not in (None, "val", "test"):
         raise UserError(f"split must be val or test, got {config.split}")
@@ -56,10 +55,10 @@ def evaluate(config: DictConfig, overrides: list[str]) -> None:
 
 
 def score_run(config: DictConfig, overrides: list[str]) -> None:
-    """Let a run's network predict, and score it.
+    """Predict with a run's network, and score the predictions.
 
     Raises:
-        UserError: as `evaluate`.
+        UserError: as by `evaluate`.
     """
     from lightning_dice.cli import run_folder
     from lightning_dice.cli.experiment import Experiment, print_line
@@ -67,34 +66,34 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     run = run_folder.reopen(config.run, overrides)
     if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
         raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
-    # One device: the results then need no agreement on a folder.
+    # With one device there is no need to agree on a folder for the results.
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.logger = {}
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
-    # The data and the weights are read, and a mistake in them told, before a folder is made.
-    session = Experiment(run, Path(run.folder), trained=True)
-    run_folder.check_weights(session.module, checkpoint)
-    calibration = run_folder.calibrate(session.module, config.run, config.calibration, checkpoint)
-    split = _split(config, session)
+    # Data and weights are read first, so that a mistake in them leaves no folder behind.
+    experiment = Experiment(run, Path(run.folder), trained=True)
+    run_folder.check_weights(experiment.module, checkpoint)
+    calibration = run_folder.calibrate(experiment.module, config.run, config.calibration, checkpoint)
+    split = _split(config, experiment)
     if config.output is not None:
-        session.folder = run_folder.exact_folder(config.output)
+        experiment.folder = run_folder.exact_folder(config.output)
     else:
-        session.folder = run_folder.new_folder(config.run, f"evaluate_{split}", dated=False)
-    run.folder = str(session.folder)
-    run_folder.save_config(session.folder, run)
+        experiment.folder = run_folder.new_folder(config.run, f"evaluate_{split}", dated=False)
+    run.folder = str(experiment.folder)
+    run_folder.save_config(experiment.folder, run)
     print_line(f"{checkpoint} on {split}")
     if calibration is not None:
         print_line(calibration)
-    session.evaluate(split, checkpoint)
-    _show(session.summary, session.folder)
-    session.show()
+    experiment.evaluate(split, checkpoint)
+    _print_scores(experiment.summary, experiment.folder)
+    experiment.print_summary()
 
 
 def score_files(config: DictConfig, overrides: list[str]) -> None:
-    """Score masks that lie in files, by the code that scores a network.
+    """Score masks in files, with the code that scores a network.
 
     Raises:
-        UserError: as `evaluate`; all cases without a prediction, and all predictions that cannot be scored, are named.
+        UserError: as by `evaluate`; names all cases without a prediction, and all predictions that cannot be scored.
     """
     from rich.progress import Progress
 
@@ -102,33 +101,30 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
     from lightning_dice.cli import run_folder
     from lightning_dice.cli.errors import as_user_errors
     from lightning_dice.cli.experiment import Experiment, print_line, score_provenance
-    from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
-    from lightning_dice.data.volumes.sources import VolumeCases
     from lightning_dice.report.score_predictions import score_predictions
 
     if config.checkpoint != "best" or config.calibration != "auto":
-        raise UserError("checkpoint and calibration decide what a network predicts: leave them out with predictions=")
+        raise UserError("checkpoint and calibration apply to a network's predictions: leave them out with predictions=")
     folder = Path(config.predictions).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"predictions {folder} is not a folder")
-    run = _config_of_data(config, overrides)
-    # The masks' own folder, and what it holds, stay as they are.
+    run = _data_config(config, overrides)
+    # Checked before the masks are read. Nothing is written into their folder.
     output = None if config.output is None else Path(config.output).expanduser().absolute()
     if output is not None and output.exists():
         raise UserError(f"{output} exists, and nothing is overwritten: choose a new folder")
-    session = Experiment(run, folder)
-    split = _split(config, session)
+    experiment = Experiment(run, folder)
+    split = _split(config, experiment)
     table, overlays = _recorders(run, folder)
-    cases, reader = session.data.source.split(split), getattr(session.data.source, "reader", None)
-    if reader is None:
-        raise UserError(f"a {type(session.data.source).__name__} has no reader, so that it reads no predictions")
-    if isinstance(reader, VolumePredictionIO) and isinstance(cases, VolumeCases):
-        reader = replace(reader, stored=cases.stored)
+    source = experiment.data.source
+    cases, reader = source.split(split), getattr(source, "reader", None)
+    if cases is None or reader is None:
+        raise UserError(f"a {type(source).__name__} has no reader for predictions")
     with as_user_errors(), Progress(transient=True) as progress:
-        bar = progress.add_task("scoring", total=None if cases is None else len(cases))
+        bar = progress.add_task("scoring", total=len(cases))
         scored = score_predictions(
-            session.data,
-            reader,
+            experiment.data,
+            reader.for_cases(cases),
             folder,
             split,
             table,
@@ -136,32 +132,31 @@ def score_files(config: DictConfig, overrides: list[str]) -> None:
             skip_missing=config.missing == "skip",
             on_case=lambda: progress.advance(bar),
         )
-    made = (
-        run_folder.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False) if output is None else output
-    )
-    table.folder = made
+    if output is None:
+        output = run_folder.new_folder(folder.parent, f"{folder.name}_scores_{split}", dated=False)
+    table.folder = output
     table.write(split)
     if overlays is not None:
-        overlays.folder = made
+        overlays.folder = output
         overlays.draw(split)
-    lines = report.write_report(
-        made, split, score_provenance(run, folder.name, _origin(config, folder, scored.missing))
-    )
-    _tell_files(scored.missing, scored.unmatched, split)
+    provenance = score_provenance(run, folder.name, _origin(config, folder, scored.missing))
+    lines = report.write_report(output, split, provenance)
+    _print_files(f"{split} cases without a prediction, left out", scored.missing)
+    _print_files("files that belong to no case, skipped", scored.unmatched)
     print_line(f"{scored.cases} {split} cases of {folder}")
-    _show(lines, made)
-    print_line(f"folder  {made}\nreport  {made / report.REPORT}")
+    _print_scores(lines, output)
+    print_line(f"folder  {output}\nreport  {output / report.REPORT}")
 
 
-def _split(config: DictConfig, session: Experiment) -> Split:
-    split: Split = config.split or session.last_split
-    if session.data.source.split(split) is None:
+def _split(config: DictConfig, experiment: Experiment) -> Split:
+    split: Split = config.split or experiment.last_split
+    if experiment.data.source.split(split) is None:
         raise UserError(f"the data have no {split} split")
     return split
 
 
-def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config of a run, or, without one, that of a run that would train on these data."""
+def _data_config(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return the config of the run; without a run, the config of one that would train on these data."""
     from lightning_dice.cli import run_folder
 
     if config.run is not None:
@@ -176,22 +171,22 @@ def _config_of_data(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def _recorders(run: DictConfig, folder: Path) -> tuple[CaseTable, Overlays | None]:
-    """The callbacks that write a run's table and pictures, as its config has them."""
+    """Return the callbacks that write the table of cases and the overlays, with the settings of the run."""
     from lightning_dice.callbacks import CaseTable
 
     described = run.get("callbacks") or {}
     if described.get("case_table"):
         table: CaseTable = instantiate(described["case_table"], "callbacks.case_table", folder=str(folder))
     else:
-        facts = {"ignore_index": run.data.ignore_index, "exclude_classes": list(run.data.exclude_classes)}
-        table = CaseTable(folder, list(run.data.classes), run.data.activation, **facts)
+        settings = {"ignore_index": run.data.ignore_index, "exclude_classes": list(run.data.exclude_classes)}
+        table = CaseTable(folder, list(run.data.classes), run.data.activation, **settings)
     if not described.get("overlays"):
         return table, None
     return table, instantiate(described["overlays"], "callbacks.overlays", folder=str(folder))
 
 
 def _origin(config: DictConfig, folder: Path, missing: list[str]) -> Mapping[str, str]:
-    """What is known of the predictions."""
+    """Describe where the predictions come from, for the report."""
     known = {"predictions": str(folder)}
     if config.run is not None:
         known["run"] = str(Path(config.run).expanduser().absolute())
@@ -200,15 +195,13 @@ def _origin(config: DictConfig, folder: Path, missing: list[str]) -> Mapping[str
     return known
 
 
-def _tell_files(missing: list[str], leftover: list[str], split: Split) -> None:
-    told = {f"{split} cases without a prediction, left out": missing, "files of no case, passed over": leftover}
-    for what, files in told.items():
-        if files:
-            some = ", ".join(files[:8]) + (" ..." if len(files) > 8 else "")
-            print(f"{what} ({len(files)}): {some}", file=sys.stderr)
+def _print_files(title: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        print(f"{title} ({len(names)}): {shown}", file=sys.stderr)
 
 
-def _show(lines: list[report.ScoreSummary], folder: Path) -> None:
+def _print_scores(lines: list[report.ScoreSummary], folder: Path) -> None:
     from rich.console import Console
 
     from lightning_dice import report

@@ -1,4 +1,4 @@
-"""Masks of images: `python -m lightning_dice.predict run=<folder> input=<folder or file> output=<folder>`."""
+"""Predict masks of images: `python -m lightning_dice.predict run=<folder> input=<folder or file> output=<folder>`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     *("run", "input", "output", "checkpoint", "calibration", "format", "probabilities", "overlays"),
-    *("overwrite", "follow_links", "large", "device", "trainer"),
+    *("overwrite", "follow_symlinks", "large", "device", "trainer"),
 )
 
 
@@ -39,128 +41,151 @@ def main() -> None:
 
 
 def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] = ()) -> int:
-    """Write a mask for each image, as soon as it is made.
+    """Write a mask for each image as soon as it is predicted.
 
-    Masks are of the image's size and name, in the geometry and with the values that the training's masks had; classes
-    that may overlap (sigmoid, more than one) get a folder each. What the folder was made by is kept beside the masks,
-    in `predictions.json`; images that have a mask of the same networks and settings are passed over. An image that
-    cannot be read is told and skipped.
+    Masks have the image's size and name, in the geometry and with the values of the training masks; classes that may
+    overlap (sigmoid, more than one) get a folder each. `predictions.json` beside the masks records what they were made
+    by; images that have a mask from the same networks and settings are left out. An image that cannot be read is
+    reported and skipped.
 
     Args:
-        config: as of `conf/predict.yaml`.
+        config: as in `conf/predict.yaml`.
         overrides: of the run's config, in Hydra's syntax: `module.threshold=0.3`.
-        arguments: of the command line, with which further processes are started.
+        arguments: the command line, with which further processes are started.
 
     Returns:
         The exit status: 1 if an image was skipped; 130 or 143 if Ctrl-C or SIGTERM ended it; else 0.
 
     Raises:
-        UserError: a run, its checkpoint, the input or the output is not as it should be; before any work. Or the output
-            can no longer be written to.
+        UserError: a run, its checkpoint, the input or the output is wrong, before any work; or the output folder can no
+            longer be written to.
     """
     from lightning_dice.cli.workers import WorkerPool
 
     folders = run_folders(config.run)
-    shares = WorkerPool(number_of_processes(config.trainer), "lightning_dice.predict", arguments)
-    stop = Stop()
-    stop.silent = not shares.first
+    pool = WorkerPool(number_of_processes(config.trainer), "lightning_dice.predict", arguments)
+    stop = Stop(silent=not pool.first)
     if not any(argument.startswith("trainer.precision=") for argument in arguments):
-        config.trainer.precision = None  # That of each run.
+        config.trainer.precision = None  # Each run's own.
     try:
         with stop.listening():
-            return _predict(config, overrides, folders, shares, stop)
+            return _predict(config, overrides, folders, pool, stop)
     except KeyboardInterrupt:
         return stop.status(signal.SIGINT)
     except Terminated:
         return stop.status(signal.SIGTERM)
     finally:
-        shares.close()
+        pool.close()
 
 
-def _predict(config: DictConfig, overrides: list[str], folders: list[Path], shares: WorkerPool, stop: Stop) -> int:
-    from lightning_dice.data.interfaces import PredictionItem
-
-    device = choose_device(config.trainer.accelerator, config.trainer.devices, shares.local)
+def _predict(config: DictConfig, overrides: list[str], folders: list[Path], pool: WorkerPool, stop: Stop) -> int:
+    device = choose_device(config.trainer.accelerator, config.trainer.devices, pool.local)
     output = Path(config.output).expanduser()
-    method: PredictionPipeline | None = None
-
-    def decide() -> dict[str, Any]:
-        nonlocal method
-        method = PredictionPipeline(config, overrides, folders, device)
-        return _plan(config, method, output)
-
-    plan = shares.agreed(decide)
-    if method is None:
-        method = PredictionPipeline(config, overrides, folders, device)
-    waiting = [PredictionItem(case, tuple(map(Path, files))) for case, files in plan["waiting"]]
-    if shares.first:
-        for note in (*method.notes, *plan["notes"], *plan["skipped"]):
+    load = cache(lambda: PredictionPipeline(config, overrides, folders, device))
+    plan = Plan.from_plain(pool.agreed(lambda: make_plan(config, load(), output).to_plain()))
+    pipeline = load()
+    if pool.first:
+        for note in (*pipeline.notes, *plan.notes, *plan.skipped):
             print(note, file=sys.stderr)
     failed: list[str] = []
-    with Progress(len(waiting), device, shares) as progress, _files_told(progress.tell):
-        for item, coming in ahead(shares.mine(waiting), method.read):
+    with Progress(len(plan.waiting), device, pool) as progress, _show_file_warnings(progress.print_line):
+        for item, reading in read_ahead(pool.mine(plan.waiting), pipeline.read):
             if stop.asked:
                 break
             try:
-                method.write(coming.result(), item, output)
+                loaded = reading.result()
+                try:
+                    prediction = pipeline.predict(loaded, item)
+                finally:
+                    loaded.close()
+                pipeline.write(prediction, loaded, item, output)
             except Skipped as error:
                 failed.append(str(error))
-                progress.tell(str(error))
+                progress.print_line(str(error))
             progress.count()
-        reports = shares.end({"failed": failed, "stopped": stop.asked}, progress.look)
-    if not shares.first:
+        reports = pool.collect({"failed": failed, "stopped": stop.asked}, progress.refresh)
+    if not pool.first:
         return 0
     lost = sum(report is None for report in reports)
-    failed = [*plan["skipped"], *(line for report in reports if report for line in report["failed"])]
-    stopped = stop.asked or next((r["stopped"] for r in reports if r and r["stopped"]), 0)
-    done = plan["images"] - len(failed)
+    failed = [*plan.skipped, *(line for report in reports if report for line in report["failed"])]
+    stopped = stop.asked or next((report["stopped"] for report in reports if report and report["stopped"]), 0)
+    done = plan.images - len(failed)
     if lost or stopped:
-        done = sum(finished_already(method, item, output) for item in waiting) + plan["there"]
-    earlier = f", {plan['there']} of them from before" if plan["there"] else ""
-    print(f"{done} of {plan['images']} images: masks in {output.absolute()}{earlier}")
+        done = plan.finished + sum(has_mask(pipeline, item, output) for item in plan.waiting)
+    earlier = f", {plan.finished} of them from before" if plan.finished else ""
+    print(f"{done} of {plan.images} images: masks in {output.absolute()}{earlier}")
     if failed:
         print(f"\n{len(failed)} of the images could not be predicted:", *failed, sep="\n  ", file=sys.stderr)
     if lost:
-        print(f"\n{lost} of {shares.size} processes ended early: run the same command again to go on", file=sys.stderr)
+        print(f"\n{lost} of {pool.size} processes ended early: run the same command again to continue", file=sys.stderr)
     if stopped:
         return stop.status(stopped)
     return 1 if failed or lost else 0
 
 
-def _plan(config: DictConfig, method: PredictionPipeline, output: Path) -> dict[str, Any]:
-    """Find the images, see that no file would be lost, and what is done already: plain values."""
+@dataclass
+class Plan:
+    """The images to predict, agreed on by all processes.
+
+    Attributes:
+        waiting: images without a mask.
+        images: the number of all images.
+        finished: how many of them have a mask already.
+        skipped: messages about images that cannot be predicted.
+        notes: further lines to print.
+    """
+
+    waiting: list[PredictionItem]
+    images: int
+    finished: int
+    skipped: list[str]
+    notes: list[str]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain values, to send to another process."""
+        waiting = [[item.case, [str(path) for path in item.files]] for item in self.waiting]
+        return {**vars(self), "waiting": waiting}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Plan:
+        """Return the plan that `to_plain` described."""
+        from lightning_dice.data.interfaces import PredictionItem
+
+        waiting = [PredictionItem(case, tuple(map(Path, files))) for case, files in values["waiting"]]
+        return cls(**{**values, "waiting": waiting})
+
+
+def make_plan(config: DictConfig, pipeline: PredictionPipeline, output: Path) -> Plan:
+    """Find the images, check that no file would be overwritten, and find which have a mask already."""
     from lightning_dice.cli.prediction_manifest import Manifest, prepare_folder
     from lightning_dice.data import DataError
 
     source = Path(config.input).expanduser()
     try:
-        items, skipped, notes = find_images(method.reader, source, output)
-        masks = {item.case: method.masks(item.case) for item in items}
+        items, skipped, notes = find_images(pipeline.reader, source, output)
+        masks = {item.case: pipeline.mask_files(item.case) for item in items}
     except DataError as error:
         raise UserError(f"input {error}") from error
     files = {case: [output / path for group in groups for path in group] for case, groups in masks.items()}
-    refuse_collisions(items, files, output, method.folders)
+    refuse_collisions(items, files, output, pipeline.subfolders)
     place = source if source.is_dir() else source.parent
-    about = Manifest(method.settings, method.made_by, [str(place.resolve())])
+    manifest = Manifest(pipeline.settings, pipeline.made_by, [str(place.resolve())])
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the output folder {output}: {error.strerror}") from error
     if config.overwrite:
-        files = {item.case: [output / path for path in method.traces(item.case)] for item in items}
-    prepare_folder(output, about, files, overwrite=config.overwrite)
-    waiting = [item for item in items if not finished_already(method, item, output)]
-    return {
-        "waiting": [[item.case, [str(path) for path in item.files]] for item in waiting],
-        "images": len(items) + len(skipped),
-        "there": len(items) - len(waiting),
-        "skipped": skipped,
-        "notes": notes,
-    }
+        files = {item.case: [output / path for path in pipeline.possible_files(item.case)] for item in items}
+    prepare_folder(output, manifest, files, overwrite=config.overwrite)
+    waiting = [item for item in items if not has_mask(pipeline, item, output)]
+    return Plan(waiting, len(items) + len(skipped), len(items) - len(waiting), skipped, notes)
 
 
 def find_images(reader: PredictionIO, source: Path, output: Path) -> tuple[list[PredictionItem], list[str], list[str]]:
-    """The images of a folder, those of the output folder left out; what was passed over and why; what else to tell.
+    """Find the images of a folder, without those in the output folder.
+
+    Returns:
+        The images, messages about what was skipped, and other messages.
 
     Raises:
         DataError: there are none.
@@ -172,31 +197,31 @@ def find_images(reader: PredictionIO, source: Path, output: Path) -> tuple[list[
     folder = source if source.is_dir() else source.parent
     if output.resolve() == folder.resolve():
         raise UserError(f"output {output} is the folder of the images; choose another")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FileWarning)
         items = reader.find(source)
     inner = output.resolve()
     items = [item for item in items if not any(path.resolve().is_relative_to(inner) for path in item.files)]
     if not items:
         raise DataError(f"{source} holds no image but those in the output folder {output}")
-    skipped = [str(warning.message) for warning in told if issubclass(warning.category, SkippedWarning)]
-    texts = [str(warning.message) for warning in told if issubclass(warning.category, FileWarning)]
+    skipped = [str(warning.message) for warning in caught if issubclass(warning.category, SkippedWarning)]
+    texts = [str(warning.message) for warning in caught if issubclass(warning.category, FileWarning)]
     return items, skipped, [text for text in texts if text not in skipped]
 
 
 def refuse_collisions(
     items: Iterable[PredictionItem], files: dict[str, list[Path]], output: Path, reserved: Sequence[str]
 ) -> None:
-    """See that no two masks have one file, that none would be written over an image, or among other things.
+    """Refuse masks that would share a file, overwrite an image, or be written into a folder for other files.
 
     Args:
         items: the images.
         files: the masks of each case.
         output: the folder that they go to.
-        reserved: folders in it that are for other things.
+        reserved: folders in it for other files.
 
     Raises:
-        UserError: otherwise.
+        UserError: names the file.
     """
     images = {path.resolve() for item in items for path in item.files}
     owner: dict[Path, str] = {}
@@ -212,31 +237,31 @@ def refuse_collisions(
             owner[path] = case
 
 
-def finished_already(method: PredictionPipeline, item: PredictionItem, output: Path) -> bool:
-    """Whether an image has its mask."""
+def has_mask(pipeline: PredictionPipeline, item: PredictionItem, output: Path) -> bool:
+    """Return whether an image has its mask, and the mask is not older than the image."""
     from lightning_dice.cli.prediction_manifest import is_finished
 
-    return is_finished([[output / path for path in group] for group in method.masks(item.case)], item.files)
+    return is_finished([[output / path for path in group] for group in pipeline.mask_files(item.case)], item.files)
 
 
-def ahead(
+def read_ahead(
     items: Iterable[PredictionItem], read: Callable[[PredictionItem], LoadedImage]
 ) -> Iterator[tuple[PredictionItem, Future[LoadedImage]]]:
-    """Each image, while a thread reads the next one: two are in memory at a time."""
+    """Yield each image while a thread reads the next one: two are in memory at a time."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="read")
-    coming: deque[tuple[PredictionItem, Future[LoadedImage]]] = deque()
+    reading: deque[tuple[PredictionItem, Future[LoadedImage]]] = deque()
     try:
         for item in items:
-            coming.append((item, pool.submit(read, item)))
-            if len(coming) > 1:
-                yield coming.popleft()
-        yield from coming
+            reading.append((item, pool.submit(read, item)))
+            if len(reading) > 1:
+                yield reading.popleft()
+        yield from reading
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run_folders(run: Any) -> list[Path]:
-    """One folder or several: `a`, or `[a,b]` as Hydra has lists, and with quotes where a name has a comma.
+    """Parse one folder or several: `a`, or `[a,b]` in Hydra's syntax, with quotes around a name with a comma.
 
     >>> [str(path) for path in run_folders('[a, "b, c"]')]
     ['a', 'b, c']
@@ -253,7 +278,7 @@ def run_folders(run: Any) -> list[Path]:
 
 
 def number_of_processes(trainer: DictConfig) -> int:
-    """How many processes `trainer.devices` asks for on this machine."""
+    """Return how many processes `trainer.devices` asks for on this machine."""
     devices = trainer.devices
     if isinstance(devices, (list, ListConfig)):
         return max(1, len(devices))
@@ -271,12 +296,12 @@ def number_of_processes(trainer: DictConfig) -> int:
 
 
 def choose_device(name: str, devices: Any, local: int) -> torch.device:
-    """A device of this process.
+    """Return the device of this process.
 
     Args:
-        name: an accelerator of Lightning's: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
+        name: Lightning's accelerator: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
         devices: their number, or a list of them.
-        local: which of this machine's processes this one is.
+        local: the index of this process on its machine.
 
     Raises:
         UserError: there is no such device.
@@ -298,19 +323,19 @@ def choose_device(name: str, devices: Any, local: int) -> torch.device:
 
 
 @contextmanager
-def _files_told(tell: Callable[[str], None]) -> Iterator[None]:
-    """Show what readers say of single files as lines without Python's frame around them."""
+def _show_file_warnings(print_line: Callable[[str], None]) -> Iterator[None]:
+    """Print warnings about single files as plain lines, without Python's file and line number."""
     from lightning_dice.data.errors import FileWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", FileWarning)
-        before = warnings.showwarning
+        default = warnings.showwarning
 
         def show(message: Any, category: Any, *rest: Any, **more: Any) -> None:
             if issubclass(category, FileWarning):
-                tell(str(message))
+                print_line(str(message))
             else:
-                before(message, category, *rest, **more)
+                default(message, category, *rest, **more)
 
         warnings.showwarning = show
         yield

@@ -85,7 +85,7 @@ def test_scores_of_files_alone(home, capsys):
         assert row["dice"] == ("" if not both else f"{2 * (masks[0] & masks[1]).sum() / both:.6g}")
     for name in ("report.html", "summary.csv", "summary.json", "overlays.png", "dice_per_class.png"):
         assert (made / name).stat().st_size > 0, name
-    assert "files of no case, passed over (1): extra.png" in told.err
+    assert "files that belong to no case, skipped (1): extra.png" in told.err
     assert "Hausdorff 95" in told.out
     (home / "predictions" / "extra.png").unlink()
 
@@ -152,7 +152,7 @@ def test_what_predict_writes_beside_the_masks_is_no_mask(home, tmp_path, capsys)
     (folder / "notes.txt").write_text("")
     run(home, f"predictions={folder}")
     listed = ", ".join(f"sub/{n}.png" for n in range(8))
-    assert f"files of no case, passed over (9): {listed} ...\n" in capsys.readouterr().err
+    assert f"files that belong to no case, skipped (9): {listed} ...\n" in capsys.readouterr().err
 
 
 def test_each_case_is_shown_with_its_own_image(home, tmp_path, monkeypatch):

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from omegaconf import OmegaConf
 
 from lightning_dice.cli import rendezvous, slurm
 from lightning_dice.cli.errors import UserError
 
+RUN = rendezvous.RunSpec(Path("/a folder"), OmegaConf.create({"loss": {"smooth": 1, 255: [1.0e-5, None]}}))
 SMALL = [
     "model=custom",
     "data.patch_size=[32,32]",
@@ -188,7 +191,7 @@ def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
             for r in (0, 1)
         )
     )
-    assert "the job was started again (SLURM_RESTART_COUNT=1): going on in" in told[0][0]
+    assert "SLURM restarted the job (SLURM_RESTART_COUNT=1): resuming" in told[0][0]
     assert [path.name for path in (home / "requeued").iterdir()] == [folder.name]
     assert [row["epoch"] for row in rows(folder / "metrics.csv")] == [str(epoch) for epoch in range(done + 1)]
 
@@ -219,7 +222,7 @@ class TestPlace:
             ({"NODE_RANK": "0"}, (0, 1, "")),
             # Lightning's own child of a process on the second machine.
             (
-                {"NODE_RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": "1", rendezvous.RUN_VARIABLE: '{"folder": "a"}'},
+                {"NODE_RANK": "1", "MASTER_ADDR": "a", "LOCAL_RANK": "1", rendezvous.RUN_VARIABLE: RUN.to_json()},
                 (0, 1, ""),
             ),
         ],
@@ -227,20 +230,18 @@ class TestPlace:
     def test_where_a_process_is(self, monkeypatch, environment, expected):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        if rendezvous.RUN_VARIABLE in environment:
-            monkeypatch.setenv(rendezvous.RUN_VARIABLE, rendezvous.RunSpec("a", "b").text())
         assert rendezvous.process_info() == expected
 
     def test_a_process_alone_tells_nobody(self):
-        channel = rendezvous.Rendezvous(rendezvous.process_info())
-        channel.tell(rendezvous.RunSpec("a", "b"))
-        channel.end(0)
-        assert "store" not in vars(channel)
+        meeting = rendezvous.Rendezvous(rendezvous.process_info())
+        meeting.announce(RUN)
+        meeting.end(0)
+        assert "store" not in vars(meeting)
 
 
-def test_what_is_told_arrives(tmp_path):
-    start = rendezvous.RunSpec("/a folder", "loss:\n  smooth: 1\n", "/a folder/checkpoints/last.ckpt")
-    assert rendezvous.RunSpec.of(start.text()) == start
+@pytest.mark.parametrize("run", [RUN, replace(RUN, checkpoint=Path("/a folder/checkpoints/last.ckpt"))])
+def test_a_run_arrives_as_it_was_sent(run):
+    assert rendezvous.RunSpec.from_json(run.to_json()) == run
 
 
 class TestJob:
@@ -250,7 +251,7 @@ class TestJob:
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         run = tmp_path / "run"
         run.mkdir()
-        slurm.RequeuedJob(["a=1"]).began(run)
+        slurm.RequeuedJob(["a=1"]).record(run)
         assert slurm.RequeuedJob(["a=1"]).earlier() is None
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert slurm.RequeuedJob(["a=1"]).earlier() == run
@@ -264,7 +265,7 @@ class TestJob:
     def test_outside_of_slurm_there_is_no_note(self, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        slurm.RequeuedJob([]).began(tmp_path)
+        slurm.RequeuedJob([]).record(tmp_path)
         assert slurm.RequeuedJob([]).earlier() is None
         assert not list(tmp_path.iterdir())
 

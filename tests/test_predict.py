@@ -146,7 +146,7 @@ class TestMasks:
             other = made_run(tmp_path / overrides[0], *overrides)
             assert f"must have one {name}, got" in refused(f"run=[{run},'{other}']".replace("'", '"'), *where)
         several = [made_run(tmp_path / str(bands), *FILES, f"data.bands={bands}") for bands in ([1], [2])]
-        assert "must prepare images alike" in (told := refused(f"run=[{several[0]},{several[1]}]", *where))
+        assert "must preprocess images alike" in (told := refused(f"run=[{several[0]},{several[1]}]", *where))
         assert told.endswith("differ bands.0: 1 there, 2 now")
         assert "checkpoint must be best or last" in refused(f"run=[{run},{run}]", *where, "checkpoint=x.ckpt")
         assert not (tmp_path / "m").exists()
@@ -203,7 +203,7 @@ class TestGoingOn:
         arguments = [f"run={run}", f"input={pictures}", f"output={tmp_path / 'm'}"]
         run_predict(*arguments)
         told = refused(*arguments, change)
-        assert "were made by something else" in told
+        assert "were made with other settings" in told
         assert message in told
         assert run_predict(*arguments, change, "overwrite=true") == 0
         assert run_predict(*arguments, change) == 0
@@ -217,14 +217,14 @@ class TestGoingOn:
         assert "inference.size: [16, 16] there" in refused(*arguments)
 
     def test_a_run_that_was_trained_on_windows_predicts_by_windows(self, pictures, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.cli.prediction._WHOLE", 1000)
+        monkeypatch.setattr("lightning_dice.cli.prediction._LARGEST_WHOLE", 1000)
         seen = []
 
         def by_windows(method):
             seen.append(method)
             return method.predictor
 
-        monkeypatch.setattr("lightning_dice.cli.prediction.PredictionPipeline._by_windows", by_windows)
+        monkeypatch.setattr("lightning_dice.cli.prediction.PredictionPipeline._windowed_predictor", by_windows)
         for window, large in (("null", 0), ("[64,64]", 3)):  # Of the pictures, three have more than 1000 pixels.
             folder = made_run(tmp_path / window, *FILES, f"data.read_size={window}")
             assert run_predict(f'run=["{folder}"]', f"input={pictures}", f"output={tmp_path / f'm{large}'}") == 0
@@ -412,7 +412,7 @@ class TestOutput:
             (["format=nifti"], "format must be png or tiff"),
             (["trainer.devices=0"], "trainer.devices must be a number of processes >= 1, got 0"),
             (["calibration=nowhere.json"], "there is no calibration file"),
-            (["trainer.precision=int8"], "trainer.precision=int8 is not known to predict"),
+            (["trainer.precision=int8"], "trainer.precision=int8 is not supported by predict"),
             (["module.treshold=0.5"], "module has no treshold"),
         ],
     )
@@ -508,7 +508,7 @@ class TestProcesses:
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 143, told
-        assert "Stopped by SIGTERM: run the same command again to go on." in told
+        assert "Stopped by SIGTERM: run the same command again to continue." in told
         done = len(list(output.glob("*.png")))
         assert 4 <= done < 100
         assert len(list(output.iterdir())) == done + 1  # predictions.json, and no part of a file
@@ -530,5 +530,5 @@ class TestProcesses:
         assert run_predict(f"run={run}", f"input={folder}", f"output={output}") == 130
         told = capfd.readouterr()
         assert "1 of 5 images" in told.out
-        assert "Stopped by Ctrl-C: run the same command again to go on." in told.err
+        assert "Stopped by Ctrl-C: run the same command again to continue." in told.err
         assert sorted(path.name for path in output.iterdir()) == ["000.png", "predictions.json"]

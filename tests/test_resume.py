@@ -113,7 +113,7 @@ def test_on_two_ranks(tmp_path):
 KILLED = """
 import os, random, signal, sys, time
 # Imported once: what is killed begins in no time.
-import lightning_dice.fit, lightning_dice.session, lightning_dice.callbacks.curves, lightning_dice.callbacks.overlays
+import lightning_dice.fit, lightning_dice.cli.experiment, lightning_dice.plotting.curves, lightning_dice.callbacks.overlays
 import torchmetrics, matplotlib.backends.backend_agg, segmentation_models_pytorch, torchvision.transforms.v2
 
 folder, kills = sys.argv[1], int(sys.argv[2])

@@ -18,12 +18,18 @@ from PIL import Image
 from rich.console import Console
 
 from lightning_dice.callbacks import MedianPruner
-from lightning_dice.cli import sweep
+from lightning_dice.cli import sweep, trial_process, trial_tables
 from lightning_dice.cli.errors import UserError
 from lightning_dice.plotting.sweep_chart import trials_figure
 from lightning_dice.trials import Trial, read_trial, read_trials, record_outcome, write_trial
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
 
 # A callback of the user's own: notes each rank's config, fails and kills as the environment says.
@@ -118,7 +124,7 @@ class TestFailures:
 
     def test_other_overrides_are_refused(self, sweep):
         told = fit("resume=f", "loss.smooth=3", cwd=sweep.parent, status=2).stderr
-        assert "loss.smooth=3: a sweep goes on as it began" in told
+        assert "loss.smooth=3: a sweep is resumed as it was started" in told
 
     def test_nothing_is_overwritten(self, sweep):
         told = fit("-m", *SMALL, "loss.smooth=3,4", "folder=f", cwd=sweep.parent, status=2).stderr
@@ -146,7 +152,7 @@ class TestResuming:
         assert not (home / "killed" / "2").exists()
         told = fit(f"resume={home / 'killed'}", cwd=home.parent).stdout
         assert "trial 0 is finished, as recorded" in told
-        assert "going on from epoch" in told
+        assert "resuming from epoch" in told
         assert outcome(home / "killed") == whole
         assert [row["status"] for row in whole] == ["finished"] * 3
 
@@ -309,7 +315,7 @@ class TestRunTrial:
         child = subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)"], stdout=subprocess.PIPE)
         child.stdout.readline()
         signals: list[int] = []
-        with sweep._passed_on(child, signals):
+        with trial_process._passed_on(child, signals):
             os.kill(os.getpid(), number)
             assert child.wait(timeout=30) == 7
         assert signals == [number]
@@ -320,12 +326,12 @@ class TestRunTrial:
 def test_a_sweep_in_any_folder_is_reopened(tmp_path, name, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    monkeypatch.setattr(sweep, "_led", None)
+    monkeypatch.setattr(sweep, "_current", None)
     opened = sweep.Sweep(tmp_path / name)
     (tmp_path / name).mkdir()
     opened.save(version="0", cwd=None, arguments=["-m", "a=1,2"], finished=False)
     arguments = sweep.replay_arguments(tmp_path / name)
-    sweep._led._lock.close()
+    sweep._current._lock.close()
     override = OverridesParser.create().parse_override(arguments[-1])
     assert override.value() == str(tmp_path / name)
 
@@ -347,7 +353,7 @@ class TestTables:
         return tmp_path
 
     def test_csv(self, sweep):
-        sweep.write_tables(sweep)
+        trial_tables.write_tables(sweep)
         assert (sweep / "trials.csv").read_text() == (
             "number,status,val/dice,seconds,epochs,loss,loss.smooth,error\n"
             "0,finished,0.5,61.0,8,dice,1e-5,\n"
@@ -359,10 +365,10 @@ class TestTables:
 
     def test_what_was_asked_for_has_a_column_also_if_it_does_not_differ(self, sweep):
         sweep.Sweep(sweep).save(arguments=[], swept=["seed", "loss"])
-        assert sweep.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
+        assert trial_tables.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
 
     def test_picture(self, sweep):
-        sweep.write_tables(sweep)
+        trial_tables.write_tables(sweep)
         with Image.open(sweep / "trials.png") as picture:
             assert picture.width > 1000
 
@@ -390,12 +396,12 @@ class TestTables:
     def test_pictures_of_hardly_anything(self, tmp_path, trials):
         for trial in trials:
             write_trial(tmp_path / str(trial.number), trial)
-        sweep.write_tables(tmp_path)
+        trial_tables.write_tables(tmp_path)
         assert (tmp_path / "trials.png").stat().st_size > 0
 
     def test_best_first(self, sweep):
         console = Console(width=160, record=True, file=io.StringIO())
-        console.print(sweep.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
+        console.print(trial_tables.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
         told = console.export_text()
         lines = [line.split() for line in told.splitlines() if line.strip()[:1].isdigit()]
         assert [line[0] for line in lines] == ["3", "0", "1", "2", "4"]
@@ -500,9 +506,9 @@ class TestMedianPruner:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"mode": "best"}, "mode must be 'max' or 'min', got 'best'"),
-            ({"startup_trials": -1}, "startup_trials must be a whole number >= 0, got -1"),
-            ({"warmup_epochs": 0.5}, r"warmup_epochs must be a whole number >= 0, got 0\.5"),
+            ({"mode": "best"}, "mode must be one of 'max', 'min', got 'best'"),
+            ({"startup_trials": -1}, "startup_trials must be an integer >= 0, got -1"),
+            ({"warmup_epochs": 0.5}, r"warmup_epochs must be an integer >= 0, got 0\.5"),
         ],
     )
     def test_refuses(self, settings, message):
@@ -531,7 +537,14 @@ class TestMedianPruner:
 
 
 def test_the_experiment_sweeps_by_itself(home):
-    shorter = ["device=cpu", "trainer.max_epochs=1", "data.num_workers=0", "data.patch_size=[32,32]", "model=custom", *LEAN]
+    shorter = [
+        "device=cpu",
+        "trainer.max_epochs=1",
+        "data.num_workers=0",
+        "data.patch_size=[32,32]",
+        "model=custom",
+        *LEAN,
+    ]
     fit("experiment=sweep_smoothing", *shorter, "data.cases={train:16,val:4,test:4}", "folder=smoothing", cwd=home)
     table = rows(home / "smoothing" / "trials.csv")
     assert {(row["loss"], float(row["loss.smooth"])) for row in table} == {

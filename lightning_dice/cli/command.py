@@ -1,4 +1,4 @@
-"""Command lines: arguments, help text and Hydra's main."""
+"""Command lines: parsing arguments, help text, and running a command through Hydra."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.renamed_settings import new_name
 
 _PATHS = {"data.root", "runs", "folder", "run", "predictions", "input", "output", "checkpoint", "resume"}
-# Maps whose keys are no settings, but what the user has.
+# Maps whose keys are the user's own: stored values, names of splits, parts of the network.
 _MAPS = {
     *("data.label_map", "data.splits", "data.categories", "data.train", "data.val", "data.test"),
     "callbacks.freeze.parts",
@@ -24,11 +24,14 @@ _MAPS = {
 
 
 def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tell a command's own arguments from overrides of the config of the run that it works on.
+    """Separate a command's own arguments from overrides of the run that it works on.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line.
         own: the names of the command's settings.
+
+    Returns:
+        The command's own arguments and flags, and the overrides.
 
     >>> split_arguments(["run=a", "data.root=b", "--help"], ["run"])
     (['run=a', '--help'], ['data.root=b'])
@@ -43,10 +46,10 @@ def split_arguments(arguments: Iterable[str], own: Iterable[str]) -> tuple[list[
 
 
 def hydra_escape(arguments: Iterable[str]) -> list[str]:
-    """Arguments as Hydra takes them, so that they mean what they say.
+    """Rewrite arguments for Hydra's grammar.
 
-    A path is quoted: Hydra's grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
-    takes the place of the config's: Hydra would merge the two, and refuse the keys that are new.
+    Paths are quoted, as the grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
+    replaces the config's; Hydra would merge the two, and refuse new keys.
 
     >>> hydra_escape(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
     ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
@@ -65,12 +68,21 @@ def hydra_escape(arguments: Iterable[str]) -> list[str]:
 
 
 def hydra_quote(value: str) -> str:
-    r"""A value in quotes, as Hydra's grammar has them: backslashes mean something before a quote alone.
+    r"""Quote a value for Hydra's grammar, where a backslash escapes only a quote.
 
     >>> print(hydra_quote(r'a\b "c"'))
     "a\b \"c\""
     """
     return '"' + re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value) + '"'
+
+
+def asks_for_help(arguments: Iterable[str]) -> bool:
+    """Return whether a command line asks for help.
+
+    >>> asks_for_help(["model=unet", "-h"]), asks_for_help(["--hydra-help"])
+    (True, False)
+    """
+    return not {"--help", "-h"}.isdisjoint(arguments)
 
 
 def refuse_renamed(arguments: Iterable[str], command: str | None = None) -> None:
@@ -95,16 +107,16 @@ def refuse_renamed(arguments: Iterable[str], command: str | None = None) -> None
 
 
 def refuse_misspelled(overrides: Iterable[str], settings: Iterable[str]) -> None:
-    """See that no override is a setting of the command itself with a letter wrong.
+    """Refuse overrides that look like a misspelled setting of the command itself.
 
     Raises:
-        UserError: names the setting.
+        UserError: suggests the setting.
 
     >>> refuse_misspelled(["spilt=val"], ["run", "split"])
     Traceback (most recent call last):
     lightning_dice.cli.errors.UserError: spilt=val: there is no such setting; did you mean split?
     """
-    # What stands at the top of every run's config.
+    # The top-level keys of a run's config.
     known = {path.stem for path in CONF_DIR.iterdir()} | {str(key) for key in OmegaConf.load(CONF_DIR / "fit.yaml")}
     for override in overrides:
         key = override.partition("=")[0]
@@ -113,9 +125,9 @@ def refuse_misspelled(overrides: Iterable[str], settings: Iterable[str]) -> None
 
 
 def help_text(name: str) -> str:
-    """What `--help` shows: the choices there are, and the command's settings with their comments.
+    """Return the text of `--help`: the command's choices, and its settings with their comments.
 
-    Hydra's own help composes the config and lists its own groups too, which takes a second and a screen.
+    Hydra's own help composes the config first, and lists Hydra's groups too: a second, and a screen full.
     """
     lines = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     about = [line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
@@ -123,7 +135,7 @@ def help_text(name: str) -> str:
     defaults = list(itertools.takewhile(lambda line: line.startswith("  - "), lines[start + 1 :]))
     settings = itertools.takewhile(lambda line: line != "hydra:", lines[start + 1 + len(defaults) :])
     chosen = dict(line.removeprefix("  - ").split(": ") for line in defaults if ": " in line and "override" not in line)
-    if "  - fit" in defaults:  # Of a training's choices these decide the data.
+    if "  - fit" in defaults:  # The only choices of a training that inspect depends on.
         chosen |= {"data": "synthetic", "experiment": "null"}
     choices = [f"  {group:<11}{', '.join(_files(group, default))}" for group, default in chosen.items()]
     return "\n".join(
@@ -149,16 +161,16 @@ def _files(group: str, default: str) -> list[str]:
 def run_command(
     name: str, act: Callable[[DictConfig, list[str]], int | None], settings: Iterable[str] | None = None
 ) -> None:
-    """Answer `--help`, or compose a command's config from the command line and act.
+    """Print the help text, or compose a command's config from the command line and run the command.
 
     Args:
-        name: of the command, and of its config.
-        act: called with the config, and with what is to override another one; returns the exit status, if not 0. A
-            `UserError` is told, with exit status 2.
-        settings: the names of the command's own settings: what is not among them overrides the config of the run that
-            the command works on. `None`: all arguments are its own, and are in Hydra's grammar already.
+        name: the command, and its config.
+        act: called with the config, and with the overrides for the run that the command works on; returns the exit
+            status, or `None` for 0. A `UserError` is printed, and the exit status is 2.
+        settings: the names of the command's own settings; all other arguments are overrides of the run's config.
+            `None`: all arguments are the command's own, and in Hydra's grammar already.
     """
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if asks_for_help(sys.argv[1:]):
         print(help_text(name))
         return
     register_resolvers()

@@ -1,4 +1,4 @@
-"""Hydra, for the commands: where the catalogue lies, how objects come of it, how mistakes are told."""
+"""Hydra helpers for the commands: config location, resolvers, overrides, instantiation."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.library_internals.hydra import parse_override, parse_overrides
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# In a wheel the catalogue lies in the package; in a checkout, beside it.
+# In a wheel conf/ is inside the package, in a checkout beside it.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
-# Names the run's folder to the processes that Lightning starts for the other devices of this machine. They read the
-# frozen config there, instead of composing one from a command line that may hold a sweep.
+# Hands the run to the processes that Lightning starts for the other devices of this machine. They take the resolved
+# config from it instead of composing one from a command line that may hold a sweep.
 RUN_VARIABLE = "LIGHTNING_DICE_RUN"
 
 
 def register_resolvers() -> None:
-    """Make known what the catalogue computes.
+    """Register the resolvers that conf/ uses.
 
-    `${length:<list>}`: the number of classes follows from their names. `${remaining:<total>,<first>}`: the epochs after
-    a warm-up; at least 1, so that a training that ends before its warm-up has a schedule too. `${first:<a>,<b>}`: the
-    first of them that is not null. `${nnunet:<folder>,labels}`: what an nnU-Net data set's dataset.json says;
-    `${labels:<labels>,classes}`: what follows from its labels.
+    - `${length:<list>}`: its length; the number of classes from their names.
+    - `${remaining:<total>,<first>}`: the epochs left after a warm-up, at least 1, so that a training that ends before
+      its warm-up has a schedule too.
+    - `${first:<a>,<b>}`: the first value that is not null.
+    - `${nnunet:<folder>,<key>}`: an entry of an nnU-Net data set's dataset.json.
+    - `${labels:<labels>,<key>}`: a setting that follows from nnU-Net's labels, such as `classes`.
     """
     OmegaConf.register_new_resolver("length", len, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
@@ -50,25 +52,25 @@ def _first(*values: Any) -> Any:
 
 
 def _nnunet(root: str, fact: str) -> Any:
-    from lightning_dice.data.volumes.nnunet import read_dataset
+    from lightning_dice.data.volumes.nnunet import read_dataset_json
 
-    return _node(read_dataset(root)[fact])
+    return _node(read_dataset_json(root)[fact])
 
 
 def _labels(labels: Any, fact: str) -> Any:
-    from lightning_dice.data.volumes.nnunet import label_facts
+    from lightning_dice.data.volumes.nnunet import settings_from_labels
 
     plain = OmegaConf.to_container(labels) if isinstance(labels, DictConfig) else labels
-    return _node(label_facts(cast("dict[str, Any]", plain))[fact])
+    return _node(settings_from_labels(cast("dict[str, Any]", plain))[fact])
 
 
 def _node(value: Any) -> Any:
-    """A value in OmegaConf's form, which `OmegaConf.resolve` asks for."""
+    """Wrap a list or dict for OmegaConf, as `OmegaConf.resolve` requires."""
     return OmegaConf.create(value) if isinstance(value, (dict, list)) else value
 
 
 def resolve_from_files(config: DictConfig) -> None:
-    """Put what is read from files of the data into the config, so that a run goes on where these are not.
+    """Replace interpolations that read files of the data by their values, so that a run does not need the files later.
 
     Raises:
         UserError: a file cannot be read.
@@ -80,21 +82,21 @@ def resolve_from_files(config: DictConfig) -> None:
             try:
                 found = data[key]
             except (OmegaConfBaseException, ValueError) as error:
-                # OmegaConf puts its own words, several times, around what a resolver has said.
+                # OmegaConf wraps the resolver's error several times.
                 cause: BaseException = error
                 while isinstance(cause, OmegaConfBaseException) and cause.__context__ is not None:
                     cause = cause.__context__
                 missing = re.search(r"Missing mandatory value: (\S+)", str(error))
-                told = f"{missing[1]} has no value: give {missing[1]}=..." if missing else str(cause).splitlines()[0]
-                raise UserError(told) from error
+                message = f"{missing[1]} has no value: give {missing[1]}=..." if missing else str(cause).splitlines()[0]
+                raise UserError(message) from error
             data[key] = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
 def explain_typos(name: str, arguments: Iterable[str]) -> None:
-    """After Hydra has refused an override of a setting that is not there: print which there are."""
-    # Within a command Hydra has been set up.
+    """Print the settings that exist, after Hydra has refused an override of one that does not."""
+    # Within a command Hydra is initialized already.
     ready = GlobalHydra.instance().is_initialized()
-    # A hint behind an error that has been told: it must not bring up one of its own.
+    # Only a hint behind Hydra's own error: it must not raise another one.
     with (
         suppress(Exception),
         nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
@@ -110,10 +112,10 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
         config = hydra.compose(name, overrides=groups)
         for override in {override.key_or_group: override for override in overrides}.values():
             if override.is_add() or override.package is not None:
-                continue  # Nothing has to be there for it.
+                continue  # It may name a new setting.
             parent, _, leaf = override.key_or_group.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
-            names = [str(key) for key in place] if isinstance(place, DictConfig) else []  # `in` passes over ???.
+            names = [str(key) for key in place] if isinstance(place, DictConfig) else []  # `in` skips ???.
             if names and leaf not in names and not (CONF_DIR / leaf).is_dir():
                 close = difflib.get_close_matches(leaf, names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
@@ -122,12 +124,12 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
 
 @contextmanager
 def restore_environment() -> Iterator[None]:
-    """Leave nothing of this run in the environment to the next one of a sweep."""
+    """Restore the environment variables that a run sets, so that the next run of a sweep does not see them."""
     before = dict(os.environ)
     try:
         yield
     finally:
-        # A launcher that finds the last run's LOCAL_RANK takes itself for a child and waits for a parent.
+        # With the last run's LOCAL_RANK, Lightning would take this process for a child and wait for a parent.
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE):
             os.environ.pop(name, None)
             if name in before:
@@ -135,10 +137,10 @@ def restore_environment() -> Iterator[None]:
 
 
 def compose(name: str, overrides: Iterable[str]) -> DictConfig:
-    """Another config than the command's own, composed within it.
+    """Compose a config other than the command's own.
 
     Raises:
-        UserError: what Hydra refuses.
+        UserError: Hydra refuses an override.
     """
     try:
         return hydra.compose(name, overrides=list(overrides))
@@ -148,10 +150,11 @@ def compose(name: str, overrides: Iterable[str]) -> DictConfig:
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
-    """Change values of a composed config, in Hydra's syntax: `trainer.max_epochs=20`, `+trainer.fast_dev_run=true`.
+    """Apply overrides to a config that is composed already: `trainer.max_epochs=20`, `+trainer.fast_dev_run=true`.
 
     Raises:
-        UserError: a key that is not there, or another file of a group: that is composed once, when a run starts.
+        UserError: the key does not exist, or the override chooses another file of a group, which is possible only
+            when a run starts.
     """
     OmegaConf.set_struct(config, True)
     for text in overrides:
@@ -168,30 +171,30 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
                 close = difflib.get_close_matches(leaf, names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise UserError(f"{text}: {parent or 'the config'} has no {leaf}, only {', '.join(names)}{hint}")
-            # Replaced, not merged: a map of values would keep the old ones.
+            # A merge would keep the old entries of a map.
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
 
 
 def instantiate(config: Any, what: str, **arguments: Any) -> Any:
-    """The object that a config describes.
+    """Create the object that a config describes.
 
     Args:
-        config: a node with `_target_`, or a plain mapping of the same content.
-        what: the config's name, for the message.
-        arguments: passed on, over the config's own.
+        config: a node with `_target_`, or a plain mapping with the same content.
+        what: the config's name, for error messages.
+        arguments: passed to the target; they replace the config's own.
 
     Raises:
-        UserError: the target is not there, or refuses its settings.
+        UserError: the target does not exist, or refuses a setting.
     """
     try:
         return hydra.utils.instantiate(config, **arguments)
     except InstantiationException as error:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException  # Which would slow the start down.
+        from lightning.fabric.utilities.exceptions import MisconfigurationException  # Here, as it slows the start down.
 
         cause = error.__cause__
-        # The target's own complaint says more than Hydra's frame around it; deepest first.
+        # The target's own error, the innermost one, says more than Hydra's around it.
         while cause is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         headline = str(error).splitlines()[0].removesuffix(":")
@@ -201,6 +204,6 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
             hint = f"; pip install 'lightning-dice[{extra}]'" if extra else ""
             raise UserError(f"{what}: {headline}{hint}") from error
         if isinstance(cause, (ValueError, MisconfigurationException)) and str(cause):
-            raise UserError(f"{what}: {cause}") from error  # It says what is wrong by itself.
+            raise UserError(f"{what}: {cause}") from error
         detail = f": {cause}" if cause is not None else ""
         raise UserError(f"{what}: {headline}{detail}") from error

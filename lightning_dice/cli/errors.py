@@ -1,4 +1,4 @@
-"""Report user errors as one message and an exit status."""
+"""Errors of the user: one message instead of a traceback, and exit status 2."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from contextlib import contextmanager
 
 from omegaconf.errors import MissingMandatoryValue
 
-from lightning_dice.data import DataError
-
 
 class UserError(ValueError):
-    """A mistake in what a command was given; shown as one message, without a traceback."""
+    """A mistake in the settings or the data, which is shown as one message without a traceback."""
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `UserError` into its message on standard error and exit status 2."""
+    """Print a `UserError` to standard error and exit with status 2."""
     try:
         yield
     except (UserError, MissingMandatoryValue) as error:
@@ -30,10 +28,12 @@ def report_user_errors() -> Iterator[None]:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turn what this package refuses, data or settings that do not fit them, into a message without a traceback."""
+    """Turn a `DataError`, and any `ValueError` that this package raises, into a `UserError`."""
     try:
         yield
     except ValueError as error:
+        from lightning_dice.data.errors import DataError  # Here, as it imports torch.
+
         place = error.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next

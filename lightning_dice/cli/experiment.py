@@ -1,4 +1,4 @@
-"""From a run's config to its objects, and through the Trainer: what fit and evaluate share."""
+"""The objects of a run, made from its config: data, module, Trainer; and how they are trained, scored and shown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,7 +26,6 @@ from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, exit_with_si
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.errors import UserError, as_user_errors
-from lightning_dice.cli.rendezvous import RunSpec
 from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoint_paths
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
@@ -33,65 +33,52 @@ from lightning_dice.kernels import check_forced
 from lightning_dice.library_internals.lightning import saved_loop_state
 from lightning_dice.module import SegmentationModule
 from lightning_dice.report.run_summary import summary_table
+from lightning_dice.trials import Status, record_outcome
 
-# Shown by Lightning in every run, and not what its reader can or should act on.
+# Settings of the Trainer that must be whole numbers.
 _COUNTS = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"),
     *("check_val_every_n_epoch", "log_every_n_steps", "num_nodes"),
 )
+# Warnings of Lightning and torch that nobody can or should act on.
 _NOISE = (
-    ".*does not have many workers.*",  # The datamodule sets them from the cores at hand.
+    ".*does not have many workers.*",  # The datamodule chooses their number by the cores.
     ".*is smaller than the logging interval.*",  # The epoch's means are logged anyway.
-    ".*ended before the epoch ended.*",  # Told in our own words when going on.
-    ".*Checkpoint directory .* exists and is not empty.*",  # When resuming, it should be.
+    ".*ended before the epoch ended.*",  # Printed in our own words when resuming.
+    ".*Checkpoint directory .* exists and is not empty.*",  # As it should be when resuming.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
-    ".*Grad strides do not match bucket view strides.*",  # A copy more for some 1x1 weights of channels_last.
-    ".*The dirpath has changed from.*",  # It does when a run is scored into a folder of its own.
+    ".*Grad strides do not match bucket view strides.*",  # One more copy of some 1x1 weights in channels_last.
+    ".*The dirpath has changed from.*",  # As it should when an evaluation has its own folder.
     ".*You are using a CUDA device.*Tensor Cores.*",
 )
 
 
 class Experiment:
-    """The objects of one run, each made when it is first asked for.
+    """The objects of a run; each is created on first access.
 
     Args:
         config: resolved, as saved in a run's folder.
         folder: where the files go.
-        trained: whether a checkpoint is read, so that no pretrained weights need be fetched.
+        trained: whether a checkpoint will be loaded, so that no pretrained weights need be downloaded.
 
     Raises:
-        UserError: by its attributes: a setting that an object refuses, or something wrong with the data.
+        UserError: on access to an object: it refuses a setting, or the data are wrong.
     """
 
     def __init__(self, config: DictConfig, folder: Path, *, trained: bool = False) -> None:
         self.config, self.folder, self.trained = config, folder, trained
-        self.run = folder  # Which an evaluation's folder differs from.
+        self.run = folder  # An evaluation writes into another folder.
         self.scores: dict[str, dict[str, float]] = {}
         self.summary: list[report.ScoreSummary] = []
         silence_libraries()
         L.seed_everything(config.seed, workers=True, verbose=False)
 
-    @classmethod
-    def of(cls, start: RunSpec) -> Experiment:
-        """What a process is told to train."""
-        config = cast("DictConfig", OmegaConf.create(start.config))
-        return cls(config, Path(start.folder), trained=start.checkpoint is not None)
-
-    def check(self) -> None:
-        """Find mistakes before other processes start: make all objects, and read the data once.
-
-        Raises:
-            UserError: what is wrong.
-        """
-        # The data last: reading them may take long.
-        _ = self.module, self.trainer, self.data
-
     @cached_property
     def data(self) -> SegmentationData:
-        """The datamodule, its data checked."""
+        """The datamodule, after it has checked its data."""
         with as_user_errors():
             data: SegmentationData = instantiate(self.config.data.datamodule, "data")
-            rank_zero_only(data.prepare_data)()  # Lightning asks again, for nothing, in every process.
+            rank_zero_only(data.prepare_data)()  # Lightning calls it again in every process, which is free.
         return data
 
     @cached_property
@@ -106,13 +93,13 @@ class Experiment:
         """The Trainer with its callbacks and loggers."""
         callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
         callbacks.append(ConfigConsistency(_plain(self.config)))
-        # Ends a training after a step, which the others must have seen.
+        # Last, as it ends the training after a step that the others must have seen.
         callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
         loggers = instantiate_each(self.config.logger, "logger")
         accelerator = self.config.trainer.get("accelerator")
         if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU: device=cpu does without")
-        for name in _COUNTS:  # The Trainer would find out in the middle of its start, or never.
+            raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU: use device=cpu")
+        for name in _COUNTS:  # The Trainer checks them late, or never.
             value = self.config.trainer.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise UserError(f"trainer.{name} must be a whole number, got {value}")
@@ -126,28 +113,32 @@ class Experiment:
         )
         return trainer
 
-    def fit(self, checkpoint: str | Path | None = None) -> None:
-        """Train, from the beginning or from a checkpoint."""
-        data, module, trainer = self.data, self.module, self.trainer
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Turn the errors of a training into user errors, and an interrupt into the signal's exit status."""
+        with exit_with_signal_status(), as_user_errors():
+            yield
+
+    def print_start(self, checkpoint: Path | None) -> None:
+        """Check that the weights of a checkpoint fit, and print what is about to be trained."""
         if checkpoint is not None:
-            done = run_folder.check_weights(module, checkpoint)
-            print_line(f"going on from epoch {done['epoch']}, step {done['global_step']}, of {checkpoint}")
-            ended = saved_loop_state(done, "epoch_progress")["current"]["processed"]
-            if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= ended:
+            saved = run_folder.check_weights(self.module, checkpoint)
+            print_line(f"resuming from epoch {saved['epoch']}, step {saved['global_step']}, of {checkpoint}")
+            ended, wanted = saved_loop_state(saved, "epoch_progress")["current"]["processed"], self.trainer.max_epochs
+            if wanted is not None and 0 <= wanted <= ended:
                 print_line(
-                    f"all {ended} epochs are done, and are scored again: trainer.max_epochs={2 * ended} trains for more"
+                    f"all {ended} epochs are trained already, and are scored again: train more with "
+                    f"trainer.max_epochs={2 * ended}"
                 )
-        print_line(str(data.report))
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-        print_line(f"net     {type(module.net).__name__}, {parameters:,} parameters")
-        print_line(f"loss    {module.loss}")
+        print_line(str(self.data.report))
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        print_line(f"net     {type(self.module.net).__name__}, {parameters:,} parameters")
+        print_line(f"loss    {self.module.loss}")
         print_line(f"batch   {self.batch_text()}")
         print_line(f"folder  {self.folder}")
-        with exit_with_signal_status(), as_user_errors():
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
 
     def batch_text(self) -> str:
-        """How many images make a step, on all processes, and from which seed they are drawn."""
+        """Return a line with the images of a step, over all processes, and the seed."""
         images, processes = self.data.batch_size, self.trainer.world_size
         accumulated = self.trainer.accumulate_grad_batches
         factors = [f"{images} images"]
@@ -159,7 +150,7 @@ class Experiment:
         return " x ".join(factors) + (f" = {total}" if len(factors) > 1 else "") + f" a step, seed {self.config.seed}"
 
     def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
-        """Score a checkpoint on `"val"` or `"test"`; returns the logged metrics."""
+        """Score a checkpoint on `"val"` or `"test"`, write the report, and return the logged metrics."""
         run = self.trainer.test if split == "test" else self.trainer.validate
         with exit_with_signal_status(), as_user_errors():
             logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
@@ -176,7 +167,7 @@ class Experiment:
         if best:
             self.evaluate(self.last_split, best)
         elif last.is_file() and self.data.source.split(self.last_split) is not None:
-            print_line("without a validation there is no best checkpoint: scoring the last one")
+            print_line("there is no best checkpoint without a validation: scoring the last one")
             self.evaluate(self.last_split, last)
 
     @property
@@ -186,35 +177,24 @@ class Experiment:
 
     @property
     def checkpoint(self) -> ModelCheckpoint | None:
-        """The callback that keeps the best checkpoint."""
+        """The callback that saves the best checkpoint."""
         callback = self.trainer.checkpoint_callback
         return callback if isinstance(callback, ModelCheckpoint) else None
 
     @property
     def best_score(self) -> float | None:
-        """The best value of what the checkpoint callback watches."""
+        """The best value of the checkpoint callback's monitor."""
         score = None if self.checkpoint is None else self.checkpoint.best_model_score
         return None if score is None or math.isnan(score) else float(score)
 
     @property
-    def watched(self) -> dict[str, str | None]:
-        """What the checkpoint callback watches, and which way: `monitor` and `mode`."""
-        callback = self.checkpoint
-        return {} if callback is None else {"monitor": callback.monitor, "mode": callback.mode}
-
-    @property
-    def epochs(self) -> int:
-        """How many epochs the training has had."""
-        return self.trainer.current_epoch
-
-    @property
     def pruned(self) -> bool:
-        """Whether the training ended because a sweep has better trials."""
+        """Whether the training was stopped early because other trials of the sweep are better."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return any(isinstance(callback, MedianPruner) and callback.pruned for callback in callbacks)
 
-    def show(self) -> None:
-        """Print the scores and where everything is."""
+    def print_summary(self) -> None:
+        """Print the scores, and where the files are."""
         if not self.trainer.is_global_zero:
             return
         from rich.console import Console
@@ -232,12 +212,21 @@ class Experiment:
             "worst and best cases": self.folder / "overlays.png",
             "report": self.folder / report.REPORT,
         }
-        # Wide enough for the folder, which is there to be copied: a terminal's own wrapping does not break it.
+        # Wide enough for the folder, so that it can be copied.
         console = Console(width=max(Console().width, len(str(self.folder)) + 24))
         console.print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
 
+    def record_outcome(self) -> None:
+        """Record in the run's folder how the training ended, for the table of a sweep."""
+        if self.trainer.is_global_zero:
+            status: Status = "pruned" if self.pruned else "finished"
+            watched = (
+                {} if self.checkpoint is None else {"monitor": self.checkpoint.monitor, "mode": self.checkpoint.mode}
+            )
+            record_outcome(self.folder, status, value=self.best_score, epochs=self.trainer.current_epoch, **watched)
+
     def best_row(self) -> tuple[int | None, dict[str, float]]:
-        """The epoch of the best checkpoint, and its validation metrics, from the table of epochs."""
+        """Return the epoch of the best checkpoint and its validation metrics, from metrics.csv."""
         callback, table = self.checkpoint, self.folder / "metrics.csv"
         if callback is None or callback.monitor is None:
             return None, {}
@@ -252,7 +241,7 @@ class Experiment:
 
 
 class ConfigConsistency(Callback):
-    """Keep the config beside the weights, as plain values, tell the loggers, and see that all ranks have the same."""
+    """Store the config in checkpoints and loggers, and check that all ranks have the same one."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -281,10 +270,10 @@ class ConfigConsistency(Callback):
 
 
 def check_config_consistency(config: str) -> None:
-    """See that all ranks train the same: a hash is compared, and only if it differs are the configs sent.
+    """Check that all ranks have the same config. Only a hash is sent, and the configs if it differs.
 
     Raises:
-        UserError: on every rank, with the lines in which it differs from the first.
+        UserError: on every rank, with the lines that differ from the first rank's.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -295,28 +284,28 @@ def check_config_consistency(config: str) -> None:
         return
     configs = [""] * len(digests)
     dist.all_gather_object(configs, config)
-    told = []
+    diffs = []
     for rank, other in enumerate(configs):
         if other != configs[0]:
             lines = difflib.unified_diff(configs[0].splitlines(), other.splitlines(), "rank 0", f"rank {rank}", n=1)
-            told.append("\n".join(line.rstrip("\n") for line in lines))
-    raise UserError("the ranks have different configs, and would train different things:\n" + "\n".join(told))
+            diffs.append("\n".join(line.rstrip("\n") for line in lines))
+    raise UserError("the ranks have different configs, and would train different things:\n" + "\n".join(diffs))
 
 
 def cluster() -> list[Any]:
-    """Lightning's plugin for SLURM, where processes come from there, without what `SaveOnInterrupt` does better."""
+    """Return Lightning's plugin for SLURM, if SLURM started the processes; `SaveOnInterrupt` does the requeueing."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return [SLURMEnvironment(auto_requeue=False)] if "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect() else []
 
 
 def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) -> report.ScoreProvenance:
-    """What a report says of an evaluation.
+    """Describe an evaluation for its report.
 
     Args:
-        config: of the run, or of the data alone.
-        name: of what was scored.
-        made_of: where it lies.
+        config: the run's, or only its data.
+        name: the name of the run or folder that was scored.
+        made_of: its paths, by name.
     """
     data = config.data
     source = str(data.datamodule.source.get("_target_", "")).rpartition(".")[2]
@@ -324,7 +313,10 @@ def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) 
     if data.activation == "sigmoid":
         known["threshold"] = str(config.module.threshold)
     table = (config.get("callbacks") or {}).get("case_table") or {}
-    settings: dict[str, Any] = {"tolerance": 2.0, "lesion_iou": 0.0}  # Of a table written before there were any.
+    settings: dict[str, Any] = {
+        "tolerance": 2.0,
+        "lesion_iou": 0.0,
+    }  # if they are not set
     for key in settings:
         value = table.get(key, settings[key])
         settings[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
@@ -332,13 +324,13 @@ def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) 
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
-    """The objects of a group of named configs; one that is `null` is left out."""
+    """Create the objects of a group of named configs, without those that are `null`."""
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
 
 
 def silence_libraries() -> None:
-    """Silence what Lightning says in every run; warnings that tell something pass."""
-    # MONAI imports MLflow where that is installed, whose database then lists its plug-ins.
+    """Silence log messages and warnings that appear in every run and need no action."""
+    # alembic: MONAI imports MLflow if it is installed, and MLflow's database logs its plug-ins.
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:

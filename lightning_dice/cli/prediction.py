@@ -1,4 +1,4 @@
-"""Images to masks, as some runs and settings have it: what `predict` does with each image."""
+"""From image files to masks on disk, by the networks of one or several runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -26,82 +26,71 @@ if TYPE_CHECKING:
     from lightning_dice.inference import Predictor
     from lightning_dice.module import SegmentationModule
 
-# Of a run's config, what no mask hangs on.
-_NO_MATTER = {
+# Parts of a run's config that do not influence a mask.
+_IRRELEVANT = {
     "module": {"loss", "metrics", "optimizer", "scheduler", "micro_batch_size", "interval", "monitor", "lr_scaling"},
     "data": {
         *("root", "batch_size", "eval_batch_size", "num_workers"),
         *("read_size", "patches_per_image", "oversample_foreground", "cache", "tile"),
     },
 }
-_WINDOW = 512  # pixels along each axis, where a picture must be read by windows and the run names no size
-_WHOLE = 2**22  # pixels of a picture, beyond which a run that was trained on windows predicts by windows, too
-_PREVIEW = 2048  # pixels along the longer axis of an overlay of a picture that is read by windows
+_WINDOW = 512  # pixels along each axis of the windows of a large image, if the run has no patch size
+_LARGEST_WHOLE = 2**22  # pixels that a run trained on parts of its images predicts at once
+_PREVIEW = 2048  # pixels along the longer axis of an overlay of a large image
 
 
 class Skipped(Exception):
     """An image that could not be read or predicted; the others can."""
 
 
-class PredictionPipeline:
-    """Images to masks, as some runs and settings have it.
-
-    Args:
-        config: of the command.
-        overrides: of the runs' configs.
-        folders: of the runs.
-        device: where their networks go.
+class Prediction(NamedTuple):
+    """What the networks say of an image.
 
     Attributes:
-        reader: of the images.
-        settings: everything that a mask hangs on, as plain values.
-        made_by: what else is worth keeping beside the masks.
-        notes: to be told.
-        folders: of what is written beside the masks.
+        labels: class ids `(*size)` or bool planes `(classes, *size)`.
+        probs: float32 `(classes, *size)`, if they are wanted.
+        overlay: RGB pixels of the image with its classes drawn over it, if they are wanted.
+    """
+
+    labels: Tensor
+    probs: Tensor | None = None
+    overlay: NDArray[np.uint8] | None = None
+
+
+class PredictionPipeline:
+    """Reads, predicts and writes images by the settings of one or several runs.
+
+    Args:
+        config: the command's.
+        overrides: of the runs' configs.
+        folders: the runs; several are an ensemble.
+        device: where the networks go.
+
+    Attributes:
+        reader: reads the images and writes the masks.
+        settings: everything that influences a mask, as plain values.
+        made_by: what else is recorded beside the masks: runs and checkpoints.
+        notes: lines to print.
+        subfolders: in the output folder, for what is written besides the masks.
 
     Raises:
-        UserError: a run or a setting is not as it should be.
+        UserError: a run or a setting is wrong.
     """
 
     def __init__(self, config: DictConfig, overrides: list[str], folders: Sequence[Path], device: torch.device) -> None:
         from lightning_dice.cli import run_folder
         from lightning_dice.cli.experiment import silence_libraries
-        from lightning_dice.data import DataError
-        from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
-        from lightning_dice.inference import Predictor
-        from lightning_dice.inference.postprocessing import digest
 
         silence_libraries()
-        self.device, self.format = device, config.format
-        self.overlays, self.wants_probabilities = bool(config.overlays), bool(config.probabilities)
         if len(folders) > 1 and config.checkpoint not in ("best", "last"):
             raise UserError(f"checkpoint must be best or last for several runs, got {config.checkpoint}")
-        configs = [run_folder.reopen(folder, overrides) for folder in folders]
-        _check_alike(folders, configs)
-        self.run = configs[0]
-        try:
-            readers = [_reader(run, config) for run in configs]
-            self.reader = readers[0]
-            self.reader.names("case", self.format)
-            # What volumes become for a network is a fact of its training cases.
-            prepared = [
-                _plain(
-                    reader.prepare()
-                    if isinstance(reader, VolumePredictionIO)
-                    else getattr(reader, "image_format", None)
-                )
-                for reader in readers
-            ]
-        except DataError as error:
-            raise UserError(str(error)) from error
-        for folder, preparation in zip(folders, prepared, strict=True):
-            if unlike := differences(prepared[0], preparation):
-                raise UserError(
-                    f"the runs of an ensemble must prepare images alike, of {folders[0]} and {folder} differ "
-                    + "; ".join(unlike)
-                )
-        self.notes: list[str] = []
-        self._windowed = OmegaConf.select(self.run, "data.read_size") is not None
+        runs = [run_folder.reopen(folder, overrides) for folder in folders]
+        _check_same_task(folders, runs)
+        self.run, self.format = runs[0], config.format
+        self.overlays, self.wants_probabilities = bool(config.overlays), bool(config.probabilities)
+        self.subfolders = ["overlays"] * self.overlays + ["probabilities"] * self.wants_probabilities
+        self.reader, preprocessing = _open_reader(config, folders, runs)
+        self.normalize: Any = instantiate(self.run.normalize, "normalize")
         precision = str(config.trainer.precision or self.run.trainer.precision)
         self.settings: dict[str, Any] = {
             "format": self.format,
@@ -109,50 +98,45 @@ class PredictionPipeline:
             "overlays": self.overlays,
             "large": int(config.large),
             "precision": precision,
-            "prepared": prepared[0],
+            "preprocessing": preprocessing,
             "networks": [],
         }
         self.made_by: dict[str, Any] = {"runs": [], "checkpoints": []}
-        predictors = []
-        for folder, run in zip(folders, configs, strict=True):
-            checkpoint = run_folder.find_checkpoint(folder, config.checkpoint)
-            module = self._module(folder, run, checkpoint, str(config.calibration))
-            predictors.append(module.predictor(device))
-            own = _what_matters(run) | {"decision": module.inference.postprocessing.settings()}
-            self.settings["networks"].append({"checkpoint": digest(checkpoint), **own})
-            self.made_by["runs"].append(str(folder.absolute()))
-            self.made_by["checkpoints"].append(str(checkpoint.absolute()))
-        try:
-            self.predictor = predictors[0] if len(predictors) == 1 else Predictor.ensemble(predictors)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self.normalize: Any = instantiate(self.run.normalize, "normalize")
-        self._context, dtype = precision_context(precision, device)
+        self.notes: list[str] = []
+        modules = [self._load(config, folder, run, device) for folder, run in zip(folders, runs, strict=True)]
+        self._precision, dtype = precision_context(precision, device)
+        self.predictor = _join(modules, device)
         self.predictor.nets = [_in_dtype(net.to(dtype), dtype) for net in self.predictor.nets]  # type: ignore[attr-defined]
-        self.folders = ["overlays"] * self.overlays + ["probabilities"] * self.wants_probabilities
 
-    def _module(self, folder: Path, run: DictConfig, checkpoint: Path, calibration: str) -> SegmentationModule:
+    def _load(self, config: DictConfig, folder: Path, run: DictConfig, device: torch.device) -> SegmentationModule:
+        """Load the trained module of a run, and note down what it is made of."""
         from lightning_dice.cli import run_folder
+        from lightning_dice.inference.postprocessing import sha256
 
+        checkpoint = run_folder.find_checkpoint(folder, config.checkpoint)
         module = run_folder.build_module(run, trained=True)
         module.load_state_dict(run_folder.check_weights(module, checkpoint)["state_dict"])
-        note = run_folder.calibrate(module, folder, calibration, checkpoint)
+        note = run_folder.calibrate(module, folder, str(config.calibration), checkpoint)
         self.notes += [note] if note is not None else []
-        return module.eval().to(self.device)
+        postprocessing = module.inference.postprocessing.settings()
+        network = {"checkpoint": sha256(checkpoint), **_relevant_settings(run), "postprocessing": postprocessing}
+        self.settings["networks"].append(network)
+        self.made_by["runs"].append(str(folder.absolute()))
+        self.made_by["checkpoints"].append(str(checkpoint.absolute()))
+        return module.eval().to(device)
 
-    def masks(self, case: str) -> list[list[Path]]:
-        """For each format that a case's mask may have, its files below the output folder."""
+    def mask_files(self, case: str) -> list[list[Path]]:
+        """Return the files of a case's mask, relative to the output folder, for each format that it may have."""
         from lightning_dice.data import DataError
 
         groups = [self.reader.names(case, self.format)]
         if self.format is None:
-            # What a large picture gets.
             with suppress(DataError):
-                groups.append(self.reader.names(case, "tiff"))
+                groups.append(self.reader.names(case, "tiff"))  # of a large image
         return groups
 
-    def traces(self, case: str) -> list[Path]:
-        """All files that any settings may have made for a case, below the output folder."""
+    def possible_files(self, case: str) -> list[Path]:
+        """Return all files that a case may have with any settings, relative to the output folder."""
         from lightning_dice.data import DataError
 
         beside = f"probabilities/{case}.tif", f"probabilities/{case}.nii.gz", f"overlays/{case}.png"
@@ -163,80 +147,79 @@ class PredictionPipeline:
         return list(dict.fromkeys(paths))
 
     def read(self, item: PredictionItem) -> LoadedImage:
-        """An image, normalized. Called in the thread that reads ahead.
+        """Read and normalize an image. Called in the thread that reads ahead.
 
         Raises:
             Skipped: it cannot be read.
         """
         from lightning_dice.data import DataError
-        from lightning_dice.data.images.windowed_tiff import LargeImage, normalized
 
         try:
-            scan = self.reader.read(item)
-            shown: Any = scan.image
-            if isinstance(shown, LargeImage):
-                image: Any = normalized(shown, self.normalize)
-                return scan._replace(image=image)
-            image = shown if self.normalize is None else self.normalize(shown)
+            return self.reader.read(item).normalized(self.normalize)
         except DataError as error:
             raise Skipped(str(error)) from error
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             raise Skipped(f"{item.files[0]}: {type(error).__name__}: {error}") from error
-        return scan._replace(image=image)
 
-    def write(self, scan: LoadedImage, item: PredictionItem, output: Path) -> None:
-        """Predict an image, and write what is made of it; the mask last, by which it is known to be done.
+    def predict(self, loaded: LoadedImage, item: PredictionItem) -> Prediction:
+        """Predict an image.
 
         Raises:
-            Skipped: the network or the machine cannot take it.
-            UserError: the output cannot be written to.
+            Skipped: it does not fit the network or the memory.
         """
-        from lightning_dice.data.images.windowed_tiff import LargeImage
-
-        image: Any = scan.image
-        try:
-            labels, probs = self._labels(scan, item)
-            picture = overlay(*_flat(scan, labels), self.run) if self.overlays else None
-        except Skipped:
-            raise
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise Skipped(f"{item.files[0]}: {_explained(error)}") from error
-        finally:
-            if isinstance(image, LargeImage):
-                image.close()
-        try:
-            if probs is not None:
-                self.reader.write_probabilities(output / "probabilities", item.case, probs, scan)
-            if picture is not None:
-                write_png(output / "overlays" / f"{item.case}.png", picture)
-            self.reader.write(output, item.case, labels, scan, self.format)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the mask of {item.case} to {output}: {error.strerror or error}; what is written stays, "
-                "and the same command goes on from there"
-            ) from error
-
-    def _labels(self, scan: LoadedImage, item: PredictionItem) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        from lightning_dice.data.images.windowed_tiff import LargeImage
+        if loaded.windowed and self.wants_probabilities:
+            raise Skipped(f"{item.files[0]}: is read by windows, and is too large for probabilities=true")
+        trained_on_parts = OmegaConf.select(self.run, "data.read_size") is not None
+        too_large = loaded.windowed or (trained_on_parts and math.prod(loaded.image.shape[1:]) > _LARGEST_WHOLE)
+        predictor: Any = self._windowed_predictor() if too_large else self.predictor
+        try:
+            with torch.inference_mode(), self._precision():
+                if self.wants_probabilities:
+                    logits = predictor.logits(loaded.image, loaded.size)
+                    labels = predictor.labels_from_logits(logits, loaded.spacing).cpu()
+                    probs = predictor.probabilities(logits).cpu()
+                else:
+                    labels, probs = predictor.labels(loaded.image, loaded.size, loaded.spacing), None
+            return Prediction(labels, probs, self._overlay(labels, loaded) if self.overlays else None)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise Skipped(f"{item.files[0]}: {_reason(error)}") from error
 
-        predictor = self.predictor
-        if isinstance(scan.image, LargeImage):
-            if self.wants_probabilities:
-                raise Skipped(f"{item.files[0]}: is read by windows, and is too large for probabilities=true")
-            predictor = self._by_windows()
-        elif self._windowed and math.prod(scan.image.shape[1:]) > _WHOLE:
-            predictor = self._by_windows()
-        with torch.inference_mode(), self._context():
-            if not self.wants_probabilities:
-                return predictor.labels(scan.image, scan.size, scan.spacing), None
-            logits = predictor.logits(scan.image, scan.size)
-            labels = predictor.decide(logits, scan.spacing)
-            return labels.cpu(), predictor.probabilities(logits).cpu()
+    def write(self, prediction: Prediction, loaded: LoadedImage, item: PredictionItem, output: Path) -> None:
+        """Write the files of an image; the mask last, as an image with a mask counts as done.
 
-    def _by_windows(self) -> Predictor:
-        """The predictor, with windows of the size of the training's crops if the run has none of its own."""
+        Raises:
+            UserError: the output folder cannot be written to.
+        """
+        from lightning_dice.plotting.mask_overlay import write_png
+
+        try:
+            if prediction.probs is not None:
+                self.reader.write_probabilities(output / "probabilities", item.case, prediction.probs, loaded)
+            if prediction.overlay is not None:
+                write_png(output / "overlays" / f"{item.case}.png", prediction.overlay)
+            self.reader.write(output, item.case, prediction.labels, loaded, self.format)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the mask of {item.case} to {output}: {error.strerror or error}; finished masks "
+                "are kept, and the same command continues from there"
+            ) from error
+
+    def _overlay(self, labels: Tensor, loaded: LoadedImage) -> NDArray[np.uint8]:
+        from lightning_dice.plotting.mask_overlay import mask_overlay, slice_with_most_foreground
+
+        image, step = loaded.preview(_PREVIEW)
+        if len(loaded.size) == 3:
+            image, labels = slice_with_most_foreground(image, labels)
+        else:
+            labels = labels[..., ::step, ::step]
+        data = self.run.data
+        background = [int(index) for index in data.exclude_classes]
+        return mask_overlay(image, labels, len(data.classes), data.activation, background)
+
+    def _windowed_predictor(self) -> Predictor:
+        """Return the predictor, with windows of the training's patch size if it has none of its own."""
         from lightning_dice.inference import Predictor, SlidingWindow
 
         own = self.predictor
@@ -256,9 +239,12 @@ class PredictionPipeline:
 
 
 def precision_context(precision: str, device: torch.device) -> tuple[Callable[[], Any], torch.dtype]:
-    """What a Trainer's precision means on a device: a context for the network, and the type of its weights.
+    """Return what a Trainer's precision means on a device: a context for the network, and the type of its weights.
 
-    On a CPU, which has no float16 to speak of, that is float32.
+    Float16 becomes float32 on a CPU, which hardly supports it.
+
+    Raises:
+        UserError: an unknown precision.
     """
     import torch
 
@@ -266,7 +252,7 @@ def precision_context(precision: str, device: torch.device) -> tuple[Callable[[]
     name, _, kind = precision.partition("-")
     dtype = types.get(name)
     if dtype is None:
-        raise UserError(f"trainer.precision={precision} is not known to predict; choose trainer.precision=32-true")
+        raise UserError(f"trainer.precision={precision} is not supported by predict; choose trainer.precision=32-true")
     if device.type == "cpu" and dtype == torch.float16:
         return nullcontext, torch.float32
     if kind == "mixed" or (not kind and name in ("16", "bf16")):
@@ -278,88 +264,58 @@ def _in_dtype(net: Any, dtype: torch.dtype) -> Callable[[Tensor], Any]:
     return lambda batch: net(batch.to(dtype))
 
 
-def overlay(image: Tensor, labels: Tensor, run: DictConfig) -> NDArray[np.uint8]:
-    """The image in gray or colour, `(height, width, 3)`, with each class in a colour of its own over it.
+def _join(modules: Sequence[SegmentationModule], device: torch.device) -> Predictor:
+    """Return the predictor of a module, or of the mean of several."""
+    from lightning_dice.inference import Predictor
 
-    Args:
-        image: `(channels, height, width)`.
-        labels: class ids `(height, width)` or planes `(classes, height, width)`.
-        run: the config, for the classes.
-    """
-    import numpy as np
-
-    from lightning_dice.plotting.colors import class_colors
-
-    shown = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
-    low, high = np.percentile(shown.numpy(), [1, 99])
-    picture = ((shown - low) / max(float(high - low), 1e-6)).clamp(0, 1).permute(1, 2, 0).numpy() * 255
-    background = [int(index) for index in run.data.exclude_classes]
-    colors = class_colors(len(run.data.classes), skip=background)
-    found = labels.cpu().numpy()
-    for index, color in enumerate(colors):
-        where = (found == index) if run.data.activation == "softmax" else found[index]
-        if index not in background:
-            picture[where] = 0.5 * picture[where] + 0.5 * np.array(color)
-    pixels: NDArray[np.uint8] = picture.round().astype(np.uint8)
-    return pixels
+    predictors = [module.predictor(device) for module in modules]
+    try:
+        return predictors[0] if len(predictors) == 1 else Predictor.ensemble(predictors)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _flat(scan: LoadedImage, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and labels in a plane: of a volume the slice with most foreground, of a large picture every n-th pixel."""
-    import torch.nn.functional as F
-
-    from lightning_dice.data.images.windowed_tiff import LargeImage
-
-    if isinstance(scan.image, LargeImage):
-        image, step = scan.image.preview(_PREVIEW)
-        return image, labels[..., ::step, ::step]
-    image = scan.image
-    if tuple(image.shape[1:]) != tuple(scan.size):
-        image = F.interpolate(image[None], size=scan.size, mode="nearest")[0]
-    if len(scan.size) == 3:
-        most = int((labels != 0).flatten(0, -2).sum(0).argmax())
-        image, labels = image[..., most], labels[..., most]
-        # As it is looked at: with the second axis upwards.
-        image, labels = image.transpose(-1, -2).flip(-2), labels.transpose(-1, -2).flip(-2)
-    return image, labels
-
-
-def write_png(path: Path, pixels: NDArray[Any]) -> None:
-    """Write a picture whole or not at all."""
-    from PIL import Image
-
-    from lightning_dice.io import write_atomically
-
-    write_atomically(path, lambda part: Image.fromarray(pixels).save(part, format="PNG"))
-
-
-def _check_alike(folders: Sequence[Path], configs: Sequence[DictConfig]) -> None:
-    """See that the runs of an ensemble take the same images and give the same classes."""
+def _check_same_task(folders: Sequence[Path], runs: Sequence[DictConfig]) -> None:
+    """Check that the runs of an ensemble take the same images and have the same classes."""
     for name in ("data.classes", "data.activation", "data.channels", "normalize"):
-        values = [OmegaConf.select(config, name) for config in configs]
+        values = [OmegaConf.select(run, name) for run in runs]
         plain = [OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for v in values]
         for folder, value in zip(folders, plain, strict=True):
             if value != plain[0]:
                 raise UserError(
-                    f"the runs of an ensemble must have one {name}, got {plain[0]} of {folders[0]} and {value} of "
+                    f"the runs of an ensemble must have the same {name}, got {plain[0]} in {folders[0]} and {value} in "
                     f"{folder}"
                 )
 
 
-def _reader(run: DictConfig, config: DictConfig) -> PredictionIO:
-    from lightning_dice.data.images.prediction_io import ImagePredictionIO
+def _open_reader(config: DictConfig, folders: Sequence[Path], runs: Sequence[DictConfig]) -> tuple[PredictionIO, Any]:
+    """Return the reader of the first run, and its preprocessing as plain values, which all runs must share."""
+    from lightning_dice.data import DataError
 
-    source = instantiate(run.data.datamodule.source, "data")
-    reader: PredictionIO | None = getattr(source, "reader", None)
-    if reader is None:
-        raise UserError(f"the run's data, a {type(source).__name__}, say nothing of how files are read: no reader")
-    if isinstance(reader, ImagePredictionIO):
-        return dataclasses.replace(reader, follow_symlinks=bool(config.follow_symlinks), large=int(config.large))
-    return reader
+    options = {"follow_symlinks": bool(config.follow_symlinks), "large": int(config.large)}
+    readers: list[PredictionIO] = []
+    try:
+        for run in runs:
+            source = instantiate(run.data.datamodule.source, "data")
+            if getattr(source, "reader", None) is None:
+                raise UserError(f"the run's data source, a {type(source).__name__}, has no reader for image files")
+            readers.append(source.reader.with_options(**options))
+        readers[0].names("case", config.format)  # Refuses a format that it cannot write.
+        # Of volumes it depends on the training cases.
+        plain = [json.loads(json.dumps(dataclasses.asdict(reader.preprocessing()))) for reader in readers]
+    except DataError as error:
+        raise UserError(str(error)) from error
+    for folder, preprocessing in zip(folders, plain, strict=True):
+        if differing := differences(plain[0], preprocessing):
+            raise UserError(
+                f"the runs of an ensemble must preprocess images alike; {folders[0]} and {folder} differ in "
+                + "; ".join(differing)
+            )
+    return readers[0], plain[0]
 
 
-def _what_matters(run: DictConfig) -> dict[str, Any]:
-    """Of a run's config, what a mask hangs on, as plain values that are the same wherever the run's folder lies."""
+def _relevant_settings(run: DictConfig) -> dict[str, Any]:
+    """Return the settings of a run that influence a mask, the same wherever the run's folder is."""
     folder = str(run.folder)
 
     def without(value: Any, leave: set[str]) -> Any:
@@ -373,20 +329,15 @@ def _what_matters(run: DictConfig) -> dict[str, Any]:
     data = {key: value for key, value in plain["data"].items() if key != "datamodule"}
     data["source"] = plain["data"]["datamodule"]["source"]
     return {
-        "module": without(plain["module"], _NO_MATTER["module"]),
+        "module": without(plain["module"], _IRRELEVANT["module"]),
         "normalize": without(plain["normalize"], set()),
-        "data": without(data, _NO_MATTER["data"]),
+        "data": without(data, _IRRELEVANT["data"]),
     }
 
 
-def _plain(settings: Any) -> Any:
-    """A dataclass as a file would give it back."""
-    return None if settings is None else json.loads(json.dumps(dataclasses.asdict(settings)))
-
-
-def _explained(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "is too large for the memory; set inference.size=[512,512] or so, to predict it by windows"
+        return "is too large for the memory; set inference.size=[512,512], for example, to predict it by windows"
     return f"could not be predicted ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"

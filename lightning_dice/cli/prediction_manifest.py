@@ -1,4 +1,4 @@
-"""A folder of predictions: what it was made by, and what of it is done."""
+"""predictions.json in a folder of masks: the networks and settings that made them; which masks are finished."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.io import write_atomically
 
 MANIFEST = "predictions.json"
-SHOWN = 8  # differences in one message
+SHOWN = 8  # differences listed in one message
 
 
 @dataclass
 class Manifest:
-    """What the masks of a folder were made by, kept beside them as `predictions.json`.
+    """What made the masks of a folder, kept beside them as `predictions.json`.
 
-    All of them were made by the same networks and settings, or the folder would mix two methods. Their images may come
-    from several places.
+    All masks of a folder come from the same networks and settings. Their images may come from several folders.
 
     Attributes:
-        settings: plain values, everything that a mask hangs on; those of two commands are compared.
-        made_by: what else is worth knowing, such as paths and versions; not compared.
-        inputs: where the images were, absolute.
+        settings: everything that influences a mask, as plain values; a later command must have the same.
+        made_by: further information, such as paths and versions, which may differ.
+        inputs: absolute folders of the images.
     """
 
     settings: dict[str, Any]
@@ -34,7 +33,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """That of a folder, or `None` where there is none.
+        """Read the manifest of a folder; `None` if it has none.
 
         Raises:
             UserError: it cannot be read.
@@ -48,7 +47,7 @@ class Manifest:
             raise UserError(f"{path} cannot be read ({error}): choose another output, or overwrite=true") from error
 
     def write(self, folder: Path) -> None:
-        """Write it, whole or not at all.
+        """Write the manifest, whole or not at all.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -63,22 +62,22 @@ class Manifest:
 def prepare_folder(
     folder: Path, manifest: Manifest, files: Mapping[str, Sequence[Path]], *, overwrite: bool = False
 ) -> None:
-    """Make the folder ready for the masks of some images; those that it then holds are of these settings and images.
+    """Prepare a folder for masks, so that all masks in it have the same settings.
 
     Args:
-        folder: for the masks.
+        folder: where the masks go.
         manifest: of this command, with one input.
-        files: for each case, the masks that it may have; to overwrite, all that may have been made of it.
-        overwrite: remove those of these files that are there, whatever they were made by.
+        files: for each case, the mask files that it may have; to overwrite, all files that it may have.
+        overwrite: delete those of these files that exist, whatever made them.
 
     Raises:
-        UserError: there are masks of other settings or images, or of an unknown origin; or the folder cannot be made.
+        UserError: the folder holds masks from other settings or images, or of unknown origin, or cannot be written to.
     """
-    there = [path for group in files.values() for path in group if path.exists()]
+    existing = [path for group in files.values() for path in group if path.exists()]
     if overwrite:
-        # Not one by one as new ones are made: after an interruption old and new ones could not be told apart.
+        # All at once: after an interruption nobody could tell the old from the new ones.
         try:
-            for path in there:
+            for path in existing:
                 path.unlink()
         except OSError as error:
             raise UserError(f"cannot remove {path}: {error.strerror}") from error
@@ -86,24 +85,26 @@ def prepare_folder(
         return
     old = Manifest.read(folder)
     if old is None:
-        if there:
-            raise UserError(f"{len(there)} masks exist, such as {there[0]}; choose another output, or overwrite=true")
+        if existing:
+            raise UserError(
+                f"{len(existing)} masks exist, such as {existing[0]}; choose another output, or overwrite=true"
+            )
         manifest.write(folder)
         return
     changed = differences(old.settings, manifest.settings)
     if changed and not any(path.is_file() and path.name != MANIFEST for path in folder.rglob("*")):
-        manifest.write(folder)  # There is nothing that could mix.
+        manifest.write(folder)  # No masks that could be mixed.
         return
     if changed:
-        told = "\n  ".join([*changed[:SHOWN], *([f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
+        shown = "\n  ".join([*changed[:SHOWN], *([f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
         raise UserError(
-            f"the masks in {folder} were made by something else; choose another output, or overwrite=true:\n  {told}"
+            f"the masks in {folder} were made with other settings; choose another output, or overwrite=true:\n  {shown}"
         )
     if manifest.inputs[0] in old.inputs:
         return
-    if there:
+    if existing:
         raise UserError(
-            f"{len(there)} masks exist, such as {there[0]}, of the images in {', '.join(old.inputs)} and not in "
+            f"{len(existing)} masks exist, such as {existing[0]}, of the images in {', '.join(old.inputs)} and not in "
             f"{manifest.inputs[0]}; choose another output, or overwrite=true"
         )
     manifest.inputs = [*old.inputs, *manifest.inputs]
@@ -111,10 +112,10 @@ def prepare_folder(
 
 
 def is_finished(masks: Iterable[Sequence[Path]], images: Iterable[Path]) -> bool:
-    """Whether an image has its masks, none of them older than itself.
+    """Return whether an image has all its mask files, none older than the image.
 
     Args:
-        masks: for each format that they may have, the files.
+        masks: the files, for each format that they may have.
         images: the files of the image.
     """
     for group in masks:
@@ -125,12 +126,12 @@ def is_finished(masks: Iterable[Sequence[Path]], images: Iterable[Path]) -> bool
         try:
             return made >= max(path.stat().st_mtime for path in images)
         except OSError:
-            return True  # The image has gone; its mask has not.
+            return True  # The image was deleted, but not its mask.
     return False
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The settings in which two plain mappings differ, with both values.
+    """List the settings in which two plain mappings differ, with both values.
 
     >>> differences({"module": {"threshold": 0.5}, "format": None}, {"module": {"threshold": 0.3}, "format": None})
     ['module.threshold: 0.5 there, 0.3 now']
@@ -141,7 +142,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for part in found for line in part]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{name}.{i}")]
-    same = old == new or (old != old and new != new)  # NaN, which an image's nodata may be
+    same = old == new or (old != old and new != new)  # NaN, a possible nodata value
     return [] if same else [f"{name}: {_short(old)} there, {_short(new)} now"]
 
 

@@ -1,9 +1,9 @@
-"""Several processes, one run: the first decides what is trained, and the others start from that.
+"""Agree on the run that several processes train: the first process decides, the others get it from the first.
 
-Processes come from three places. Lightning starts those of this machine's other devices itself, with the parent's
-command line; an environment variable tells them the run instead, as that command line may hold a sweep. torchrun and
-srun start all processes alike, and on several machines a user may start one on each; there the first process tells the
-others through a store of torch.distributed, whichever file systems the machines have.
+Processes are started in three ways. Lightning starts one for each other device of this machine, with the parent's
+command line; as that may hold a sweep, they read the run from an environment variable instead. torchrun and srun start
+all processes alike, and on several machines a user may start one on each; then the first process sends the run through
+a store of torch.distributed, whether or not the machines share a file system.
 """
 
 from __future__ import annotations
@@ -15,58 +15,68 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.config import RUN_VARIABLE
 from lightning_dice.cli.errors import UserError
 
-# How long the first process may take to say what is trained: it composes a config and checks the data.
+# How long the others wait for a run, while the first process composes the config and checks the data.
 PATIENCE = timedelta(hours=2)
 
-# Seconds for which the first process waits at its end until the others know.
+# Seconds that the first process waits at its end for the others to notice.
 LINGER = 20.0
 
 _END = "end"
 
 
-class RunSpec(NamedTuple):
-    """What every process of a run starts from.
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: all that a process needs to train it.
 
     Attributes:
-        folder: of the run.
-        config: resolved, as YAML.
-        checkpoint: the path of the one to go on from, or `None`.
+        folder: where its files go.
+        config: resolved, plain values.
+        checkpoint: where training resumes; `None`: from the beginning.
     """
 
-    folder: str
-    config: str
-    checkpoint: str | None = None
+    folder: Path
+    config: DictConfig
+    checkpoint: Path | None = None
 
-    def text(self) -> str:
-        """To be sent to other processes."""
-        return json.dumps(self._asdict())
+    def to_json(self) -> str:
+        """Return the text that other processes get."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        config = OmegaConf.to_yaml(self.config)
+        return json.dumps({"folder": str(self.folder), "config": config, "checkpoint": checkpoint})
 
     @classmethod
-    def of(cls, text: str) -> RunSpec:
-        """What `text` has made."""
-        return cls(**json.loads(text))
+    def from_json(cls, text: str) -> RunSpec:
+        """Return the run that `to_json` described."""
+        values = json.loads(text)
+        checkpoint = values["checkpoint"]
+        config = cast("DictConfig", OmegaConf.create(values["config"]))
+        return cls(Path(values["folder"]), config, None if checkpoint is None else Path(checkpoint))
 
 
 def inherited_run_spec() -> RunSpec | None:
-    """What a process that Lightning has started is to train; `None` in every other process."""
+    """Return the run for a process that Lightning started; `None` in every other process."""
     text = os.environ.get(RUN_VARIABLE)
-    return RunSpec.of(text) if text and os.environ.get("LOCAL_RANK", "0") != "0" else None
+    return RunSpec.from_json(text) if text and os.environ.get("LOCAL_RANK", "0") != "0" else None
 
 
 class ProcessInfo(NamedTuple):
-    """Which of the processes that were started from outside this one is.
+    """The rank of this process among those that torchrun, srun or the user started.
 
     Attributes:
-        rank: from 0; the first decides.
-        processes: how many there are; `None`: a user started one on each machine, who knows how many.
-        kind: `""` (this is the only one), `"torchrun"`, `"srun"` or `"node"`.
+        rank: from 0, the process that decides.
+        processes: their number; `None` if the user started one on each machine, so that it is not known.
+        kind: `"torchrun"`, `"srun"`, `"node"` (by hand), or `""` for a single process.
     """
 
     rank: int
@@ -75,7 +85,7 @@ class ProcessInfo(NamedTuple):
 
 
 def process_info() -> ProcessInfo:
-    """This process's place, as Lightning will see it."""
+    """Return the rank of this process, as Lightning will see it."""
     environment = os.environ
     if inherited_run_spec() is not None:
         return ProcessInfo(0, 1, "")
@@ -96,29 +106,29 @@ def _environment() -> Any:
 
 
 class Rendezvous:
-    """How the first process tells the others what to train, run after run, until it ends.
+    """Sends runs, one after the other, from the first process to all others.
+
+    With a single process it does nothing.
 
     Args:
         process: this process.
-
-    A process alone has nobody to tell, and its channel does nothing.
     """
 
     def __init__(self, process: ProcessInfo) -> None:
         self.process = process
         self._runs = 0
-        self.told: str | None = None  # the folder of the run that the others train
+        self.announced: str | None = None  # the folder of the run that the other processes train
         # torchrun keeps its store when it starts the processes anew.
         self.prefix = f"lightning_dice/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other process."""
+        """Whether this is the only process."""
         return self.process.kind == "" or self.process.processes == 1
 
     @cached_property
     def store(self) -> Any:
-        """The store of torch.distributed that all processes reach; the first one waits here for nobody."""
+        """The store of torch.distributed that all processes reach. The first process does not wait for the others."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         if self.process.kind == "srun":
@@ -129,24 +139,24 @@ class Rendezvous:
             port = int(os.environ.get("MASTER_PORT", "12910"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return TCPStore(address, port, is_master=False, timeout=PATIENCE)
-        # Not the port itself, which is that of the training's own connection.
+        # Not MASTER_PORT itself, which the training's process group uses.
         port = port + 1 if port < 65535 else port - 1
         first = self.process.rank == 0
         return TCPStore(address, port, is_master=first, wait_for_workers=False, timeout=PATIENCE)
 
-    def tell(self, start: RunSpec) -> None:
-        """Let the others train the same, if this is the first process."""
+    def announce(self, run: RunSpec) -> None:
+        """Let the other processes train the run, if this is the first one."""
         if not self.alone and self.process.rank == 0:
-            self.store.set(f"{self.prefix}/{self._runs}", start.text())
+            self.store.set(f"{self.prefix}/{self._runs}", run.to_json())
             self._runs += 1
-            self.told = start.folder
+            self.announced = str(run.folder)
 
     def end(self, status: int) -> None:
-        """Let the others end, with this exit status, and wait a moment until they know."""
+        """Let the others exit with this status, and wait shortly until they have noticed."""
         if self.alone:
             return
         self.store.set(f"{self.prefix}/{self._runs}", json.dumps({_END: status}))
-        # Those that have not been heard of yet may still come, and would wait for this process.
+        # Others may still be starting up, and would wait for this process.
         others = None if self.process.processes is None else self.process.processes - 1
         end = time.monotonic() + LINGER
         while self.store.add(f"{self.prefix}/ended", 0) < (self._known() if others is None else others):
@@ -155,15 +165,15 @@ class Rendezvous:
             time.sleep(0.05)
 
     def _known(self) -> int:
-        """How many others have asked what to train."""
+        """How many others have asked for a run."""
         return int(self.store.add(f"{self.prefix}/others", 0))
 
-    def starts(self) -> Iterator[RunSpec]:
-        """What the first process tells, one run after the other.
+    def runs(self) -> Iterator[RunSpec]:
+        """Yield the runs that the first process announces.
 
         Raises:
-            SystemExit: with the first process's status, when it has ended with another one than 0.
-            UserError: it is not heard.
+            SystemExit: with the first process's status, if it exited with another one than 0.
+            UserError: the first process cannot be reached.
         """
         from torch.distributed import DistError
 
@@ -173,9 +183,9 @@ class Rendezvous:
                     self.store.add(f"{self.prefix}/others", 1)
                 text = self.store.get(f"{self.prefix}/{self._runs}").decode()
             except (DistError, RuntimeError) as error:
-                if self._runs:  # It has ended, and the store with it.
+                if self._runs:  # The first process has ended, and its store with it.
                     return
-                raise UserError(f"the first process did not say what to train: {error}") from error
+                raise UserError(f"the first process announced no run: {error}") from error
             self._runs += 1
             message = json.loads(text)
             if _END in message:
@@ -183,12 +193,12 @@ class Rendezvous:
                 if message[_END]:
                     raise SystemExit(message[_END])
                 return
-            yield RunSpec(**message)
+            yield RunSpec.from_json(text)
 
 
 @contextmanager
-def announce_exit(channel: Rendezvous) -> Iterator[None]:
-    """Tell the others when this process, the first one, has ended, and how."""
+def announce_exit(meeting: Rendezvous) -> Iterator[None]:
+    """Let the other processes exit as this one, the first, does."""
     status = 1
     try:
         yield
@@ -200,12 +210,12 @@ def announce_exit(channel: Rendezvous) -> Iterator[None]:
         status = 2
         raise
     finally:
-        with contextlib.suppress(Exception):  # What ended this process is the news.
-            channel.end(status)
+        with contextlib.suppress(Exception):  # The exception that ends this process matters more.
+            meeting.end(status)
 
 
 def leave_process_group() -> None:
-    """Close the connection of the processes: none may end while another still talks to it."""
+    """Leave the process group, as no process may exit while another still sends to it."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""What changes when a run is resumed."""
+"""Adapt a checkpoint to a run that is resumed with other settings, or from another folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_dice.library_internals.lightning import read_optimizers
 
 
 def update_checkpoint_paths(checkpoint: dict[str, Any], old: str | None, new: str) -> None:
-    """Let callbacks find their files where the run's folder lies now; ModelCheckpoint forgets its best score else."""
+    """Update the callbacks' paths after the run's folder has moved; else ModelCheckpoint forgets its best score."""
     if old is None or old == new:
         return
 
@@ -28,15 +28,15 @@ def update_checkpoint_paths(checkpoint: dict[str, Any], old: str | None, new: st
 def apply_optimizer_settings(
     checkpoint: dict[str, Any], module: L.LightningModule, *, rate_changed: bool = True
 ) -> None:
-    """Put the module's settings of optimizer and schedule in the place of those that a checkpoint holds.
+    """Replace the settings of optimizer and schedule in a checkpoint by the module's.
 
-    Both keep their settings in their state, so that a resumed training would silently go on with the old ones. The
-    schedule goes on as if it had been the new one from the start. One that follows a metric keeps its state.
+    Both keep their settings in their state, so that a resumed training would silently use the old ones. The schedule
+    continues as if it had been the new one from the start; one that follows a metric keeps its state.
 
     Args:
         checkpoint: changed in place.
-        module: which makes optimizer and schedule.
-        rate_changed: whether the learning rate is among what changed; if not, a lowered one stays.
+        module: creates the new optimizer and schedule.
+        rate_changed: whether the learning rate was changed; if not, a rate that a plateau has lowered stays.
     """
     optimizers, schedulers = read_optimizers(module.configure_optimizers())
     kept = {"params"}
@@ -44,10 +44,10 @@ def apply_optimizer_settings(
         scheduler = described["scheduler"] if isinstance(described, dict) else described
         if isinstance(scheduler, ReduceLROnPlateau):
             if not rate_changed:
-                kept.add("lr")  # It has been lowered, perhaps.
+                kept.add("lr")  # It may have been lowered.
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # That the optimizer has not stepped.
+            warnings.simplefilter("ignore")  # The optimizer has not stepped, which is fine here.
             for _ in range(state["last_epoch"]):
                 scheduler.step()
         checkpoint["lr_schedulers"][index] = scheduler.state_dict()

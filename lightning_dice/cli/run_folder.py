@@ -71,25 +71,28 @@ def exact_folder(path: str | Path) -> Path:
 
 
 def resolve_data(config: DictConfig) -> None:
-    """Let the data be found from any folder, and keep what their files say of them: see `configs.settle`.
+    """Make `data.root` absolute, and replace interpolations that read files of the data by their values.
 
     Raises:
-        UserError: a file that says something of the data cannot be read.
+        UserError: a file cannot be read.
     """
     if "data" in config and not OmegaConf.is_missing(config.data, "root") and config.data.get("root"):
         config.data.root = str(Path(config.data.root).expanduser().absolute())
     resolve_from_files(config)
 
 
-def save_config(folder: Path, config: DictConfig) -> None:
-    """Write the config as it is, and resolved to plain values.
+def save_config(folder: Path, config: DictConfig) -> DictConfig:
+    """Write the config with its interpolations, and resolved to plain values.
+
+    Returns:
+        The resolved config.
 
     Raises:
-        UserError: a value that is still missing, or an interpolation that leads nowhere.
+        UserError: a value is missing, or an interpolation cannot be resolved.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-        resolved = OmegaConf.to_yaml(config, resolve=True)
+        resolved = cast("DictConfig", OmegaConf.create(OmegaConf.to_container(config, resolve=True)))
     except Exception as error:
         unset = re.search(r"Missing mandatory value: (\S+)", str(error))
         if unset:
@@ -97,8 +100,9 @@ def save_config(folder: Path, config: DictConfig) -> None:
         raise UserError(f"config: {error}") from error
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
-    for name, text in ((TEMPLATE, OmegaConf.to_yaml(config)), (CONFIG, resolved)):
-        write_atomically(folder / name, partial(_write_text, text))
+    for name, content in ((TEMPLATE, config), (CONFIG, resolved)):
+        write_atomically(folder / name, partial(_write_text, OmegaConf.to_yaml(content)))
+    return resolved
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -106,10 +110,10 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
-    """The config of a run.
+    """Load the config of a run.
 
     Raises:
-        UserError: this is not a run's folder.
+        UserError: this is not a run's folder, or version 0.1 wrote it.
     """
     path = Path(folder).expanduser() / name
     if not path.is_file():
@@ -125,11 +129,11 @@ def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
 
 
 def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | None = None) -> DictConfig:
-    """The config of a run, with its interpolations, wherever its folder lies now.
+    """Load the config of a run with its interpolations, and apply overrides; the folder may have been moved.
 
     Args:
-        folder: of the run.
-        overrides: in Hydra's syntax, of values alone.
+        folder: the run's.
+        overrides: in Hydra's syntax; of values, not of groups.
         output: where files go from now on; by default the folder itself.
 
     Raises:
@@ -143,14 +147,14 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
 
 
 def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationModule:
-    """The module that a run's config describes, with fresh weights.
+    """Build the module that a run's config describes, with new weights.
 
     Args:
-        config: of the run.
-        trained: whether those of a checkpoint will replace them, so that none need be fetched.
+        config: the run's.
+        trained: whether the weights of a checkpoint will replace them, so that no pretrained ones need be downloaded.
 
     Raises:
-        UserError: a setting that it refuses.
+        UserError: a setting is refused.
     """
     described: Any = config.module
     if trained:
@@ -160,10 +164,10 @@ def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationMo
 
 
 def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
-    """The checkpoint of a run: `"best"`, `"last"`, or the path of a file.
+    """Find a checkpoint of a run: `"best"`, `"last"`, or the path of a file.
 
     Raises:
-        UserError: it is not there; the message says what is.
+        UserError: it does not exist; the message lists those that do.
     """
     if which not in ("best", "last"):
         path = Path(which).expanduser()
@@ -178,13 +182,13 @@ def find_checkpoint(folder: str | Path, which: str = "best") -> Path:
 
 
 def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path, checkpoint: Path) -> str | None:
-    """Let a module decide by `calibration=auto`, `none` or a file; see `lightning_dice.inference.find_postprocessing`.
+    """Apply `calibration=auto`, `none` or a file to a module; see `lightning_dice.inference.find_postprocessing`.
 
     Returns:
-        By what it now decides, to be told; `None` if there is no calibration.
+        A line to print, which names the calibration; `None` without one.
 
     Raises:
-        UserError: the file is not there, cannot be read, is that of another checkpoint, or does not fit the module.
+        UserError: the file does not exist, cannot be read, belongs to another checkpoint, or does not fit the module.
     """
     try:
         decision = find_postprocessing(folder, choice, checkpoint)
@@ -195,10 +199,10 @@ def calibrate(module: SegmentationModule, folder: str | Path, choice: str | Path
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that a run goes on from: the last one that is whole; `None` if the run has not saved any.
+    """Find the checkpoint to resume from, the newest intact one; `None` if the run has not saved any.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all checkpoints are damaged.
     """
     checkpoints = Path(folder).expanduser() / CHECKPOINTS
     remove_parts(checkpoints)
@@ -209,7 +213,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint, read without running any code that it may hold.
+    """Read a checkpoint without running code that it may contain.
 
     Raises:
         UserError: it cannot be read.
@@ -224,13 +228,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_weights(module: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint and see that its weights fit the module, before any of them is loaded.
+    """Read a checkpoint and check that its weights fit the module, without loading them.
 
     Returns:
         The checkpoint.
 
     Raises:
-        UserError: names the first weights that are missing, left over or of another shape.
+        UserError: names the first weights that are missing, unexpected or of another shape.
     """
     checkpoint = read_checkpoint(path)
     saved, own = checkpoint["state_dict"], module.state_dict()
@@ -244,10 +248,10 @@ def check_weights(module: nn.Module, path: str | Path) -> dict[str, Any]:
     if missing or extra or shapes:
         parts = [
             f"{len(keys)} {what}, such as {keys[0]}"
-            for keys, what in ((missing, "missing"), (extra, "left over"), (shapes, "of another shape"))
+            for keys, what in ((missing, "missing"), (extra, "unexpected"), (shapes, "of another shape"))
             if keys
         ]
         raise UserError(
-            f"{path} is of another architecture or number of classes than the config says: weights {'; '.join(parts)}"
+            f"{path} has another architecture or number of classes than the config: weights {'; '.join(parts)}"
         )
     return checkpoint

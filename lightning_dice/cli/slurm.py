@@ -1,4 +1,4 @@
-"""SLURM jobs that are requeued."""
+"""Jobs that SLURM requeues: where a job left its run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 
 class RequeuedJob:
-    """A job of a cluster that may be started again: SLURM requeues it under its number, with the same command line.
+    """The job this process runs in, which SLURM may requeue under its number, with the same command line.
+
+    Outside SLURM it does nothing.
 
     Args:
-        arguments: of the command line; a job may run several commands.
+        arguments: the command line, as one job may run several commands.
     """
 
     def __init__(self, arguments: list[str]) -> None:
@@ -26,8 +28,8 @@ class RequeuedJob:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             self.path = cache / "lightning_dice" / "jobs" / f"{cluster}-{number}-{command}"
 
-    def began(self, folder: Path) -> None:
-        """Note where the job's run lies; it goes on without the note, should that fail."""
+    def record(self, folder: Path) -> None:
+        """Record the folder of the job's run. Failing to write the record does not stop the run."""
         if self.path is None:
             return
         with contextlib.suppress(OSError):
@@ -38,7 +40,7 @@ class RequeuedJob:
             self.path.write_text(str(folder), encoding="utf-8")
 
     def earlier(self) -> Path | None:
-        """The folder of the run or sweep that this job began before it was started again."""
+        """Return the folder of the run or sweep that this job started before SLURM requeued it."""
         if self.path is None or not self.restarts or not self.path.is_file():
             return None
         folder = Path(self.path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Sweeps: trials that may fail, that are written down as they end, and that go on where they stopped.
+"""Sweeps whose trials may fail, are recorded as they end, and can be resumed.
 
-Hydra's sweeper says which trials there are and its launcher where they run. A trial leaves a record in its folder.
-Going on is replaying: the sweeper asks for all trials again, and those that have ended answer with what is recorded. As
-the sweepers are seeded, they ask for the same trials as if nothing had happened.
+Hydra's sweeper chooses the trials and its launcher where they run; each trial keeps a record in its folder. Resuming a
+sweep replays it: the sweeper, which is seeded, asks for the same trials again, and those that have ended return what
+was recorded.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import logging
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -33,19 +30,18 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.cli.command import hydra_quote
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
-from lightning_dice.io import number, write_atomically, write_csv
+from lightning_dice.cli.trial_tables import SWEEP, swept_parameters, trial_table, write_tables
+from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.hydra import parse_overrides
-from lightning_dice.trials import ERROR, RECORD, Trial, best_first, read_trial, read_trials, write_trial
+from lightning_dice.trials import ERROR, RECORD, Trial, read_trial, read_trials, write_trial
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
-SWEEP = "sweep.yaml"
 LOCK = ".lock"
-TABLE, PICTURE = "trials.csv", "trials.png"
 STUDY = "optuna.db"
 
-# What may change when a sweep goes on: where trials run, and how many there are.
+# What may change when a sweep is resumed: where trials run, and their number.
 _CHANGEABLE = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=")
 _PLUGINS = {
     "search": "hydra_plugins.hydra_optuna_sweeper",
@@ -55,12 +51,10 @@ _PLUGINS = {
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
 _OPTUNA = "hydra_optuna_sweeper"
-# Windows has no SIGUSR1.
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Sweep:
-    """A sweep's folder, as the process that leads the sweep sees it.
+    """The folder of a sweep, for the process that runs the sweep.
 
     Args:
         folder: absolute.
@@ -73,11 +67,11 @@ class Sweep:
 
     @property
     def path(self) -> Path:
-        """Where it is written what was swept."""
+        """The file with the sweep's command line."""
         return self.folder / SWEEP
 
     def settings(self) -> DictConfig:
-        """What was swept.
+        """Load the sweep's command line and swept keys.
 
         Raises:
             UserError: this is not the folder of a sweep.
@@ -86,19 +80,19 @@ class Sweep:
             raise UserError(f"{self.folder} is not the folder of a sweep: it has no {SWEEP}")
         settings = OmegaConf.load(self.path)
         if not isinstance(settings, DictConfig) or "arguments" not in settings:
-            raise UserError(f"{self.path} does not say what was swept: it has no arguments")
+            raise UserError(f"{self.path} is not the description of a sweep: it has no arguments")
         return settings
 
     def save(self, **settings: Any) -> None:
-        """Write what is swept."""
+        """Write the sweep's command line and swept keys."""
         text = OmegaConf.to_yaml(OmegaConf.create(settings))
         write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def hold(self) -> None:
-        """Keep others from going on with this sweep, as long as this process or one of its trials lives.
+        """Lock the sweep for as long as this process, or one of its trials, lives.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
@@ -109,25 +103,25 @@ class Sweep:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"the sweep {self.folder} is still running, or one of its trials is; processes of one that was "
-                    "killed need some seconds to end"
+                    f"the sweep {self.folder} is still running, or one of its trials is; the processes of a "
+                    "killed one take some seconds to end"
                 ) from None
             except OSError:
                 pass  # A file system without locks.
 
     @property
     def lock(self) -> tuple[int, ...]:
-        """What a trial's process must inherit to hold the sweep too."""
+        """The file descriptors that a trial's process must inherit to hold the lock too."""
         return () if self._lock is None or os.name == "nt" else (self._lock.fileno(),)
 
     def end(self) -> None:
-        """Note that the sweeper has no more trials."""
+        """Record that the sweeper has no more trials."""
         settings = self.settings()
         settings.finished = True
         self.save(**{str(key): value for key, value in settings.items()})
 
     def show(self) -> list[Trial]:
-        """Write table and picture, and print what the trials have reached; returns them."""
+        """Write table and picture, print the table, and return the trials."""
         trials = read_trials(self.folder)
         if trials:
             write_tables(self.folder)
@@ -138,33 +132,33 @@ class Sweep:
         return trials
 
 
-# The sweep that this process leads.
-_led: Sweep | None = None
+# The sweep that this process runs.
+_current: Sweep | None = None
 
 
 class SweepFolder(Callback):
-    """Hydra's hook at the beginning of a sweep: its folder is made, and says what is swept."""
+    """Hydra callback that makes the folder of a sweep and writes what is swept."""
 
     def __init__(self) -> None:
         register_resolvers()
 
     def __reduce__(self) -> tuple[type[SweepFolder], tuple[()]]:
-        # A process that a launcher starts gets this object before it composes a config with our resolvers.
+        # Unpickling must register our resolvers in a launcher's process, before it composes a config.
         return SweepFolder, ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Make the folder, or take up that of a sweep that goes on."""
-        global _led
+        """Make the folder, or use that of a resumed sweep."""
+        global _current
         with report_user_errors():
             _check_direction(config)
             folder = Path(config.hydra.sweep.dir).expanduser().absolute()
-            if _led is None or _led.folder != folder:
+            if _current is None or _current.folder != folder:
                 if (folder / SWEEP).is_file() or (folder.is_dir() and any(folder.iterdir())):
                     hint = f", or resume={folder}" if (folder / SWEEP).is_file() else ""
                     raise UserError(f"{folder} exists, and nothing is overwritten: choose a new folder{hint}")
-                _led = Sweep(folder)
-                _led.hold()
-            _led.save(
+                _current = Sweep(folder)
+                _current.hold()
+            _current.save(
                 version=_version(),
                 cwd=os.getcwd(),
                 arguments=sys.argv[1:],
@@ -172,15 +166,15 @@ class SweepFolder(Callback):
                 finished=False,
             )
             if _OPTUNA in str(config.hydra.sweeper._target_):
-                # Optuna 2 needs SQLAlchemy 1.4, which tells in every run that there is a second version.
+                # Optuna 2 needs SQLAlchemy 1.4, which prints in every run that version 2 exists.
                 os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
-                logging.getLogger("alembic").setLevel(logging.WARNING)  # It tells how it makes a database.
+                logging.getLogger("alembic").setLevel(logging.WARNING)  # It logs how it creates a database.
                 set_aside(folder / STUDY)
             print(f"sweep   {folder}", flush=True)
 
 
 def _check_direction(config: DictConfig) -> None:
-    """Optuna's own default would look for the worst Dice."""
+    """Check the direction of the search: Optuna's default would minimize Dice."""
     direction = config.hydra.sweeper.get("direction")
     mode = OmegaConf.select(config, "callbacks.checkpoint.mode")
     wanted = {"max": "maximize", "min": "minimize"}.get(str(mode))
@@ -202,7 +196,7 @@ def _version() -> str:
 
 
 def _swept(config: DictConfig) -> list[str]:
-    """The keys that the command line or the sweeper's settings give several values."""
+    """Return the keys to which the command line, or the sweeper's settings, give several values."""
     overrides = parse_overrides(config.hydra.overrides.task)
     given = [override.get_key_element().lstrip("+~") for override in overrides if override.is_sweep_override()]
     return list(dict.fromkeys([*(str(key) for key in config.hydra.sweeper.get("params") or {}), *given]))
@@ -218,91 +212,96 @@ def set_aside(path: Path) -> None:
 
 
 def is_sweep(folder: str | Path) -> bool:
-    """Whether a sweep has been here."""
+    """Return whether this is the folder of a sweep."""
     return (Path(folder).expanduser() / SWEEP).is_file()
 
 
 def replay_arguments(
     folder: str | Path, arguments: Iterable[str] = (), *, retry_failed: bool = False
 ) -> list[str] | None:
-    """Prepare a sweep to be replayed.
+    """Return the command line that replays a sweep.
 
     Args:
-        folder: of the sweep, wherever it lies now.
-        arguments: launcher and number of trials, if they change.
-        retry_failed: train anew the trials that failed. Their folders are kept, as `<number>.1`.
+        folder: the sweep's; it may have been moved.
+        arguments: another launcher or number of trials.
+        retry_failed: train the failed trials again. Their folders are kept as `<number>.1`.
 
     Returns:
-        The command line to run; `None` if the sweep is done, in which case its table has been printed.
+        The command line; `None` if all trials have ended.
 
     Raises:
-        UserError: this is no sweep, it is still running, or an argument would change its trials.
+        UserError: this is not a sweep, it is still running, or an argument would change its trials.
     """
-    global _led
+    global _current
     sweep = Sweep(Path(folder).expanduser().absolute())
     settings, changed = sweep.settings(), list(arguments)
     for argument in changed:
         if not argument.startswith(_CHANGEABLE):
             raise UserError(
-                f"{argument}: a sweep goes on as it began; only the launcher and the number of trials can change "
-                f"({', '.join(_CHANGEABLE)}..., retry_failed=true). One trial goes on by itself with "
+                f"{argument}: a sweep is resumed as it was started; only launcher and number of trials can change "
+                f"({', '.join(_CHANGEABLE)}..., retry_failed=true). Resume a single trial with "
                 f"resume={sweep.folder}/<number>"
             )
     failed = [trial for trial in read_trials(sweep.folder) if trial.status == "failed"]
     sweep.hold()
     if settings.get("finished") and not changed and not (retry_failed and failed):
-        _led = sweep
+        _current = sweep
         return None
     if settings.get("version") != _version():
-        print(f"this sweep was begun with version {settings.get('version')}; this is {_version()}", flush=True)
+        print(f"this sweep was started with version {settings.get('version')}; this is {_version()}", flush=True)
     for trial in failed if retry_failed else []:
         set_aside(sweep.folder / str(trial.number))
     cwd = settings.get("cwd")
     if cwd and Path(cwd).is_dir() and os.getcwd() != cwd:
-        # Where the arguments' relative paths begin, and modules of one's own lie.
+        # Relative paths in the arguments, and the user's own modules, are found from there.
         sys.path[:] = [cwd if path == os.getcwd() else path for path in sys.path]
         os.chdir(cwd)
-    _led = sweep
+    _current = sweep
     place = f"hydra.sweep.dir={hydra_quote(str(sweep.folder))}"
-    keys = {_key(argument) for argument in (*changed, place)}
-    return [*(a for a in settings.arguments if a.startswith("-") or _key(a) not in keys), *changed, place]
+    keys = {_setting_name(argument) for argument in (*changed, place)}
+    return [*(a for a in settings.arguments if a.startswith("-") or _setting_name(a) not in keys), *changed, place]
 
 
-def _key(argument: str) -> str:
+def _setting_name(argument: str) -> str:
     return argument.partition("=")[0]
 
 
 @contextmanager
 def report_trials() -> Iterator[None]:
-    """Tell what came of the sweep that has run within, if one has.
+    """Print the trials of the sweep that ran in this context, if any.
 
     Raises:
-        SystemExit: 1 if a trial failed, 130 after Ctrl-C; the rest is passed on.
+        SystemExit: 1 if a trial failed, 130 after Ctrl-C, or the status of another `SystemExit`.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        if _led is None:
+        if _current is None:
             raise
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
-        if _led.show():
-            print(f"the sweep was broken off; go on with: resume={_led.folder}", file=sys.stderr, flush=True)
-        elif _led.new:
-            shutil.rmtree(_led.folder)  # A mistake found before the first trial leaves nothing.
+        if _current.show():
+            print(f"the sweep was interrupted; continue with: resume={_current.folder}", file=sys.stderr, flush=True)
+        elif _current.new:
+            shutil.rmtree(_current.folder)  # A mistake found before the first trial leaves nothing.
         raise SystemExit(status) from None
-    if _led is not None:
-        _led.end()
-        if any(trial.status == "failed" for trial in _led.show()):
+    if _current is not None:
+        _current.end()
+        if any(trial.status == "failed" for trial in _current.show()):
             raise SystemExit(1)
 
 
+def lock_descriptors() -> tuple[int, ...]:
+    """Return the file descriptors of the running sweep's lock, for the processes of its trials."""
+    return () if _current is None else _current.lock
+
+
 def sweep_started() -> bool:
-    """Whether this process leads a sweep that has trials."""
-    return _led is not None and bool(read_trials(_led.folder))
+    """Return whether this process runs a sweep that has trials."""
+    return _current is not None and bool(read_trials(_current.folder))
 
 
 def missing_plugin(arguments: Iterable[str]) -> str | None:
-    """What to install for the sweeper or launcher that a command line names; `None` if it is there.
+    """Return how to install the sweeper or launcher that a command line names; `None` if nothing is missing.
 
     >>> missing_plugin(["hydra/launcher=basic", "loss.smooth=1"])
     """
@@ -327,20 +326,19 @@ def missing_plugin(arguments: Iterable[str]) -> str | None:
 def run_trial(
     folder: Path, overrides: Sequence[str], train: Callable[[], object], *, shared: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Train one trial, unless its record says that it has ended.
+    """Train one trial, unless its record shows that it has ended.
 
-    A trial that fails is recorded, and the sweep goes on.
+    A failure is recorded, and the sweep continues.
 
     Args:
-        folder: of the trial, in the sweep's folder and named by its number.
-        overrides: what it is trained with.
-        train: does it, in `folder`; goes on if something is there. It, or the process that it starts, calls
-            `callbacks.trials.conclude`.
-        shared: whether processes that others have started train it too. Where such a trial fails they are lost, and the
-            sweep ends with it.
+        folder: the trial's, in the sweep's folder and named by its number.
+        overrides: the trial's.
+        train: trains in `folder`, or resumes there. It, or a process that it starts, calls `trials.record_outcome`.
+        shared: returns whether processes started by torchrun or srun train the trial too. If such a trial fails they
+            are lost, and the sweep ends.
 
     Returns:
-        The value that the sweeper learns from; `None` if the trial failed or has none.
+        The value for the sweeper; `None` if the trial failed or has none.
 
     Raises:
         UserError: the record is of another trial.
@@ -348,14 +346,14 @@ def run_trial(
     """
     trial = read_trial(folder)
     if trial is None:
-        # Of what was being written when the machine stopped, or the process was killed, nothing is kept.
+        # Half-written files of a killed process are not kept.
         lost = (folder / RECORD).is_file() or list(folder.glob(".*.part*"))
         if not lost and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} exists, and nothing is overwritten: it has no {RECORD}")
         trial = Trial(int(folder.name), list(overrides))
     elif trial.overrides != list(overrides):
         raise UserError(
-            f"trial {trial.number} in {folder.parent} is {' '.join(trial.overrides)}, but the sweeper asks now for "
+            f"trial {trial.number} in {folder.parent} is {' '.join(trial.overrides)}, but the sweeper now asks for "
             f"{' '.join(overrides)}: nothing is overwritten. A sampler without a seed, or another version of the "
             "sweeper, cannot be replayed"
         )
@@ -363,23 +361,23 @@ def run_trial(
         print(f"trial {trial.number} is {trial.status}, as recorded", flush=True)
         return trial.value if trial.status != "failed" else None
     else:
-        trial = replace(trial, seconds=trial.seconds + _lived(folder, trial))
+        trial = replace(trial, seconds=trial.seconds + _trained_seconds(folder, trial))
     (folder / ERROR).unlink(missing_ok=True)
     write_trial(folder, replace(trial, started=time.time()))
     try:
         train()
-        _ended(folder)
+        _check_outcome(folder)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except SystemExit as error:
         if isinstance(error.code, int) and error.code > 128:
             raise  # By a signal: Ctrl-C, SIGTERM.
-        _failed(folder, f"exit status {error.code}")
+        _record_failure(folder, f"exit status {error.code}")
     except UserError as error:
-        _failed(folder, str(error))
+        _record_failure(folder, str(error))
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        _failed(folder, f"{type(error).__name__}: {first}".removesuffix(": "))
+        _record_failure(folder, f"{type(error).__name__}: {first}".removesuffix(": "))
         del error
         _free_memory()
     try:
@@ -393,19 +391,19 @@ def run_trial(
     return None if trial is None or trial.status == "failed" else trial.value
 
 
-def _lived(folder: Path, trial: Trial) -> float:
-    """How long a trial that was broken off had trained, in seconds: until it last wrote something."""
+def _trained_seconds(folder: Path, trial: Trial) -> float:
+    """Return the seconds that an interrupted trial had trained, until it last wrote a file."""
     times = [path.stat().st_mtime for path in (folder / "metrics.csv", folder / "checkpoints") if path.exists()]
     return max(0.0, max(times, default=trial.started) - trial.started)
 
 
-def _ended(folder: Path) -> None:
+def _check_outcome(folder: Path) -> None:
     trial = read_trial(folder)
     if trial is None or trial.status == "running":
         raise RuntimeError("the training ended without a result")
 
 
-def _failed(folder: Path, error: str) -> None:
+def _record_failure(folder: Path, error: str) -> None:
     """Record a failure, while the exception is being handled."""
     path, trial = folder / ERROR, read_trial(folder)
     if not path.is_file():
@@ -416,7 +414,7 @@ def _failed(folder: Path, error: str) -> None:
 
 
 def _free_memory() -> None:
-    """Give the next trial what one that ran out of memory had."""
+    """Free the memory of a trial that ran out of it, for the next one."""
     import gc
 
     import torch
@@ -424,168 +422,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
-
-
-def run_in_own_process(folder: Path) -> None:
-    """Train a trial by a process of its own, which starts those of the other devices.
-
-    Where one of a trial's processes fails, Lightning kills the one that started it, within seconds; that must not be
-    the one that leads the sweep.
-
-    Raises:
-        SystemExit: this process got a signal to end, and the trial's has ended.
-        UserError: the trial failed; what its processes said on standard error lies in `error.txt`.
-    """
-    # Lightning would take SLURM's job of one task for one that has started all processes.
-    jobs = ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME")  # by which the trial has it requeued
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in jobs}
-    command = [sys.executable, "-m", "lightning_dice.fit", f"resume={folder}"]
-    lock = () if _led is None else _led.lock
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, pass_fds=lock)
-    tail: list[bytes] = []
-    copying = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
-    copying.start()
-    signals: list[int] = []
-    with _passed_on(process, signals):
-        status = process.wait()
-    copying.join(timeout=5)  # Another of the trial's processes may live a little longer.
-    if signals:
-        raise SystemExit(128 + signals[0])
-    if status:
-        said = b"".join(tail).decode(errors="replace")
-        (folder / ERROR).write_text(said, encoding="utf-8")
-        ended = f"signal {-status}" if status < 0 else f"status {status}"
-        raise UserError(error_line(said) or f"the trial's process ended with {ended}")
-
-
-@contextmanager
-def _passed_on(process: subprocess.Popen[bytes], signals: list[int]) -> Iterator[None]:
-    """Pass signals on to a process, and note them, instead of ending."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        signals.append(number)
-        # Ctrl-C in a terminal has reached the process already, and a second one would keep it from saving.
-        if not (number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()):
-            process.send_signal(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = {number: signal.signal(number, pass_on) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _copy(stream: IO[bytes], tail: list[bytes], limit: int = 2000) -> None:
-    """Copy lines to standard error, and keep the last ones."""
-    for line in stream:
-        sys.stderr.write(line.decode(errors="replace"))
-        sys.stderr.flush()
-        tail.append(line)
-        del tail[:-limit]
-
-
-def error_line(text: str) -> str | None:
-    r"""The line of a program's last words that says what was wrong.
-
-    >>> error_line("Traceback ...\n  File ...\nValueError: smooth must be >= 0\n[rank 0] bye\n")
-    'ValueError: smooth must be >= 0'
-    >>> error_line("[rank1]: KeyError: 'a'\n[rank0]: RuntimeError: gloo: Connection reset by peer\n")
-    "KeyError: 'a'"
-    >>> error_line("error: data.root has no value\n")
-    'data.root has no value'
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = []
-    for line in lines:
-        if match := re.match(r"(?:\[rank\d+\]:? ?)?(?:error: (.+)|([\w.]+(?:Error|Exception)\b.*))", line):
-            found.append(match[1] or match[2])
-    # That the other process is gone is not why it went.
-    causes = [line for line in found if not re.search(r"gloo|NCCL|Connection (?:reset|closed|refused)", line)]
-    return next(reversed([*lines[-1:], *found, *causes]), None)
-
-
-def swept_parameters(sweep: Path, trials: Sequence[Trial]) -> list[str]:
-    """The keys that trials differ in, and those that were asked for."""
-    asked = [str(key) for key in Sweep(sweep).settings().get("swept") or []] if is_sweep(sweep) else []
-    parameters = [trial.parameters for trial in trials]
-    known = dict.fromkeys(key for given in parameters for key in given)
-    differ = [key for key in known if len({given.get(key) for given in parameters}) > 1]
-    return list(dict.fromkeys([*(key for key in asked if key in known), *differ]))
-
-
-def write_tables(sweep: Path) -> None:
-    """Write `trials.csv` and `trials.png` of the trials as they are now.
-
-    The table has a row for each trial: number, status, the best of what is watched (under its name, such as
-    `val/dice`), seconds, epochs, a column for each parameter that is swept, and the error.
-    """
-    trials = read_trials(sweep)
-    parameters = swept_parameters(sweep, trials)
-    value = next((trial.monitor for trial in trials if trial.monitor), "value")
-    rows = []
-    for trial in trials:
-        row = {"number": str(trial.number), "status": trial.status, "seconds": f"{trial.seconds:.1f}"}
-        row[value] = "" if trial.value is None else number(trial.value)
-        row["epochs"] = "" if trial.epochs is None else str(trial.epochs)
-        row["error"] = trial.error or ""
-        rows.append({**{key: trial.parameters.get(key, "") for key in parameters}, **row})
-    write_csv(sweep / TABLE, ["number", "status", value, "seconds", "epochs", *parameters, "error"], rows)
-    from lightning_dice.plotting.sweep_chart import draw_trials
-
-    draw_trials(sweep / PICTURE, trials, parameters)
-
-
-def trial_table(sweep: Path, trials: Sequence[Trial], parameters: Sequence[str]) -> Table:
-    """The table printed at the end of a sweep: best trials first.
-
-    Args:
-        sweep: the sweep's folder.
-        trials: in any order.
-        parameters: the keys that are swept.
-
-    Returns:
-        A rich table.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    value = next((trial.monitor for trial in trials if trial.monitor), "value")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("trial", value, *parameters, "epochs", "time", "status"):
-        table.add_column(name, justify="left" if name in ("status", *parameters) else "right")
-    ordered = best_first(trials)
-    best = ordered[0] if ordered and ordered[0].value is not None else None
-    for trial in ordered:
-        outcome = trial.status if trial.status != "running" else "broken off"
-        table.add_row(
-            str(trial.number),
-            "" if trial.value is None else f"{trial.value:.4f}",
-            *(Text(trial.parameters.get(key, "")) for key in parameters),
-            "" if trial.epochs is None else str(trial.epochs),
-            _clock(trial.seconds),
-            Text(f"{outcome}: {trial.error}" if trial.error else outcome, overflow="ellipsis", no_wrap=True),
-            style="bold" if trial is best else "red" if trial.status == "failed" else "",
-        )
-    whole, paths = Table.grid(padding=(0, 0)), Table.grid(padding=(0, 2))
-    paths.add_column(style="dim", no_wrap=True)
-    paths.add_column(overflow="fold")
-    paths.add_row("sweep", Text(str(sweep), style="bold"))
-    if best is not None:
-        paths.add_row("best trial", Text(str(best.number)))
-    for label, name in (("trials", TABLE), ("picture", PICTURE)):
-        if (sweep / name).is_file():
-            paths.add_row(label, Text(name))
-    whole.add_row(table)
-    whole.add_row(paths)
-    return whole
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

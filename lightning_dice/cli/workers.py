@@ -1,8 +1,8 @@
-"""One list of cases, shared out among processes that need not talk to each other while they work.
+"""Divide a list of cases among processes that work on them independently.
 
-The first process makes the list and says what is in it; every process does the cases whose number is its own, counted
-by the number of processes; in the end the first hears what became of them. Processes come from torchrun or srun, or
-the first starts them on this machine with its own command line.
+The first process makes the list and sends it; process r of n works on the cases r, r + n, r + 2n ...; in the end the
+first process collects their reports. torchrun or srun start the processes, or the first one starts the others on this
+machine with its own command line.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from lightning_dice.cli.rendezvous import ProcessInfo, Rendezvous, process_info
 
 T = TypeVar("T")
 
-# Seconds between two looks at whether the others are done, or have died.
+# Seconds between checks whether the others are done, or have died.
 POLL = 0.2
 
 
 class WorkerPool:
-    """This process's part of the work, and what it hears of the others'.
+    """The processes that share the work, seen from one of them.
 
     Args:
-        processes: how many this machine's first process shall start, itself included; torchrun and srun have started
-            theirs already, and decide instead.
+        processes: how many work on this machine, this one included; ignored if torchrun or srun have started them.
         module: what `python -m` runs in the processes that are started.
-        arguments: of the command line.
+        arguments: their command line.
 
     Raises:
-        UserError: processes that were started by hand, one on each machine.
+        UserError: the processes were started by hand, one on each machine.
     """
 
     def __init__(self, processes: int, module: str, arguments: Sequence[str]) -> None:
@@ -47,25 +46,25 @@ class WorkerPool:
         if here.kind == "" and processes > 1:
             here = self._start(processes, module, arguments)
         self.rank, self.size = here.rank, here.processes or 1
-        self._channel = Rendezvous(here)
+        self._rendezvous = Rendezvous(here)
         self._done = 0
         if self.size > 1:
-            _ = self._channel.store  # Opened at once: the others may ask before this one has anything to say.
+            _ = self._rendezvous.store  # Opened at once, as the others may ask for it first.
 
     @property
     def first(self) -> bool:
-        """Whether this process decides and speaks for all."""
+        """Whether this process makes the list and reports for all."""
         return self.rank == 0
 
     def mine(self, cases: Sequence[T]) -> Sequence[T]:
-        """This process's part."""
+        """Return this process's part of the cases."""
         return cases[self.rank :: self.size]
 
     def agreed(self, decide: Callable[[], Any]) -> Any:
-        """What `decide`, called in the first process alone, returns: plain values, the same in all of them.
+        """Call `decide` in the first process only, and return its plain values in all of them.
 
         Raises:
-            SystemExit: in the others, where it raised something in the first, which tells it.
+            SystemExit: in the others, if it raised an error in the first, which reports it.
         """
         if self.size == 1:
             return decide()
@@ -76,30 +75,30 @@ class WorkerPool:
                 return message["value"]
             finally:
                 self._set("agreed", message)
-        message = json.loads(self._channel.store.get(self._key("agreed")).decode())
+        message = json.loads(self._rendezvous.store.get(self._key("agreed")).decode())
         if "value" not in message:
             raise SystemExit(0)
         return message["value"]
 
     def count(self, number: int = 1) -> int:
-        """Note that cases are done; how many are, by all processes."""
+        """Count cases as done; return how many all processes have done."""
         if self.size == 1:
             self._done += number
             return self._done
         try:
-            return int(self._channel.store.add(self._key("done"), number))
+            return int(self._rendezvous.store.add(self._key("done"), number))
         except RuntimeError as error:
-            raise UserError(f"process {self.rank} no longer reaches the first one: {error}") from error
+            raise UserError(f"process {self.rank} has lost its connection to the first one: {error}") from error
 
-    def end(self, report: Any, progress: Callable[[], None] = lambda: None) -> list[Any]:
-        """Say what became of this process's part.
+    def collect(self, report: Any, progress: Callable[[], None] = lambda: None) -> list[Any]:
+        """Send the report of this process to the first one, which waits for all.
 
         Args:
             report: plain values.
-            progress: called now and then while the first process waits.
+            progress: called repeatedly while the first process waits.
 
         Returns:
-            In the first process the report of each, `None` of one that has died; in the others nothing.
+            In the first process the report of each process, `None` for one that died; in the others an empty list.
         """
         if self.size == 1:
             return [report]
@@ -111,17 +110,17 @@ class WorkerPool:
         while waiting:
             dead = {rank for rank in waiting if self.started and self.started[rank - 1].poll() is not None}
             for rank in sorted(waiting):
-                if self._channel.store.check([self._key(f"report/{rank}")]):
-                    reports[rank] = json.loads(self._channel.store.get(self._key(f"report/{rank}")).decode())
+                if self._rendezvous.store.check([self._key(f"report/{rank}")]):
+                    reports[rank] = json.loads(self._rendezvous.store.get(self._key(f"report/{rank}")).decode())
                     waiting.discard(rank)
-            # Looked at before the reports: what died since may have reported.
+            # Checked before the reports: a process that died since may have reported.
             waiting -= dead
             progress()
             time.sleep(POLL if waiting else 0)
         return reports
 
     def close(self) -> None:
-        """End the processes that this one has started, should any still run."""
+        """Terminate the processes that this one started, if any still run."""
         for process in self.started:
             if process.poll() is None:
                 process.terminate()
@@ -134,7 +133,7 @@ class WorkerPool:
     def _start(self, processes: int, module: str, arguments: Sequence[str]) -> ProcessInfo:
         port = _free_port()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Read when torch is imported, here too: else each process would take all cores.
+        # Set before torch is imported, here too, or else each process would use all cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
         for rank in range(1, processes):
@@ -144,16 +143,16 @@ class WorkerPool:
         return ProcessInfo(0, processes, "torchrun")
 
     def _key(self, name: str) -> str:
-        return f"{self._channel.prefix}/shares/{name}"
+        return f"{self._rendezvous.prefix}/shares/{name}"
 
     def _set(self, name: str, value: Any) -> None:
-        store = self._channel.store
+        store = self._rendezvous.store
         store.set(self._key(name), json.dumps(value))
-        store.get(self._key(name))  # Heard back: it has arrived when this process ends.
+        store.get(self._key(name))  # Read back, so that it has arrived when this process exits.
 
 
 def _free_port() -> int:
-    """A port that is free, as is the one after it, where `Channel` opens its store."""
+    """Return a free port whose successor, where `Rendezvous` opens its store, is free too."""
     for _ in range(100):
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
@@ -163,4 +162,4 @@ def _free_port() -> int:
             except (OSError, OverflowError):
                 continue
             return port
-    raise UserError("there is no free port for the processes to meet at")
+    raise UserError("there is no free port for the processes to connect through")

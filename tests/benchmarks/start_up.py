@@ -25,14 +25,15 @@ if __name__ == "__main__": main()
 # A process that Lightning starts for another device, up to the moment in which it would wait for the first one.
 SECOND = """
 import os, sys
-from lightning_dice import fit, session
+from lightning_dice import fit
+from lightning_dice.cli import experiment
 
-def ready(self, checkpoint):
+def ready(self, *args, **kwargs):
     if len(sys.argv) > 1:
         open(sys.argv[1], "w").write(" ".join(sys.modules))
     os._exit(0)
 
-session.Session.fit = ready
+experiment.Experiment.print_start = ready
 fit.main()
 """
 
@@ -72,7 +73,8 @@ def second_process(folder: Path) -> None:
         config = hydra.compose("fit", overrides=[f"folder={folder}", "device=cpu", "trainer.devices=2"])
     config.trainer.strategy = "ddp"
     config.name = "start"
-    told = RunSpec(str(folder), OmegaConf.to_yaml(config, resolve=True)).text()
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    told = RunSpec(folder, resolved).to_json()
     environment = {RUN_VARIABLE: told, "LOCAL_RANK": "1"}
     second, imports, names = folder / "second.py", folder / "imports.py", folder / "names"
     second.write_text(SECOND)
