@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import math
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_dice.io import number, read_csv, write_atomically
+from lightning_dice.io import number, read_csv, write_atomically, write_csv
 from lightning_dice.report.provenance import INTERVAL, ScoreProvenance, package_versions
 from lightning_dice.scoring.summary import ScoreSummary, summarize
 from lightning_dice.scoring.table import ScoreTable, parse_rows
@@ -56,17 +55,12 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_summary_csv(path: Path, summaries: Sequence[ScoreSummary]) -> None:
     columns = ["score", "class", "unit", "mean", "low", "high", "median", "cases", "undefined", "absent"]
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            for line in summaries:
-                numbers = (line.mean, line.low, line.high, line.median)
-                counts = (line.cases, line.undefined, line.absent)
-                writer.writerow([line.score, line.name, line.unit, *map(number, numbers), *counts])
-
-    write_atomically(path, write)
+    rows = []
+    for line in summaries:
+        fields = {"class": line.name, **line._asdict()}
+        texts = {key: number(value) if isinstance(value, float) else str(value) for key, value in fields.items()}
+        rows.append({column: texts[column] for column in columns})
+    write_csv(path, columns, rows)
 
 
 def _summary_json(table: ScoreTable, summaries: Sequence[ScoreSummary], provenance: ScoreProvenance) -> str:
