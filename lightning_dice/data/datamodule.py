@@ -1,4 +1,4 @@
-"""From a source of cases to batches: augmentation, sampling, workers."""
+"""The datamodule: batches from a source of cases, with augmentation, sampling and workers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_dice.data.errors import DataError
 from lightning_dice.data.interfaces import Cases, Source, Split
 from lightning_dice.data.patches import PatchSampler
 from lightning_dice.data.samplers import EvalSampler, LazyDataLoader, TrainSampler, ignore_signals, seeded, start_method
-from lightning_dice.data.transforms import normalization_of
+from lightning_dice.data.transforms import fit_normalization
 from lightning_dice.library_internals.lightning import batch_progress, epoch_progress
 
 Augment = Callable[[Tensor, Tensor], Sequence[Tensor]]
 Normalize = Callable[[Tensor], Tensor]
 Maps = Mapping[str, Callable[[Tensor], Tensor]]
 
-# Which splits a stage of the Trainer reads.
+# The splits that each stage of the Trainer reads.
 STAGES: dict[str | None, tuple[Split, ...]] = {
     None: get_args(Split),
     "fit": ("train", "val"),
@@ -37,50 +37,50 @@ STAGES: dict[str | None, tuple[Split, ...]] = {
 
 
 class SegmentationData(lightning.LightningDataModule):
-    """Batches for training and evaluation from any `Source`, with a Trainer or without one.
+    """Batches for training and evaluation from any `Source`, with or without a Trainer.
 
-    **Training.** Each case, or each of its patches, goes through `augment`, then `normalize`; batches are shuffled
-    anew in each epoch and all of one length, the last few cases of an epoch being left out. The order and every random
-    choice of patches and of `augment` follow from the global seed (`lightning.seed_everything`, `torch.manual_seed`),
-    the epoch and the case: they are the same with any number of workers, and n processes with a batch of b see together
-    what one with n·b sees.
+    **Training.** Each case, or each of its patches, goes through `augment`, then `normalize`. Batches are reshuffled
+    every epoch and all have the same length; the last few cases of an epoch are dropped. The order and all random
+    choices of patches and `augment` are functions of the global seed (`lightning.seed_everything`,
+    `torch.manual_seed`), the epoch and the case: they do not depend on the number of workers, and n processes with
+    batches of b together see what one process with batches of n·b sees.
 
-    **Evaluation.** Whole images, each at its own size: a batch holds consecutive cases of one size, so nothing is
-    padded and no score depends on its neighbours. Several processes share the cases among them, each of
-    which is seen exactly once; the last batches may be shorter, or empty, so that all processes have equally many.
+    **Evaluation.** Whole images, each at its own size. A batch holds consecutive cases of one size, so nothing is
+    padded and no score depends on its neighbours. Several processes divide the cases among them and see each case
+    exactly once; the last batches may be shorter, or empty, so that all processes have equally many.
 
-    **Padding.** Inside `augment` a mask holds 1 + label, and 0 where the label is `ignore_index`. Geometric transforms
-    fill with 0 what lies outside the image, in crops, rotations and shifts alike, and these pixels come out as
-    ignored instead of as background. With `ignore_index=None` nothing is shifted, and they become label 0.
-    Soft labels, which are of floating point, are shifted in the same way.
+    **Padding.** Inside `augment` a mask holds 1 + label, and 0 where the label is `ignore_index`. Crops, rotations
+    and shifts fill the outside of the image with 0, so these pixels come out as ignored, not as background. With
+    `ignore_index=None` labels are not shifted, and the outside becomes label 0. Soft labels, which are floats, are
+    shifted in the same way.
 
-    The samplers share the work out by themselves, so the Trainer's `use_distributed_sampler` may have either value.
+    The samplers distribute the cases themselves; the Trainer's `use_distributed_sampler` may have either value.
 
     Args:
         source: where the cases come from.
-        batch_size: cases in a training batch, in each process.
-        num_workers: processes that load data, for each loader; `None`: one less than the cores available to each
-            training process, at most 8.
+        batch_size: cases in a training batch, per process.
+        num_workers: worker processes of each loader; `None`: one less than the cores available to each training
+            process, at most 8.
         augment: takes an image (`tv_tensors.Image`, `(channels, *space)`) and a mask (`tv_tensors.Mask`, int32, with or
-            without planes; float32 of soft labels) and returns both, as `torchvision.transforms.v2.Compose` does;
-            applied in training alone.
-        normalize: takes the image as a plain tensor and returns it; applied everywhere. Where it has a method `of`, as
-            `Standardize` does, it is `normalize.of(image)`, of the image before `augment`, that is applied after it.
+            without planes; float32 for soft labels) and returns both, as `torchvision.transforms.v2.Compose` does.
+            Applied in training only.
+        normalize: takes the image as a plain tensor and returns it. Applied everywhere. If it has a method `fit`, as
+            `Standardize` does, `normalize.fit(image)` of the image before `augment` is applied after `augment`.
         ignore_index: the label of pixels to be ignored.
         eval_batch_size: cases in a batch for validation, test and prediction; `None`: `batch_size`.
         pin_memory: copy batches to page-locked memory; `None`: if the Trainer uses a CUDA GPU.
-        patches: how patches are cut from the training cases, before `augment`; `None`: it gets them whole.
-        maps: functions of a mask by name, such as the distances that a loss needs: what they return of the mask of
-            each case, after augmentation, comes stacked in `Batch.maps`. They may be set until a loader is made;
-            prediction, which has no loss, does without.
+        patches: cuts patches from the training cases before `augment`; `None`: `augment` gets whole images.
+        maps: functions of a mask, by name, such as the distance maps that a loss needs. They are applied to each mask
+            after augmentation, and their results come stacked in `Batch.maps`. You can set them until a loader is
+            made; prediction, which has no loss, skips them.
 
     Attributes:
-        report: what `source.check()` found, once `prepare_data` has run; before, `None`.
+        report: the report of `source.check()`; `None` until `prepare_data` has run.
 
     Raises:
         ValueError: for a setting out of its range.
-        DataError: by `prepare_data` and `setup` for a split with too few cases; by a training loader for images that
-            cannot be stacked.
+        DataError: from `prepare_data` and `setup` for a split with too few cases; from a training loader for images
+            that cannot be stacked.
 
     >>> from lightning_dice.data.synthetic import SyntheticSource
     >>> data = SegmentationData(SyntheticSource(size=(32, 32), cases=(8, 3, 0)), batch_size=2, num_workers=0)
@@ -135,36 +135,35 @@ class SegmentationData(lightning.LightningDataModule):
         self.report: str | None = None
         self._cases: dict[Split, Cases | None] = {}
         self._train_sampler: TrainSampler | None = None
-        # Of a training that goes on: its seed, and the epoch that was broken off with the batches done in it.
+        # When a run is resumed: its seed, the interrupted epoch and the batches already done in it.
         self._resumed: dict[str, int] | None = None
 
     def add_maps(self, maps: Maps) -> None:
-        """Compute these too, beside what `maps` has already: a module asks for what its loss needs."""
+        """Add to `maps`; a module requests the maps that its loss needs."""
         self.maps = {**(self.maps or {}), **maps}
 
     def prepare_data(self) -> None:
-        """Check the source and show what was found; once, however often it is called.
+        """Check the source and log its report. Does so once, however often it is called.
 
         Raises:
-            DataError: what the source found wrong.
-            DataError: if the training split is smaller than one batch.
+            DataError: the source found problems, or the training split is smaller than one batch.
         """
         if self.report is not None:
             return
         report = self.source.check()
-        if (train := self._open("train")) is not None:
+        if (train := self._open_split("train")) is not None:
             self._check_train(train)
         self.report = report
         rank_zero_info(report)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits that a stage reads: `"fit"`, `"validate"`, `"test"`, `"predict"`, or all of them.
+        """Open the splits of a stage, `"fit"`, `"validate"`, `"test"` or `"predict"`; `None`: all splits.
 
         Raises:
-            DataError: if the training split is smaller than one batch for each process, or another one empty.
+            DataError: the training split is smaller than one batch per process, or another split is empty.
         """
         for name in STAGES[stage]:
-            cases = self._open(name)
+            cases = self._open_split(name)
             if cases is None:
                 if stage is not None and name == STAGES[stage][0]:
                     raise DataError(f"the data has no {name} split, which {stage} needs")
@@ -176,39 +175,39 @@ class SegmentationData(lightning.LightningDataModule):
         self._train_sampler = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Augmented, shuffled batches of `batch_size`."""
-        cases = self._split("train")
+        """Return a loader of augmented, shuffled batches of `batch_size`."""
+        cases = self._cases_of("train")
         if cases is None:
             raise DataError("the data has no train split")
         if self._train_sampler is None:
-            # A loader made anew for each epoch goes on where the last one stopped.
+            # All loaders share one sampler, so that a new loader for each epoch continues the order.
             resumed, self._resumed = self._resumed or {}, None
             self._train_sampler = TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
             if resumed:
-                self._go_on(self._train_sampler, resumed)
+                self._skip_seen_cases(self._train_sampler, resumed)
         return self._loader(
             LazyDataLoader,
-            _TrainItems(cases, self._prepare(self.augment, self.maps)),
+            _TrainItems(cases, self._preprocessing(self.augment, self.maps)),
             sampler=self._train_sampler,
             batch_size=self.batch_size,
-            drop_last=True,  # batch normalization fails on a single image, and weighs few ones too much
-            collate_fn=_stack,
+            drop_last=True,  # batch normalization fails on a single image, and overweights a few
+            collate_fn=_collate,
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Whole images of the validation split; an empty list if there is none."""
+        """Return a loader of whole validation images, or an empty list if there is no such split."""
         return self._eval_loader("val", self.maps)
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Whole images of the test split; an empty list if there is none."""
+        """Return a loader of whole test images, or an empty list if there is no such split."""
         return self._eval_loader("test", self.maps)
 
     def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Whole images of the test split; an empty list if there is none."""
+        """Return a loader of whole test images, or an empty list if there is no such split."""
         return self._eval_loader("test", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training data are: the seed, and the batches done of an epoch that has not ended."""
+        """Return the position in the training data: the seed, and the batches done of an unfinished epoch."""
         if self._train_sampler is None or self.trainer is None:
             return {}
         epoch, batch = epoch_progress(self.trainer), batch_progress(self.trainer)
@@ -221,47 +220,47 @@ class SegmentationData(lightning.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training go on there; the Trainer calls this with what a checkpoint holds."""
+        """Resume the next training at this position; the Trainer calls this with the state in a checkpoint."""
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resumed = dict(state_dict)
 
-    def _go_on(self, sampler: TrainSampler, resumed: dict[str, int]) -> None:
-        """Let a sampler pass over what was seen of an epoch, by all processes together."""
+    def _skip_seen_cases(self, sampler: TrainSampler, resumed: dict[str, int]) -> None:
+        """Skip the cases of the interrupted epoch that all processes together have seen."""
         now = self.batch_size * sampler.num_replicas
         before = resumed["batches"] * resumed["step"]
         if before and resumed["step"] != now:
             rank_zero_warn(
-                f"the epoch was broken off at {resumed['step']} images in a batch of all processes, and goes on with "
-                f"{now}: this epoch is not exact, and may not be validated"
+                f"the epoch was interrupted with {resumed['step']} images in a batch of all processes, and resumes "
+                f"with {now}: this epoch is not exact, and may not be validated"
             )
         sampler.skip = resumed["epoch"], before // sampler.num_replicas
 
     def _eval_loader(self, name: Split, maps: Maps | None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        cases = self._split(name)
+        cases = self._cases_of(name)
         if cases is None:
             return []
         # The sampler yields whole batches and the data set stacks them. Lightning would replace a `batch_sampler`
         # with one that pads the last batches with duplicates.
         return self._loader(
             DataLoader,
-            _EvalBatches(cases, self._prepare(None, maps)),
+            _EvalBatches(cases, self._preprocessing(None, maps)),
             sampler=EvalSampler(cases, *self._world(), batch_size=self.eval_batch_size),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
         )
 
-    def _open(self, name: Split) -> Cases | None:
+    def _open_split(self, name: Split) -> Cases | None:
         cases = self.source.split(name)
-        return cases if cases is None or name != "train" or self.patches is None else self.patches.of(cases)
+        return cases if cases is None or name != "train" or self.patches is None else self.patches.cut(cases)
 
-    def _split(self, name: Split) -> Cases | None:
+    def _cases_of(self, name: Split) -> Cases | None:
         if name not in self._cases:
             raise RuntimeError(f"the {name} split is not open: call setup() first")
         return self._cases[name]
 
-    def _prepare(self, augment: Augment | None, maps: Maps | None) -> Callable[[Sample], _Prepared]:
+    def _preprocessing(self, augment: Augment | None, maps: Maps | None) -> Callable[[Sample], _Item]:
         return partial(
-            _prepared,
+            _preprocess,
             augment=augment,
             normalize=self.normalize,
             ignore_index=self.ignore_index,
@@ -291,9 +290,9 @@ class SegmentationData(lightning.LightningDataModule):
         return max(0, min(8, cores // processes - 1))
 
     def _world(self) -> tuple[int, int]:
-        """How many processes share the data, and which of them this is."""
+        """Return the number of processes that share the data, and the rank of this one."""
         if self.trainer is not None:
-            # The strategy knows which processes see different data; with a model split over GPUs not all of them do.
+            # The strategy knows which processes see different data: if a model is split over GPUs, not all do.
             shares = self.trainer.distributed_sampler_kwargs or {}
             return shares.get("num_replicas", 1), shares.get("rank", 0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -301,7 +300,7 @@ class SegmentationData(lightning.LightningDataModule):
         return 1, 0
 
     def _seed(self) -> int:
-        """The seed last given to torch, of the first process: without one, each process has another."""
+        """Return the first process's torch seed: unless the user sets one, every process has another."""
         seed = [torch.initial_seed()]
         if self.trainer is not None:
             return self.trainer.strategy.broadcast(seed[0])
@@ -322,8 +321,8 @@ class SegmentationData(lightning.LightningDataModule):
         )
 
 
-class _Prepared(NamedTuple):
-    """A sample as it enters a batch."""
+class _Item(NamedTuple):
+    """A sample, ready to be stacked into a batch."""
 
     image: Tensor
     mask: Tensor
@@ -332,17 +331,17 @@ class _Prepared(NamedTuple):
     spacing: tuple[float, ...] | None
 
 
-def _prepared(
+def _preprocess(
     sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None, maps: Maps
-) -> _Prepared:
+) -> _Item:
     image, mask, case, spacing, whole = sample
-    # A part of an image is to look as it does in the whole, which prediction sees.
+    # Prediction sees the whole image, so a part is normalized by the statistics of the whole.
     if normalize is not None and whole is not None:
         normalize = whole.normalization(normalize)
     elif normalize is not None and augment is not None:
-        normalize = normalization_of(normalize, image)
+        normalize = fit_normalization(normalize, image)
     if augment is not None:
-        image, mask = _augmented(augment, image, mask, ignore_index)
+        image, mask = apply_augment(augment, image, mask, ignore_index)
     if normalize is not None:
         shape, image = tuple(image.shape), normalize(image)
         if tuple(image.shape) != shape:
@@ -351,12 +350,29 @@ def _prepared(
                 f"normalize must keep the shape (channels, *space) of an image, {shape}, got {tuple(image.shape)}: "
                 f"give it one value for each of the {shape[0]} channels (data.channels), or choose normalize=image"
             )
-    return _Prepared(image, mask, case, {name: make(mask) for name, make in maps.items()}, spacing)
+    return _Item(image, mask, case, {name: make(mask) for name, make in maps.items()}, spacing)
 
 
-def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    # int32 holds 1 + any label, and torchvision's detour over float32 is exact up to 2**24. Soft labels are looked up
-    # and not interpolated, as the ignored label must not mix with them; the shift costs them 6e-8.
+def apply_augment(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Augment an image and its mask, so that pixels from outside the image become `ignore_index`.
+
+    Args:
+        augment: as for `SegmentationData`.
+        image: `(channels, *space)`.
+        mask: `(*space)` or `(classes, *space)`.
+        ignore_index: the ignored label; `None`: pixels from outside become label 0.
+
+    Returns:
+        Image and mask as plain tensors; the mask in its own dtype, or int64 if that cannot hold `ignore_index`.
+
+    >>> from torchvision.transforms import v2
+    >>> apply_augment(v2.Pad(1), torch.ones(1, 1, 1), torch.ones(1, 1, dtype=torch.uint8), ignore_index=255)[1]
+    tensor([[255, 255, 255],
+            [255,   1, 255],
+            [255, 255, 255]], dtype=torch.uint8)
+    """
+    # int32 holds 1 + any label, and torchvision's detour through float32 is exact up to 2**24. Soft labels must be
+    # sampled by nearest neighbour, or the ignored label would mix with them; the shift costs them 6e-8.
     shifted = mask if mask.is_floating_point() else mask.to(torch.int32)
     if ignore_index is not None:
         shifted = (shifted + 1).masked_fill(shifted == ignore_index, 0)
@@ -371,46 +387,46 @@ def _augmented(augment: Augment, image: Tensor, mask: Tensor, ignore_index: int 
     return image, (shifted - 1).masked_fill(shifted == 0, ignore_index).to(dtype)
 
 
-class _TrainItems(Dataset[_Prepared]):
-    def __init__(self, cases: Cases, prepare: Callable[[Sample], _Prepared]) -> None:
+class _TrainItems(Dataset[_Item]):
+    def __init__(self, cases: Cases, preprocess: Callable[[Sample], _Item]) -> None:
         self.cases = cases
-        self.prepare = prepare
+        self.preprocess = preprocess
 
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> _Prepared:
-        if isinstance(key, int):  # from a sampler of Lightning's, which puts one in to overfit a few batches
-            return self.prepare(self.cases[key])
+    def __getitem__(self, key: int | tuple[int, int]) -> _Item:
+        if isinstance(key, int):  # from the sampler that Lightning puts in for `overfit_batches`
+            return self.preprocess(self.cases[key])
         index, seed = key
-        with seeded(seed):  # Cases may draw too: a patch, say.
-            return self.prepare(self.cases[index])
+        with seeded(seed):  # `cases` may draw random numbers too, such as the position of a patch.
+            return self.preprocess(self.cases[index])
 
 
 class _EvalBatches(Dataset[Batch]):
-    def __init__(self, cases: Cases, prepare: Callable[[Sample], _Prepared]) -> None:
+    def __init__(self, cases: Cases, preprocess: Callable[[Sample], _Item]) -> None:
         self.cases = cases
-        self.prepare = prepare
+        self.preprocess = preprocess
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, key: int | list[int]) -> Batch:
         indices = [key] if isinstance(key, int) else key
-        # No image, but of the shape and the maps that one has.
-        batch = _stack([self.prepare(self.cases[i]) for i in indices or [0]])
+        # An empty batch gets the shapes and maps of the first case.
+        batch = _collate([self.preprocess(self.cases[i]) for i in indices or [0]])
         if indices:
             return batch
-        return Batch(batch.image[:0], batch.mask[:0], [], {name: values[:0] for name, values in batch.maps.items()})
+        return batch.select(slice(0))
 
 
-def _stack(samples: Sequence[_Prepared]) -> Batch:
+def _collate(samples: Sequence[_Item]) -> Batch:
     shapes = {tuple(s.image.shape) for s in samples}
     if len(shapes) > 1:
         found = ", ".join(f"{s.case}: {'x'.join(map(str, s.image.shape[1:]))}" for s in samples)
         raise DataError(
-            f"the images of a training batch must share one size, got {found}: crop them to one (data.patch_size=[256,256]), "
-            f"or set data.batch_size=1"
+            f"the images of a training batch must share one size, got {found}: crop them to one "
+            "(data.patch_size=[256,256]), or set data.batch_size=1"
         )
     return Batch(
         default_collate([s.image for s in samples]),
@@ -421,5 +437,5 @@ def _stack(samples: Sequence[_Prepared]) -> Batch:
     )
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

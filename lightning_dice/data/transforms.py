@@ -1,4 +1,4 @@
-"""What torchvision's transforms lack: a normalization by each image's own statistics, and intensities of any image."""
+"""Transforms that torchvision lacks: per-image standardization, and random intensities for any number of channels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Standardize(nn.Module):
 
     .. math:: y = \frac{x - \operatorname{mean}(x)}{\operatorname{std}(x)}
 
-    over the pixels of the channel, `std` being the uncorrected one. It needs no statistics of a data set, so that
-    an image seen later is treated as those in training were, whose crops have the statistics of the whole image. A
-    constant channel becomes zeros.
+    over the pixels of the channel, with the uncorrected `std`. It needs no statistics of a data set. In training,
+    crops are standardized by the statistics of their whole image, as images are in prediction. A constant channel
+    becomes zeros.
 
     >>> Standardize()(torch.tensor([[[1.0, 3.0], [3.0, 1.0]], [[7.0, 7.0], [7.0, 7.0]]]))
     tensor([[[-1.,  1.],
@@ -37,10 +37,10 @@ class Standardize(nn.Module):
         Raises:
             ValueError: for an image of integers or without space axes.
         """
-        return self.of(image)(image)
+        return self.fit(image)(image)
 
-    def of(self, image: Tensor) -> Callable[[Tensor], Tensor]:
-        """What standardizes an image, for its parts: a crop comes out as it lies in the whole.
+    def fit(self, image: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the function that standardizes this image, to be applied to crops of it.
 
         Args:
             image: floating point, `(channels, *space)`.
@@ -49,7 +49,7 @@ class Standardize(nn.Module):
             ValueError: for an image of integers or without space axes.
 
         >>> image = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
-        >>> Standardize().of(image)(image[..., :1])
+        >>> Standardize().fit(image)(image[..., :1])
         tensor([[[-1.],
                  [ 1.]]])
         """
@@ -60,14 +60,19 @@ class Standardize(nn.Module):
         pixels = image.flatten(1)
         mean = pixels.mean(1, keepdim=True)
         std = (pixels - mean).square().mean(1, keepdim=True).sqrt()
-        # The mean of equal numbers may differ from them in the last digit, which must not be blown up to ±1.
+        # The mean of equal numbers may differ from them in the last digit, which must not be scaled up to ±1.
         flat = std <= 4 * torch.finfo(image.dtype).eps * mean.abs()
         return _shift_and_scale(mean, std.masked_fill(flat, torch.inf))
 
-    def over(self, blocks: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-        """As `of`, of an image that comes in blocks `(channels, *space)`: one pass, in float64.
+    def fit_blocks(self, blocks: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+        """Do as `fit` for an image that comes in blocks `(channels, *space)`, in one pass in float64.
 
         Blocks are merged by their means and sums of squared deviations, which do not cancel as sums of squares do.
+
+        >>> image = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
+        >>> Standardize().fit_blocks(image.split(1, dim=1))(image[..., :1])
+        tensor([[[-1.],
+                 [ 1.]]])
         """
         count, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for block in blocks:
@@ -85,47 +90,59 @@ class Standardize(nn.Module):
 
 
 def _shift_and_scale(mean: Tensor, width: Tensor) -> Callable[[Tensor], Tensor]:
-    """Of images `(channels, *space)`, by numbers `(channels, 1)`."""
+    """Return `(image - mean) / width` for images `(channels, *space)`; both numbers are `(channels, 1)`."""
     return lambda part: ((part.flatten(1) - mean) / width).view(part.shape)
 
 
-def normalization_of(normalize: Callable[[Tensor], Tensor], image: Tensor) -> Callable[[Tensor], Tensor]:
-    """What `normalize` does to an image, as a function that may be given a part of it, or a changed one.
+def fit_normalization(normalize: Callable[[Tensor], Tensor], image: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function that `normalize` applies to this image, for crops and augmented versions of it.
 
-    A normalization by an image's own statistics has a method `of(image)` that returns such a function, as `Standardize`
-    does; others treat every pixel alike, and are returned as they are.
+    A normalization by an image's own statistics has a method `fit(image)` that returns such a function, as
+    `Standardize` does. Others treat all pixels alike and are returned unchanged.
+
+    >>> image = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
+    >>> both = v2.Compose([Standardize(), v2.Normalize([1.0], [2.0])])
+    >>> fit_normalization(both, image)(image[..., :1])
+    tensor([[[-1.],
+             [ 0.]]])
     """
     if isinstance(normalize, v2.Compose):
         parts = []
         for part in normalize.transforms:
-            parts.append(normalization_of(part, image))
+            parts.append(fit_normalization(part, image))
             image = parts[-1](image)
-        whole: Callable[[Tensor], Tensor] = v2.Compose(parts)
-        return whole
-    of: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = getattr(normalize, "of", None)
-    return normalize if of is None else of(image)
+        composed: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return composed
+    fit: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = getattr(normalize, "fit", None)
+    return normalize if fit is None else fit(image)
 
 
-def normalization_over(
+def fit_normalization_to_blocks(
     normalize: Callable[[Tensor], Tensor], blocks: Callable[[], Iterable[Tensor]]
 ) -> Callable[[Tensor], Tensor]:
-    """As `normalization_of`, of an image that comes in blocks, for which there is a method `over(blocks)`.
+    """Do as `fit_normalization` for an image that comes in blocks, by the method `fit_blocks` of `normalize`.
 
     Args:
-        normalize: of an image.
-        blocks: gives the blocks `(channels, *space)` from the first one on; called where statistics are needed.
+        normalize: takes an image and returns it normalized.
+        blocks: returns the blocks `(channels, *space)` from the first one on; called once for each normalization that
+            takes statistics.
+
+    >>> image = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])
+    >>> fit_normalization_to_blocks(Standardize(), lambda: image.split(1, dim=1))(image[..., :1])
+    tensor([[[-1.],
+             [ 1.]]])
     """
     if isinstance(normalize, v2.Compose):
         parts: list[Callable[[Tensor], Tensor]] = []
         for part in normalize.transforms:
-            parts.append(normalization_over(part, partial(_through, list(parts), blocks)))
-        whole: Callable[[Tensor], Tensor] = v2.Compose(parts)
-        return whole
-    over: Callable[[Iterable[Tensor]], Callable[[Tensor], Tensor]] | None = getattr(normalize, "over", None)
-    return normalize if over is None else over(blocks())
+            parts.append(fit_normalization_to_blocks(part, partial(_apply_to_blocks, list(parts), blocks)))
+        composed: Callable[[Tensor], Tensor] = v2.Compose(parts)
+        return composed
+    fit: Callable[[Iterable[Tensor]], Callable[[Tensor], Tensor]] | None = getattr(normalize, "fit_blocks", None)
+    return normalize if fit is None else fit(blocks())
 
 
-def _through(
+def _apply_to_blocks(
     functions: Sequence[Callable[[Tensor], Tensor]], blocks: Callable[[], Iterable[Tensor]]
 ) -> Iterator[Tensor]:
     for block in blocks():
@@ -135,17 +152,17 @@ def _through(
 class RandomIntensity(nn.Module):
     r"""Change brightness, contrast and gamma of an image at random.
 
-    torchvision's `ColorJitter` does this for one or three channels only; this one takes any number, and any number
-    of space axes. All channels change alike; the mask stays as it is.
+    Unlike torchvision's `ColorJitter`, which takes one or three channels, it takes any number of channels and space
+    axes. All channels change alike; masks are not changed.
 
     .. math:: y = c\,(x^{\gamma} - m) + m + b
 
     with :math:`m` the mean of :math:`x^{\gamma}`, clipped to [0, 1].
 
     Args:
-        brightness: `b` is drawn uniformly from -brightness to brightness, where black is 0 and white 1.
-        contrast: `c` is drawn uniformly from 1 - contrast to 1 + contrast.
-        gamma: `γ` is drawn from 1 / (1 + gamma) to 1 + gamma, its logarithm uniformly.
+        brightness: `b` is uniform in [-brightness, brightness], where black is 0 and white 1.
+        contrast: `c` is uniform in [1 - contrast, 1 + contrast].
+        gamma: `γ` is log-uniform in [1 / (1 + gamma), 1 + gamma].
 
     Raises:
         ValueError: for a negative setting, or a `contrast` above 1.
@@ -172,7 +189,7 @@ class RandomIntensity(nn.Module):
         self.gamma = gamma
 
     def forward(self, *inputs: Tensor) -> Tensor | Sequence[Tensor]:
-        """Change the images among the inputs, in [0, 1], and hand on all else, as torchvision's transforms do."""
+        """Change the images among the inputs, in [0, 1], and return all else unchanged, as torchvision does."""
         b, c, g = (torch.rand(3) * 2 - 1).tolist()
         outputs = [self._change(x, b, c, g) if isinstance(x, tv_tensors.Image) else x for x in inputs]
         return outputs[0] if len(outputs) == 1 else outputs
@@ -185,5 +202,5 @@ class RandomIntensity(nn.Module):
         return changed
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """Return the settings."""
         return f"brightness={self.brightness}, contrast={self.contrast}, gamma={self.gamma}"

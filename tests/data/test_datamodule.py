@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lightning_dice.data.batch import Batch, Sample
-from lightning_dice.data.datamodule import SegmentationData, _augmented
+from lightning_dice.data.datamodule import SegmentationData, apply_augment
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.samplers import EvalSampler, TrainSampler
 from lightning_dice.data.synthetic import SyntheticSource
@@ -138,7 +138,7 @@ def test_what_lies_outside_the_image_is_ignored(augment, filled, planes, dtype):
     image = torch.ones(1, 8, 8)
     found = 0
     for _ in range(5):
-        new, labels = _augmented(augment, image, mask, 255)
+        new, labels = apply_augment(augment, image, mask, 255)
         assert labels.dtype == dtype
         outside = labels == 255
         # With the nearest pixel taken, as these do or nearly, the image is black just there.
@@ -152,7 +152,7 @@ def test_what_lies_outside_the_image_is_ignored(augment, filled, planes, dtype):
 
 def test_without_an_ignored_label_the_outside_is_background():
     mask = torch.ones(4, 4, dtype=torch.uint8)
-    _, labels = _augmented(v2.Pad(1), torch.ones(1, 4, 4), mask, None)
+    _, labels = apply_augment(v2.Pad(1), torch.ones(1, 4, 4), mask, None)
     assert labels.sum() == 16
     assert labels.shape == (6, 6)
     assert labels.dtype == torch.uint8
@@ -164,7 +164,7 @@ def test_without_an_ignored_label_the_outside_is_background():
 )
 def test_every_label_survives(ignore_index, values, dtype):
     mask = torch.tensor([values], dtype=torch.uint8)
-    _, labels = _augmented(v2.Pad(1), torch.ones(1, 1, 3), mask, ignore_index)
+    _, labels = apply_augment(v2.Pad(1), torch.ones(1, 1, 3), mask, ignore_index)
     assert labels[1, 1:-1].tolist() == values
     assert labels[0].tolist() == [ignore_index] * 5
     assert labels.dtype == dtype

@@ -10,16 +10,25 @@ import pytest
 from volume_files import blob, folders, write
 
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.volumes import dataset_summary
+from lightning_dice.data.label_map import LabelMap
+from lightning_dice.data.volumes import dataset_summary, nifti
 from lightning_dice.data.volumes.fingerprint import CaseFacts, Fingerprint
-from lightning_dice.data.volumes.normalization import SCHEMES, Intensities, check_schemes, normalized, scheme_of
+from lightning_dice.data.volumes.normalization import (
+    SCHEMES,
+    Intensities,
+    normalize_intensities,
+    scheme_for_channel,
+    schemes_for_channels,
+)
+from lightning_dice.data.volumes.preprocessing import VolumePreprocessing
 from lightning_dice.data.volumes.sources import VolumeSource
 
-THREE = ["background", "front", "back"]
+LABELS = LabelMap.of_ids(["background", "front", "back"])
 
 
-def source(root, file=None, **settings) -> VolumeSource:
-    return VolumeSource(root, THREE, **{"fingerprint": file, "normalization": "CT", **settings})
+def source(root, file=None, normalization="CT", spacing="median", **settings) -> VolumeSource:
+    preprocessing = VolumePreprocessing(normalization, spacing)
+    return VolumeSource(root, LABELS, preprocessing=preprocessing, fingerprint=file, **settings)
 
 
 def test_intensities_are_those_of_the_training_foreground(tmp_path):
@@ -38,7 +47,7 @@ def test_ignored_voxels_and_too_many_are_left_out(tmp_path, monkeypatch):
         write(tmp_path / f"images/{split}/a.nii.gz", image)
         write(tmp_path / f"masks/{split}/a.nii.gz", mask)
     assert source(tmp_path).fingerprint().intensities[0].maximum == image[mask == 1].max()
-    monkeypatch.setattr(dataset_summary, "SAMPLED", 10)
+    monkeypatch.setattr(dataset_summary, "MAX_SAMPLED", 10)
     one, other = (source(tmp_path).fingerprint().intensities[0] for _ in range(2))
     assert one == other  # seeded
     assert one.minimum > image[mask == 1].min() or one.maximum < image[mask == 1].max()
@@ -61,7 +70,7 @@ class TestFile:
         def unread(*_: object) -> None:
             raise AssertionError("a case was read again")
 
-        monkeypatch.setattr(dataset_summary, "read_volume", unread)
+        monkeypatch.setattr(nifti, "read_volume", unread)
         assert source(root, file).check() == report
         for path in root.rglob("*.nii.gz"):
             os.utime(path, (1, 1))  # A copy: other times, the same content.
@@ -71,7 +80,7 @@ class TestFile:
     def test_a_change_is_noticed_and_the_statistics_stay(self, data):
         root, file = data
         source(root, file).check()
-        before, written = source(root, file).preparation(), file.read_bytes()
+        before, written = source(root, file).preprocessor(), file.read_bytes()
         image, _ = blob(9)
         write(root / "images/train/train1.nii.gz", image * 3)
         write(root / "images/train/new.nii.gz", image)
@@ -81,7 +90,7 @@ class TestFile:
         report = source(root, file).check()
         assert "the training cases are not those of" in report
         assert "1 added (new); 1 missing (train2); 1 changed (train1)" in report
-        assert source(root, file).preparation() == before
+        assert source(root, file).preprocessor() == before
         assert file.read_bytes() == written
         write(root / "masks/train/train1.nii.gz", np.full((10, 12, 8), 7, np.uint8))
         with pytest.raises(DataError, match="holds the values 7"):
@@ -107,18 +116,18 @@ class TestFile:
         assert not file.exists()
 
     @pytest.mark.parametrize("content", ["", "[]", '{"version": 0}', '{"version": 1, "channels": ["x"]}'])
-    def test_a_damaged_one_is_told(self, data, content):
+    def test_a_damaged_file_is_refused(self, data, content):
         root, file = data
         file.write_text(content)
-        told = "is a fingerprint of version 0" if "0" in content else "cannot be read"
-        with pytest.raises(DataError, match=rf"fingerprint\.json {told}"):
+        message = "is a fingerprint of version 0" if "0" in content else "cannot be read"
+        with pytest.raises(DataError, match=rf"fingerprint\.json {message}"):
             source(root, file).check()
 
-    def test_one_of_other_data_is_told(self, data):
+    def test_a_file_of_other_data_is_refused(self, data):
         root, file = data
         source(root, file).check()
-        with pytest.raises(DataError, match=r"is of 1 channels, data\.channels=2"):
-            source(root, file, channels=2).preparation()
+        with pytest.raises(DataError, match=r"has 1 channels, but data\.channels=2"):
+            source(root, file, channels=2).preprocessor()
 
     def test_without_foreground_there_is_no_ct(self, data):
         root, file = data
@@ -162,7 +171,7 @@ class TestSpacing:
     def test_a_setting_goes_before_the_median(self, tmp_path):
         folders(tmp_path, {"train": 2, "val": 1}, np.diag([1, 2, 3, 1.0]))
         spacings = [
-            source(tmp_path, spacing=wanted).preparation().spacing for wanted in ("median", [None, 5, None], None)
+            source(tmp_path, spacing=wanted).preprocessor().spacing for wanted in ("median", [None, 5, None], None)
         ]
         assert spacings == [(1, 2, 3), (1, 5, 3), None]
 
@@ -181,17 +190,22 @@ class TestNormalization:
         theirs = peer.get_normalization_scheme("zscore" if nonzero else scheme)(nonzero, vars(mine))
         seg = np.where(values != 0, 0, -1) if nonzero else None
         expected = theirs.run(values.copy(), seg)
-        np.testing.assert_allclose(normalized(values, scheme, mine), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(normalize_intensities(values, scheme, mine), expected, rtol=1e-4, atol=1e-5)
 
     def test_by_name(self):
-        assert [scheme_of(name) for name in ("ct", "T2", "noNORM", "pet")] == ["ct", "zscore", "nonorm", "zscore"]
-        assert check_schemes("CT", 2) == ("ct", "ct")
+        assert [scheme_for_channel(name) for name in ("ct", "T2", "noNORM", "pet")] == [
+            "ct",
+            "zscore",
+            "nonorm",
+            "zscore",
+        ]
+        assert schemes_for_channels("CT", 2) == ("ct", "ct")
         with pytest.raises(ValueError, match="or one for each of the 3 channels"):
-            check_schemes(["CT"], 3)
+            schemes_for_channels(["CT"], 3)
 
     def test_a_constant_volume_becomes_zeros(self):
-        assert not normalized(np.full((9, 9, 9), 0.1, np.float32), "zscore", None).any()
-        assert not normalized(np.zeros((3, 3, 3), np.float32), "zscore_nonzero", None).any()
+        assert not normalize_intensities(np.full((9, 9, 9), 0.1, np.float32), "zscore", None).any()
+        assert not normalize_intensities(np.zeros((3, 3, 3), np.float32), "zscore_nonzero", None).any()
 
     def test_rgb_out_of_range_names_the_file(self, tmp_path):
         folders(tmp_path, {"train": 1, "val": 1})

@@ -17,13 +17,15 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.data import NnunetSource
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.volumes.nnunet import label_map, read_dataset
+from lightning_dice.data.volumes.nnunet import make_label_map, read_dataset_json
+from lightning_dice.data.volumes.preprocessing import VolumePreprocessing
 
+AS_STORED = VolumePreprocessing(spacing=None)
 REGIONS = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
 
 
 def test_labels_channels_and_cases(tmp_path):
-    source = NnunetSource(nnunet(tmp_path, cases=5, channels=2), spacing=None, fractions=[0.6, 0.2, 0.2])
+    source = NnunetSource(nnunet(tmp_path, cases=5, channels=2), preprocessing=AS_STORED, fractions=[0.6, 0.2, 0.2])
     assert source.schemes == ("zscore", "ct")
     assert {split: len(cases) for split, cases in source.survey().cases.items()} == {"train": 3, "val": 1, "test": 1}
     sample = source.split("train")[0]
@@ -38,7 +40,7 @@ def test_labels_channels_and_cases(tmp_path):
 def test_version_1_and_the_decathlon(tmp_path):
     facts = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}
     (tmp_path / "dataset.json").write_text(json.dumps(facts))
-    assert read_dataset(tmp_path) == {
+    assert read_dataset_json(tmp_path) == {
         "channel_names": ["MRI"],
         "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
         "regions_class_order": None,
@@ -54,7 +56,7 @@ class TestRegions:
     def test_planes_and_what_is_written(self):
         """A region is a union of values; voxel by voxel the last region in the order stays, as nnU-Net paints them."""
         regions, order = {"whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}, [1, 2, 3]
-        labels = label_map({"background": 0, **regions}, order, 255)
+        labels = make_label_map({"background": 0, **regions}, order, 255)
         stored = np.random.default_rng(0).integers(0, 4, (4, 5, 6))
         planes = labels.encode([stored])
         for plane, region in zip(planes, regions.values(), strict=True):
@@ -71,7 +73,7 @@ class TestRegions:
         stored = np.array([[[0, 1], [2, 3]]] * 2, np.uint8)
         write(root / "imagesTr/c0_0000.nii.gz", stored)
         write(root / "labelsTr/c0.nii.gz", stored)
-        source = NnunetSource(root, fractions=[1, 0, 0], spacing=None)
+        source = NnunetSource(root, fractions=[1, 0, 0], preprocessing=AS_STORED)
         mask = source.split("train")[0].mask
         assert mask[:, 0].tolist() == [[[0, 1], [1, 255]], [[0, 0], [1, 255]]]
         assert source.reader.names("c0")[0].as_posix() == "c0.nii.gz"
@@ -80,7 +82,7 @@ class TestRegions:
         ("labels", "order", "message"),
         [
             ({"whole": [1, 2]}, [1], "labels must have a background of 0"),
-            ({"background": 0, "whole": [1, 2]}, None, "regions_class_order must be given"),
+            ({"background": 0, "whole": [1, 2]}, None, "regions_class_order must have a value for each of the regions"),
             ({"background": 0, "whole": [1, 2]}, [1, 2], "regions_class_order must have a value for each of the 1"),
             ({"background": 0, "a": "x"}, None, "labels must be a value or a list"),
             ({"background": 0, "a": [1, 2], "ignore": [3, 4]}, [1], "one value for ignore"),
@@ -90,7 +92,7 @@ class TestRegions:
     )
     def test_labels_that_cannot_be(self, labels, order, message):
         with pytest.raises(ValueError, match=message):
-            label_map(labels, order, 255)
+            make_label_map(labels, order, 255)
 
 
 def test_label_values_need_no_order():
@@ -108,7 +110,7 @@ class TestSplits:
         root = nnunet(tmp_path, cases=4)
         folds = [{"train": ["c0", "c1", "c2"], "val": ["c3"]}, {"train": ["c3", "c2"], "val": ["c0"]}]
         (root / "splits_final.json").write_text(json.dumps(folds))
-        source = NnunetSource(root, fold=1, spacing=None)
+        source = NnunetSource(root, fold=1, preprocessing=AS_STORED)
         assert [[pair.case for pair in source.split(split).pairs] for split in ("train", "val")] == [
             ["c2", "c3"],
             ["c0"],
@@ -138,15 +140,15 @@ class TestSplits:
         assert [[pair.case for pair in source.split(split).pairs] for split in ("val", "test")] == [["c2"], ["t7"]]
 
 
-def test_what_is_missing_is_told(tmp_path):
-    with pytest.raises(DataError, match=r"dataset\.json: there is no such file.*data=volumes"):
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"dataset\.json: does not exist.*data=volumes"):
         NnunetSource(tmp_path)
     for content, text in (
         ("{", "cannot be read as JSON"),
         ("[]", "must hold an object"),
         ('{"labels": {"background": 0}}', "must have an object channel_names"),
         ('{"channel_names": {"0": "R"}, "labels": {"background": 0, "a": 1}, "file_ending": ".png"}', "data=folder"),
-        ('{"channel_names": {"a": "R"}, "labels": {"background": 0}}', "no whole numbers"),
+        ('{"channel_names": {"a": "R"}, "labels": {"background": 0}}', "must have whole numbers"),
     ):
         (tmp_path / "dataset.json").write_text(content)
         with pytest.raises(DataError, match=text):
@@ -179,7 +181,7 @@ class TestConfig:
         )
         assert (data.channels, config.model.in_channels, config.model.out_channels) == (2, 2, 3)
         assert "${nnunet" not in OmegaConf.to_yaml(config)
-        assert config.data.datamodule.source.labels == {"background": 0, "front": 1, "back": 2}
+        assert config.data.datamodule.source.dataset_json.labels == {"background": 0, "front": 1, "back": 2}
 
     def test_each_may_be_overridden(self, tmp_path):
         root = nnunet(tmp_path / "data")
@@ -190,10 +192,10 @@ class TestConfig:
         assert (merged.data.classes, merged.data.activation, merged.data.exclude_classes) == (["all"], "sigmoid", [])
         renamed = self.composed(f"data.root={root}", "data.classes=[a,b,c]", "data.channel_names=[CT]")
         resolve_from_files(renamed)
-        assert (renamed.model.out_channels, renamed.data.datamodule.source.normalization) == (3, ["CT"])
+        assert (renamed.model.out_channels, renamed.data.datamodule.source.preprocessing.normalization) == (3, ["CT"])
 
-    def test_what_is_missing_is_told(self, tmp_path):
+    def test_what_is_missing_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"data\.root has no value: give data\.root="):
             resolve_from_files(self.composed())
-        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/dataset\.json: there is no such file"):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/dataset\.json: does not exist"):
             resolve_from_files(self.composed(f"data.root={tmp_path}"))

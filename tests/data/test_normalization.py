@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms import v2
 
 from lightning_dice.data import FolderSource, MaskFormat, PatchSampler, SegmentationData, Standardize
-from lightning_dice.data.images.windowed_tiff import LargeImage, normalized
+from lightning_dice.data.images.windowed_tiff import LargeImage
 
 SIDE, PART = 96, 32
 KINDS = {
@@ -72,7 +72,7 @@ def test_prediction_by_windows_normalizes_alike(root, monkeypatch):
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 1000)
     for normalize in KINDS.values():
         data = data_of(root, normalize)
-        image = normalized(LargeImage(root / "images/val/a.tif", data.source.image_format), normalize)
+        image = LargeImage(root / "images/val/a.tif", data.source.image_format).normalized(normalize)
         tile = next(iter(data.val_dataloader())).image[0]
         assert torch.equal(image[:, :PART, :PART], tile)
 
@@ -80,7 +80,9 @@ def test_prediction_by_windows_normalizes_alike(root, monkeypatch):
 def test_statistics_are_taken_once(root, monkeypatch):
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 1000)
     passes = []
-    monkeypatch.setattr(Standardize, "over", lambda self, blocks: passes.append(list(blocks)) or (lambda part: part))
+    monkeypatch.setattr(
+        Standardize, "fit_blocks", lambda self, blocks: passes.append(list(blocks)) or (lambda part: part)
+    )
     data = data_of(root, Standardize())
     for _ in range(2):
         assert len(list(data.train_dataloader())) == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from volume_files import folders
 
-from lightning_dice.data import MonaiAugment, PatchSampler, SegmentationData, VolumeSource
+from lightning_dice.data import LabelMap, MonaiAugment, PatchSampler, SegmentationData, VolumeSource
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.synthetic import SyntheticSource
 
@@ -50,7 +50,7 @@ class TestWhere:
     def test_the_share_around_foreground(self):
         torch.manual_seed(0)
         cases = Listed(sample(spots={(3, 10, 10): 1}))
-        patches = PatchSampler((4, 4, 4), oversample_foreground=0.4).of(cases)
+        patches = PatchSampler((4, 4, 4), oversample_foreground=0.4).cut(cases)
         there = np.mean([int(patches[0].mask.max()) == 1 for _ in range(600)])
         # Anywhere else holds it by a chance of at most (4/17)^3.
         assert there == pytest.approx(0.4 + 0.6 * (4 / 17) ** 3, abs=0.06)
@@ -58,7 +58,7 @@ class TestWhere:
     def test_classes_are_drawn_evenly_and_centred_on(self):
         torch.manual_seed(0)
         mask = {(5, 5, 5): 2, **{(15, y, z): 1 for y in range(20) for z in range(20)}}
-        patches = PatchSampler((5, 5, 5), oversample_foreground=1, ignore_index=255).of(Listed(sample(spots=mask)))
+        patches = PatchSampler((5, 5, 5), oversample_foreground=1, ignore_index=255).cut(Listed(sample(spots=mask)))
         found = [patches[0].mask for _ in range(300)]
         rare = [patch for patch in found if (patch == 2).any()]
         assert len(rare) / 300 == pytest.approx(0.5, abs=0.1)
@@ -66,7 +66,7 @@ class TestWhere:
 
     def test_ignored_voxels_are_no_foreground(self):
         torch.manual_seed(0)
-        patches = PatchSampler((2, 2, 2), oversample_foreground=1).of(
+        patches = PatchSampler((2, 2, 2), oversample_foreground=1).cut(
             Listed(sample(spots={(9, 9, 9): 255, (4, 4, 4): 1}))
         )
         assert all((patches[0].mask == 1).any() for _ in range(20))
@@ -76,7 +76,7 @@ class TestWhere:
         planes = torch.zeros(2, 20, 20, dtype=torch.uint8)
         planes[0, 4, 4], planes[1, 15, 15], planes[:, 0] = 1, 1, 255
         image = torch.rand(1, 20, 20)
-        patches = PatchSampler((3, 3), oversample_foreground=1).of(Listed(Sample(image, planes, "a")))
+        patches = PatchSampler((3, 3), oversample_foreground=1).cut(Listed(Sample(image, planes, "a")))
         found = torch.stack([patches[0].mask for _ in range(60)])
         assert found.shape == (60, 2, 3, 3)
         assert ((found == 1).sum((1, 2, 3)) == 1).all()
@@ -84,14 +84,14 @@ class TestWhere:
 
     def test_anywhere_means_everywhere_alike(self):
         torch.manual_seed(0)
-        patches = PatchSampler((4, 4), oversample_foreground=0).of(Listed(sample((6, 6))))
+        patches = PatchSampler((4, 4), oversample_foreground=0).cut(Listed(sample((6, 6))))
         counts = np.unique(starts(patches, 6, 900), axis=0, return_counts=True)[1]
         assert len(counts) == 9
         assert counts.min() > 60
 
     def test_a_small_image_lies_in_the_middle_and_its_margin_is_ignored(self):
         for foreground in (0.0, 1.0):
-            patches = PatchSampler((4, 9, 5), oversample_foreground=foreground).of(
+            patches = PatchSampler((4, 9, 5), oversample_foreground=foreground).cut(
                 Listed(sample((5, 4, 5), {(2, 2, 2): 1}))
             )
             patch = patches[0]
@@ -99,14 +99,14 @@ class TestWhere:
             assert inside.any((0, 2)).tolist() == [False] * 2 + [True] * 4 + [False] * 3
             assert int(inside.sum()) == 4 * 4 * 5
             assert torch.equal(patch.image[0, :, 0], patch.image[0, :, 2])  # the border is repeated
-        plain = PatchSampler((7, 4, 5), ignore_index=None).of(Listed(sample((5, 4, 5))))[0]
+        plain = PatchSampler((7, 4, 5), ignore_index=None).cut(Listed(sample((5, 4, 5))))[0]
         assert not plain.mask.any()
 
 
 class TestSeeds:
     @pytest.fixture
     def source(self, tmp_path):
-        return VolumeSource(folders(tmp_path, {"train": 5, "val": 1}), ["background", "front", "back"])
+        return VolumeSource(folders(tmp_path, {"train": 5, "val": 1}), LabelMap.of_ids(["background", "front", "back"]))
 
     @staticmethod
     def batches(source, workers: int = 0, **settings) -> list:
@@ -162,7 +162,7 @@ class TestCache:
         one = (cases[0].image.nbytes + cases[0].mask.nbytes) / 2**30
         for cache, reads in ((3 * one, 2), (1.5 * one, 1 + 4), (0, 8)):
             cases.reads = 0
-            patches = PatchSampler((4, 4, 4), cache=cache).of(cases)
+            patches = PatchSampler((4, 4, 4), cache=cache).cut(cases)
             for index in (0, 1) * 4:
                 assert patches[index].case == "ab"[index]
             assert cases.reads == reads
@@ -170,7 +170,7 @@ class TestCache:
     def test_a_changed_case_is_read_again(self, tmp_path):
         before, after = Listed(sample()), Listed(sample()._replace(image=sample().image + 1))
         for cases in (before, after):
-            patches = PatchSampler((20, 20, 20), cache=0, cache_folder=tmp_path).of(cases)
+            patches = PatchSampler((20, 20, 20), cache=0, cache_folder=tmp_path).cut(cases)
             for _ in range(3):
                 assert torch.equal(patches[0].image, cases.samples[0].image)
             assert cases.reads == 1
@@ -178,7 +178,7 @@ class TestCache:
     def test_cases_must_tell_whether_they_changed(self, tmp_path):
         cases = SyntheticSource(size=(32, 32), cases=(2, 0, 0)).split("train")
         with pytest.raises(ValueError, match="cache_folder must be null"):
-            PatchSampler((16, 16), cache_folder=tmp_path).of(cases)
+            PatchSampler((16, 16), cache_folder=tmp_path).cut(cases)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ class TestCache:
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         PatchSampler(**{"patch_size": (4, 4), **settings})
-    with pytest.raises(ValueError, match=r"size must be of the images' 3 axes, got \[4, 4\]"):
-        PatchSampler((4, 4)).of(Listed(sample()))
+    with pytest.raises(ValueError, match=r"patch_size must have the images' 3 axes, got \[4, 4\]"):
+        PatchSampler((4, 4)).cut(Listed(sample()))
 
 
 def test_what_a_turn_brings_in_is_ignored():

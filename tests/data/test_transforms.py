@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lightning_dice.data.datamodule import _augmented
-from lightning_dice.data.transforms import RandomIntensity, Standardize, normalization_of
+from lightning_dice.data.datamodule import apply_augment
+from lightning_dice.data.transforms import RandomIntensity, Standardize, fit_normalization
 
 FLIPS = """
 _target_: torchvision.transforms.v2.Compose
@@ -80,11 +80,11 @@ def test_standardize_refuses():
 def test_a_part_is_standardized_as_in_the_whole():
     image = torch.linspace(0, 1, 2 * 6 * 8).view(2, 6, 8) ** 2
     image[1] = 0.3
-    assert torch.equal(Standardize().of(image)(image[:, 2:5, 1:4]), Standardize()(image)[:, 2:5, 1:4])
+    assert torch.equal(Standardize().fit(image)(image[:, 2:5, 1:4]), Standardize()(image)[:, 2:5, 1:4])
     both = v2.Compose([v2.Normalize([0.5], [0.1]), Standardize(), v2.Normalize([1.0], [2.0])])
-    assert torch.equal(normalization_of(both, image)(image[:, 2:5, 1:4]), both(image)[:, 2:5, 1:4])
+    assert torch.equal(fit_normalization(both, image)(image[:, 2:5, 1:4]), both(image)[:, 2:5, 1:4])
     fixed = v2.Normalize([0.5], [0.1])
-    assert normalization_of(fixed, image) is fixed
+    assert fit_normalization(fixed, image) is fixed
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (5, 8, 8), (2, 4, 8, 8)])
@@ -147,7 +147,7 @@ def test_lists_from_yaml(text, size, planes, channels):
     if planes is not None:
         mask = mask.expand(planes, *size)
     for _ in range(10):
-        new, labels = _augmented(augment, image, mask, 255)
+        new, labels = apply_augment(augment, image, mask, 255)
         assert new.shape == (channels, 24, 24)
         assert new.dtype == torch.float32
         assert type(new) is type(labels) is torch.Tensor

@@ -19,16 +19,18 @@ from lightning_dice.data.errors import DataError, SkippedWarning
 from lightning_dice.data.interfaces import PredictionItem
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.nifti import read_geometry, read_labels, read_volume
-from lightning_dice.data.volumes.prediction_io import Preparation, VolumePredictionIO
-from lightning_dice.data.volumes.resampling import zoomed_image, zoomed_mask
+from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
+from lightning_dice.data.volumes.preprocessing import Preprocessor, VolumePreprocessing
+from lightning_dice.data.volumes.resampling import resample_image, resample_mask
 from lightning_dice.data.volumes.sources import VolumeSource
 
 THREE = ["background", "front", "back"]
+LABELS = LabelMap.of_ids(THREE)
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "hippocampus3d"
 
 
 def reader(labels: LabelMap | None = None, channels: int = 1) -> VolumePredictionIO:
-    return VolumePredictionIO(labels or LabelMap.of_ids(THREE), channels, lambda: Preparation(("nonorm",) * channels))
+    return VolumePredictionIO(labels or LabelMap.of_ids(THREE), channels, lambda: Preprocessor(("nonorm",) * channels))
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -59,7 +61,7 @@ def test_a_mask_is_written_as_it_was_stored(tmp_path, name, suffix):
     for split in ("train", "val"):
         path = write(root / f"images/{split}/a{suffix}", image, AFFINES[name], descrip=b"scanner")
         write(root / f"masks/{split}/a{suffix}", mask, AFFINES[name])
-    source = VolumeSource(root, THREE, normalization="nonorm", spacing=None)
+    source = VolumeSource(root, LABELS, preprocessing=VolumePreprocessing("nonorm", spacing=None))
     sample = source.split("val")[0]
     item, scan = PredictionItem("sub/a", (path,)), source.reader.read(PredictionItem("a", (path,)))
     assert torch.equal(scan.image, sample.image)
@@ -136,7 +138,9 @@ def test_overlapping_classes_have_a_folder_each(tmp_path):
             data = (tmp_path / "out" / name / "é x.nii.gz").read_bytes()
             (tmp_path / "masks" / split / name).mkdir(parents=True)
             (tmp_path / "masks" / split / name / "é x.nii.gz").write_bytes(data)
-    source = VolumeSource(tmp_path, ["vein", "artery"], "sigmoid", spacing=None)
+    source = VolumeSource(
+        tmp_path, LabelMap.of_ids(["vein", "artery"], "sigmoid"), preprocessing=VolumePreprocessing(spacing=None)
+    )
     assert "one mask file for each class" in source.check()
     assert torch.equal(source.split("val")[0].mask.bool(), labels)
 
@@ -162,7 +166,7 @@ class TestFind:
         (tmp_path / "scan_0001.nii.gz").unlink()
         assert [item.case for item in reader().find(tmp_path)] == ["scan"]
 
-    def test_a_link_to_a_folder_is_told(self, tmp_path):
+    def test_a_link_to_a_folder_is_skipped_with_a_warning(self, tmp_path):
         write(tmp_path / "in/a.nii.gz", blob(0)[0])
         write(tmp_path / "elsewhere/b.nii.gz", blob(0)[0])
         (tmp_path / "in/more").symlink_to("../elsewhere")
@@ -176,7 +180,7 @@ class TestFind:
             reader().find(tmp_path / "none")
         write(tmp_path / "a.nii", blob(0)[0])
         write(tmp_path / "a.nii.gz", blob(0)[0])
-        with pytest.raises(DataError, match=r"several files are of one case: a\.nii, a\.nii\.gz"):
+        with pytest.raises(DataError, match=r"several files belong to one case: a\.nii, a\.nii\.gz"):
             reader().find(tmp_path)
 
     def test_other_formats_cannot_hold_it(self):
@@ -185,7 +189,7 @@ class TestFind:
 
 
 def test_masks_that_are_not_ours_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"a\.nii\.gz: is not there"):
+    with pytest.raises(DataError, match=r"a\.nii\.gz: does not exist"):
         reader().load(tmp_path, "a")
     write(tmp_path / "a.nii.gz", np.full((3, 3, 3), 9, np.uint8))
     with pytest.raises(DataError, match=r"holds the values 9 \(27 voxels\)"):
@@ -195,7 +199,7 @@ def test_masks_that_are_not_ours_are_refused(tmp_path):
 def test_a_mask_that_is_there_twice_is_refused(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write(tmp_path / name, blob(0)[1])
-    with pytest.raises(DataError, match=r"is there twice: a\.nii\.gz, a\.nii"):
+    with pytest.raises(DataError, match=r"exists twice: a\.nii\.gz, a\.nii"):
         reader().load(tmp_path, "a")
 
 
@@ -239,13 +243,13 @@ def test_every_bad_file_is_listed_at_once(tmp_path):
     write(masks / "orphan.nii.gz", mask)
     write(images / "alone.nii.gz", good)
     with pytest.raises(DataError) as caught:
-        VolumeSource(root, THREE).check()
+        VolumeSource(root, LABELS).check()
     text = str(caught.value)
     for line in [
         "images/train/empty.nii.gz: is empty (0 bytes)",
         "images/train/truncated.nii.gz: cannot be read as NIfTI",
         "images/train/plain-cut.nii: is truncated: 2272 bytes of data expected, 2232 found",
-        "images/train/text.nii.gz: is not compressed, though it is named .gz: it begins with b'no volum'",
+        "images/train/text.nii.gz: is named .gz but is not compressed: it begins with b'no volum'",
         "images/train/damaged.nii.gz: cannot be read as NIfTI (BadGzipFile: CRC check failed",
         "images/train/lfs.nii.gz: is a Git LFS pointer",
         "images/train/movie.nii.gz: has 4 axes (4x4x4x3), a volume of 3 is required",
@@ -253,9 +257,9 @@ def test_every_bad_file_is_listed_at_once(tmp_path):
         "images/train/nan.nii.gz: holds 80 voxels that are not finite",
         "images/train/complex.nii.gz: holds complex64 values",
         "images/train/bomb.nii.gz: may be a decompression bomb: 30000x30000x30000",
-        "images/train/flat.nii.gz: has an affine by which its axes span no volume",
-        "images/train/dangling.nii.gz: is not there; it is a link to ../../elsewhere.nii.gz",
-        "masks/train/fractions.nii.gz: holds 32 voxels that are no whole numbers (2.5)",
+        "images/train/flat.nii.gz: has an affine whose axes span no volume",
+        "images/train/dangling.nii.gz: does not exist; it is a link to ../../elsewhere.nii.gz",
+        "masks/train/fractions.nii.gz: holds 32 voxels that are not whole numbers (2.5)",
         "masks/train/shape.nii.gz: is 9x12x8, but shape.nii.gz is 10x12x8",
         "masks/train/moved.nii.gz: lies elsewhere than moved.nii.gz: the affines put its corners 1.4 voxels apart",
         "masks/train/labels.nii.gz: holds the values 3 (48 voxels), 6 (32 voxels), which belong to no class",
@@ -271,28 +275,28 @@ def test_labels_stored_as_floats_or_elsewhere_are_fine(tmp_path):
     """Whole numbers as floats; a mask in another orientation than its image that lies on it."""
     _, mask = blob(0)
     folders(tmp_path, {"train": 1, "val": 1})
-    expected = VolumeSource(tmp_path, THREE).split("val")[0].mask
+    expected = VolumeSource(tmp_path, LABELS).split("val")[0].mask
     write(tmp_path / "masks/val/val0.nii.gz", mask.astype(np.float32))
-    assert torch.equal(VolumeSource(tmp_path, THREE).split("val")[0].mask, expected)
+    assert torch.equal(VolumeSource(tmp_path, LABELS).split("val")[0].mask, expected)
     turned = np.array([[-1.0, 0, 0, 9], [0, 0, 1.0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])
     write(tmp_path / "masks/val/val0.nii.gz", mask[::-1].transpose(0, 2, 1), turned)
-    assert torch.equal(VolumeSource(tmp_path, THREE).split("val")[0].mask, expected)
+    assert torch.equal(VolumeSource(tmp_path, LABELS).split("val")[0].mask, expected)
     write(tmp_path / "masks/val/val0.nii.gz", mask, np.diag([2, 2, 2, 1]))
     with pytest.raises(DataError, match=r"data\.check_affine=false"):
-        VolumeSource(tmp_path, THREE).check()
-    assert torch.equal(VolumeSource(tmp_path, THREE, check_affine=False).split("val")[0].mask, expected)
+        VolumeSource(tmp_path, LABELS).check()
+    assert torch.equal(VolumeSource(tmp_path, LABELS, check_affine=False).split("val")[0].mask, expected)
 
 
 @pytest.mark.parametrize("name", AFFINES)
 def test_without_check_affine_voxels_belong_together_as_stored(tmp_path, name):
     """A mask whose affine some tool has lost is turned as its image is, by the image's affine."""
     folders(tmp_path, {"train": 1, "val": 1}, AFFINES[name])
-    expected = VolumeSource(tmp_path, THREE).split("val")[0].mask
+    expected = VolumeSource(tmp_path, LABELS).split("val")[0].mask
     write(tmp_path / "masks/val/val0.nii.gz", blob(100)[1], np.diag([-1, 1, 1, 1]))
     what = "has axes along LAS by its affine" if name == "permuted" else "lies elsewhere"
     with pytest.raises(DataError, match=rf"(?s){what}.*data\.check_affine=false"):
-        VolumeSource(tmp_path, THREE).check()
-    source = VolumeSource(tmp_path, THREE, check_affine=False)
+        VolumeSource(tmp_path, LABELS).check()
+    source = VolumeSource(tmp_path, LABELS, check_affine=False)
     assert torch.equal(source.split("val")[0].mask, expected)
     source.check()
 
@@ -316,7 +320,7 @@ def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
         write(tmp_path / f"images/{split}/{split}.nii.gz", mask)
         for name, values in (("front", mask), ("back", 255 - mask)):
             write(tmp_path / f"masks/{split}/{name}/{split}.nii.gz", values)
-    source = VolumeSource(tmp_path, THREE[1:], "sigmoid", label_map={255: 1, 127: 255, 128: 255})
+    source = VolumeSource(tmp_path, LabelMap.of_ids(THREE[1:], "sigmoid", label_map={255: 1, 127: 255, 128: 255}))
     share = source.survey().shares("train")
     assert share["front"] == (pytest.approx((mask == 255).mean()), 1)
     assert share["back"] == (pytest.approx((mask == 0).mean()), 1)
@@ -340,7 +344,7 @@ class TestResampling:
         folders(tmp_path, {"train": 2, "val": 2}, np.diag([1, 1, 2, 1.0]))
         write(tmp_path / "images/val/val1.nii.gz", np.zeros((20, 12, 8), np.int16), np.diag([0.5, 1, 2, 1]))
         write(tmp_path / "masks/val/val1.nii.gz", np.zeros((20, 12, 8), np.uint8), np.diag([0.5, 1, 2, 1]))
-        source = VolumeSource(tmp_path, THREE, spacing=[None, 2.0, 1])
+        source = VolumeSource(tmp_path, LABELS, preprocessing=VolumePreprocessing(spacing=[None, 2.0, 1]))
         train, val = source.split("train"), source.split("val")
         sample = train[0]
         assert sample.image.shape[1:] == sample.mask.shape == train.sizes[0] == (10, 6, 16)
@@ -362,14 +366,14 @@ class TestResampling:
             return ((torch.arange(n) + 0.5) / n).view(1, n, 1, 1).expand(1, n, 3, 3).contiguous()
 
         for interpolation in ("linear", "cubic"):
-            zoomed = zoomed_image(ramp(8), (20, 3, 3), interpolation)
+            zoomed = resample_image(ramp(8), (20, 3, 3), interpolation)
             torch.testing.assert_close(zoomed[:, 5:-5], ramp(20)[:, 5:-5], atol=0.01, rtol=0)
 
     def test_masks_against_their_definition(self):
         """The label with the greatest share, of shares interpolated by hand along the one axis that changes."""
         mask = torch.randint(0, 3, (6, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         mask[mask == 2] = 255
-        zoomed = zoomed_mask(mask, (9, 4, 5), planes=False)
+        zoomed = resample_mask(mask, (9, 4, 5), planes=False)
         for i, j, k in np.ndindex(9, 4, 5):
             at = min(max((i + 0.5) * 6 / 9 - 0.5, 0), 5)
             low = int(at)
@@ -378,7 +382,7 @@ class TestResampling:
                 shares[int(mask[index, j, k])] = shares.get(int(mask[index, j, k]), 0) + share
             assert shares[int(zoomed[i, j, k])] >= max(shares.values()) - 1e-6
         planes = torch.stack([mask == 1, mask == 255]).to(torch.uint8)
-        assert torch.equal(zoomed_mask(planes, (9, 4, 5), planes=True)[0], zoomed_mask(planes[0], (9, 4, 5), False))
+        assert torch.equal(resample_mask(planes, (9, 4, 5), planes=True)[0], resample_mask(planes[0], (9, 4, 5), False))
 
 
 @pytest.mark.parametrize(
@@ -386,27 +390,49 @@ class TestResampling:
     [
         ({"root": ""}, "root must name a folder"),
         ({"channels": 0}, "channels must be 1 or more"),
+        ({"preprocessing": VolumePreprocessing(["ct", "ct"])}, "normalization must be one of"),
+        ({"fractions": [1, 1, 1]}, "fractions must be"),
+        ({"workers": 0}, "workers must be"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_invalid_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VolumeSource(**{"root": "data", "labels": LABELS, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"spacing": "mean"}, "spacing must be median, null or mm along three axes"),
         ({"spacing": [1, 1]}, "spacing must be"),
         ({"spacing": [1, 1, 0]}, "spacing must be"),
         ({"interpolation": "nearest"}, "interpolation must be linear or cubic"),
-        ({"normalization": ["ct", "ct"]}, "normalization must be one of"),
-        ({"fractions": [1, 1, 1]}, "fractions must be"),
-        ({"workers": 0}, "workers must be"),
+    ],
+    ids=str,
+)
+def test_invalid_preprocessing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VolumePreprocessing(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"classes": ["a"]}, "classes must be at least two"),
         ({"ignore_index": 1}, "mean one thing each, got 1"),
         ({"label_map": {7: 9}}, "label_map must map to the ids 0 to 2 or ignore_index=255, got 9"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else str(value),
+    ids=str,
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_labels_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        VolumeSource(**{"root": "data", "classes": THREE, **settings})
+        LabelMap.of_ids(**{"classes": THREE, **settings})
 
 
 def test_report(tmp_path):
     folders(tmp_path, {"train": 2, "val": 1}, AFFINES["LPS"])
-    assert VolumeSource(tmp_path, [*THREE, "never"]).check() == "\n".join(
+    assert VolumeSource(tmp_path, LabelMap.of_ids([*THREE, "never"])).check() == "\n".join(
         [
             f"{tmp_path}: 3 cases, masks of labels, softmax, resampled to 1x2x3 mm",
             "",
@@ -428,7 +454,7 @@ def test_report(tmp_path):
 def test_real_volumes():
     if not REAL.is_dir():
         pytest.skip("no real volumes here")
-    survey = VolumeSource(REAL, THREE, workers=2).survey()
+    survey = VolumeSource(REAL, LABELS, workers=2).survey()
     assert {split: len(cases) for split, cases in survey.cases.items()} == {"train": 180, "val": 40, "test": 20}
     masks = [np.asanyarray(nib.load(path).dataobj) for path in sorted((REAL / "masks/val").iterdir())]
     voxels = sum(mask.size for mask in masks)

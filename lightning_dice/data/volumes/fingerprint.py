@@ -1,7 +1,7 @@
-"""What a data set of volumes is like: sizes, spacings, intensities. Read once, and kept in a file beside the run.
+"""The fingerprint of a data set of volumes: sizes, spacings, intensities, in a file beside the run.
 
-A network depends on it as on its weights: target spacing and CT normalization come from the training cases that it was
-trained on, wherever it is used later.
+A network depends on it as on its weights: wherever the network is used, target spacing and CT normalization come from
+the cases that it was trained on.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lightning_dice.data.volumes.normalization import Intensities
 from lightning_dice.io import write_atomically
 
 VERSION = 1
-SAMPLED = 10_000  # foreground voxels of a case, for the intensities
-ANISOTROPY = 3  # how much coarser, and shorter, an axis must be to get a finer spacing than its median
+MAX_SAMPLED = 10_000  # foreground voxels of a case, for the intensities
+ANISOTROPY = 3  # an axis this many times coarser and shorter than the others gets less than its median spacing
 
 
 class Stamp(NamedTuple):
-    """By which a file is known again.
+    """Identifies the content of a file.
 
     Attributes:
         size: in bytes.
-        modified: in nanoseconds.
-        digest: of its content.
+        modified: modification time in nanoseconds.
+        digest: hash of the content.
     """
 
     size: int
@@ -39,8 +39,8 @@ class Stamp(NamedTuple):
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """That of a file, which is read."""
+    def from_file(cls, path: Path) -> Stamp:
+        """Read a file and return its stamp."""
         found = path.stat()
         digest = blake2b(digest_size=16)
         with path.open("rb") as file:
@@ -48,29 +48,29 @@ class Stamp(NamedTuple):
                 digest.update(block)
         return cls(found.st_size, found.st_mtime_ns, digest.hexdigest())
 
-    def is_of(self, path: Path) -> bool:
-        """Whether this is still the file: by size and time, or if only the time differs, by its content."""
+    def matches(self, path: Path) -> bool:
+        """Return whether the file is unchanged: by size and time, or if only the time differs, by content."""
         try:
             found = path.stat()
             if found.st_size != self.size:
                 return False
-            return found.st_mtime_ns == self.modified or Stamp.of(path).digest == self.digest
+            return found.st_mtime_ns == self.modified or Stamp.from_file(path).digest == self.digest
         except OSError:
             return False
 
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """A case, as it was read.
+    """Properties of one case.
 
     Attributes:
-        split: where it is.
+        split: the split it belongs to.
         case: its name.
-        files: stamp of each, images first, by the path below the data's root.
+        files: the stamp of each file, images first, by the path below the root of the data.
         size: voxels along each axis, in canonical orientation.
         spacing: mm along each axis.
         kind: type and orientation of the stored image.
-        counts: voxels of each stored label value, for each mask file.
+        counts: for each mask file, the number of voxels of each stored value.
     """
 
     split: Split
@@ -84,12 +84,12 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All cases, and the intensities of the training cases' foreground.
+    """Properties of all cases, and the intensities of the foreground of the training cases.
 
     Attributes:
-        channels: the name of each.
-        intensities: of each channel; none if no training case has foreground.
-        cases: of all splits.
+        channels: the normalization scheme of each channel.
+        intensities: of each channel; empty if no training case has foreground.
+        cases: the cases of all splits.
 
     >>> facts = [CaseFacts("train", str(n), {}, (9, 9, n), (1.0, 1.0, n), "", ({},)) for n in (2, 3, 5)]
     >>> Fingerprint(("CT",), (), tuple(facts)).median_spacing()
@@ -100,18 +100,19 @@ class Fingerprint:
     intensities: tuple[Intensities, ...]
     cases: tuple[CaseFacts, ...]
 
-    def train(self) -> list[CaseFacts]:
+    @property
+    def train_cases(self) -> list[CaseFacts]:
         """The training cases."""
         return [facts for facts in self.cases if facts.split == "train"]
 
     def median_spacing(self) -> tuple[float, ...]:
-        """The spacing that volumes are resampled to, by nnU-Net's rule (Isensee et al., Nature Methods 2021).
+        """Return the spacing to resample to, by nnU-Net's rule (Isensee et al., Nature Methods 2021).
 
-        The median of each axis over the training cases. An axis more than three times as coarse as the others, of
-        fewer than a third of their voxels as stored, gets the 10th percentile instead, as interpolating thick slices to
-        the median would lose those of the finer cases; but it does not become finer than the others.
+        It is the median of each axis over the training cases. An axis more than three times as coarse as the others,
+        with fewer than a third of their voxels as stored, gets the 10th percentile instead, because the median would
+        lose slices of the finer cases; but it does not become finer than the other axes.
         """
-        train = self.train()
+        train = self.train_cases
         spacings = np.array([facts.spacing for facts in train])
         target = np.percentile(spacings, 50, axis=0)
         worst = int(np.argmax(target))
@@ -123,31 +124,31 @@ class Fingerprint:
         return tuple(round(float(length), 6) for length in target)
 
     def median_size(self, spacing: Sequence[float] | None) -> tuple[int, ...]:
-        """The median voxels along each axis over the training cases, at a spacing or (`None`) as they are."""
-        train = self.train()
+        """Return the median size over the training cases, at a spacing or (`None`) as stored."""
+        train = self.train_cases
         sizes = np.array([facts.size for facts in train], float)
         if spacing is not None:
             sizes = np.round(sizes * np.array([facts.spacing for facts in train]) / np.array(spacing))
         return tuple(max(1, int(length)) for length in np.percentile(sizes, 50, axis=0))
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, atomically."""
         content = {
             "version": VERSION,
             "channels": list(self.channels),
             "intensities": [asdict(found) for found in self.intensities],
-            "median_spacing": list(self.median_spacing()),  # for the reader's eyes: it follows from the cases
-            "cases": [_plain(facts) for facts in self.cases],
+            "median_spacing": list(self.median_spacing()),  # for human readers: `load` computes it
+            "cases": [_to_json(facts) for facts in self.cases],
         }
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path) -> Fingerprint:
-        """Read it again.
+        """Read what `save` wrote.
 
         Raises:
-            DataError: it cannot be read, or is of another version.
+            DataError: it cannot be read, or has another version.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -156,7 +157,7 @@ class Fingerprint:
                 return cls(
                     tuple(content["channels"]),
                     tuple(Intensities(**found) for found in content["intensities"]),
-                    tuple(_facts(found) for found in content["cases"]),
+                    tuple(_from_json(found) for found in content["cases"]),
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -164,8 +165,13 @@ class Fingerprint:
         raise DataError(f"{path} is a fingerprint of version {version}, {VERSION} is required: delete it")
 
 
-def changed(before: Iterable[CaseFacts], now: Iterable[CaseFacts]) -> list[str]:
-    """In words, how the training cases are others than those that a fingerprint was made of."""
+def describe_changes(before: Iterable[CaseFacts], now: Iterable[CaseFacts]) -> list[str]:
+    """Describe how the training cases differ from those of a fingerprint.
+
+    >>> facts = [CaseFacts("train", name, {}, (9, 9, 9), (1.0, 1.0, 1.0), "", ({},)) for name in "abc"]
+    >>> describe_changes(facts[:2], facts[1:])
+    ['1 added (c)', '1 missing (a)']
+    """
     old = {facts.case: _digests(facts) for facts in before if facts.split == "train"}
     new = {facts.case: _digests(facts) for facts in now if facts.split == "train"}
     groups = {
@@ -184,11 +190,11 @@ def _digests(facts: CaseFacts) -> list[str]:
     return [stamp.digest for stamp in facts.files.values()]
 
 
-def _plain(facts: CaseFacts) -> dict[str, Any]:
+def _to_json(facts: CaseFacts) -> dict[str, Any]:
     return {**asdict(facts), "files": {name: list(stamp) for name, stamp in facts.files.items()}}
 
 
-def _facts(content: Mapping[str, Any]) -> CaseFacts:
+def _from_json(content: Mapping[str, Any]) -> CaseFacts:
     return CaseFacts(
         content["split"],
         content["case"],

@@ -1,14 +1,14 @@
-"""NIfTI files to arrays in canonical orientation, and back into the file's own geometry.
+"""Reading NIfTI files into canonical orientation, and writing them in the geometry of the original file.
 
-In memory the axes of a volume run from left to right, posterior to anterior and inferior to superior (RAS+), as nearly
-as the file's affine says: an exact permutation and flip of axes, without interpolation, which writing undoes. nibabel
-reads and writes.
+In memory the axes of a volume run from left to right, posterior to anterior and inferior to superior (RAS+), as closely
+as the file's affine allows: axes are permuted and flipped, never interpolated, and writing undoes this exactly.
 """
 
 from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image
 
 EXTENSIONS = (".nii.gz", ".nii")
-MAX_VOXELS = 2**31  # in one file: 8 GiB of float32; a header may ask for any number
-GRID_TOLERANCE = 0.1  # voxels, by which the corners of two files that lie on each other may differ
+MAX_VOXELS = 2**31  # in one file: 8 GiB of float32; a damaged header may claim any number
+GRID_TOLERANCE = 0.1  # voxels, by which the corners of two matching files may differ
 _RAS = np.array([[0, 1], [1, 1], [2, 1]])
-WHOLE = 1e-3  # by which a label may miss a whole number: a header's slope and intercept are rounded
-_MILLIMETERS = {1: 1000.0, 3: 0.001}  # by the unit's code: metres, micrometres; all others are mm, or not known
+INTEGER_TOLERANCE = 1e-3  # of labels stored as floats: the slope and intercept of a header are rounded
+_MILLIMETERS = {1: 1000.0, 3: 0.001}  # by unit code: metres, micrometres; all others are mm or unknown
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the voxels of a file lie.
+    """The position of a file's voxels in the world.
 
     Attributes:
         path: the file.
         shape: its three space axes, as stored.
-        affine: voxel indices, as stored, to world coordinates, 4x4, row by row.
+        affine: maps stored voxel indices to world coordinates; 4x4, row by row.
         unit: length of a world unit in mm.
-        kind: the type of the stored values in words, such as `int16`.
+        kind: the type of the stored values, such as `int16`.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Geometry:
 
     @cached_property
     def orientation(self) -> NDArray[Any]:
-        """Nibabel's description of how the stored axes are permuted and flipped against RAS+."""
+        """How the stored axes are permuted and flipped relative to RAS+, in nibabel's form."""
         from nibabel.orientations import io_orientation
 
         return np.asarray(io_orientation(np.array(self.affine)))
@@ -77,15 +77,15 @@ class Geometry:
 
     @property
     def axes(self) -> str:
-        """The stored axes in letters: `LPS` run to the left, to the back and up."""
+        """The directions of the stored axes: `LPS` run to the left, to the back and up."""
         from nibabel.orientations import ornt2axcodes
 
         return "".join(ornt2axcodes(self.orientation))
 
-    def differs(self, other: Geometry) -> str:
-        """In words, how this grid of voxels is another than `other`; empty where they lie on each other.
+    def describe_difference(self, other: Geometry) -> str:
+        """Describe how this voxel grid differs from `other`; empty if they match in the world.
 
-        Axes stored in another order, or the other way round, make no difference where the affine tells of it.
+        Axes that are stored in another order or direction match if the affines account for it.
         """
         if self.size != other.size and self.shape == other.shape:
             return f"has axes along {self.axes} by its affine, but {other.path.name} along {other.axes}"
@@ -102,7 +102,7 @@ class Geometry:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """The geometry, from the header alone.
+    """Read the geometry of a file from its header.
 
     Raises:
         DataError: names the file and what is wrong with it.
@@ -111,19 +111,27 @@ def read_geometry(path: Path) -> Geometry:
 
 
 def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geometry]:
-    """The values of a file, scaled as its header says, in canonical orientation, and its geometry.
+    """Read the values of a file in canonical orientation, scaled by its header, and its geometry.
 
-    A compressed file is read to its end, so that its checksum is compared.
+    Compressed files are read to the end, so that gzip verifies the checksum.
 
     Args:
         path: of the file.
-        channels: it may have a fourth axis.
+        channels: allow a fourth axis.
 
     Returns:
-        Integers or floats, `(*space)`, with channels `(channels, *space)`, and the geometry.
+        Integers or floats, `(*space)`, with `channels` `(channels, *space)`, and the geometry.
 
     Raises:
-        DataError: names the file, where it is empty, truncated, damaged, no NIfTI, not of three axes or too large.
+        DataError: the file is empty, truncated, damaged, not NIfTI, not of three axes or too large; names the file.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.nii.gz"
+    ...     nibabel.save(nibabel.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.diag([-1, 1, 2, 1])), path)
+    ...     values, geometry = read_volume(path)
+    >>> values.tolist(), geometry.spacing, geometry.axes
+    ([[[4, 5], [6, 7]], [[0, 1], [2, 3]]], (1.0, 1.0, 2.0), 'LAS')
     """
     from nibabel.orientations import apply_orientation
 
@@ -134,7 +142,7 @@ def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geome
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             data = file.read(wanted)
             if len(data) == wanted:
-                file.read(1)  # At its end, gzip compares the checksum.
+                file.read(1)  # gzip verifies the checksum at the end of the file.
         if len(data) < wanted:
             raise DataProblem(
                 f"is truncated: {wanted} bytes of data expected, {len(data)} found", path, "Copy it again."
@@ -149,44 +157,91 @@ def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geome
 
 
 def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """Label values, which may be stored as floats if they are whole numbers: integers `(*space)`, and the geometry.
+    """Read integer labels `(*space)` and the geometry of a mask, which may be stored as floats of whole numbers.
 
     Raises:
-        DataError: as for `read_volume`, and for fractions.
+        DataError: as for `read_volume`, or labels are not whole numbers.
     """
     values, geometry = read_volume(path)
     if values.dtype.kind == "f":
         whole = np.rint(np.nan_to_num(values))
-        strange = ~np.isfinite(values) | (np.abs(values - whole) > WHOLE)
+        strange = ~np.isfinite(values) | (np.abs(values - whole) > INTEGER_TOLERANCE)
         if strange.any():
             shown = ", ".join(f"{value:.9g}" for value in np.unique(values[strange])[:4])
-            what = f"holds {int(strange.sum())} voxels that are no whole numbers ({shown}), labels are required"
+            what = f"holds {int(strange.sum())} voxels that are not whole numbers ({shown}), labels are required"
             raise DataProblem(what, path, "Resample masks by nearest neighbour, and save whole numbers.")
         values = whole.astype(np.int64)
     return values, geometry
 
 
-def turned(values: NDArray[Any], own: Geometry, other: Geometry) -> NDArray[Any]:
-    """Values of a file of geometry `own`, in canonical orientation, as they would be read with the affine of `other`.
+def read_channels(files: Sequence[Path]) -> tuple[list[NDArray[np.float32]], Geometry]:
+    """Read the channels of a case in canonical orientation, and the geometry that they share.
 
-    The shapes, as stored, must be equal.
+    Raises:
+        DataError: a file cannot be read, holds NaN or infinite values, or has another voxel grid than the first.
+    """
+    channels: list[NDArray[np.float32]] = []
+    first: Geometry | None = None
+    for path in files:
+        values, geometry = read_volume(path)
+        if first is not None and (what := geometry.describe_difference(first)):
+            raise DataProblem(what, path, "Resample the channels of a case to one grid.")
+        first = first or geometry
+        with np.errstate(over="ignore"):  # A float64 beyond float32 becomes inf, which is refused.
+            channel = np.ascontiguousarray(values, dtype=np.float32)
+        count = channel.size - int(np.isfinite(channel).sum())
+        if count:
+            raise DataProblem(f"holds {count} voxels that are not finite (NaN or infinite)", path, "Fill them first.")
+        channels.append(channel)
+    if first is None:
+        raise ValueError("files must name at least one")
+    return channels, first
+
+
+def read_mask(path: Path, geometry: Geometry, *, check_affine: bool = True) -> NDArray[Any]:
+    """Read the stored label values of a mask, in the orientation of its image.
+
+    Args:
+        path: of the mask.
+        geometry: of the image.
+        check_affine: require that the affines match. If not, masks of the image's shape get the image's affine.
+
+    Raises:
+        DataError: it cannot be read, holds fractions, or has another voxel grid than the image.
+    """
+    values, own = read_labels(path)
+    what = own.describe_difference(geometry)
+    if what and not check_affine and own.shape == geometry.shape:
+        return reorient(values, own, geometry)
+    if what:
+        remedy = "Resample the mask to its image by nearest neighbour."
+        if own.shape == geometry.shape:
+            remedy = "Give the mask its image's affine; if they match voxel by voxel, set data.check_affine=false."
+        raise DataProblem(what, path, remedy)
+    return values
+
+
+def reorient(values: NDArray[Any], source: Geometry, target: Geometry) -> NDArray[Any]:
+    """Return values read with the affine of `source` as they would be read with that of `target`.
+
+    The stored shapes must be equal.
     """
     from nibabel.orientations import apply_orientation, ornt_transform
 
-    stored = apply_orientation(values, ornt_transform(_RAS, own.orientation))
-    return np.asarray(apply_orientation(stored, other.orientation))
+    stored = apply_orientation(values, ornt_transform(_RAS, source.orientation))
+    return np.asarray(apply_orientation(stored, target.orientation))
 
 
 def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
-    """Write values in the geometry of the file that they were made from, with its header, whole or not at all.
+    """Write values in the geometry of another file and with its header, atomically.
 
     Args:
         path: `.nii.gz` or `.nii`.
         values: `(*space)` or `(*space, channels)` in canonical orientation; stored in their own type, without scaling.
-        geometry: of a file that is still there, for the rest of its header.
+        geometry: of the other file, which must still exist.
 
     Raises:
-        DataError: the file that `geometry` is of cannot be read any more, or is another one now.
+        DataError: the other file cannot be read any more, or has changed.
     """
     from nibabel.orientations import apply_orientation, ornt_transform
 
@@ -195,32 +250,21 @@ def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
         raise DataProblem("has changed since it was read", geometry.path, "Keep the images in their place.")
     stored = apply_orientation(values, ornt_transform(_RAS, geometry.orientation))
     header = image.header.copy()
-    header.extensions.clear()  # They tell of the image's intensities, or its patient.
+    header.extensions.clear()  # They describe the image's intensities, or its patient.
     header.set_data_dtype(stored.dtype)
     header["cal_min"] = header["cal_max"] = 0
     written = type(image)(np.ascontiguousarray(stored), np.array(geometry.affine), header)
     data = written.to_bytes()
 
     def write(part: Path) -> None:
-        # No time in the file: the same mask gives the same bytes.
+        # Without a time in the file, equal masks are equal bytes.
         part.write_bytes(gzip.compress(data, compresslevel=4, mtime=0) if path.name.endswith(".gz") else data)
 
     write_atomically(path, write)
 
 
-def stem(path: Path) -> str:
-    """A file's name without `.nii` or `.nii.gz`.
-
-    >>> stem(Path("scans/case.1.nii.gz"))
-    'case.1'
-    """
-    name = path.name
-    ending = next((end for end in EXTENSIONS if name.lower().endswith(end)), "")
-    return name[: len(name) - len(ending)] if ending else path.stem
-
-
 def volume_files(folder: Path) -> list[Path]:
-    """The NIfTI files right in a folder, sorted; hidden files, and others, are passed over."""
+    """Return the NIfTI files directly in a folder, sorted, without hidden ones."""
     names = sorted(
         entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."
     )
@@ -237,7 +281,7 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
         image = nibabel.load(path)
     except FileNotFoundError as error:
         target = f"; it is a link to {os.readlink(path)}" if path.is_symlink() else ""
-        raise DataProblem(f"is not there{target}", path, "Copy the file there.") from error
+        raise DataProblem(f"does not exist{target}", path, "Copy the file there.") from error
     except DataProblem:
         raise
     except Exception as error:
@@ -248,17 +292,17 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
     shown = "x".join(map(str, shape))
     space = shape[:3]
     if len(shape) < 3 or any(length != 1 for length in shape[3 + channels :]):
-        remedy = "Save each channel or time as a file of its own: case_0000.nii.gz, case_0001.nii.gz."
+        remedy = "Save each channel or time point as a separate file: case_0000.nii.gz, case_0001.nii.gz."
         raise DataProblem(f"has {len(shape)} axes ({shown}), a volume of 3 is required", path, remedy)
     if min(space) < 2:
         remedy = "Stack the slices to a volume, or save them as PNG or TIFF for data=folder."
         raise DataProblem(f"is a single slice ({shown}), a volume is required", path, remedy)
     if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
-        remedy = "If it is what it should be, cut it into parts or raise lightning_dice.data.volumes.nifti.MAX_VOXELS."
+        remedy = "If it is correct, cut it into parts or raise lightning_dice.data.volumes.nifti.MAX_VOXELS."
         raise DataProblem(f"may be a decompression bomb: {shown} voxels, more than {MAX_VOXELS}", path, remedy)
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise DataProblem(f"holds {dtype} values, integers or floats are required", path, "Save each part by itself.")
+        raise DataProblem(f"holds {dtype} values, integers or floats are required", path, "Save each part separately.")
     affine = np.asarray(image.affine, np.float64)
     geometry = Geometry(
         path,
@@ -267,10 +311,10 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
         _MILLIMETERS.get(int(image.header["xyzt_units"]) & 7, 1.0),
         str(dtype.newbyteorder("=")),
     )
-    fine = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
-    if not fine or not np.isfinite(geometry.orientation).all():
-        what = f"has an affine by which its axes span no volume: {affine[:3].round(3).tolist()}"
-        raise DataProblem(what, path, "Write the right one, for instance with nibabel.")
+    invertible = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0
+    if not invertible or not np.isfinite(geometry.orientation).all():
+        what = f"has an affine whose axes span no volume: {affine[:3].round(3).tolist()}"
+        raise DataProblem(what, path, "Write the correct one, for instance with nibabel.")
     return geometry, image
 
 
@@ -283,7 +327,7 @@ def _unreadable(path: Path, error: Exception) -> DataProblem:
     if start.startswith(b"version https://git-lfs"):
         return DataProblem("is a Git LFS pointer, not the volume", path, "Fetch the volumes with `git lfs pull`.")
     if path.name.lower().endswith(".gz") and start[:2] != b"\x1f\x8b":
-        what = f"is not compressed, though it is named .gz: it begins with {start[:8]!r}"
+        what = f"is named .gz but is not compressed: it begins with {start[:8]!r}"
         return DataProblem(what, path, "Name it .nii if it is NIfTI.")
     reason = " ".join(str(error).split())
     return DataProblem(

@@ -1,106 +1,109 @@
-"""nnU-Net's raw data sets: `dataset.json`, `imagesTr`, `labelsTr`, `imagesTs`."""
+"""Raw data sets of nnU-Net: `dataset.json`, `imagesTr`, `labelsTr`, `imagesTs`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.splits import complete_splits
-from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, cases_of, pair
+from lightning_dice.data.splits import check_fractions, complete_splits
+from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, find_images, match_masks
 from lightning_dice.data.volumes.nifti import EXTENSIONS
-from lightning_dice.data.volumes.sources import VolumeSet, checked_fractions
+from lightning_dice.data.volumes.preprocessing import VolumePreprocessing
+from lightning_dice.data.volumes.sources import BaseVolumeSource
 
-DATASET = "dataset.json"
-SPLITS = "splits_final.json"
+DATASET_FILE = "dataset.json"
+SPLITS_FILE = "splits_final.json"
 Labels = Mapping[str, int | Sequence[int]]
 
 
-class NnunetSource(VolumeSet):
-    """A data set in nnU-Net's raw layout (version 2, and what version 1 and the Medical Segmentation Decathlon have).
+class NnunetSource(BaseVolumeSource):
+    """A data set in nnU-Net's raw layout: version 2, version 1, or the Medical Segmentation Decathlon.
 
-    With labels of one value each, the classes exclude each other (softmax). Where a label is a list of values, all are
-    regions that may overlap (sigmoid), and masks are written with the values of `regions_class_order`, as nnU-Net does:
-    what of several regions a voxel is written as, is the last of them. Read again, such a mask has every region that
-    this value belongs to: scores of written masks differ from those of a network that predicts a region outside
-    another one that contains it. The label `ignore` counts as nothing.
+    If each label has one value, the classes exclude each other (softmax). If a label has a list of values, all labels
+    are regions, which may overlap (sigmoid). Masks of regions are written as nnU-Net does: a voxel gets the value in
+    `regions_class_order` of the last of its regions. When such a mask is read again, a voxel is in every region that
+    has its value; scores of written masks therefore differ from those of the network if it predicts a region outside
+    of one that contains it. Voxels with the label `ignore` are ignored.
 
-    **Splits.** Fold `fold` of `splits_final.json`, where that is there, and test on `labelsTs`, if there is such a
-    folder. Else train and val are drawn, and test too, unless there is `labelsTs`. Images of `imagesTs` without a mask
-    are for prediction.
+    **Splits.** Train and val are fold `fold` of `splits_final.json`, and test is `labelsTs`, if these exist. Without
+    `splits_final.json`, train and val are drawn, and without `labelsTs` test is too. Images of `imagesTs` without a
+    mask can only be predicted.
 
     Args:
         root: the folder, such as `nnUNet_raw/Dataset004_Hippocampus`.
-        labels: name -> value, or values of a region; as in `dataset.json`, which is read if it is `None`.
-        regions_class_order: the value that each region is written as; the same.
-        channel_names: by which channels are normalized: `["CT"]`; the same.
-        ignore_index: what the label `ignore` becomes in memory.
+        dataset_json: `labels`, `channel_names` and for regions `regions_class_order`, as in `dataset.json`, with
+            `channel_names` as a list. Keys that are missing or `None` are read from the file.
+        ignore_index: the label that `ignore` becomes in memory.
         fold: of `splits_final.json`.
-        fractions: of the cases for train, val and test, where these are drawn.
-        seed: of this draw.
-        normalization: by channel names, or overriding them; see `VolumeSet`, as for all other settings.
-        settings: of `VolumeSet`.
+        fractions: shares of train, val and test, for splits that are drawn.
+        seed: of the random split.
+        preprocessing: as for `BaseVolumeSource`, as are the others; `normalization=None` is by the channel names.
+        fingerprint: the same.
+        check_affine: the same.
+        workers: the same.
 
     Raises:
-        ValueError: for settings that cannot be.
-        DataError: where `dataset.json` has to be read and cannot be.
+        ValueError: for a setting out of its range.
+        DataError: `dataset.json` is needed and cannot be read.
+
+    >>> dataset = {"labels": {"background": 0, "liver": 1}, "channel_names": ["CT"]}
+    >>> NnunetSource("nnUNet_raw/Dataset003_Liver", dataset).schemes
+    ('ct',)
     """
 
     def __init__(
         self,
         root: str | Path,
-        labels: Labels | None = None,
-        regions_class_order: Sequence[int] | None = None,
-        channel_names: Sequence[str] | None = None,
+        dataset_json: Mapping[str, Any] | None = None,
         ignore_index: int | None = 255,
         fold: int = 0,
         fractions: Sequence[float] = (0.7, 0.15, 0.15),
         seed: int = 0,
-        normalization: str | Sequence[str] | None = None,
-        **settings: Any,
+        preprocessing: VolumePreprocessing | None = None,
+        fingerprint: str | Path | None = None,
+        check_affine: bool = True,
+        workers: int | None = None,
     ) -> None:
-        if labels is None or channel_names is None:
-            facts = read_dataset(root)
-            labels = facts["labels"] if labels is None else labels
-            regions_class_order = facts["regions_class_order"] if regions_class_order is None else regions_class_order
-            channel_names = facts["channel_names"] if channel_names is None else channel_names
-        names = [str(name) for name in channel_names]
-        shares = checked_fractions(fractions)
-        super().__init__(
-            root,
-            scan=lambda: scan_nnunet(self.root, len(names), fold, shares, seed),
-            labels=label_map(labels, regions_class_order, ignore_index),
-            normalization=names if normalization is None else normalization,
-            channels=len(names),
-            **settings,
-        )
+        facts = {key: value for key, value in (dataset_json or {}).items() if value is not None}
+        if "labels" not in facts or "channel_names" not in facts:
+            facts = {**read_dataset_json(root), **facts}
+        names = [str(name) for name in facts["channel_names"]]
+        labels = make_label_map(facts["labels"], facts.get("regions_class_order"), ignore_index)
+        preprocessing = preprocessing or VolumePreprocessing()
+        if preprocessing.normalization is None:
+            preprocessing = replace(preprocessing, normalization=names)
+        super().__init__(root, labels, len(names), preprocessing, fingerprint, check_affine, workers)
+        self.fold, self.fractions, self.seed = fold, check_fractions(fractions), seed
+
+    def _find_files(self) -> VolumeLayout:
+        return find_nnunet_pairs(self.root, self.channels, self.fold, self.fractions, self.seed)
 
 
-def read_dataset(root: str | Path) -> dict[str, Any]:
-    """What `dataset.json` says, in the form of version 2.
+def read_dataset_json(root: str | Path) -> dict[str, Any]:
+    """Read `dataset.json` in the form of version 2.
 
     Returns:
         `channel_names` in order, `labels` by name in the order of their values, `regions_class_order` or `None`.
 
     Raises:
-        DataError: it is not there, cannot be read, or is of images that are not NIfTI.
+        DataError: it does not exist, cannot be read, or the images are not NIfTI.
     """
-    path = Path(root).expanduser() / DATASET
+    path = Path(root).expanduser() / DATASET_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as missing:
-        what = "there is no such file, by which an nnU-Net data set is known"
-        raise DataProblem(
-            what, path, "Set data.root to its folder; for other folders choose data=volumes."
-        ) from missing
+        remedy = "Set data.root to an nnU-Net data set; for other folders choose data=volumes."
+        raise DataProblem("does not exist, but every nnU-Net data set has it", path, remedy) from missing
     except (OSError, ValueError) as error:
-        raise DataProblem(f"cannot be read as JSON ({error})", path, "Mend it.") from error
+        raise DataProblem(f"cannot be read as JSON ({error})", path, "Correct it.") from error
     if not isinstance(content, Mapping):
-        raise DataProblem(f"must hold an object, got a {type(content).__name__}", path, "Mend it.")
+        raise DataProblem(f"must hold an object, got a {type(content).__name__}", path, "Correct it.")
     channels: Any = content.get("channel_names", content.get("modality"))
     labels: Any = content.get("labels")
     for key, value in (("channel_names", channels), ("labels", labels)):
@@ -109,7 +112,7 @@ def read_dataset(root: str | Path) -> dict[str, Any]:
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending.lower() not in EXTENSIONS:
         remedy = "For pictures: data=folder data.images=imagesTr data.masks=labelsTr data.classes=[...]."
-        raise DataProblem(f"says file_ending {ending!r}, NIfTI is read ({' '.join(EXTENSIONS)})", path, remedy)
+        raise DataProblem(f"must have a NIfTI file_ending ({' '.join(EXTENSIONS)}), got {ending!r}", path, remedy)
     try:
         names = [str(channels[key]) for key in sorted(channels, key=int)]
         if all(str(key).lstrip("-").isdigit() for key in labels):  # Version 1: value -> name.
@@ -121,22 +124,23 @@ def read_dataset(root: str | Path) -> dict[str, Any]:
         order = content.get("regions_class_order")
         order = None if order is None else [int(value) for value in order]
     except (ValueError, TypeError) as error:
-        raise DataProblem(f"has channel_names, labels or an order that are no whole numbers ({error})", path) from error
+        what = f"must have whole numbers in channel_names, labels and regions_class_order ({error})"
+        raise DataProblem(what, path) from error
     regions = any(isinstance(value, list) and len(value) > 1 for value in labels.values())
     if not regions:
         labels = dict(sorted(labels.items(), key=lambda entry: entry[1][0] if isinstance(entry[1], list) else entry[1]))
     return {"channel_names": names, "labels": labels, "regions_class_order": order if regions else None}
 
 
-def label_facts(labels: Labels) -> dict[str, Any]:
-    """What follows from labels: `classes`, `activation` and `exclude_classes`.
+def settings_from_labels(labels: Labels) -> dict[str, Any]:
+    """Return the settings `classes`, `activation` and `exclude_classes` that follow from labels.
 
-    >>> label_facts({"background": 0, "liver": 1, "ignore": 2})
+    >>> settings_from_labels({"background": 0, "liver": 1, "ignore": 2})
     {'classes': ['background', 'liver'], 'activation': 'softmax', 'exclude_classes': [0]}
-    >>> label_facts({"background": 0, "whole": [1, 2], "core": 2})
+    >>> settings_from_labels({"background": 0, "whole": [1, 2], "core": 2})
     {'classes': ['whole', 'core'], 'activation': 'sigmoid', 'exclude_classes': []}
     """
-    values = _values(labels)
+    values = _label_values(labels)
     regions = any(len(part) > 1 for part in values.values())
     names = [name for name, part in values.items() if name != "ignore" and not (regions and set(part) == {0})]
     return {
@@ -146,13 +150,21 @@ def label_facts(labels: Labels) -> dict[str, Any]:
     }
 
 
-def label_map(labels: Labels, order: Sequence[int] | None, ignore_index: int | None) -> LabelMap:
-    """The classes of nnU-Net's labels.
+def make_label_map(labels: Labels, order: Sequence[int] | None, ignore_index: int | None) -> LabelMap:
+    """Return the classes of nnU-Net's labels.
+
+    Args:
+        labels: as in `dataset.json`.
+        order: `regions_class_order`, required for regions.
+        ignore_index: the label that `ignore` becomes.
 
     Raises:
-        ValueError: there is no background, or a label is not what it can be.
+        ValueError: there is no background, or a label is not a value or a list of values.
+
+    >>> make_label_map({"background": 0, "whole": [1, 2], "core": 2}, order=[1, 2], ignore_index=255).values
+    ((1, 2), (2,))
     """
-    facts, values = label_facts(labels), _values(labels)
+    facts, values = settings_from_labels(labels), _label_values(labels)
     if values.get("background") != (0,) and (0,) not in values.values():
         raise ValueError(f"labels must have a background of 0, got {dict(labels)}")
     if len(values.get("ignore", (0,))) != 1:
@@ -161,7 +173,7 @@ def label_map(labels: Labels, order: Sequence[int] | None, ignore_index: int | N
         raise ValueError(f"labels must begin with the background of 0, got {dict(labels)}")
     regions = facts["activation"] == "sigmoid"
     if regions and order is None:
-        raise ValueError(f"regions_class_order must be given for regions, a value for each of {facts['classes']}")
+        raise ValueError(f"regions_class_order must have a value for each of the regions {facts['classes']}, got None")
     return LabelMap(
         tuple(facts["classes"]),
         tuple(values[name] for name in facts["classes"]),
@@ -172,25 +184,25 @@ def label_map(labels: Labels, order: Sequence[int] | None, ignore_index: int | N
     )
 
 
-def scan_nnunet(root: Path, channels: int, fold: int, fractions: Sequence[float], seed: int) -> VolumeLayout:
-    """The cases of a raw data set; see `NnunetSource` for its splits."""
+def find_nnunet_pairs(root: Path, channels: int, fold: int, fractions: Sequence[float], seed: int) -> VolumeLayout:
+    """Find the cases of a raw data set; see `NnunetSource` for its splits."""
     layout = VolumeLayout()
     problems = layout.problems
     for name in ("imagesTr", "labelsTr"):
         if not (root / name).is_dir():
             remedy = "Set data.root to an nnU-Net raw data set."
-            problems.append(DataProblem("there is no such folder", root / name, remedy))
+            problems.append(DataProblem("does not exist", root / name, remedy))
     if problems:
         return layout
-    train = pair(cases_of(root / "imagesTr", channels, problems), [root / "labelsTr"], problems)
+    train = match_masks(find_images(root / "imagesTr", channels, problems), [root / "labelsTr"], problems)
     test: list[VolumePair] | None = None
     if (root / "labelsTs").is_dir() and (root / "imagesTs").is_dir():
-        images = cases_of(root / "imagesTs", channels, problems)
-        test = pair(images, [root / "labelsTs"], problems, all_images=False)
+        images = find_images(root / "imagesTs", channels, problems)
+        test = match_masks(images, [root / "labelsTs"], problems, all_images=False)
         if len(test) < len(images):
             layout.notes.append(f"{len(images) - len(test)} of the {len(images)} images of imagesTs have no mask")
-    if (root / SPLITS).is_file():
-        layout.pairs = _fold(root / SPLITS, fold, train, problems)
+    if (root / SPLITS_FILE).is_file():
+        layout.pairs = _read_fold(root / SPLITS_FILE, fold, train, problems)
         if test:
             layout.pairs["test"] = test
         return layout
@@ -199,7 +211,7 @@ def scan_nnunet(root: Path, channels: int, fold: int, fractions: Sequence[float]
     return layout
 
 
-def _fold(
+def _read_fold(
     path: Path, fold: int, pairs: Sequence[VolumePair], problems: list[DataProblem]
 ) -> dict[Split, list[VolumePair]]:
     try:
@@ -219,12 +231,12 @@ def _fold(
         problems.append(DataProblem(what, path, "Add them, or remove them from the file."))
     both = sorted(set(wanted["train"]) & set(wanted["val"]))
     if both:
-        problems.append(DataProblem(f"has {both[0]} in train and val of fold {fold}", path, "Mend it."))
+        problems.append(DataProblem(f"has {both[0]} in train and val of fold {fold}", path, "Correct it."))
     order: tuple[Split, ...] = ("train", "val")
     return {split: [known[case] for case in sorted(wanted[split]) if case in known] for split in order}
 
 
-def _values(labels: Labels) -> dict[str, tuple[int, ...]]:
+def _label_values(labels: Labels) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, value in labels.items():
         parts = [value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []

@@ -1,11 +1,11 @@
-"""NIfTI files as a network sees them, and masks that lie on them."""
+"""Reading NIfTI files for prediction, and writing masks in their geometry."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,85 +15,66 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dice.data.errors import DataError, DataProblem, SkippedWarning, combined_error
-from lightning_dice.data.interfaces import LoadedImage, PredictionItem
+from lightning_dice.data.file_names import file_stem
+from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionItem
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.volumes.dataset_summary import read_channels
 from lightning_dice.data.volumes.file_layout import group_channels
 from lightning_dice.data.volumes.nifti import (
     EXTENSIONS,
-    Geometry,
+    read_channels,
     read_labels,
     read_volume,
-    stem,
     volume_files,
     write_volume,
 )
-from lightning_dice.data.volumes.normalization import Intensities, normalized
-from lightning_dice.data.volumes.resampling import Interpolation, zoomed_image, zoomed_size
+from lightning_dice.data.volumes.preprocessing import Preprocessor
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """How volumes become what the network sees: normalized, then at its spacing.
-
-    Attributes:
-        schemes: of normalization, for each channel.
-        intensities: of each channel of the training cases; empty where no scheme needs them.
-        spacing: mm along each axis; `None`: as they are.
-        interpolation: of images.
-    """
-
-    schemes: tuple[str, ...]
-    intensities: tuple[Intensities, ...] = ()
-    spacing: tuple[float, ...] | None = None
-    interpolation: Interpolation = "linear"
-
-    def size(self, size: Sequence[int], spacing: Sequence[float]) -> tuple[int, ...]:
-        """That of the image which the network sees."""
-        return tuple(size) if self.spacing is None else zoomed_size(size, spacing, self.spacing)
-
-    def image(self, channels: Sequence[NDArray[np.float32]], files: Sequence[Path], geometry: Geometry) -> Tensor:
-        """Float32 `(channels, *space)` of what the files hold."""
-        parts = []
-        for index, (values, path) in enumerate(zip(channels, files, strict=True)):
-            statistics = self.intensities[index] if self.intensities else None
-            try:
-                parts.append(torch.from_numpy(normalized(values, self.schemes[index], statistics)))
-            except ValueError as refused:
-                raise DataProblem(str(refused), path, "Choose another data.normalization.") from refused
-        return zoomed_image(torch.stack(parts), self.size(geometry.size, geometry.spacing), self.interpolation)
-
-
-def _wherever(case: str, path: Path) -> NDArray[Any]:
+def _read_any_mask(case: str, path: Path) -> NDArray[Any]:
     return read_labels(path)[0]
 
 
 @dataclass(frozen=True)
 class VolumePredictionIO:
-    """Reads NIfTI files as training does, and writes masks that lie on them in any viewer.
+    """Reads NIfTI files as training does, and writes masks that match them in any viewer.
 
-    Arrays in memory are in canonical orientation (RAS+); what is written has the axes, the affine and the header of the
-    image, integers without scaling.
+    Arrays in memory are in canonical orientation (RAS+). Written files have the axes, the affine and the header of the
+    image, and hold integers without scaling.
 
     Args:
         labels: the classes, and the values that they are written as.
-        channels: files of a case.
-        prepare: gives what is done to an image; called when the first is read, as it may need the fingerprint.
-        stored: reads the label values of a case's mask that `load` asks for; by default wherever the mask lies.
+        channels: number of files of a case.
+        make_preprocessor: returns the preprocessor of images; called when the first image is read, since it may need
+            the fingerprint.
+        read_mask: reads the label values of a file, for `load`; takes the case and the file. By default it accepts
+            any geometry.
     """
 
     labels: LabelMap
     channels: int
-    prepare: Callable[[], Preparation]
-    stored: Callable[[str, Path], NDArray[Any]] = _wherever
+    make_preprocessor: Callable[[], Preprocessor]
+    read_mask: Callable[[str, Path], NDArray[Any]] = _read_any_mask
+
+    def with_options(self, *, follow_symlinks: bool, large: int) -> VolumePredictionIO:
+        """Return `self`: links are not followed, and volumes are read whole."""
+        return self
+
+    def for_cases(self, cases: Cases) -> VolumePredictionIO:
+        """Return a copy whose `load` refuses masks with another affine than the case's image."""
+        read_mask = getattr(cases, "read_mask", None)
+        return self if read_mask is None else replace(self, read_mask=read_mask)
+
+    def preprocessing(self) -> Preprocessor:
+        """Return how volumes are normalized and resampled, which may read the fingerprint of the training cases."""
+        return self.make_preprocessor()
 
     def find(self, path: Path) -> list[PredictionItem]:
-        """The cases of a folder and its sub-folders, or of a file, whose further channels are looked for beside it.
+        """Find the cases of a folder and its sub-folders, or the case of a file, with the other channels beside it.
 
-        Links to folders are told as `SkippedWarning`.
+        Links to folders are skipped, with a `SkippedWarning`.
 
         Raises:
-            DataError: there are none, or two would have masks of one name.
+            DataError: there are none, or two would have masks of the same name.
         """
         if path.is_file():
             group, problems = group_channels([path] if self.channels == 1 else volume_files(path.parent), self.channels)
@@ -112,15 +93,15 @@ class VolumePredictionIO:
             for link in (Path(place, folder) for folder in folders if os.path.islink(Path(place, folder))):
                 what = f"is a link to the folder {os.readlink(link)}; it was skipped"
                 warnings.warn(
-                    SkippedWarning(str(DataProblem(what, link, "Predict its volumes by themselves."))), stacklevel=2
+                    SkippedWarning(str(DataProblem(what, link, "Predict its volumes separately."))), stacklevel=2
                 )
             group, problems = group_channels(volume_files(Path(place)), self.channels)
             below = Path(place).relative_to(path)
             items += [PredictionItem((below / case).as_posix(), files) for case, files in group.items()]
             wrong += [one for one in problems if self.channels == 1]
-            # An incomplete case is told of when it is read, and does not keep the others from being predicted.
+            # Incomplete cases fail when they are read, so that the others are predicted.
             partial = [Path(one.where) for one in problems if self.channels > 1]
-            items += [PredictionItem((below / stem(one)).as_posix(), (one,)) for one in partial]
+            items += [PredictionItem((below / file_stem(one, EXTENSIONS)).as_posix(), (one,)) for one in partial]
         if wrong:
             raise combined_error(path, wrong)
         if not items:
@@ -128,7 +109,7 @@ class VolumePredictionIO:
         return items
 
     def read(self, item: PredictionItem) -> LoadedImage:
-        """An image, normalized and at the network's spacing.
+        """Read an image, normalized and at the network's spacing.
 
         Raises:
             DataError: names the file, what is wrong with it and the remedy.
@@ -138,14 +119,14 @@ class VolumePredictionIO:
             what = f"its case has {len(item.files)} of {self.channels} channels: {names}"
             raise DataProblem(what, item.files[0], "Name them <case>_0000, <case>_0001 ...")
         channels, geometry = read_channels(item.files)
-        image = self.prepare().image(channels, item.files, geometry)
+        image = self.make_preprocessor()(channels, item.files, geometry)
         return LoadedImage(image, geometry.size, geometry.spacing, geometry)
 
     def names(self, case: str, format: str | None = None) -> list[Path]:
-        """`<case>.nii.gz`, or `<class>/<case>.nii.gz` for classes that may overlap.
+        """Return `<case>.nii.gz`, or `<class>/<case>.nii.gz` for each of several overlapping classes.
 
         Raises:
-            DataError: for a format that cannot hold a volume with its geometry.
+            DataError: the format cannot hold a volume with its geometry.
         """
         if format not in (None, "nifti"):
             raise DataError(f"format must be nifti for volumes, got {format}: leave it out")
@@ -166,7 +147,10 @@ class VolumePredictionIO:
         return [path]
 
     def load_probabilities(self, folder: Path, case: str) -> Tensor | None:
-        """What `write_probabilities` wrote, in canonical orientation: float32 `(classes, *size)`; `None`: nothing.
+        """Load what `write_probabilities` wrote, in canonical orientation; `None` if there is no such file.
+
+        Returns:
+            Float32 `(classes, *size)`.
 
         Raises:
             DataError: it cannot be read, or has another number of classes.
@@ -180,21 +164,21 @@ class VolumePredictionIO:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
-        """A mask that `write` wrote: class ids or planes, in canonical orientation.
+        """Load a mask that `write` wrote: class ids or planes, in canonical orientation.
 
         Raises:
-            DataError: it is not there, is there twice, holds what no class is written as, or `stored` refuses it.
+            DataError: it does not exist, exists as `.nii` and as `.nii.gz`, holds values of no class, or `read_mask`
+                refuses it.
         """
         stored = []
         for name in self.names(case):
             found = [folder / name.with_name(Path(case).name + ending) for ending in EXTENSIONS]
             there = [path for path in found if path.exists()]
             if len(there) > 1:
-                raise DataProblem(
-                    f"is there twice: {', '.join(path.name for path in there)}", there[0], "Keep one of them."
-                )
+                twice = ", ".join(path.name for path in there)
+                raise DataProblem(f"exists twice: {twice}", there[0], "Keep one of them.")
             path = there[0] if there else folder / name
-            stored.append(self.stored(case, path))
+            stored.append(self.read_mask(case, path))
         try:
             return self.labels.encode(stored)
         except ValueError as wrong:
@@ -203,10 +187,10 @@ class VolumePredictionIO:
 
 def _check_size(name: str, tensor: Tensor, scan: LoadedImage) -> None:
     if tuple(tensor.shape[-len(scan.size) :]) != tuple(scan.size):
-        raise ValueError(f"{name} must have the space axes of the scan, {tuple(scan.size)}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have the space axes of the image, {tuple(scan.size)}, got {tuple(tensor.shape)}")
 
 
 def _no_volume(path: Path) -> DataProblem:
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else ""
-    there = f"; there is {inside or 'nothing'}" if path.is_dir() else ""
+    there = f"; it holds {inside or 'nothing'}" if path.is_dir() else ""
     return DataProblem(f"holds no NIfTI file ({' '.join(EXTENSIONS)}){there}", path, "Name a folder of volumes.")
