@@ -1,4 +1,4 @@
-"""Two tables of cases, compared."""
+"""The command that compares tables of cases."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_as_a_user_runs_it(tmp_path):
     write(tmp_path / "runs" / "the old [1]", OLD)
     write(tmp_path / "new", NEW)
     line = [sys.executable, "-m", "lightning_dice.compare", "runs/the old [1]", "new", "n_resamples=500"]
-    told = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "Dice of new minus the old [1]; higher is better, 5 test cases" in told
+    output = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "Dice of new minus the old [1]; higher is better, 5 test cases" in output
     made = tmp_path / "runs" / "the old [1]" / "compare_new"
     (row,) = rows(made / "compare.csv")
     assert (row["wins"], row["losses"], row["ties"], row["cases"]) == ("3", "1", "1", "5")
@@ -77,7 +77,7 @@ def test_several_are_compared_with_the_first_and_adjusted_together(tmp_path, cap
         run(*folders, f"output={tmp_path / 'out'}")
 
 
-def test_a_table_itself_and_a_name_with_an_equals_sign(tmp_path, monkeypatch):
+def test_paths_of_tables_and_names_with_an_equals_sign(tmp_path, monkeypatch):
     write(tmp_path / "runs" / "lr=1", OLD)
     write(tmp_path / "new" / "test", NEW)
     monkeypatch.chdir(tmp_path / "runs")
@@ -86,7 +86,7 @@ def test_a_table_itself_and_a_name_with_an_equals_sign(tmp_path, monkeypatch):
     assert (row["a"], row["b"]) == ("lr=1", "test")
 
 
-def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
+def test_output_and_plot(tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(comparison_plot, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
     spaced = {"spacing": "1 1"}
@@ -94,16 +94,16 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
     a = write(tmp_path / "a", OLD, **{f"{score}/cell": 9 for score in ("hd95", "actual")}, **worse, **spaced)
     table = (a / "cases.csv").read_text().splitlines()
     b = write(tmp_path / "b", OLD)
-    # Of the first class all distances are less, of the second some; the last case has none in b.
+    # For the first class all distances are smaller in b, for the second some; the last case has none in b.
     head, *body = (line.split(",") for line in table)
     for place, line in enumerate(body):
         line[head.index("hd95/cell")] = str(5 - place)
         line[head.index("hd95/nucleus")] = ("2", "4.5", "3", "3.5", "")[place]
     (b / "cases.csv").write_text("\n".join(map(",".join, [head, *body])))
     run(a, b, "score=hd95", f"output={tmp_path / 'out'}", "n_resamples=200", "seed=3")
-    told = capsys.readouterr().out
-    assert "Hausdorff 95 (mm) of b minus a; lower is better, 5 test cases" in told
-    assert "nucleus: not compared are 1 cases that only a has a score for, and 0 that only b has" in told
+    output = capsys.readouterr().out
+    assert "Hausdorff 95 (mm) of b minus a; lower is better, 5 test cases" in output
+    assert "nucleus: not compared are 1 cases that only a has a score for, and 0 that only b has" in output
     lines = {line["class"]: line for line in rows(tmp_path / "out" / "compare.csv")}
     for name, (first, second, wins, losses, ties) in {
         "cell": (9, 3, 5, 0, 0),
@@ -115,7 +115,7 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
             *map(str, (wins, losses, ties)),
             *(f"{line[f'{test}_holm']:.3g}" for test in ("wilcoxon", "permutation")),
         ]
-        (shown,) = (text.split() for text in told.splitlines() if text.split()[:1] == [name] and "to" in text)
+        (shown,) = (text.split() for text in output.splitlines() if text.split()[:1] == [name] and "to" in text)
         assert shown == [name, *" ".join(cells).split()]
     assert lines["cell"]["wilcoxon"] != lines["cell"]["wilcoxon_holm"]
     assert lines["nucleus"]["wilcoxon_holm"] != lines["nucleus"]["permutation_holm"]
@@ -124,7 +124,7 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
     assert cases["nucleus", "c4"] == ""
     (axes,) = drawn
     assert [label.get_text() for label in axes.get_yticklabels()] == ["mean of classes", "cell", "nucleus"]
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # The first line is the uppermost.
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # The first row is at the top.
     assert axes.get_xlim()[0] == -axes.get_xlim()[1] < -8
     points, bars, means = (axes.lines[place:-1:3] for place in range(3))
     assert points[1].get_xdata().tolist() == [-4, -5, -6, -7, -8]
@@ -137,7 +137,7 @@ def test_what_is_shown_and_drawn(tmp_path, capsys, monkeypatch):
     assert axes.get_title(loc="left") == "Hausdorff 95 (mm) of b\nminus a"
 
 
-def test_nothing_is_better_is_drawn_too(tmp_path, monkeypatch):
+def test_ties_are_drawn_too(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(comparison_plot, "save_figure", lambda path, figure, dpi: drawn.append(figure.axes[0]))
     folders = [write(tmp_path / name, OLD[:1]) for name in "abc"]
@@ -148,7 +148,7 @@ def test_nothing_is_better_is_drawn_too(tmp_path, monkeypatch):
     assert axes.get_xlim()[1] > 1
 
 
-def test_the_draws_are_those_that_are_asked_for(tmp_path):
+def test_resampling_depends_on_its_settings(tmp_path):
     scores = [place % 7 / 10 for place in range(30)]
     folders = [write(tmp_path / "a", scores), write(tmp_path / "b", [score * score for score in scores])]
     found = []
@@ -168,7 +168,7 @@ def test_cases_in_common(tmp_path):
     assert found == ["0.1", "0.2", "-0.1"] * 2
 
 
-def test_each_further_one_is_looked_at(tmp_path):
+def test_every_table_is_checked(tmp_path):
     a, b = write(tmp_path / "a", OLD), write(tmp_path / "b", NEW)
     with pytest.raises(UserError, match=r"actual/cell of c0 is 7 pixels in a and 8 in c"):
         run(a, b, write(tmp_path / "c", NEW, **{"actual/cell": 8}))
@@ -180,10 +180,10 @@ def test_each_further_one_is_looked_at(tmp_path):
         run(a, b, write(tmp_path / "g" / "c", NEW), "score=hd95")
 
 
-def test_validation_where_there_is_no_test(tmp_path):
+def test_validation_is_used_without_a_test_split(tmp_path):
     folders = [write(tmp_path / "a", OLD, "val"), write(tmp_path / "b", NEW, "val")]
     with (tmp_path / "b" / "cases.csv").open("a") as file:
-        file.write("test,c0,0.5,0.5,7,5\n")  # Only one of them has a test split.
+        file.write("test,c0,0.5,0.5,7,5\n")  # Only one of the runs has a test split.
     run(*folders, f"output={tmp_path / 'out'}", "n_resamples=200")
     assert {row["split"] for row in rows(tmp_path / "out" / "compare_cases.csv")} == {"val"}
 
@@ -209,7 +209,7 @@ def test_refuses(tmp_path, second, settings, message):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "cases.csv", "cases.csv"]
 
 
-def test_one_run_or_none(tmp_path):
+def test_runs_that_cannot_be_compared(tmp_path):
     one = write(tmp_path / "a", OLD)
     with pytest.raises(UserError, match="runs must be the folders of two runs or more, got 1"):
         run(one)

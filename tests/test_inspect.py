@@ -42,7 +42,7 @@ def config(*overrides: str):
 
 
 def saved(root: Path) -> Path:
-    """Sound data as files."""
+    """Write sound data as files."""
     for split, part in sound().items():
         for sample in part:
             for kind, values in (("images", sample.image[0] * 255), ("masks", sample.mask[0])):
@@ -55,7 +55,7 @@ def saved(root: Path) -> Path:
 FOLDER = ["data=folder", "data.channels=1", "data.classes=[object]", "data.patch_size=[32,32]"]
 
 
-def test_what_is_wrong_is_named_and_the_status_says_so(tmp_path):
+def test_errors_are_named_and_set_the_status(tmp_path):
     root = saved(tmp_path / "my data")
     for kind in ("images", "masks"):
         (root / kind / "test/test-0001.png").write_bytes((root / kind / "train/train-0003.png").read_bytes())
@@ -68,7 +68,7 @@ def test_what_is_wrong_is_named_and_the_status_says_so(tmp_path):
     assert [finding["kind"] for finding in written["findings"]] == ["refused", "duplicates-across-splits"]
     assert written["cases"] == {"train": 13, "val": 6, "test": 6}
     text = (tmp_path / "seen/inspection.html").read_text()
-    assert not re.search(r"(src|href)=[\"'](?!data:|#)|@import|url\(|https?://", text)  # Nothing to be fetched.
+    assert not re.search(r"(src|href)=[\"'](?!data:|#)|@import|url\(|https?://", text)  # It fetches nothing.
     assert "equal to test/test-0001" in text
 
 
@@ -123,7 +123,7 @@ class TestInProcess:
         with pytest.raises(UserError, match="exists, and nothing is overwritten"):
             inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path}"))
 
-    def test_a_folder_that_is_not_there(self, tmp_path):
+    def test_a_missing_folder(self, tmp_path):
         (finding,) = inspect(config(*FOLDER, f"data.root={tmp_path / 'none'}", f"output={tmp_path / 'out'}"))
         assert (finding.kind, finding.severity) == ("refused", "error")
         assert "does not exist" in finding.title
@@ -134,7 +134,7 @@ class TestInProcess:
         assert "&lt;b&gt;&amp;" in text
         assert "<b>&" not in text
 
-    def test_pictures_are_few_if_asked_for_few(self, root, tmp_path):
+    def test_the_number_of_thumbnails(self, root, tmp_path):
         for count in (0, 4):
             inspect(config(*FOLDER, f"data.root={root}", f"output={tmp_path / str(count)}", f"thumbnails={count}"))
             text = (tmp_path / str(count) / "inspection.html").read_text()
@@ -147,5 +147,5 @@ class TestInProcess:
         text = (tmp_path / "out/inspection.html").read_text()
         table = text[text.index('id="cases"') :].partition("</table>")[0]
         assert table.count("<tr>") == 11
-        assert table.count("smaller-than-crops") == 20  # Those that something was found about stand first.
+        assert table.count("smaller-than-crops") == 20  # Cases with findings come first.
         assert "10 of 26 cases; all are in cases.csv" in text

@@ -1,4 +1,4 @@
-"""Proposals for volumes, and the networks they are for."""
+"""Proposals for volumes, and their networks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(("spacing", "size"), GRIDS, ids=lambda grid: "x".join(f"{n:.3g}" for n in grid))
-def test_levels_are_nnunet_s(spacing, size):
+def test_levels_agree_with_nnunet(spacing, size):
     peer = pytest.importorskip("nnunetv2.experiment_planning.experiment_planners.network_topology")
     _, strides, kernels, padded, divisors = peer.get_pool_and_conv_props(spacing, size, 4, 999999)
     mine = plan_topology(spacing, size)
@@ -38,7 +38,7 @@ def test_levels_are_nnunet_s(spacing, size):
     assert mine.divisors == tuple(divisors)
 
 
-def test_the_first_patch_is_as_long_everywhere():
+def test_the_first_patch_is_isotropic():
     assert first_patch((1, 1, 1), (512, 512, 512)) == (256, 256, 256)
     patch = first_patch((1, 1, 4), (999, 999, 999))
     assert np.prod(patch) == pytest.approx(256**3, rel=0.01)
@@ -50,8 +50,8 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Conv3d(4, 2, 1, bias=False))
 
 
-def test_memory_is_what_a_step_keeps():
-    """Of two convolutions and a ReLU by hand: the image, the ReLU's output, and again as gradients; the weights."""
+def test_memory_of_a_step():
+    """Two convolutions and a ReLU, by hand: the image and the ReLU's output, both again as gradients; the weights."""
     voxels, weights = 8 * 8 * 8, 4 * 27 + 8
     kept = voxels * (1 + 4) * 4
     expected = 1.2 * (4 * 4 * weights + 3 * (kept + kept))
@@ -70,7 +70,7 @@ class TestPropose:
         assert propose((1, 1, 1), (35, 50, 36), 4, make, 1, 8 * GIB).batch_size == 2
 
     @pytest.mark.parametrize("mib", [16, 40, 200])
-    def test_it_fits_and_more_would_not(self, mib):
+    def test_the_proposal_fits_and_a_larger_batch_would_not(self, mib):
         found = propose((1, 1, 2), (300, 280, 150), 1000, make, 1, mib * 2**20)
         assert found.memory <= mib * 2**20
         size, divisors = found.topology.size, found.topology.divisors
@@ -81,7 +81,7 @@ class TestPropose:
         shares = [n / m for n, m in zip(size, (300, 280, 150), strict=True)]
         assert max(shares) - min(shares) < 0.35  # the image's proportions are kept, to a step
 
-    def test_too_little(self):
+    def test_too_little_memory(self):
         with pytest.raises(ValueError, match="memory must be more: a batch of 2 patches"):
             propose((1, 1, 1), (64, 64, 64), 10, make, 1, 1000)
 
@@ -97,9 +97,9 @@ class TestCommand:
     def test_it_writes_an_experiment_once(self, tmp_path):
         folders(tmp_path / "data", {"train": 3, "val": 1}, np.diag([1, 1, 4, 1.0]), size=(20, 20, 9))
         data = ["data=volumes", "data.root=data", "data.classes=[background,front,back]", "memory=1"]
-        told = self.run(tmp_path, *data).stdout
-        assert "median image 20x20x9 at 1x1x4 mm" in told
-        assert "data.patch_size=[20,20,9]" in told
+        output = self.run(tmp_path, *data).stdout
+        assert "median image 20x20x9 at 1x1x4 mm" in output
+        assert "data.patch_size=[20,20,9]" in output
         register_resolvers()
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             config = compose("fit", overrides=[f"hydra.searchpath=[{tmp_path}/plan]", "experiment=plan", "folder=run"])
@@ -116,9 +116,9 @@ class TestCommand:
         assert "plan.yaml exists; choose another output, or overwrite=true" in refused
 
     def test_a_typo_is_explained_as_in_fit(self, tmp_path):
-        told = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr
-        assert "; did you mean root?" in told
-        assert "Could not override 'data.rot'" in told
+        output = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr
+        assert "; did you mean root?" in output
+        assert "Could not override 'data.rot'" in output
 
 
 SMALL = {
@@ -168,8 +168,8 @@ def test_networks_take_a_step_in_three_dimensions(name):
         assert module.eval()(image).shape == (1, 2, *size)
 
 
-def test_deep_supervision_is_monai_s():
-    """The same weights give MONAI's stacked levels, but for their being enlarged; and the network can be copied."""
+def test_deep_supervision_agrees_with_monai():
+    """The same weights give MONAI's levels, which are enlarged and stacked there; and the network can be copied."""
     import copy
 
     from monai.networks.nets import DynUNet as Peer

@@ -1,4 +1,4 @@
-"""Sound data are left alone; each thing that is wrong is found, with its cases."""
+"""Sound data give no findings; each planted problem is found, with its cases."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 72)])
-def test_nothing_is_found_in_sound_data(size):
+def test_no_findings_in_sound_data(size):
     found, findings = inspected(sound(size), batch_size=8, channels=1, size=[32, 32])
     assert not findings
     assert (found.sizes, len(found.cases)) == (SIZES, 26)
 
 
-# By the code that mends them.
+# By the code that undoes them.
 MOVES = {
     "mask.T": lambda mask: mask.transpose(-1, -2),
     "mask[::-1]": lambda mask: mask.flip(-2),
@@ -73,15 +73,15 @@ class TestTurned:
         assert "mask.transpose(1, 0, 2)[:, :, ::-1]" in finding.remedy
 
 
-class TestOfAnotherImage:
-    def test_two_exchanged_masks(self):
+class TestSwapped:
+    def test_two_swapped_masks(self):
         data = sound()
         one, two = (data["train"][index].mask for index in (3, 9))
         keys = [change(data, "train", 3, mask=two), change(data, "train", 9, mask=one)]
         finding = inspected(data)[1]["swapped-masks"]
         assert (finding.severity, list(finding.cases), list(finding.partners)) == ("error", keys, keys[::-1])
 
-    def test_masks_paired_one_place_off(self):
+    def test_masks_paired_off_by_one(self):
         data = sound()
         part = data["train"]
         masks = [sample.mask for sample in part]
@@ -89,9 +89,9 @@ class TestOfAnotherImage:
             change(data, "train", index, mask=masks[index - 1])
         finding = inspected(data)[1]["swapped-masks"]
         right = {f"train/{part[i].case}": f"train/{part[i - 1].case}" for i in range(len(part))}
-        told = dict(zip(finding.cases, finding.partners, strict=True))
-        assert len(told) >= 12
-        assert all(right[case] == partner for case, partner in told.items())
+        partners = dict(zip(finding.cases, finding.partners, strict=True))
+        assert len(partners) >= 12
+        assert all(right[case] == partner for case, partner in partners.items())
 
     def test_masks_that_fit_nowhere(self):
         data = sound()
@@ -103,7 +103,7 @@ class TestOfAnotherImage:
         finding = inspected(data)[1]["misaligned-masks"]
         assert finding.severity == "error"
 
-    def test_one_that_fits_another_image_is_exchanged_only_if_that_ones_is_elsewhere_too(self):
+    def test_a_mask_that_fits_another_image_is_swapped_only_if_that_images_mask_is_elsewhere(self):
         data = sound()
         noise = torch.nn.functional.interpolate(torch.rand(1, 1, 16, 16, generator=generator()), size=64)[0] < 0.1
         one, two = data["train"][3], data["train"][9]
@@ -124,7 +124,7 @@ class TestOfAnotherImage:
         finding = inspected(data)[1]["poorly-fitting-masks"]
         assert (finding.severity, list(finding.cases)) == ("note", [key])
 
-    def test_few_cases_do_not_tell(self):
+    def test_few_cases_are_not_judged(self):
         found, _ = inspected({"train": sound()["train"][:7]})
         assert np.isnan(misaligned_share(found.cases))
 
@@ -152,7 +152,7 @@ class TestDuplicates:
         assert finding.severity == "error"
         assert (list(finding.cases), list(finding.partners)) == ([f"train/{data['train'][4].case}"], [key])
 
-    def test_within_a_split_they_are_noted_and_different_masks_warned_of(self):
+    def test_within_a_split(self):
         data = sound()
         change(data, "train", 1, image=data["train"][0].image.clone())
         findings = inspected(data)[1]
@@ -162,7 +162,7 @@ class TestDuplicates:
         change(data, "train", 1, mask=data["train"][0].mask.clone())
         assert "contradicting-masks" not in inspected(data)[1]
 
-    def test_what_all_images_share_makes_no_duplicates(self):
+    def test_common_structure_does_not_make_duplicates(self):
         data = sound()
         rings = [
             (torch.hypot(*torch.meshgrid(torch.arange(64.0) - 32, torch.arange(64.0) - 32, indexing="ij")) < r)
@@ -173,7 +173,7 @@ class TestDuplicates:
                 change(data, split, index, image=0.1 * sample.image + sum(ring.float() for ring in rings))
         assert "duplicates-across-splits" not in inspected(data)[1]
 
-    def test_black_images_are_no_copies(self):
+    def test_black_images_are_not_duplicates(self):
         data = sound()
         for split in ("train", "val"):
             change(data, split, 0, image=torch.zeros(1, 64, 64))
@@ -197,7 +197,7 @@ def of_kind(kind, data, severity, cases=None, task=TASK, **facts):
 
 
 class TestContents:
-    def test_unreadable_cases_are_refused_and_the_rest_is_done(self):
+    def test_unreadable_cases_are_reported_and_the_rest_is_measured(self):
         data = sound()
         broken(data, "train", 3)
         found, findings = inspected(data)
@@ -205,20 +205,20 @@ class TestContents:
         assert "a.png: is empty (0 bytes)" in findings["refused"].title
         assert (len(found.cases), found.sizes["train"]) == (25, 14)
 
-    def test_any_other_error_is_one_of_the_case(self):
+    def test_unexpected_errors_are_reported(self):
         data = sound()
         data["val"][0] = ZeroDivisionError("hm")
         finding = inspected(data)[1]["refused"]
         assert (list(finding.cases), list(finding.details)) == (["val[0]"], ["cannot be read (ZeroDivisionError: hm)"])
 
-    def test_labels_that_no_class_has(self):
+    def test_labels_without_a_class(self):
         data = sound()
         mask = data["train"][0].mask.clone()
         mask[mask == 1] = 7
         key = change(data, "train", 0, mask=mask)
         assert "labels without a class" in of_kind("unknown-labels", data, "error", [key]).title
 
-    def test_values_that_are_not_finite(self):
+    def test_nonfinite_values(self):
         data = sound()
         image = data["val"][1].image.clone()
         image[0, 3, 4] = float("nan")
@@ -238,7 +238,7 @@ class TestContents:
         change(resampled, "val", 1, image=torch.rand(1, 24, 36))
         assert "mask-sizes" not in inspected(resampled)[1]
 
-    def test_a_class_that_a_split_does_not_have(self):
+    def test_absent_classes(self):
         data = sound()
         for index in range(len(data["test"])):
             change(data, "test", index, mask=torch.zeros(1, 64, 64, dtype=torch.uint8))
@@ -284,7 +284,7 @@ class TestContents:
             (("float32", "uint8"), "note"),
         ],
     )
-    def test_kinds_of_files(self, kinds, severity):
+    def test_image_formats(self, kinds, severity):
         class Known(Listed):
             def readable(self, name):
                 return self.split(name)
@@ -299,7 +299,7 @@ class TestContents:
             ["train/train-0004"],
         )
 
-    def test_an_image_that_is_a_mask(self):
+    def test_a_mask_in_place_of_an_image(self):
         data = sound()
         key = change(data, "train", 5, image=data["train"][5].mask.float())
         of_kind("mask-like-images", data, "warning", [key])
@@ -307,7 +307,7 @@ class TestContents:
     def test_an_image_much_brighter_than_the_rest(self):
         data = sound()
         of_kind("unusual-intensities", data, "note", [change(data, "val", 2, image=data["val"][2].image + 20)])
-        for index in range(5):  # two kinds of images, and no outlier
+        for index in range(5):  # a second kind of images, no outliers
             change(data, "train", index, image=data["train"][index].image + 20)
         assert "unusual-intensities" not in inspected(data)[1]
 
@@ -320,7 +320,7 @@ class TestContents:
         assert "no-validation" in inspected({"train": data["train"]})[1]
         assert "no-test" in inspected({"train": data["train"], "val": data["val"]})[1]
 
-    def test_two_cases_of_one_name(self):
+    def test_duplicate_names(self):
         data = sound()
         key = change(data, "train", 1, case=data["train"][0].case)
         of_kind("duplicate-names", data, "error", [key])

@@ -1,4 +1,4 @@
-"""The numbers of one case, against plain definitions."""
+"""Measurements of one case, against plain definitions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blobs(seed: int, size: tuple[int, ...], density: float = 0.3) -> np.ndarray:
 
 
 def components(plane: np.ndarray) -> list[int]:
-    """Sizes of what hangs together by sides or corners, by walking."""
+    """Return the sizes of the components connected by sides or corners, by flood filling."""
     left, sizes = set(map(tuple, np.argwhere(plane))), []
     steps = list(itertools.product((-1, 0, 1), repeat=plane.ndim))
     while left:
@@ -43,7 +43,7 @@ def components(plane: np.ndarray) -> list[int]:
 
 
 def edge(plane: np.ndarray) -> int:
-    """Pixels with a neighbour, by a side and inside the picture, that is not of the class."""
+    """Count the pixels with a neighbour, across a side and inside the image, that is not of the class."""
     count = 0
     for place in map(tuple, np.argwhere(plane)):
         for axis, step in itertools.product(range(plane.ndim), (-1, 1)):
@@ -63,7 +63,7 @@ def test_objects(size, density):
     assert (found.pixels, found.edge) == (plane.sum(), edge(plane))
 
 
-def test_no_object_and_nothing_else():
+def test_empty_and_full_planes():
     assert measure_components(np.zeros((3, 4), bool)).sizes.size == 0
     full = measure_components(np.ones((3, 4), bool))
     assert (full.pixels, full.sizes.tolist(), full.edge) == (12, [12], 0)
@@ -88,20 +88,20 @@ def test_a_case():
     assert case.foreground_pixels(THREE) == int(((ids == 1) | (ids == 2)).sum())
 
 
-def test_planes_have_ignored_pixels_of_their_own():
+def test_each_plane_has_its_own_ignored_pixels():
     mask = torch.tensor([[[1, 0, 255, 1]], [[255, 255, 255, 255]]])
     case = measure(Sample(torch.rand(1, 1, 4), mask, "x"), "train", Task(["a", "b"], "sigmoid"))
     assert [one.pixels for one in case.components] == [2, 0]
     assert (case.ignored, case.unannotated) == (2.5, (1,))
 
 
-def test_soft_labels_count_from_a_half_and_nan_is_ignored():
+def test_soft_labels_count_above_a_half_and_nan_is_ignored():
     mask = torch.tensor([[[0.2, 0.6, 1.0, float("nan")]]])
     case = measure(Sample(torch.rand(1, 1, 4), mask, "x"), "train", Task(["a"], "sigmoid"))
     assert (case.components[0].pixels, case.ignored, case.unknown_labels) == (2, 1, {})
 
 
-def test_values_that_are_not_finite_are_counted_and_left_out():
+def test_nonfinite_values_are_counted_and_left_out():
     image = torch.tensor([[[1.0, float("nan"), 3.0, float("inf")]]])
     case = measure(Sample(image, torch.zeros(1, 4).int(), "x"), "train", THREE)
     assert (case.nonfinite, case.mean, case.range[0], case.range[4]) == (2, (2.0,), 1.0, 3.0)
@@ -125,7 +125,7 @@ def test_equal_pixels_have_equal_digests():
 
 class TestOrientations:
     @pytest.mark.parametrize("axes", [1, 2, 3])
-    def test_each_is_another_and_there_are_no_more(self, axes):
+    def test_all_are_different(self, axes):
         array = np.arange(3**axes).reshape((3,) * axes)
         found = {reorient(array, orientation).tobytes() for orientation in orientations(axes)}
         assert len(found) == len(orientations(axes)) == {1: 2, 2: 8, 3: 48}[axes]
@@ -168,10 +168,10 @@ class TestAlignment:
         assert known.sum() == 4
         assert (~np.isnan(self.case((20, 24, 20)).alignment)).sum() == 16
 
-    def test_large_pictures_are_reduced(self):
+    def test_large_images_are_reduced(self):
         assert int(np.nanargmax(self.case((900, 700)).alignment)) == 0
 
-    def test_too_little_outline_says_nothing(self):
+    def test_too_little_outline_is_not_judged(self):
         mask = torch.zeros(30, 30).int()
         mask[3, 3] = 1
         assert np.isnan(measure(Sample(torch.rand(1, 30, 30), mask, "x"), "train", THREE).alignment).all()
@@ -194,10 +194,10 @@ class TestTexture:
     def test_hardly_depends_on(self, change):
         assert float(texture(self.image).astype(float) @ texture(change(self.image)).astype(float)) > 0.95
 
-    def test_tells_pictures_apart(self):
+    def test_distinguishes_images(self):
         assert abs(float(texture(self.image).astype(float) @ texture(self.image.flip(1)).astype(float))) < 0.2
 
-    def test_of_nothing_is_nothing(self):
+    def test_a_constant_image_has_none(self):
         assert not texture(torch.full((1, 50, 50), 0.3)).any()
 
 
@@ -208,11 +208,11 @@ def test_thumbnails(size):
     picture = np.asarray(Image.open(io.BytesIO(draw_thumbnail(torch.zeros(1, *size), mask, THREE))))
     assert max(picture.shape[0], (picture.shape[1] - 2) // 2) <= 112
     left, right = picture[:, : picture.shape[1] // 2 - 2], picture[:, picture.shape[1] // 2 + 2 :]
-    assert left.max() < 40  # black, but for what JPEG makes of the gap
+    assert left.max() < 40  # black, except for JPEG artefacts at the gap
     assert right.max() > 60  # painted
 
 
-def test_thin_things_stay_visible_in_a_thumbnail():
+def test_thin_structures_stay_visible_in_a_thumbnail():
     mask = torch.zeros(1000, 1000).int()
     mask[500] = 1
     picture = np.asarray(Image.open(io.BytesIO(draw_thumbnail(torch.zeros(1, 1000, 1000), mask, THREE)))).astype(int)

@@ -1,4 +1,4 @@
-"""Pictures that are too large to be measured whole."""
+"""Images that are too large to be measured whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lightning_dice import inspect
-from lightning_dice.data import FolderSource, MaskFormat
+from lightning_dice.data import MaskFormat
 from lightning_dice.data_check.checks import run_checks
 from lightning_dice.data_check.survey import draw_missing, survey
 from lightning_dice.data_check.tables import split_table
 from lightning_dice.data_check.task import Task
+from tests.data.image_sources import folder_source
 
 CLASSES = ["background", "disc"]
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A scene of four tiles and a photograph, in each split; the scene is beyond what may be decoded whole."""
+    """A scene of four tiles and a photograph in each split; the scene is too large to be decoded whole."""
     monkeypatch.setattr("lightning_dice.data_check.survey.LARGE", 100 * 100)
     monkeypatch.setattr("lightning_dice.data_check.survey.TILE", 100)
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 100 * 100)
@@ -33,10 +34,10 @@ def source(tmp_path, monkeypatch):
             for folder, pixels in (("images", image), ("masks", disc)):
                 (tmp_path / folder / split).mkdir(parents=True, exist_ok=True)
                 tifffile.imwrite(tmp_path / folder / split / f"{name}.tif", pixels, tile=(32, 32), compression="zlib")
-    return FolderSource(tmp_path, MaskFormat(CLASSES), channels=1)
+    return folder_source(tmp_path, MaskFormat(CLASSES), channels=1)
 
 
-def test_they_are_measured_in_tiles(source):
+def test_large_images_are_measured_in_tiles(source):
     found = survey(source, Task(CLASSES), thumbnails=0)
     names = ["photo", "scene@0-0", "scene@0-100", "scene@100-0", "scene@100-100"]
     assert [case.key for case in found.cases] == [f"{split}/{name}" for split in ("train", "val") for name in names]
@@ -68,7 +69,7 @@ def test_they_are_measured_in_tiles(source):
         ({"patches_per_image": 3}, 3),  # volumes
     ],
 )
-def test_windows_fill_batches(settings, least, source):
+def test_patches_fill_batches(settings, least, source):
     """The smallest number of cases that fills a batch depends on how many patches one image gives."""
     data = {"classes": CLASSES, "activation": "softmax", "ignore_index": 255, "exclude_classes": [], "channels": 1}
     config = {"data": {**data, "batch_size": 8, **settings}, "workers": 1, "thumbnails": 0}

@@ -9,7 +9,7 @@ from lightning_dice.functional import activations
 from lightning_dice.scoring import calibration, reliability
 
 
-def test_the_error_of_a_binary_task_is_torchmetrics():
+def test_binary_errors_agree_with_torchmetrics():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 40, 30) * 2, torch.randint(0, 2, (2, 40, 30))
     target[1, :5] = 255
@@ -20,7 +20,7 @@ def test_the_error_of_a_binary_task_is_torchmetrics():
         assert found[index] == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_the_error_of_the_most_probable_class_is_torchmetrics():
+def test_multiclass_errors_agree_with_torchmetrics():
     torch.manual_seed(1)
     logits, target = torch.randn(4, 6, 7, 8) * 3, torch.randint(0, 4, (6, 7, 8))
     target[2] = 9
@@ -30,7 +30,7 @@ def test_the_error_of_the_most_probable_class_is_torchmetrics():
 
 
 def test_by_hand():
-    # Two pixels of 0.9, one of which is right, and one of 0.2 that is.
+    # Two pixels of 0.9, one of them correct, and a correct one of 0.2.
     logits = torch.logit(torch.tensor([[0.9, 0.9, 0.2]]))
     found = reliability(logits, torch.tensor([[1, 0, 1]]), activation="sigmoid", bins=2)
     assert found.pixels.tolist() == [[1, 2]]
@@ -39,7 +39,7 @@ def test_by_hand():
     assert found.calibration_error() == pytest.approx([(0.8 + 0.8) / 3])
 
 
-def test_a_volume_is_counted_in_pieces_and_cases_add_up(monkeypatch):
+def test_chunks_and_cases_add_up(monkeypatch):
     torch.manual_seed(2)
     logits, target = torch.randn(3, 10, 11), torch.randint(0, 3, (10, 11))
     whole = reliability(logits, target, activation="softmax")
@@ -54,7 +54,7 @@ def test_a_volume_is_counted_in_pieces_and_cases_add_up(monkeypatch):
             np.testing.assert_allclose(one, two, rtol=1e-12)
 
 
-def test_certain_pixels_and_none():
+def test_certain_pixels_and_no_pixels():
     logits = torch.tensor([[1e4, -1e4]])
     assert reliability(logits, torch.tensor([[1, 0]]), activation="sigmoid").calibration_error() == [0]
     nothing = reliability(logits, torch.tensor([[255, 255]]), activation="sigmoid", ignore_index=255)
@@ -67,7 +67,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_above():
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_halves_are_summed_as_floats(activation):
+def test_half_precision_is_summed_as_float32(activation):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 50, generator=generator).bfloat16()
     target = torch.randint(0, 2, (3, 50) if activation == "sigmoid" else (50,), generator=generator)

@@ -14,7 +14,7 @@ PLANES = Scoring(["a", "b"], "sigmoid", ignore_index=255)
 
 @pytest.mark.parametrize("scoring", [IDS, PLANES], ids=["ids", "planes"])
 @pytest.mark.parametrize("space", [(31,), (9, 11), (5, 6, 7)])
-def test_dice_is_that_of_the_metric_to_the_last_digit(scoring, space):
+def test_dice_equals_the_metric_to_the_last_digit(scoring, space):
     generator = torch.Generator().manual_seed(0)
     classes = len(scoring.classes)
     planes = scoring.activation == "sigmoid"
@@ -45,7 +45,7 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize(
-    ("said", "there", "dice", "surface", "distance", "volume", "error", "lesions"),
+    ("predicted", "actual", "dice", "surface", "distance", "volume", "error", "lesions"),
     [
         pytest.param([1, 1, 0, 0], [1, 1, 0, 0], 1, 1, 0, 0, 0, (1, 1, 1), id="perfect"),
         pytest.param([0, 0, 1, 1], [1, 1, 0, 0], 0, 1, 1.95, 0, 0, (0, 0, 0), id="disjoint"),
@@ -54,8 +54,8 @@ NAN = math.nan
         pytest.param([0, 0, 0, 0], [0, 0, 0, 0], NAN, NAN, NAN, NAN, NAN, (NAN, NAN, NAN), id="absent from both"),
     ],
 )
-def test_hard_cases_by_hand(said, there, dice, surface, distance, volume, error, lesions):
-    case = score_case(torch.tensor([[said]]), torch.tensor([[there]]), Scoring(["a"], "sigmoid", tolerance=2))
+def test_hard_cases_by_hand(predicted, actual, dice, surface, distance, volume, error, lesions):
+    case = score_case(torch.tensor([[predicted]]), torch.tensor([[actual]]), Scoring(["a"], "sigmoid", tolerance=2))
     (found,) = case.classes
     assert (found.dice, found.jaccard, case.mean) == pytest.approx((dice,) * 3, nan_ok=True)
     assert found.surface_dice == pytest.approx(surface, nan_ok=True)
@@ -63,11 +63,11 @@ def test_hard_cases_by_hand(said, there, dice, surface, distance, volume, error,
     assert found.volume_difference == pytest.approx(volume, nan_ok=True)
     assert found.volume_error == pytest.approx(error, nan_ok=True)
     assert found.lesions[2:] == pytest.approx(lesions, nan_ok=True)
-    assert (found.predicted, found.actual) == (sum(said), sum(there))
+    assert (found.predicted, found.actual) == (sum(predicted), sum(actual))
 
 
 @pytest.mark.parametrize("scoring", [IDS, PLANES], ids=["ids", "planes"])
-def test_ignored_pixels_count_as_nothing(scoring):
+def test_ignored_pixels_belong_to_no_class(scoring):
     torch.manual_seed(3)
     planes = scoring.activation == "sigmoid"
     space = (2, 16, 14) if planes else (16, 14)
@@ -75,11 +75,11 @@ def test_ignored_pixels_count_as_nothing(scoring):
     ignored = torch.rand(space) < 0.3
     case = score_case(predicted, mask.where(~ignored, 255), scoring)
     assert score_case(other.where(ignored, predicted), mask.where(~ignored, 255), scoring) == case
-    # They are what lies beyond the border: of no class.
+    # They are like the area outside the image, of no class.
     for index in scoring.scored:
-        there, said = ((labels[index] == 1 if planes else labels == index) for labels in (mask, predicted))
+        masks = ((labels[index] == 1 if planes else labels == index) for labels in (predicted, mask))
         kept = ~ignored[index] if planes else ~ignored
-        pair = (said & kept).numpy(), (there & kept).numpy()
+        pair = [(each & kept).numpy() for each in masks]
         found = case.classes[index]
         assert (found.surface_dice, found.hd95, found.mean_surface_distance) == surface_scores(*pair, (1, 1), 2.0)
         assert found.lesions == lesion_scores(*pair)
@@ -104,7 +104,7 @@ def test_areas_are_in_square_millimetres():
     assert found.hd95 == pytest.approx(0.95 * 4)
 
 
-def test_what_is_not_asked_for_has_no_score():
+def test_disabled_scores_are_nan():
     mask, predicted = torch.randint(0, 3, (2, 9, 9), generator=torch.Generator().manual_seed(0))
     whole, lesions, surfaces = (
         score_case(predicted, mask, Scoring(["background", "a", "b"], "softmax", exclude_classes=[0], **settings))
@@ -118,7 +118,7 @@ def test_what_is_not_asked_for_has_no_score():
         assert math.isnan(surfaces.classes[index].lesions.f1)
 
 
-def test_lesions_match_by_the_settings():
+def test_lesions_match_according_to_the_settings():
     mask, predicted = torch.zeros(2, 1, 4, 8, dtype=torch.int64)
     mask[0, 0, :4], predicted[0, 0, :2] = 1, 1
     mask[0, 1, 4] = 1  # Touches the other at a corner.
@@ -131,14 +131,14 @@ def test_lesions_match_by_the_settings():
     assert found(connectivity=1, lesion_iou=0.5).recall == 0
 
 
-def test_a_large_mask_is_counted_part_by_part(monkeypatch):
+def test_a_large_mask_is_counted_in_chunks(monkeypatch):
     mask, predicted = torch.randint(0, 3, (2, 9, 11), generator=torch.Generator().manual_seed(0))
     whole = score_case(predicted, mask, IDS)
     monkeypatch.setattr(sys.modules[score_case.__module__], "CHUNK", 7)
     assert score_case(predicted, mask, IDS) == whole
 
 
-def test_an_image_of_no_pixel_has_no_score():
+def test_an_image_without_pixels_has_no_score():
     nothing = torch.zeros(0, 5, dtype=torch.int64)
     assert math.isnan(score_case(nothing, nothing, IDS).mean)
 
@@ -163,7 +163,7 @@ def test_each_class_has_its_tolerance():
         (torch.zeros(4, 4), torch.zeros(4, 4), (1.0, 0.0), IDS, "spacing must be 2 numbers > 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(predicted, mask, spacing, scoring, message):
+def test_mismatched_arguments_are_refused(predicted, mask, spacing, scoring, message):
     with pytest.raises(ValueError, match=message):
         score_case(predicted.long(), mask.long(), scoring, spacing)
 
@@ -180,6 +180,6 @@ def test_what_does_not_fit_is_refused(predicted, mask, spacing, scoring, message
         ({"activation": "none"}, "activation must be one of"),
     ],
 )
-def test_settings_out_of_their_range_are_refused(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Scoring(**{"classes": ["a", "b"], "activation": "sigmoid"} | settings)

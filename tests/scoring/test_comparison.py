@@ -12,7 +12,7 @@ from lightning_dice.scoring.table import ScoreTable
 
 
 def cases(actual=None, split="test", unit="pixels", **scores):
-    """A table of scores by class, `a=[...]`, of `dice`, `hd95` or `volume_error`, whatever is asked for."""
+    """Return a table of scores by class, `a=[...]`, the same for `dice`, `hd95` and `volume_error`."""
     count = len(next(iter(scores.values())))
     kinds = ("dice", "hd95", "volume_error")
     values = {f"{score}/{name}": np.array(v, float) for name, v in scores.items() for score in kinds}
@@ -27,18 +27,18 @@ def test_a_difference_by_hand():
     assert line.differences == pytest.approx([0.1, 0.2, -0.1, 0])
 
 
-def test_less_is_better_of_distances():
+def test_lower_distances_are_better():
     (line,) = compare_tables(cases(a=[5, 7, 9]), cases(a=[4, 8, 2]), "hd95")
     assert (line.wins, line.losses) == (2, 1)
     assert line.mean == pytest.approx(-7 / 3)
 
 
-def test_nearer_to_zero_is_better_of_volumes():
+def test_volume_errors_closer_to_zero_are_better():
     (line,) = compare_tables(cases(a=[0.1, -0.8, 0.5, -0.2]), cases(a=[-0.3, 0.7, 0.2, 0.2]), "volume_error")
     assert (line.wins, line.losses, line.ties) == (2, 1, 1)
 
 
-def test_the_draws_are_those_that_are_asked_for():
+def test_resampling_depends_on_its_settings():
     random = np.random.default_rng(3)
     one = random.uniform(size=30)
     tables = cases(a=one), cases(a=one + random.normal(0.02, 0.1, 30))
@@ -62,7 +62,7 @@ def test_p_values_are_exact_for_few_cases():
     differences = other - one
     signs = np.array(list(itertools.product((1, -1), repeat=9)))
     flipped = np.abs((signs * differences).mean(1))
-    # The share of all sign flips whose mean is at least as far from 0.
+    # The fraction of all sign flips whose mean is at least as far from 0.
     assert line.permutation == pytest.approx((flipped >= abs(differences.mean()) - 1e-12).mean())
     assert line.wilcoxon == pytest.approx(stats.wilcoxon(other, one, method="exact").pvalue)
 
@@ -79,7 +79,7 @@ def test_many_cases_with_ties():
 
 
 @pytest.mark.filterwarnings("ignore:Sample size too small")  # SciPy before 1.15
-def test_a_case_without_a_difference_has_a_rank():
+def test_cases_without_a_difference_are_ranked():
     differences = np.array([0.1, -0.2, 0.3, 0.5, 0])
     (line,) = compare_tables(cases(a=np.zeros(5)), cases(a=differences))
     expected = stats.wilcoxon(differences, zero_method="pratt", method="approx").pvalue
@@ -99,14 +99,14 @@ def test_one_case_is_no_evidence():
     assert math.isnan(line.high)
 
 
-def test_cases_that_one_has_no_score_of_are_counted_apart():
+def test_cases_that_only_one_scores_are_counted_separately():
     nan = math.nan
     first = cases(a=[nan, 0, 1, nan, 0], b=[1, 1, 0, nan, nan])
     second = cases(a=[0, nan, 0.5, nan, nan], b=[0.5, 1, 1, nan, nan])
     whole, a, _ = compare_tables(first, second, n_resamples=100)
     assert (a.cases, a.only_a, a.only_b) == (1, 2, 1)
     assert (a.mean_a, a.mean_b, a.mean) == (1, 0.5, -0.5)
-    # Of each case the mean is over the classes that both have: b, b, both, none, none.
+    # Each case's mean is over the classes that both have: b, b, both, none, none.
     assert (whole.name, whole.cases) == (MEAN_OF_CLASSES, 3)
     assert whole.differences == pytest.approx([-0.5, 0, 0.25, nan, nan], nan_ok=True)
 
@@ -130,7 +130,7 @@ def test_p_values_are_adjusted_over_classes_and_pairs():
     assert [found[p].permutation_holm for p in whole] == holm([lines[p].permutation for p in whole])
 
 
-def test_other_cases_or_masks_are_refused():
+def test_different_cases_or_masks_are_refused():
     one = cases(a=[1, 1, 1])
     fewer = cases(a=[1, 1])
     with pytest.raises(ValueError, match=r"new lacks 1 of the test cases, such as c2.*cases=common"):
@@ -143,7 +143,7 @@ def test_other_cases_or_masks_are_refused():
         check_same_cases(one, cases(actual=[5, 6, 7], a=[1, 1, 1]), ("old", "new"))
 
 
-def test_cases_in_common_keep_their_scores():
+def test_common_cases_keep_their_scores():
     one, other = cases(a=[0.1, 0.2, 0.3]), replace(cases(a=[0.4, 0.6]), names=["c1", "c2"])
     for pair in (common_cases(one, other), common_cases(other, one)[::-1]):
         check_same_cases(*pair, ("old", "new"))

@@ -14,7 +14,7 @@ def row(text):
 
 
 @pytest.mark.parametrize(
-    ("said", "there", "expected"),
+    ("predicted", "actual", "expected"),
     [
         pytest.param("##.#..", "##.#..", (1, 1, 1), id="perfect"),
         pytest.param("##....", "...##.", (0, 0, 0), id="disjoint"),
@@ -25,15 +25,15 @@ def row(text):
         pytest.param("......", "......", (math.nan, math.nan, math.nan), id="nothing at all"),
     ],
 )
-def test_any_overlap_by_hand(said, there, expected):
-    scores = lesion_scores(row(said), row(there))
+def test_any_overlap_by_hand(predicted, actual, expected):
+    scores = lesion_scores(row(predicted), row(actual))
     assert (scores.precision, scores.recall, scores.f1) == pytest.approx(expected, nan_ok=True)
-    assert scores.actual == sum(bool(part) for part in there.split("."))
-    assert scores.predicted == sum(bool(part) for part in said.split("."))
+    assert scores.actual == sum(bool(part) for part in actual.split("."))
+    assert scores.predicted == sum(bool(part) for part in predicted.split("."))
 
 
 @pytest.mark.parametrize(
-    ("said", "there", "iou", "pairs"),
+    ("predicted", "actual", "iou", "pairs"),
     [
         ("####....", "###.....", 0.74, 1),
         ("####....", "###.....", 0.75, 0),  # more than the threshold
@@ -41,46 +41,49 @@ def test_any_overlap_by_hand(said, there, expected):
         ("########", "#.#.#.#.", 0.1, 1),
     ],
 )
-def test_by_intersection_over_union_each_matches_one(said, there, iou, pairs):
-    scores = lesion_scores(row(said), row(there), iou)
+def test_with_iou_each_lesion_matches_one(predicted, actual, iou, pairs):
+    scores = lesion_scores(row(predicted), row(actual), iou)
     assert scores.recall * scores.actual == pytest.approx(pairs)
     assert scores.precision * scores.predicted == pytest.approx(pairs)
 
 
 def brute_force(predicted, actual, iou):
-    """Of all ways to pair the lesions, the most that match."""
-    said, there = (measure.label(mask, connectivity=mask.ndim) for mask in (predicted, actual))
+    """Return the most matches among all ways to pair the lesions, and the numbers of lesions."""
+    predicted_ids, actual_ids = (measure.label(mask, connectivity=mask.ndim) for mask in (predicted, actual))
     table = [
-        [((said == i) & (there == j)).sum() / ((said == i) | (there == j)).sum() for j in range(1, there.max() + 1)]
-        for i in range(1, said.max() + 1)
+        [
+            ((predicted_ids == i) & (actual_ids == j)).sum() / ((predicted_ids == i) | (actual_ids == j)).sum()
+            for j in range(1, actual_ids.max() + 1)
+        ]
+        for i in range(1, predicted_ids.max() + 1)
     ]
-    few, many = sorted((int(said.max()), int(there.max())))
+    few, many = sorted((int(predicted_ids.max()), int(actual_ids.max())))
     best = 0
     for order in itertools.permutations(range(many), few):
         pairs = zip(range(few), order, strict=True)
-        scores = [table[i][j] if few == said.max() else table[j][i] for i, j in pairs]
+        scores = [table[i][j] if few == predicted_ids.max() else table[j][i] for i, j in pairs]
         best = max(best, sum(score > iou for score in scores))
-    return best, said.max(), there.max()
+    return best, predicted_ids.max(), actual_ids.max()
 
 
 @pytest.mark.parametrize("shape", [(14, 12), (8, 7, 6)])
-def test_the_most_pairs(shape):
+def test_matching_is_maximum(shape):
     random = np.random.default_rng(0)
     for _ in range(12):
         noise = ndimage.gaussian_filter(random.standard_normal(shape), 1.0)
         actual = noise > 0.35
         predicted = noise + 0.25 * ndimage.gaussian_filter(random.standard_normal(shape), 0.8) > 0.35
         for iou in (0.05, 0.3):
-            best, said, there = brute_force(predicted, actual, iou)
-            if not (said and there):
+            best, predicted_count, actual_count = brute_force(predicted, actual, iou)
+            if not (predicted_count and actual_count):
                 continue
             scores = lesion_scores(predicted, actual, iou)
-            assert (scores.predicted, scores.actual) == (said, there)
-            assert scores.precision * said == pytest.approx(best)
-            assert scores.recall * there == pytest.approx(best)
+            assert (scores.predicted, scores.actual) == (predicted_count, actual_count)
+            assert scores.precision * predicted_count == pytest.approx(best)
+            assert scores.recall * actual_count == pytest.approx(best)
 
 
-def test_a_corner_joins_unless_it_is_not_to():
+def test_connectivity_decides_about_corners():
     corners = np.eye(3) > 0
     assert lesion_scores(corners, corners).actual == 1
     assert lesion_scores(corners, corners, connectivity=1).actual == 3

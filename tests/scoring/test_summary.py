@@ -14,7 +14,7 @@ CLASSES = ["background", "a", "b/c"]
 
 
 def table(dice, **others):
-    """Rows of a table with these scores of one class, `object`."""
+    """Return the rows of a table with these scores of one class, `object`."""
     rows = []
     for place, value in enumerate(dice):
         extra = {key: str(values[place]) for key, values in others.items() if values[place] is not None}
@@ -25,7 +25,7 @@ def table(dice, **others):
     return rows
 
 
-def test_a_table_is_read_as_it_was_written():
+def test_a_table_survives_writing_and_parsing():
     scoring = Scoring(CLASSES, "softmax", exclude_classes=[0])
     torch.manual_seed(0)
     masks = [(torch.randint(0, 3, (5, 6)), torch.randint(0, 3, (5, 6))) for _ in range(4)]
@@ -46,14 +46,14 @@ def test_a_table_is_read_as_it_was_written():
     assert found.unit_of("dice") == ""
 
 
-def test_a_row_says_of_each_class_what_is_its_own():
+def test_each_class_has_its_own_columns_in_a_row():
     mask, predicted = torch.zeros(2, 3, 1, 9, dtype=torch.int64)
     mask[1, 0, 1] = mask[2, 0, [0, 2, 4]] = predicted[2, 0, 2:5] = 1
     scoring = Scoring(CLASSES, "sigmoid", exclude_classes=[0])
     found = format_row(
         "test", "c", score_case(predicted, mask, scoring), CLASSES, scoring.scored, {1: 0.5, 2: math.nan}
     )
-    # A class that is missed has lesions all the same, one that is not scored has pixels alone.
+    # A missed class still has lesions; a class that is not scored has only pixels.
     assert {key: text for key, text in found.items() if "lesions" in key or "ece" in key} == {
         "lesions_actual/a": "1",
         "lesions_predicted/a": "0",
@@ -64,7 +64,7 @@ def test_a_row_says_of_each_class_what_is_its_own():
     assert {key for key in found if key.endswith("background")} == {"actual/background", "predicted/background"}
 
 
-def test_the_mean_of_classes_is_that_of_the_metric():
+def test_the_mean_of_classes_equals_the_metric():
     scoring = Scoring(CLASSES, "softmax", exclude_classes=[0])
     metric = DiceScore(3, activation="softmax", exclude_classes=[0])
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def test_the_mean_of_classes_is_that_of_the_metric():
     for place in range(12):
         mask, logits = torch.randint(0, 3, (4, 5)), torch.randn(3, 4, 5)
         if place % 3 == 0:
-            mask[mask == 1], logits[1] = 0, -9  # A class that is nowhere in these.
+            mask[mask == 1], logits[1] = 0, -9  # In these cases the class is absent.
         metric.update(logits[None], mask[None])
         rows.append(
             format_row("test", str(place), score_case(logits.argmax(0), mask, scoring), CLASSES, scoring.scored)
@@ -82,25 +82,25 @@ def test_the_mean_of_classes_is_that_of_the_metric():
     assert (lines["dice", "a"].cases, lines["dice", "a"].absent, lines["dice", "b/c"].cases) == (8, 4, 12)
 
 
-def test_intervals_are_scipys():
+def test_intervals_agree_with_scipy():
     random = np.random.default_rng(2)
     values = random.beta(5, 2, 40)
     (line,) = summarize(parse_rows(table(values)))
     expected = stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", random_state=np.random.default_rng(3)
     ).confidence_interval
-    # Two draws of 10000: the ends differ by their own error.
+    # Two bootstraps of 10000 resamples differ by their random error.
     assert (line.low, line.high) == pytest.approx((expected.low, expected.high), abs=0.003)
     assert (line.mean, line.median) == pytest.approx((values.mean(), np.median(values)), abs=1e-6)
     assert line == summarize(parse_rows(table(values)))[0]
     assert line != summarize(parse_rows(table(values)), seed=1)[0]
 
 
-def test_the_interval_of_each_class_and_of_their_mean_by_definition():
+def test_intervals_of_classes_and_their_mean_by_definition():
     random = np.random.default_rng(4)
     scores = {"a": random.beta(5, 2, 9), "b": random.beta(2, 5, 9)}
     scores["a"][:3] = math.nan
-    # Of the first class the first three cases have no score: it is absent, predicted alone, and absent as is the other.
+    # The first class has no score in the first three cases: it is absent; only predicted; absent, like the other class.
     sizes = {"actual/a": "000999999", "predicted/a": "090999999", "actual/b": "990999999", "predicted/b": "990999999"}
     rows = [
         {"split": "test", "case": f"c{place}", **{column: digits[place] for column, digits in sizes.items()}}
@@ -129,16 +129,16 @@ def test_the_interval_of_each_class_and_of_their_mean_by_definition():
         assert lines[0].mean == pytest.approx(np.mean([np.nanmean(values) for values in scores.values()]))
 
 
-def test_resampled_means_leave_out_what_is_missing():
+def test_resampled_means_leave_out_missing_values():
     values = np.array([[0.2, math.nan], [0.4, 1.0], [math.nan, 3.0]])
     means = resampled_means({"x": values}, 4000, 0)["x"]
-    # Each column is resampled as its own cases would be: of two, with the chances 1/4, 1/2, 1/4 and fewer.
+    # Each column is resampled over its own two cases.
     assert set(np.round(means[np.isfinite(means[:, 1]), 1], 9)) <= {1, 3, 2, round(5 / 3, 9), round(7 / 3, 9)}
     assert np.nanmean(means[:, 0]) == pytest.approx(0.3, abs=0.01)
     assert np.isnan(means[:, 0]).mean() == pytest.approx((1 / 3) ** 3, abs=0.02)
 
 
-def test_no_score_is_ever_left_out_without_a_word():
+def test_undefined_scores_are_counted():
     rows = table([1, 0.5, 0, None], **{"hd95/object": [0, 3, None, None]})
     rows[2] |= {"predicted/object": "0"}
     rows[3] |= {"actual/object": "0", "predicted/object": "0"}
@@ -151,7 +151,7 @@ def test_no_score_is_ever_left_out_without_a_word():
     assert distance.worst == [("c1", 3.0), ("c0", 0.0)]
 
 
-def test_of_volumes_the_worst_are_farthest_from_zero():
+def test_the_worst_volume_errors_are_farthest_from_zero():
     lines = summarize(
         parse_rows(table([1, 1, 1], **{"volume_error/object": [0.1, -0.8, 0.5]})), n_resamples=100, worst=2
     )
@@ -167,7 +167,7 @@ def test_of_volumes_the_worst_are_farthest_from_zero():
     ],
     ids=["high is good", "low is good", "zero is good"],
 )
-def test_the_worst_of_each_score(worst, scores):
+def test_worst_first_for_each_score(worst, scores):
     values = np.array([1, 2, -3, 2, 0.5])
     for score in scores:
         place = worst_first(values, score)[0]
@@ -181,11 +181,11 @@ def test_one_case_has_no_interval():
     assert math.isnan(line.high)
 
 
-def test_the_calibration_error_of_the_most_probable_class_has_a_line():
+def test_the_calibration_error_of_the_most_probable_class_is_summarized():
     lines = summarize(parse_rows(table([1, 1], ece=[0.1, 0.3])), n_resamples=100)
     assert [(line.score, line.name) for line in lines] == [("dice", "object"), ("ece", MOST_PROBABLE_CLASS)]
     assert lines[1].mean == pytest.approx(0.2)
-    assert lines[1].worst[0] == ("c1", 0.3)  # The greater error is the worse.
+    assert lines[1].worst[0] == ("c1", 0.3)  # The larger error is worse.
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_the_calibration_error_of_the_most_probable_class_has_a_line():
         (table(["x"]), None, "column dice of the table: could not convert"),
     ],
 )
-def test_a_table_that_is_none(rows, split, message):
+def test_invalid_tables_are_refused(rows, split, message):
     with pytest.raises(ValueError, match=message):
         parse_rows(rows, split)
 
 
-def test_units_are_mixed_where_some_spacings_are_unknown():
+def test_units_are_mixed_if_some_spacings_are_unknown():
     rows = table([1, 1], **{"hd95/object": [1, 2], "spacing": ["1 1 3", None]})
     assert parse_rows(rows).unit == "mixed"
     assert parse_rows(rows).unit_of("hd95") == parse_rows(rows).unit_of("volume_difference") == "mm or pixels"

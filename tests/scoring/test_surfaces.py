@@ -10,7 +10,7 @@ from lightning_dice.scoring import surface_scores, surfaces
 
 
 def blobs(random, shape, smoothness=1.5):
-    """A mask of several rough blobs, some of which reach the border."""
+    """Return a mask of several rough blobs, some of which reach the border."""
     return ndimage.gaussian_filter(random.standard_normal(shape), smoothness) > 0.05
 
 
@@ -24,7 +24,7 @@ def random_pairs(count, axes):
 
 
 def by_distance_transform(predicted, actual, spacing):
-    """Distances between boundary pixels, from their definition by a distance transform of the whole image."""
+    """Return the distances between boundary pixels, by a distance transform of the whole image."""
     cross = ndimage.generate_binary_structure(predicted.ndim, 1)
     edges = [mask & ~ndimage.binary_erosion(mask, cross) for mask in (predicted, actual)]
     maps = [ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges]
@@ -32,7 +32,7 @@ def by_distance_transform(predicted, actual, spacing):
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_boundary_distances_are_those_of_a_distance_transform(axes):
+def test_boundary_distances_equal_a_distance_transform(axes):
     for predicted, actual, spacing, tolerance in random_pairs(15, axes):
         there, back = by_distance_transform(predicted, actual, spacing)
         scores = surface_scores(predicted, actual, spacing, tolerance)
@@ -42,13 +42,13 @@ def test_boundary_distances_are_those_of_a_distance_transform(axes):
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI's own call
 @pytest.mark.parametrize("axes", [2, 3])
-def test_scores_are_monais(axes):
+def test_scores_agree_with_monai(axes):
     for predicted, actual, spacing, tolerance in random_pairs(15, axes):
         pair = [torch.from_numpy(mask)[None, None] for mask in (predicted, actual)]
         facts = {"include_background": True, "spacing": list(spacing)}
         scores = surface_scores(predicted, actual, spacing, tolerance)
         dice = compute_surface_dice(*pair, [tolerance], use_subvoxels=True, **facts)
-        # MONAI's are of float32.
+        # MONAI computes in float32.
         assert scores.dice == pytest.approx(dice.item(), abs=1e-5)
         assert scores.hd95 == pytest.approx(compute_hausdorff_distance(*pair, percentile=95, **facts).item(), rel=1e-5)
         mean = compute_average_surface_distance(*pair, symmetric=True, **facts).item()
@@ -57,7 +57,7 @@ def test_scores_are_monais(axes):
 
 @pytest.mark.filterwarnings("ignore:Please import .* namespace:DeprecationWarning")  # the reference's imports
 @pytest.mark.parametrize("axes", [2, 3])
-def test_surface_dice_is_that_of_its_authors(axes):
+def test_surface_dice_agrees_with_its_authors(axes):
     reference = pytest.importorskip("surface_distance")
     for predicted, actual, spacing, tolerance in random_pairs(15, axes):
         distances = reference.compute_surface_distances(actual, predicted, spacing)
@@ -66,19 +66,19 @@ def test_surface_dice_is_that_of_its_authors(axes):
 
 
 def test_elements_by_hand():
-    """Of a square of 2 x 2 pixels: 4 corners, and a side between two of them on each of 4 sides."""
+    """The surface of a square of 2 x 2 pixels has 4 corners, and one element on each of 4 sides."""
     predicted, actual = np.zeros((2, 8, 12), dtype=bool)
     predicted[2:4, 2:4] = actual[2:4, 8:10] = True
     actual[2:4, 2:4] = True
-    # All of the prediction's surface is matched, and the half of the other's.
+    # The whole surface of the prediction is matched, and half of the other.
     assert surface_scores(predicted, actual, (1, 1), 0.5).dice == pytest.approx(2 / 3)
-    # The second one lies 6 pixels of 0.5 mm beside the first, in the end 4 * 0.5 from its right side.
+    # The second square is 6 pixels of 0.5 mm beside the first, 4 * 0.5 mm from its right side.
     assert surface_scores(predicted, actual, (1, 0.5), 1.999).dice < 1
     assert surface_scores(predicted, actual, (1, 0.5), 3.0).dice == 1
 
 
 def test_a_distance_equal_to_the_tolerance_is_within():
-    """In floats three steps of 0.1 are more than 0.3."""
+    """In floating point, three steps of 0.1 are more than 0.3."""
     predicted, actual = np.zeros((2, 20), dtype=bool)
     predicted[2:9] = actual[5:12] = True
     assert surface_scores(predicted, actual, (0.1,), 0.3).dice == 1
@@ -90,23 +90,23 @@ def test_the_border_of_the_image_is_a_surface():
     inner[0:3, 2:7] = outer[1:4, 3:8] = True
     shifted, shifted_outer = np.roll(inner, 2, 0), np.roll(outer, 2, 0)
     assert surface_scores(inner, shifted, (1, 2), 1) == surface_scores(outer, shifted_outer, (1, 2), 1)
-    # Rings of 12 and of 10 pixels, of which 4 and 2 have the other one beside them.
+    # Rings of 12 and 10 pixels; 4 and 2 of these are one pixel from the other ring.
     whole, most = np.ones((4, 4), dtype=bool), np.ones((4, 4), dtype=bool)
     most[:, 3] = False
     assert surface_scores(whole, most, (1, 1), 1).mean == pytest.approx(6 / 22)
 
 
-@pytest.mark.parametrize(("there", "said", "dice"), [(1, 0, 0.0), (0, 1, 0.0), (0, 0, math.nan)])
-def test_an_empty_mask_is_far_from_everything(there, said, dice):
+@pytest.mark.parametrize(("actual", "predicted", "dice"), [(1, 0, 0.0), (0, 1, 0.0), (0, 0, math.nan)])
+def test_an_empty_mask_has_no_distances(actual, predicted, dice):
     masks = [np.zeros((5, 5), dtype=bool) for _ in range(2)]
-    masks[0][2:4, 2:4], masks[1][2:4, 2:4] = said, there
+    masks[0][2:4, 2:4], masks[1][2:4, 2:4] = predicted, actual
     scores = surface_scores(*masks, (1, 1), 1)
     assert scores.dice == pytest.approx(dice, nan_ok=True)
     assert math.isnan(scores.hd95)
     assert math.isnan(scores.mean)
 
 
-def test_large_masks_go_piece_by_piece(monkeypatch):
+def test_large_masks_are_processed_in_chunks(monkeypatch):
     random = np.random.default_rng(5)
     predicted, actual = blobs(random, (17, 9, 8)), blobs(random, (17, 9, 8))
     whole = surface_scores(predicted, actual, (3, 1, 0.7), 1.2)
