@@ -1,4 +1,4 @@
-"""Independent definitions, in plain Python floats and loops: what the library is checked against."""
+"""Independent definitions of the losses, in plain Python floats and loops, for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# The logarithm of 0 is made up: that of the least normal float64.
+# The logarithm of 0 is replaced by that of the least normal float64.
 LEAST = sys.float_info.min
 
 
@@ -36,7 +36,7 @@ class PlainSums:
 
 @dataclass
 class PlainPixel:
-    """One pixel: of each class the probability, the label, the weight, and whether it counts at all."""
+    """One pixel: probability, label and weight of each class, and whether the class counts."""
 
     p: list[float]
     t: list[float]
@@ -52,7 +52,7 @@ class PlainPixel:
 
 @dataclass
 class PlainImages:
-    """The pixels of each image, and whether the classes exclude each other."""
+    """The pixels of each image, and whether the classes are exclusive."""
 
     pixels: list[list[PlainPixel]]
     classes: int
@@ -63,7 +63,7 @@ class PlainImages:
 
 
 def probabilities(logits: Sequence[float], activation: str | None) -> list[float]:
-    """Of the classes at one pixel."""
+    """Return the probabilities of the classes at one pixel."""
     if activation == "sigmoid":
         return [1 / (1 + math.exp(-z)) for z in logits]
     if activation == "softmax":
@@ -82,7 +82,7 @@ def plain_images(
     weight: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> PlainImages:
-    """Logits and target, read pixel by pixel."""
+    """Read logits and target pixel by pixel."""
     classes = logits.shape[1]
     planes = target.shape == logits.shape
     exclusive = not planes or activation == "softmax"
@@ -94,7 +94,7 @@ def plain_images(
     images = []
     for b, image in enumerate(all_z):
         pixels = []
-        said = [True] * classes if annotated is None else annotated[b].tolist()
+        known = [True] * classes if annotated is None else annotated[b].tolist()
         for i, z in enumerate(image):
             labels = all_t[b][i] if planes else [all_t[b][i]] * classes
             ignored = [label == ignore_index for label in labels]
@@ -102,17 +102,17 @@ def plain_images(
                 ignored = [any(ignored)] * classes
             if all(ignored):
                 continue
-            # What stands at an ignored place is not even read.
+            # Logits of ignored pixels are not read, as they may be anything.
             p = probabilities([0.0 if skip else value for value, skip in zip(z, ignored, strict=True)], activation)
             if exclusive and annotated is not None:
-                missing = [c for c in range(1, classes) if not said[c]]
+                missing = [c for c in range(1, classes) if not known[c]]
                 p[0] += math.fsum(p[c] for c in missing)
                 p = [0.0 if c in missing else value for c, value in enumerate(p)]
             t = [float(label) if planes else float(label == c) for c, label in enumerate(labels)]
             w = [1.0] * classes
             if all_w is not None:
                 w = all_w[b][i] if by_class else [all_w[b][i]] * classes
-            counts = [known and not skip for known, skip in zip(said, ignored, strict=True)]
+            counts = [ok and not skip for ok, skip in zip(known, ignored, strict=True)]
             pixels.append(PlainPixel(p, t, w, counts))
         images.append(pixels)
     return PlainImages(images, classes, exclusive)
@@ -129,7 +129,7 @@ def plain_sums(
     gamma: float = 2.0,
     alpha: float | None = None,
 ) -> list[list[PlainSums]]:
-    """Sums of each class in each image, pixel by pixel."""
+    """Compute the sums of each class in each image, pixel by pixel."""
     images = plain_images(
         logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
     )
@@ -137,7 +137,7 @@ def plain_sums(
 
 
 def added_up(images: PlainImages, gamma: float = 2.0, alpha: float | None = None) -> list[list[PlainSums]]:
-    """Sums of each class in each image."""
+    """Add up the pixels of each class in each image."""
     result = [[PlainSums() for _ in range(images.classes)] for _ in images.pixels]
     for b, row in enumerate(result):
         for c, sums in enumerate(row):
@@ -159,13 +159,13 @@ def added_up(images: PlainImages, gamma: float = 2.0, alpha: float | None = None
 
 
 def cross_entropy_of(pixel: PlainPixel, c: int, exclusive: bool) -> float:
-    """What class c of a pixel adds to the cross-entropy."""
+    """Return the cross-entropy of class c at a pixel."""
     t = pixel.t[c]
     return -t * pixel.log(c) - (0.0 if exclusive else (1 - t) * pixel.log_not(c))
 
 
 def focal_of(pixel: PlainPixel, c: int, exclusive: bool, gamma: float, alpha: float | None) -> float:
-    """What class c of a pixel adds to the focal cross-entropy (Lin et al., ICCV 2017)."""
+    """Return the focal cross-entropy of class c at a pixel (Lin et al., ICCV 2017)."""
     front, back = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
     p, t = pixel.p[c], pixel.t[c]
     hard = -t * (1 - p) ** gamma * pixel.log(c)
@@ -173,11 +173,11 @@ def focal_of(pixel: PlainPixel, c: int, exclusive: bool, gamma: float, alpha: fl
 
 
 def root(loss: float, gamma: float, low: float = 1e-6) -> float:
-    """loss^gamma; below 1e-6, for an exponent below 1, a straight line to 0."""
+    """Return loss^gamma; for gamma below 1, a straight line to 0 below 1e-6."""
     return loss * low ** (gamma - 1) if gamma < 1 and loss <= low else max(loss, 0.0) ** gamma
 
 
-# The score of a class, given overlap, predicted, actual and what is added above and below; `None` where it is 0/0.
+# From overlap, predicted, actual and the smoothing of numerator and denominator to a score; `None` for 0/0.
 Score = Callable[[float, float, float, float, float], "float | None"]
 
 
@@ -215,9 +215,9 @@ def plain_overlap_loss(
     absent: str = "smooth",
     weighting: str | None = None,
 ) -> float:
-    """The mean over classes (and images) of what `penalty` makes of a score.
+    """Average the penalties of the scores over classes (and images).
 
-    With `weighting`, the score is one for all classes of an image, each weighted by its size (Sudre et al., 2017).
+    With `weighting`, the classes of an image share one score, weighted by their sizes (Sudre et al., 2017).
     """
     table = added_up(images)
     squares = "_squares" if squared else ""
@@ -273,10 +273,7 @@ def plain_pixel_mean(
     pool: str = "batch",
     class_weights: Sequence[float] | None = None,
 ) -> float:
-    """The mean over pixels of what each class of them costs.
-
-    Where classes exclude each other, a pixel weighs what its own class does.
-    """
+    """Average the cost of each class over the pixels; with exclusive classes, a pixel has the weight of its class."""
     weights = class_weights or [1.0] * images.classes
     everyone = list(range(len(images.pixels)))
     means = []
@@ -299,7 +296,7 @@ def plain_cross_entropy(
     pool: str = "batch",
     class_weights: Sequence[float] | None = None,
 ) -> float:
-    """Cross-entropy; with smoothing a share of each label goes to all classes alike (or to both, of one plane)."""
+    """Return the cross-entropy; smoothing spreads a part of each label over all classes (or both, in a plane)."""
 
     def cost(pixel: PlainPixel, c: int) -> float:
         share = -pixel.log(c) / images.classes if images.exclusive else -(pixel.log(c) + pixel.log_not(c)) / 2
@@ -317,7 +314,7 @@ def plain_focal(
     pool: str = "batch",
     class_weights: Sequence[float] | None = None,
 ) -> float:
-    """Focal loss."""
+    """Return the focal loss."""
     return plain_pixel_mean(
         images,
         lambda pixel, c: focal_of(pixel, c, images.exclusive, gamma, alpha),
@@ -327,18 +324,18 @@ def plain_focal(
 
 
 def plain_top_k(images: PlainImages, *, k: float = 0.1, class_weights: Sequence[float] | None = None) -> float:
-    """The mean over images of the mean cross-entropy of the hardest share k of their pixels, or of all planes'."""
+    """Average over images the mean cross-entropy of their hardest pixels (of all planes), a fraction k of them."""
     weights = class_weights or [1.0] * images.classes
     means = []
     for pixels in images.pixels:
         entries: list[tuple[float, float]] = []  # cost and weight
         for pixel in pixels:
-            weighs = {c: weights[c] * pixel.w[c] for c in range(images.classes) if pixel.counts[c]}
-            costs = {c: w * cross_entropy_of(pixel, c, images.exclusive) for c, w in weighs.items()}
+            w = {c: weights[c] * pixel.w[c] for c in range(images.classes) if pixel.counts[c]}
+            costs = {c: w[c] * cross_entropy_of(pixel, c, images.exclusive) for c in w}
             if images.exclusive:
-                entries.append((math.fsum(costs.values()), math.fsum(w * pixel.t[c] for c, w in weighs.items())))
+                entries.append((math.fsum(costs.values()), math.fsum(w[c] * pixel.t[c] for c in w)))
             else:
-                entries += [(costs[c], w) for c, w in weighs.items()]
+                entries += [(costs[c], w[c]) for c in w]
         entries = sorted((entry for entry in entries if entry[1] > 0), reverse=True)
         if entries:
             hardest = entries[: max(1, math.floor(k * len(entries) + 1e-9))]
@@ -347,7 +344,7 @@ def plain_top_k(images: PlainImages, *, k: float = 0.1, class_weights: Sequence[
 
 
 def plain_squared_error(images: PlainImages) -> float:
-    """The mean of (p - t)^2 over the classes of all pixels."""
+    """Return the mean of (p - t)^2 over the classes of all pixels."""
     everyone = range(len(images.pixels))
     errors = [
         (pixel.p[c] - pixel.t[c]) ** 2 for b in everyone for c in range(images.classes) for pixel in images.of(b, c)
@@ -369,7 +366,7 @@ def plain_dice_loss(
     absent: str = "smooth",
     weight: Tensor | None = None,
 ) -> float:
-    """The mean Dice loss, from the definition."""
+    """Return the mean Dice loss."""
     return plain_overlap_loss(
         plain_images(logits, target, activation=activation, ignore_index=ignore_index, weight=weight),
         plain_dice,
@@ -394,7 +391,7 @@ def random_case(
     dtype: torch.dtype = torch.float64,
     spread: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (or probabilities) and a target that fits the activation; 255 marks ignored pixels."""
+    """Return random logits (or probabilities) and a target that fits the activation; 255 marks ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, classes, *space, generator=generator, dtype=torch.float64) * spread
     if activation is None:

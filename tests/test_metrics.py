@@ -94,7 +94,7 @@ def test_any_split_gives_the_same_bits(split, pool):
     whole = DiceScore(**settings)
     whole.update(logits, target)
     parts = DiceScore(**settings)
-    # In reverse as well: addition in floating point would not give the same bits.
+    # Also in reverse, where sums in floating point would not have the same bits.
     for piece, labels in reversed(list(zip(logits.split(split), target.split(split), strict=True))):
         parts.update(piece, labels)
     assert torch.equal(whole.compute(), parts.compute())
@@ -114,7 +114,7 @@ def test_equals_torchmetrics_where_it_is_right(average, level):
 
 
 def test_where_torchmetrics_is_wrong():
-    # One channel: argmax over it gives class 0 for prediction and target alike, whatever they hold.
+    # The argmax over one channel is class 0, for any prediction and target.
     theirs = TorchmetricsDice(1, input_format="one-hot")
     probs, target = torch.rand(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
     assert theirs(probs, target).item() == 1

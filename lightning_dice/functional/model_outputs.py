@@ -58,7 +58,12 @@ def pad_to_multiple(image: Tensor, divisor: int) -> Tensor:
 
 
 def resize_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
-    """Resize the logits of a coarser output to `space`, by linear interpolation."""
+    """Resize the logits of a coarser output to `space`, by linear interpolation.
+
+    >>> import torch
+    >>> resize_to(torch.tensor([[[0.0, 4.0]]]), (4,))
+    tensor([[[0., 1., 3., 4.]]])
+    """
     if tuple(logits.shape[2:]) == space:
         return logits
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)]
@@ -66,7 +71,12 @@ def resize_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
 
 
 def crop_to(logits: Tensor, space: tuple[int, ...]) -> Tensor:
-    """Undo `pad_to_multiple`: keep the first `space` pixels along the axes."""
+    """Undo `pad_to_multiple`: keep the first `space` pixels along the axes.
+
+    >>> import torch
+    >>> crop_to(torch.zeros(1, 2, 32, 96), (30, 65)).shape
+    torch.Size([1, 2, 30, 65])
+    """
     for axis, size in enumerate(space, start=2):
         logits = logits.narrow(axis, 0, size)
     return logits

@@ -72,7 +72,7 @@ def finish_reductions(reductions: Sequence[DeferredReduction]) -> list[Tensor]:
     [tensor(3.)]
     """
     local = _all_sums(reductions)
-    if not local or gradient_world_size() == 1:
+    if not local or _gradient_world_size() == 1:
         return _finish_each(reductions, local)
     dtype = reduce(torch.promote_types, (one.dtype for one in local))
     message = _sum_over_ranks(torch.cat([one.to(dtype).reshape(-1) for one in local]))
@@ -169,7 +169,7 @@ def weighted_mean(values: Tensor, kept: Tensor, class_weights: Tensor | None = N
     return DeferredReduction((total, norm), lambda total, norm: total / torch.where(norm > 0, norm, 1.0))
 
 
-def gradient_world_size() -> int:
+def _gradient_world_size() -> int:
     """Return the number of ranks over which DDP averages the gradient being taken; 1 if none is taken."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled() else 1
 

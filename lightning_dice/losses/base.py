@@ -43,9 +43,9 @@ _COMMON_SETTINGS = (
 class SegmentationLoss(nn.Module):
     """Base of the losses: a module that is called with logits and target.
 
-    A subclass defines `deferred`, the loss before its sums over the ranks of a distributed training are taken; all
-    terms of a `CompoundLoss` then share one message. A subclass that needs nothing from other ranks may define
-    `forward` instead.
+    A subclass defines `deferred`: the loss up to its sums over the ranks of a distributed training, so that the terms
+    of a `CompoundLoss` can share one message. A subclass that needs nothing from other ranks may define `forward`
+    instead.
 
     Args:
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
@@ -237,6 +237,12 @@ class SumsLoss(SegmentationLoss):
 
     A subclass defines `deferred_from_sums`, and `required_sums` if its formula needs more than the four sums that are
     always computed.
+
+    >>> class VolumeLoss(SumsLoss):
+    ...     def deferred_from_sums(self, sums):
+    ...         return DeferredReduction.ready((sums.predicted - sums.actual).abs().mean())
+    >>> VolumeLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 1]]]))
+    tensor(1.)
     """
 
     @property
@@ -298,6 +304,13 @@ class PixelMeanLoss(SumsLoss):
 
     Raises:
         ValueError: an invalid setting; in a call, a shape that would broadcast.
+        TypeError: a setting that does not exist.
+
+    >>> class MeanProbability(PixelMeanLoss):
+    ...     def per_class(self, sums):
+    ...         return sums.predicted
+    >>> MeanProbability()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.5000)
     """
 
     class_weights: Tensor | None

@@ -51,6 +51,12 @@ class DistanceLoss(SegmentationLoss):
 
     Raises:
         ValueError: an invalid setting; in a call, a wrong number of classes, or a shape that would broadcast.
+
+    >>> class MeanDistance(DistanceLoss):
+    ...     def per_pixel(self, pixels, distance, logits, target):
+    ...         return distance.abs()
+    >>> MeanDistance()(torch.zeros(1, 1, 1, 4), torch.tensor([[[[0, 0, 1, 1]]]]))
+    tensor(1.5000)
     """
 
     def __init__(

@@ -13,7 +13,7 @@ SIZES = [((9,), (4,)), ((8,), (4,)), ((45, 30), (23, 15)), ((6, 8), (3, 8)), ((5
 
 
 def cells(size, space):
-    """The places of each cell, by place in the coarser target."""
+    """Return the positions in each cell, by position in the coarser target."""
     for place in itertools.product(*map(range, space)):
         spans = [
             range(math.floor(i * n / m), math.ceil((i + 1) * n / m)) for i, n, m in zip(place, size, space, strict=True)
@@ -66,7 +66,7 @@ class TestEqualsTheDefinition:
     def test_means_of_soft_labels(self, size, space, ignored):
         soft = random_planes(size, ignored=False, soft=True).softmax(1)
         if ignored:
-            # Of one class alone, which makes the pixel an ignored one.
+            # One ignored class makes the whole pixel ignored.
             soft[:, 1][random_planes(size, ignored=True)[:, 0] == 255] = 255
         result = coarser_target(soft, space, activation="softmax", classes=3, ignore_index=255)
         for (place, members), b in itertools.product(cells(size, space), range(2)):
@@ -107,7 +107,7 @@ def test_ids_of_every_dtype(dtype):
     for reduce in ("area", "max"):
         expected = coarser_target(ids, (3, 3), activation="softmax", classes=4, ignore_index=255, reduce=reduce)
         small = ids.to(dtype)
-        # Of uint8 as well, whose 255 is the same label.
+        # Also for uint8, whose 255 is the same label.
         result = coarser_target(small, (3, 3), activation="softmax", classes=4, ignore_index=255, reduce=reduce)
         torch.testing.assert_close(result, expected if reduce == "area" else expected.to(dtype))
 

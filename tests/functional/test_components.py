@@ -11,7 +11,7 @@ from lightning_dice.functional import RegionMap, component_regions
 
 
 def flood(mask: np.ndarray, connectivity: int) -> list[set[tuple[int, ...]]]:
-    """The components, found by hand."""
+    """Find the components by hand."""
     places = {place for place in itertools.product(*map(range, mask.shape)) if mask[place]}
     steps = [s for s in itertools.product([-1, 0, 1], repeat=mask.ndim) if 0 < sum(map(abs, s)) <= connectivity]
     components = []
@@ -29,7 +29,7 @@ def flood(mask: np.ndarray, connectivity: int) -> list[set[tuple[int, ...]]]:
 
 
 def nearest(place: tuple[int, ...], components: list[set[tuple[int, ...]]]) -> set[int]:
-    """The components at the least distance."""
+    """Return the nearest components."""
     squares = [
         min(sum((a - b) ** 2 for a, b in zip(place, pixel, strict=True)) for pixel in component)
         for component in components
@@ -51,7 +51,7 @@ def test_equals_the_definition(seed, space, connectivity, regions):
     found = component_regions(mask, regions, connectivity)
     components = flood(mask, connectivity)
     assert len(components) > 1
-    # Numbered in whatever order: each of ours is one of theirs.
+    # The order of the numbers is free: each of ours is one of theirs.
     ours = {}
     for number, component in enumerate(components):
         numbers = {int(found[place]) for place in component}

@@ -10,7 +10,7 @@ from lightning_dice.functional import hard_prediction, hard_sums
 
 
 def counted(predicted, target, classes, ignore_index, *, planes):
-    """Counts pixel by pixel: overlap, predicted, actual, count."""
+    """Count overlap, predicted, actual and count, pixel by pixel."""
     table = torch.zeros(4, len(predicted), classes, dtype=torch.int64)
     for b, c in itertools.product(range(len(predicted)), range(classes)):
         p = predicted[b, c] if planes else predicted[b]

@@ -35,7 +35,7 @@ def apart(a, b, spacing):
 
 
 def plain_signed_distance(mask, spacing):
-    """Of each place: to the nearest of the other kind, below 0 inside."""
+    """Return the distance of each position to the nearest of the other kind, negative inside."""
     result = {}
     for here in places(mask.shape):
         others = [apart(here, there, spacing) for there in places(mask.shape) if mask[there] != mask[here]]
@@ -126,7 +126,7 @@ class TestTubedSkeleton:
         assert skeleton[4, 8:32].all()
 
     @pytest.mark.parametrize(("radius", "rows"), [(0, [4]), (1, [3, 4, 5]), (2.9, [2, 3, 4, 5, 6]), (9, range(1, 8))])
-    def test_a_tube_is_as_wide_as_said_and_within_the_mask(self, radius, rows):
+    def test_a_tube_has_its_radius_and_stays_within_the_mask(self, radius, rows):
         mask = np.zeros((9, 40), dtype=bool)
         mask[1:8, 2:38] = True
         tube = tubed_skeleton(mask, radius)
@@ -140,7 +140,7 @@ class TestTubedSkeleton:
         skeleton = tubed_skeleton(mask, 0)
         np.testing.assert_array_equal(tubed_skeleton(mask, 2), ndimage.binary_dilation(skeleton, cross, 2) & mask)
 
-    def test_what_is_connected_stays_so(self):
+    def test_a_connected_mask_has_a_connected_skeleton(self):
         mask = np.zeros((30, 30), dtype=bool)
         y, x = np.ogrid[:30, :30]
         mask[(abs(np.hypot(y - 15, x - 15) - 9) < 3)] = True

@@ -1,4 +1,4 @@
-"""The table of losses that the tests of this folder run over: a new loss of the family is one more row."""
+"""The table of losses that the tests of this folder share; add a row for a new loss."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class Row:
     """A loss, its settings and its definition.
 
     Attributes:
-        name: of the loss, as in ids of tests.
-        make: from settings to the loss.
-        plain: from the pixels, and the settings but `activation` and `ignore_index`, to the value.
+        name: of the loss, for the ids of tests.
+        make: makes the loss from its settings.
+        plain: computes the value from the pixels and the settings, without `activation` and `ignore_index`.
         takes: the common settings that it has; `"weight"`: pixel weights and `annotated`.
-        own: grids of its own settings, by name; each is a test case.
-        activations: those that it has with these settings.
-        pools: those that it has.
+        own: sets of its own settings, by name; each is a test case.
+        activations: the activations that it has.
+        pools: the pools that it has.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Row:
 
     @property
     def overlaps(self) -> bool:
-        """Whether it is a formula on overlaps: it then has a policy for absent classes."""
+        """Whether it is an overlap loss, which has a policy for absent classes."""
         return "absent" in self.takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row with one choice of its own settings."""
+    """A row with one set of its own settings."""
 
     row: Row
     id: str
@@ -89,11 +89,11 @@ class Case:
 
     @property
     def of_sums(self) -> bool:
-        """Whether it is a formula on sums, which can be added up elsewhere."""
+        """Whether it is a formula on sums."""
         return isinstance(self.loss(activation=self.activations[0]), SumsLoss)
 
     def kept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the common settings that the loss has."""
+        """Return the common settings that the loss has."""
         return {
             name: value
             for name, value in settings.items()
@@ -101,7 +101,7 @@ class Case:
         }
 
     def loss(self, activation: str | None = "sigmoid", ignore_index: int | None = None, **settings: Any) -> nn.Module:
-        """The loss; common settings that it does not have are left out."""
+        """Make the loss, without the common settings that it does not have."""
         return self.row.make(activation=activation, ignore_index=ignore_index, **self.own, **self.kept(settings))
 
     def plain(
@@ -115,7 +115,7 @@ class Case:
         ignore_index: int | None = None,
         **settings: Any,
     ) -> float:
-        """Its value by the definition."""
+        """Compute its value from the definition."""
         images = plain_images(
             logits, target, activation=activation, ignore_index=ignore_index, weight=weight, annotated=annotated
         )
@@ -161,7 +161,7 @@ def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings of a Dice loss, those that the other term of a compound takes."""
+    """Return the settings of a Dice loss that the other term of a compound shares."""
     return {name: value for name, value in settings.items() if name == "class_weights"}
 
 
@@ -185,7 +185,7 @@ def dice_focal(
 
 
 def compound(activation: str | None, ignore_index: int | None, **settings: Any) -> CompoundLoss:
-    """Terms with two focal factors, so two passes, and one that is no formula on sums."""
+    """Make a compound of terms with two focal factors, which need two passes, and one that is not a formula on sums."""
     both = {"activation": activation, "ignore_index": ignore_index}
     return CompoundLoss(
         {
@@ -270,7 +270,7 @@ CASES = [
 ]
 FIRST = [case for case in CASES if case.id == case.row.name]  # one of each row
 EACH = [(case, activation) for case in CASES for activation in case.activations]
-# Where there is a policy for absent classes, with each of its rules.
+# Losses with a policy for absent classes, with each of its rules.
 RULES = [
     (case, activation, absent)
     for case, activation in EACH
@@ -279,16 +279,16 @@ RULES = [
 
 
 def ids_of(table: list[tuple[Any, ...]]) -> list[str]:
-    """Ids of tests over cases and what goes with each."""
+    """Return the ids of tests over cases and other parameters."""
     return ["-".join([case.id, *map(str, others)]) for case, *others in table]
 
 
 def make_target(
     generator: torch.Generator, shape: tuple[int, ...], activation: str | None, kind: str, ignored: float = 0.0
 ) -> Tensor:
-    """A target of logits of `shape`; 255 marks a share of ignored pixels, where the kind of target can hold it.
+    """Return a target for logits of `shape`; 255 marks a fraction `ignored` of its pixels, if the kind can hold it.
 
-    `kind`: `"ids"`, `"planes"` or `"soft"`. Planes of classes that exclude each other are one-hot.
+    `kind`: `"ids"`, `"planes"` or `"soft"`. Planes of exclusive classes are one-hot.
     """
     batch, classes, *space = shape
     ids = torch.randint(0, classes, (batch, *space), generator=generator)
@@ -313,7 +313,7 @@ def make_case(
     ignored: float = 0.2,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (or probabilities) and a target; by default ids with a softmax and planes otherwise."""
+    """Return logits (or probabilities) and a target: by default ids with a softmax, and else planes."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
     if activation is None:
@@ -323,14 +323,14 @@ def make_case(
 
 
 def places_of(ignored: Tensor, logits: Tensor, activation: str | None) -> Tensor:
-    """Where in the logits a pixel counts as nothing, given where in the target the ignored label stands."""
+    """Return which logits are ignored, from the positions of the ignored label in the target."""
     if ignored.shape != logits.shape:
         return ignored.unsqueeze(1).expand_as(logits)
     return ignored.any(1, keepdim=True).expand_as(logits) if activation == "softmax" else ignored
 
 
 def value_and_gradient(loss: nn.Module, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Of the loss at logits."""
+    """Return the gradient of the loss at logits."""
     z = logits.detach().clone().requires_grad_()
     value = loss(z, *arguments, **options)
     (gradient,) = torch.autograd.grad(value, z)

@@ -1,4 +1,4 @@
-"""Losses by distance, against definitions in plain Python and MONAI's."""
+"""Losses of distances, against definitions in plain Python and MONAI."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class TestInvariances:
                 expected = plain(kind, logits, mask, activation=activation, annotated=annotated)
                 assert found.item() == pytest.approx(expected, rel=1e-6)
         else:
-            # Its probability is the background's: moving it from one to the other changes nothing.
+            # Its probability counts as background, so moving some from one to the other changes nothing.
             joined = logits.detach().clone()
             joined[1, 0] = joined[1, [0, 2]].logsumexp(0)
             joined[1, 2] = -1e3
@@ -395,7 +395,7 @@ def test_distances_as_shares_of_the_diagonal(spacing, alpha):
 
 
 def test_the_hausdorff_term_does_not_outweigh_dice():
-    """As published, it pushed an undecided net into predicting nothing, the harder the larger the image."""
+    """In pixels, as published, it pushes an undecided net into predicting nothing, harder in larger images."""
     mask = torch.zeros(1, 1, 256, 256)
     mask[..., 100:110, 60:70] = 1
     logits = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
@@ -404,7 +404,7 @@ def test_the_hausdorff_term_does_not_outweigh_dice():
 
 
 def test_a_map_of_integer_planes_made_one_image_at_a_time_is_not_taken():
-    """It was made of them as of ids, with the classes for an axis of space."""
+    """A worker reads them as ids, and the classes as an axis of space."""
     logits, ids = random_case(9, activation="softmax", space=(6, 8))
     planes = torch.nn.functional.one_hot(ids, CLASSES).movedim(-1, 1)
     loss = BoundaryWeightedLoss(CrossEntropyLoss(activation="softmax"), width=1.0)
@@ -442,7 +442,7 @@ class TestInACompound:
         maps = {"signed_distance": torch.stack([loss.maps["signed_distance"](one) for one in mask])}
         torch.testing.assert_close(loss(logits, mask, maps=maps), expected)
 
-    def test_different_maps_of_one_name_are_told_apart(self):
+    def test_different_maps_of_one_name_are_kept_apart(self):
         logits, mask = random_case(8, activation="sigmoid")
         terms = {"a": BoundaryLoss(), "b": HausdorffLoss(spacing=[1, 2])}
         loss = CompoundLoss(terms)

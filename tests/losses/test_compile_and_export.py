@@ -13,7 +13,7 @@ from losses.family import CASES, EACH, FIRST, ids_of, make_case, value_and_gradi
 from torch import nn
 
 each = pytest.mark.parametrize(("case", "activation"), EACH, ids=ids_of(EACH))
-# One of each, by turns: a compilation takes seconds.
+# One activation for each loss, in turn, as a compilation takes seconds.
 COMPILED = [(case, ("sigmoid", "softmax")[turn % 2]) for turn, case in enumerate(FIRST)]
 WEIGHTS = [1.0, 2.0, 0.5]
 
@@ -34,13 +34,13 @@ def assert_same(compiled, loss, logits, target):
 
 @pytest.mark.parametrize(("case", "activation"), COMPILED, ids=ids_of(COMPILED))
 def test_compiles_without_a_break(case, activation):
-    # What an ignored pixel leaves to any module of torch is as many pixels as there are: no shape that a graph knows.
+    # The number of pixels that are not ignored depends on the data, which a graph cannot express.
     ignore = None if case.id == "on_probabilities" else 255
     loss = case.loss(activation, ignore_index=ignore, class_weights=WEIGHTS, absent="penalize")
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     ignored = 0.0 if ignore is None else 0.2
     assert_same(compiled, loss, *make_case(1, activation, shape=(2, 3, 8, 6), ignored=ignored))
-    # Another size of batch and image: dynamic from the second on.
+    # Another size of batch and image, which makes the shapes dynamic.
     assert_same(compiled, loss, *make_case(2, activation, shape=(3, 3, 5, 9), ignored=ignored))
 
 

@@ -20,7 +20,7 @@ from lightning_dice.losses import (
 
 class TestAnyModule:
     def test_planes_and_ids_of_small_dtypes(self):
-        """As a data set stores them, and as torch's own losses do not take them."""
+        """Data sets store them, and torch's losses refuse them."""
         logits, mask = random_case(0, activation="sigmoid", dtype=torch.float32)
         loss = CompoundLoss({"dice": DiceLoss(), "bce": nn.BCEWithLogitsLoss()})
         expected = DiceLoss()(logits, mask) + nn.BCEWithLogitsLoss()(logits, mask.float())
@@ -42,7 +42,7 @@ class TestAnyModule:
         with pytest.raises(ValueError, match="set its ignore_index=255"):
             CompoundLoss({"dice": for_ids, "ce": nn.CrossEntropyLoss()})(logits, ids)
 
-    def test_what_a_module_raises_is_told_with_a_remedy(self):
+    def test_an_error_of_a_module_comes_with_a_remedy(self):
         logits, ids = random_case(0, activation="softmax")
         loss = CompoundLoss({"dice": DiceLoss(activation="softmax"), "l1": nn.L1Loss()})
         with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"L1Loss failed on logits .*OnProbabilities"):  # noqa: PT030
@@ -51,7 +51,7 @@ class TestAnyModule:
 
 class TestOnProbabilities:
     def test_losses_of_this_library_are_refused(self):
-        with pytest.raises(ValueError, match="must not be one of lightning_dice.losses, got DiceLoss"):
+        with pytest.raises(ValueError, match=r"must not be one of lightning_dice\.losses, got DiceLoss"):
             OnProbabilities(DiceLoss())
 
     def test_a_sum_and_a_mean(self):
@@ -95,7 +95,7 @@ def test_terms_of_any_mapping_and_a_list():
 
 
 def test_without_a_weight_there_is_nothing():
-    """Whatever the logits are: 0 times a sum of them, which may be infinite, would be NaN."""
+    """For all logits: 0 times their sum, which may be infinite, would be NaN."""
     logits = torch.full((1, 1, 64, 64), 100.0, dtype=torch.float16, requires_grad=True)
     loss = CompoundLoss({"dice": DiceLoss()}, {"dice": 0})(logits, torch.zeros(1, 1, 64, 64))
     loss.backward()
@@ -141,7 +141,7 @@ class TestALossOfOnesOwn:
         with pytest.raises(NotImplementedError, match=r"Empty must define per_class\(self, sums\)"):
             Empty()(*random_case(4, activation="sigmoid"))
 
-    def test_its_settings_are_shown_and_a_wrong_one_is_told(self):
+    def test_its_settings_are_shown_and_an_unknown_one_is_refused(self):
         class Power(OverlapLoss):
             def __init__(self, *, power=2.0, **settings):
                 super().__init__(**settings)
@@ -152,7 +152,7 @@ class TestALossOfOnesOwn:
             Power(powr=2)
 
 
-def test_what_is_shown_of_a_loss():
+def test_repr():
     assert repr(DiceLoss()) == "DiceLoss(activation='sigmoid')"
     loss = TverskyLoss(smooth=1e-5, class_weights=[1, 2], absent="skip")
     assert "alpha=0.3, beta=0.7" in repr(loss)
@@ -170,7 +170,7 @@ def test_what_is_shown_of_a_loss():
         (FocalLoss, {"gama": 1}, r"FocalLoss has no setting 'gama' \(did you mean 'gamma'\?\)"),
     ],
 )
-def test_a_setting_that_there_is_not(kind, settings, message):
+def test_an_unknown_setting_is_refused(kind, settings, message):
     with pytest.raises(TypeError, match=message):
         kind(**settings)
 

@@ -102,7 +102,7 @@ def test_the_coarsest_level_learns_of_an_object_of_one_pixel():
 
 
 def test_where_the_loss_of_a_soft_label_is_least():
-    # As the docstring says: by the product at a rounded label, by the minimum at the label.
+    # As in the docstring: with the product at a rounded label, with the minimum at the label.
     target = torch.zeros(1, 1, 10)
     target[..., :6] = 1
     p = torch.linspace(0.02, 1, 50)
@@ -236,7 +236,7 @@ def test_a_flat_mask_is_not_taken_for_ids_with_a_sigmoid(classes):
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_maps_of_coarser_levels_know_small_objects(activation, ignored):
-    """Of shares, which maps cut at 1/2, a lesion smaller than a cell would have none."""
+    """Maps cut soft labels at 1/2, and would lose a lesion smaller than a cell."""
     ids = torch.zeros(1, 16, 16, dtype=torch.uint8)
     ids[:, 2:8, 2:8] = ids[:, 12, 3] = ids[:, 4, 13] = 1
     if ignored:
@@ -267,7 +267,7 @@ def test_a_plain_module_gets_dtypes_it_takes():
 
 
 def test_an_ignored_label_is_no_share_of_a_class():
-    """A module of torch would take it for a probability."""
+    """One of torch's modules would take it for a probability."""
     logits, soft = random_case(8, activation="softmax", soft=True, space=(4, 4), dtype=torch.float32)
     soft = soft.float()
     holes = soft.clone()

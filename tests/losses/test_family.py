@@ -1,4 +1,4 @@
-"""Every loss of the table: equal to its definition, the same however the pixels come, sound in the hard cases."""
+"""Every loss of the table: its definition, its invariances and the hard cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGITS = [(case, activation, absent) for case, activation, absent in RULES if ac
 OVERLAPS = [case for case in FIRST if isinstance(case.loss(), OverlapLoss)]
 SUMS = [(case, activation) for case, activation in EACH if case.of_sums]
 
-# Exact in float32, in which class weights are kept.
+# Exact in float32, the dtype of class weights.
 WEIGHTS = [1.0, 2.0, 0.5, 3.0, 0.25]
 
 
@@ -32,7 +32,7 @@ def close(actual, expected, rtol=1e-10, atol=1e-13):
 
 @st.composite
 def problems(draw, case, activation):
-    """Settings, logits, target and what else a loss is called with."""
+    """Settings, logits, target and the other arguments of a call."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     batch, classes = draw(st.integers(1, 3)), draw(st.integers(2 if activation == "softmax" else 1, 5))
     shape = (batch, classes, *draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
@@ -41,7 +41,7 @@ def problems(draw, case, activation):
     kind = draw(st.sampled_from(kinds))
     exclusive = activation == "softmax" or kind == "ids"
     if activation is None:
-        # Of classes that exclude each other probabilities sum to 1; those near 0 leave no room for a finite step.
+        # Probabilities of exclusive classes sum to 1; those near 0 leave no room for a finite step.
         logits = 0.05 + 0.9 * (logits.softmax(1) if exclusive else logits.sigmoid())
         logits = logits / logits.sum(1, keepdim=True) * 0.99 if exclusive else logits
     ignore = draw(st.sampled_from([None, 255, 99]))
@@ -66,7 +66,7 @@ def problems(draw, case, activation):
             more["weight"] = torch.rand(of, generator=generator, dtype=torch.float64) + 0.1
         if draw(st.booleans()):
             more["annotated"] = torch.rand(batch, classes, generator=generator) < 0.7
-            if exclusive:  # What is not annotated is labelled as background.
+            if exclusive:  # Classes that are not annotated are labelled as background.
                 target = background_where_not_annotated(target, more["annotated"], planes=kind != "ids")
     target = target.where(target != 255, ignore or 0).to(draw(st.sampled_from(dtypes)))
     return settings, logits, target, more
@@ -142,7 +142,7 @@ def test_the_penalty_of_a_generalized_loss_without_smoothing(activation):
 
 
 class TestInvariances:
-    """What must not change the loss."""
+    """Changes of the input that must not change the loss."""
 
     @each
     def test_pixels_permuted(self, case, activation):
@@ -277,7 +277,7 @@ class TestHardCases:
         planes = target if target.ndim == logits.ndim else F.one_hot(target, 3).movedim(-1, 1)
         perfect = planes.double() if activation is None else (planes * 2.0 - 1) * 500
         value, gradient = value_and_gradient(case.loss(activation, absent=absent), perfect, target)
-        # Smoothed labels are never met.
+        # A prediction never equals smoothed labels.
         assert "label_smoothing" in case.own or value.item() == pytest.approx(0, abs=1e-12)
         assert gradient.isfinite().all()
 
@@ -315,7 +315,7 @@ class TestHardCases:
     @pytest.mark.parametrize(("case", "activation", "absent"), LOGITS, ids=ids_of(LOGITS))
     @pytest.mark.parametrize("pool", ["image", "batch", "all"])
     def test_a_diverged_network_is_seen(self, case, activation, absent, pool):
-        # A sigmoid of infinity is 1, a softmax gives a class at -inf a probability of 0: nothing is wrong then.
+        # Valid: a sigmoid of infinity is 1, and a softmax gives a class at -inf a probability of 0.
         for value in [math.nan, math.inf] if activation == "softmax" else [math.nan]:
             logits, target = make_case(8, activation, ignored=0.0)
             target[(0, 0, 0, 0)[: target.ndim]] = 0 if activation == "softmax" else 1
@@ -343,7 +343,7 @@ class TestInputs:
         loss = case.loss(activation)
         value, gradient = value_and_gradient(loss, logits, target)
         other, other_gradient = value_and_gradient(loss, logits, target.to(dtype))
-        # Labels of 0 and 1 in floating point are summed in another way, or by another implementation.
+        # Floating-point labels of 0 and 1 are summed in another order, or by another implementation.
         torch.testing.assert_close(other, value, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-12, atol=1e-13)
 

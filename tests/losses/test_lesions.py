@@ -29,7 +29,7 @@ from lightning_dice.losses import (
 
 
 def lesions(seed, *, activation, batch=2, classes=3, space=(7, 6), ignored=False, soft=False):
-    """Logits (or probabilities) and a target of small components; the last class is absent from the last image."""
+    """Return logits (or probabilities) and a target of small components; the last image lacks the last class."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, classes, *space, generator=generator, dtype=torch.float64) * 2
     if activation is None:
@@ -49,7 +49,7 @@ def lesions(seed, *, activation, batch=2, classes=3, space=(7, 6), ignored=False
 
 
 def flood(places, connectivity):
-    """Components of a set of places."""
+    """Return the connected components of a set of positions."""
     places, components = set(places), []
     while places:
         front = [places.pop()]
@@ -70,7 +70,7 @@ def flood(places, connectivity):
 
 
 def nearest(place, components, tie):
-    """The number of the component nearest to a place; of equally near ones, that to which `tie` belongs."""
+    """Return the number of the component nearest to a position; of equally near ones, the one with `tie`."""
     squares = [
         min(sum((a - b) ** 2 for a, b in zip(place, pixel, strict=True)) for pixel in component)
         for component in components
@@ -95,7 +95,7 @@ def plain_lesion_loss(
     absent="smooth",
     weight=None,
 ):
-    """The mean over lesions, from the definition: each lesion's region is an image in which the rest is left out."""
+    """Average the loss over lesions, taking the region of each as an image whose other pixels are ignored."""
     batch, classes = logits.shape[:2]
     space = logits.shape[2:]
     connectivity = connectivity or len(space)
@@ -123,7 +123,7 @@ def plain_lesion_loss(
         else:
             members = [[] for _ in components]
             for place in every:
-                # Of components at the same distance either will do: the one that was taken.
+                # Either of two components at the same distance is right: use the one that was taken.
                 tie = next(p for p in inside if ours[p] == ours[place])
                 members[nearest(place, components, tie)].append(place)
         for own in members:
@@ -171,7 +171,7 @@ class TestEqualsTheDefinition:
         loss = LesionWiseLoss(
             DiceLoss(activation=activation, pool="image", ignore_index=255, **options), regions=regions, classes=classes
         )
-        # Of integers, `RegionMap` would take planes for ids where nothing says which.
+        # `RegionMap` would read integer planes as ids if nothing tells them apart.
         own = target.double() if activation is None else target
         expected = plain_lesion_loss(logits, own, activation=activation, regions=regions, ignore_index=255, **options)
         assert loss(logits, target).item() == pytest.approx(expected, rel=1e-11)

@@ -1,4 +1,4 @@
-"""Digits: against float64 of the same rounded inputs, at ten million pixels and at the ends of the range."""
+"""Numerical accuracy: against float64 of the same rounded inputs, at ten million pixels, at extreme values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nl
 
 
 def ten_million(dtype, activation):
-    """Logits of a young net, and a foreground of 100 pixels."""
+    """Return logits of a net early in training, and a foreground of 100 pixels."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 1, PIXELS, generator=generator) - 6
     target = torch.zeros(1, 1, PIXELS, dtype=torch.uint8)
@@ -32,7 +32,7 @@ def ten_million(dtype, activation):
 
 @cache
 def sums_of_ten_million(dtype, activation):
-    """Sums of the logits, and of the same numbers in float64: one pass serves all losses."""
+    """Return the sums of the logits, and of the same numbers in float64, for all losses."""
     logits, target = ten_million(dtype, activation)
     return [overlap_sums(z, target, activation=activation, required=ALL) for z in (logits, logits.double())]
 
@@ -69,7 +69,7 @@ def test_ten_million_pixels_without_sums(name):
 
 
 def steps_apart(a, b):
-    """How many numbers of their dtype lie between two tensors."""
+    """Return the distance of two tensors in units of the last place."""
     integer = torch.int32 if a.dtype == torch.float32 else torch.int16
 
     def place(x):
@@ -92,8 +92,8 @@ def around(activation, dtype, kind, spread=4.0):
 ACTIVE = [(case, activation) for case, activation in EACH if activation is not None]
 
 
-# Of pixels that are equally hard, as rounded ones are, any may be among the hardest; and what a module of torch makes
-# of a probability next to 1 is its own.
+# Rounding makes pixels equally hard, and any of them may be among the hardest; and torch's modules treat probabilities
+# next to 1 in their own way.
 SMOOTH = [(case, activation) for case, activation in ACTIVE if case.id not in ("compound", "on_probabilities")]
 
 
@@ -103,17 +103,17 @@ SMOOTH = [(case, activation) for case, activation in ACTIVE if case.id not in ("
 def test_gradients_pixel_by_pixel(case, activation, dtype, kind):
     """Half inputs: float64's gradient, rounded once. Float32: close to it, in units of each pixel's own gradient."""
     logits, target = around(activation, dtype, kind)
-    # Scaled, as a trainer does for halves: the gradient of one of thousands of pixels is none of theirs.
+    # Scaled, as a trainer does for half precision, which cannot hold the gradient of one pixel of thousands.
     scale = 2.0**13 if dtype == torch.float16 else 1.0
     loss = case.loss(activation)
     z, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(z, target) * scale, z)
     (expected,) = torch.autograd.grad(loss(exact, target) * scale, exact)
     rounded = expected.to(dtype)
-    # Never lost to rounding.
+    # No gradient is lost to rounding.
     assert (gradient[rounded != 0] != 0).all()
     if dtype == torch.float32:
-        # Near p = 1 the complement 1 - p has an error of a half step of 1.
+        # Near p = 1, 1 - p has an error of half a unit in the last place of 1.
         error = (gradient - expected).abs() / expected.abs().clamp(min=expected.abs().max() * 1e-3)
         assert error.median() < 1e-6
         assert error.max() < 1e-3
@@ -171,7 +171,7 @@ def test_an_exponent_below_1_has_a_gradient_at_a_perfect_prediction(case, dtype)
     ],
 )
 def test_confident_pixels_keep_their_digits(activation, kind):
-    """Cross-entropy of pixels that a trained net is sure of: small, and not nothing."""
+    """The cross-entropy of pixels that a trained net is sure of is small, not 0."""
     case = next(case for case in FIRST if case.id == kind)
     logits = torch.linspace(8, 16, 1001).view(1, 1, -1)
     logits, target = (
@@ -186,7 +186,7 @@ def test_confident_pixels_keep_their_digits(activation, kind):
 
 
 def test_dice_of_confident_pixels_has_its_gradient():
-    """The gradient of a pixel goes through p (1 - p), which must not be taken from a p that is rounded to 1."""
+    """The gradient of a pixel contains p (1 - p), which must not come from a p that is rounded to 1."""
     case = CASES[0]
     logits = torch.linspace(10, 30, 101).view(1, 1, -1)
     target = torch.zeros(1, 1, 101, dtype=torch.long)
@@ -196,7 +196,7 @@ def test_dice_of_confident_pixels_has_its_gradient():
 
 
 def test_the_slope_of_a_root_is_bounded():
-    """Next to a perfect prediction rounding alone would decide the gradient of a root."""
+    """Near a perfect prediction, rounding alone would decide the gradient of a root."""
     focal, plain = (next(case for case in FIRST if case.id == name).loss(None) for name in ("focal_tversky", "tversky"))
     for missing in (1e-14, 1e-12, 1e-9):
         probs = torch.full((1, 1, 4), 1 - missing, dtype=torch.float64)

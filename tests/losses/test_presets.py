@@ -1,4 +1,4 @@
-"""The presets equal the installed peers, in value and gradient; where a peer is wrong, a test named for it says how."""
+"""The presets equal the installed peers, in value and gradient; tests named after a peer show where it is wrong."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from lightning_dice.losses import (
     TverskyLoss,
 )
 
-# Sums of float64 that are added up in another order.
+# Sums of float64, added in another order.
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
-# The peer computes in float32 whatever it is given.
+# The peer computes in float32, whatever the input.
 SINGLE = {"rtol": 2e-5, "atol": 1e-7}
 # Our class weights are float32.
 WEIGHTS = {"rtol": 1e-6, "atol": 1e-9}
@@ -41,14 +41,14 @@ SPACES = {"2d": (5, 4), "3d": (3, 4, 2)}
 
 
 def grid(**options):
-    """Every combination of options, as dicts with readable ids."""
+    """Yield every combination of options, as dicts with readable ids."""
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
         yield pytest.param(chosen, id="-".join(f"{name}={value}" for name, value in chosen.items()))
 
 
 def assert_same(ours, theirs, logits, target, peer_target=None, *, constant=0.0, factor=1.0, tolerance=EXACT):
-    """`ours == factor * theirs + constant`, and the gradients too."""
+    """Check `ours == factor * theirs + constant`, for values and gradients."""
     a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss, expected = ours(a, target), factor * theirs(b, target if peer_target is None else peer_target) + constant
     torch.testing.assert_close(loss.flatten(), expected.flatten().to(loss.dtype), **tolerance)
@@ -59,19 +59,19 @@ def assert_same(ours, theirs, logits, target, peer_target=None, *, constant=0.0,
 
 
 def case(activation, classes=3, space=(5, 4), *, soft=False, ignored=False, seed=0, batch=3):
-    """Logits and a target of this library's layout."""
+    """Return logits and a target in this library's layout."""
     return random_case(
         seed, activation=activation, classes=classes, space=space, soft=soft, ignored=ignored, batch=batch
     )
 
 
 def channel(ids):
-    """Ids as MONAI and nnU-Net want them."""
+    """Return ids in the layout of MONAI and nnU-Net."""
     return ids.unsqueeze(1)
 
 
 def planes(ids, classes=3, ignored=IGNORED):
-    """Ids as one-hot planes; ignored pixels hold their label in all of them."""
+    """Return ids as one-hot planes; ignored pixels hold their label in all planes."""
     one_hot = F.one_hot(ids.where(ids != ignored, 0), classes).movedim(-1, 1)
     return one_hot.masked_fill((ids == ignored).unsqueeze(1), ignored)
 
@@ -365,7 +365,7 @@ class TestSmp:
         assert_same(ours, peer(mode, **given), logits, target, tolerance=EXACT if weights is None else WEIGHTS)
 
     def test_an_empty_mask_is_a_perfect_match(self):
-        """Not what this library does by default; reproduced all the same."""
+        """Not the default of this library, but reproduced."""
         logits = torch.ones(1, 1, 4)
         empty = torch.zeros(1, 1, 4)
         assert DiceLoss.like_smp("binary")(logits, empty) == smp.DiceLoss("binary")(logits, empty) == 0

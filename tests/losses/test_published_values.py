@@ -1,6 +1,6 @@
-"""The values that the peers' own tests publish: their inputs and numbers, our losses, through the presets.
+"""Values that the peers' own tests publish: their inputs and numbers, our losses through the presets.
 
-The tolerances are theirs, and so is the accuracy of the numbers. Values that we do not share stand at the end.
+The tolerances are theirs, as is the accuracy of the numbers. Values on which we differ are at the end.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def our_target(row: Row) -> Tensor:
 
 def assert_published(value: Tensor, row: Row) -> None:
     expected = torch.tensor(row.expected, dtype=value.dtype)
-    # The published zeros are exact but for what smoothing and rounding leave.
+    # The published zeros are exact up to smoothing and rounding.
     tolerance = row.tolerance if expected.any() else {"rtol": 0.0, "atol": 1e-6}
     torch.testing.assert_close(value, expected, **tolerance)
 
@@ -210,7 +210,7 @@ def test_monai_generalized_dice_smoothed_by_the_square_of_the_rarest_class(
 def test_monai_generalized_dice_table_and_sum():
     ids = torch.tensor(IDS).squeeze(1).long()
     loss = GeneralizedDiceLoss(activation="softmax", smooth=1e-4, pool="image", reduction="none")
-    # The one ratio of an image stands in each of its columns.
+    # All columns of an image hold its one ratio.
     table = loss(torch.tensor(CLASSES), ids)
     torch.testing.assert_close(table, torch.tensor([[0.273476] * 2, [0.555539] * 2]), rtol=1e-5, atol=0)
     assert table[:, 0].sum().item() == pytest.approx(0.829015, rel=1e-5)
@@ -245,7 +245,7 @@ def test_monai_dice_ce_of_numbers_that_are_probabilities_and_logits(row):
     given = {**row.given}
     lambda_ce, weight = given.pop("lambda_ce", 1.0), given.pop("weight", None)
     logits, target = torch.tensor(row.logits), our_target(row)
-    # What lies outside [0, 1] belongs to the background, which these rows leave out.
+    # Values outside [0, 1] are in the background, which these rows leave out.
     dice = DiceLoss.like_monai(**given)(logits.clamp(0, 1), target)
     entropy = CrossEntropyLoss(activation="softmax", class_weights=weight)(logits, target)
     assert_published(dice + lambda_ce * entropy, row)
@@ -410,7 +410,7 @@ class TestValuesWeDoNotShare:
 
     @pytest.mark.parametrize("loss", [DiceLoss, JaccardLoss], ids=["dice", "jaccard"])
     def test_smp_loss_of_false_positives_alone_is_0(self, loss):
-        """Nothing would ever push them down."""
+        """Otherwise nothing would push them down."""
         probs, empty = torch.ones(1, 1, 1, 3), torch.zeros(1, 1, 1, 3)
         assert loss.like_smp("binary", from_logits=False)(probs, empty) == 0.0
         assert loss(activation=None)(probs, empty).item() == pytest.approx(1 - 1 / (3 + 1))
@@ -420,7 +420,7 @@ class TestValuesWeDoNotShare:
         logits = torch.tensor([[-9.0, 9.0, 1.0, 9.0, -9.0]]).unsqueeze(0)
         mask = torch.tensor([[0, 1, -100, 1, 0]]).unsqueeze(0)
         published = 0.7201
-        # Its factor of 0.1 turns a label of 1 into 0.9; ours gives the share to all two classes alike.
+        # Its factor of 0.1 turns a label of 1 into 0.9; ours is spread over both classes.
         ours = CrossEntropyLoss(label_smoothing=0.2, ignore_index=-100)(logits, mask).item()
         by_hand = -0.9 * math.log(1 / (1 + math.exp(-9))) - 0.1 * math.log(1 / (1 + math.exp(9)))
         assert ours == pytest.approx(by_hand, rel=1e-6)
@@ -468,7 +468,7 @@ class TestValuesWeDoNotShare:
             DiceCELoss.like_monai(sigmoid=True, weight=torch.tensor([0.5]))
         dice = DiceLoss.like_monai(sigmoid=True)(logits, mask).item()
         ours = DiceCELoss.like_monai(sigmoid=True)(logits, mask).item()
-        foreground = 2 * math.log(2)  # both pixels stand at a logit of 0
+        foreground = 2 * math.log(2)  # both pixels have a logit of 0
         background = math.log(2) + sum(math.log1p(math.exp(z)) for z in (0.8, 0.6, 0.9))
         assert ours == pytest.approx(dice + (foreground + background) / 6, rel=1e-6)
         assert dice + (0.5 * foreground + background) / 6 == pytest.approx(published, abs=1e-4)

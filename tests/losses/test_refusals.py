@@ -1,4 +1,4 @@
-"""What other libraries turn into a plausible, wrong number is refused by every loss, with a word on what is wrong."""
+"""Every loss refuses input that other libraries turn into a plausible, wrong number, and names the mistake."""
 
 import inspect
 import math
@@ -32,10 +32,10 @@ from lightning_dice.losses import (
     TverskyLoss,
 )
 
-# Bases have no formula of their own.
+# Base classes have no formula.
 BASES = {"OverlapLoss", "PixelMeanLoss", "SegmentationLoss", "SumsLoss"}
 
-# From activation and ignore_index to a loss of three classes; of wrappers, the settings are those of what they wrap.
+# From activation and ignore_index to a loss of three classes; wrappers pass these settings to the wrapped loss.
 LOSSES = {
     "BoundaryLoss": lambda **kw: BoundaryLoss(**{"classes": 3} | kw),
     "BoundaryWeightedLoss": lambda **kw: BoundaryWeightedLoss(CrossEntropyLoss(**kw)),
@@ -61,7 +61,7 @@ LOSSES = {
 }
 
 
-# What still passes without a word: once it is refused, its test fails until it is taken out of here.
+# Input that is not refused yet: once it is, its test fails until the entry is removed.
 def test_the_table_has_every_loss():
     public = {
         name for name in losses.__all__ if inspect.isclass(one := getattr(losses, name)) and issubclass(one, nn.Module)
@@ -70,7 +70,7 @@ def test_the_table_has_every_loss():
 
 
 def each(*cases):
-    """Every loss with every case, `(id, ...)`."""
+    """Return every loss with every case, `(id, ...)`."""
     return pytest.mark.parametrize(
         ("name", "case"),
         [

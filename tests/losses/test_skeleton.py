@@ -1,4 +1,4 @@
-"""Losses by skeletons, against definitions in plain Python, drawings by hand and MONAI's."""
+"""Losses of skeletons, against definitions in plain Python, drawings by hand and MONAI."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class TestClDice:
         loss.backward()
         assert loss.item() == pytest.approx(expected, abs=1e-6)
         other = torch.zeros_like(line)
-        other[..., 0, :] = 1  # Beside a class that is wrong altogether: what has no score is left out of the mean.
+        other[..., 0, :] = 1  # Next to a class that is all wrong: a class without a score is left out of the mean.
         both = ClDiceLoss(activation=None, smooth=smooth)(
             torch.cat([probs.detach(), other], 1), torch.cat([line * there, other.flip(2)], 1)
         )
@@ -482,7 +482,7 @@ class TestInvariances:
             second = built(kind, activation, exclude_classes=[0, 2], pool="image")(logits[1:], mask[1:])
             torch.testing.assert_close(found, (2 * first + second) / 3)
         else:
-            # Its probability is the background's: moving it from one to the other changes nothing.
+            # Its probability counts as background, so moving some from one to the other changes nothing.
             joined = logits.detach().clone()
             joined[1, 0] = joined[1, [0, 2]].logsumexp(0)
             joined[1, 2] = -1e3
@@ -587,7 +587,7 @@ def test_two_processes_equal_one(tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for split, (index, loss) in itertools.product(SPLITS, enumerate(LOSSES)):
         value, gradient = step(lambda net: net, loss, *case(loss.activation))
-        # With a ratio for each image a process reports its share; what is averaged is the loss.
+        # With a ratio for each image, a process reports its part of the mean.
         assert sum(result[split, index][0] for result in results) / 2 == pytest.approx(value, rel=1e-10)
         for result in results:
             torch.testing.assert_close(result[split, index][1], gradient, rtol=1e-9, atol=1e-12)

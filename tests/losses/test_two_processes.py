@@ -35,7 +35,7 @@ from lightning_dice.losses import (
     TopKCrossEntropyLoss,
 )
 
-# What decides how sums and means reach over the ranks is shared: all of it with Dice,
+# Losses share the code that reduces over the ranks: test all of it with Dice,
 DICE = [
     ("dice", {"activation": activation, "pool": pool, "absent": absent, **extra})
     for (activation, pool, absent), extra in itertools.product(
@@ -44,7 +44,7 @@ DICE = [
     )
     if not (pool == "all" and extra.get("class_weights"))
 ]
-# and of every other loss one with each pool.
+# and every other loss once with each pool.
 OTHERS = [
     (case.id, {"activation": activation, "pool": pool, "class_weights": [1, 2, 3]})
     for case in CASES
@@ -56,7 +56,7 @@ SPLITS = [(4, 4), (5, 3), (7, 1), (8, 0)]
 
 
 def everything(**both: object) -> CompoundLoss:
-    """Terms of every kind, one within another, with all pools."""
+    """Make nested compounds with terms of every kind and all pools."""
     image, batch = ({"pool": pool, **both} for pool in ("image", "batch"))
     terms = {
         "dice": DiceLoss(**batch),
@@ -74,14 +74,14 @@ def everything(**both: object) -> CompoundLoss:
 
 
 class HalfLoss(DiceLoss):
-    """What a user writes who knows nothing of ranks: a loss of this library, called and changed."""
+    """A user's loss, written without a thought of ranks: calls another loss and changes the result."""
 
     def forward(self, logits, target, weight=None, **options):
         return super().forward(logits, target, weight, **options) / 2
 
 
 class RootLoss(SegmentationLoss):
-    """Another way to write such a thing."""
+    """The same, written in another way."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(activation=settings["activation"], ignore_index=settings["ignore_index"])
@@ -98,7 +98,7 @@ class VolumeLoss(OverlapLoss):
         return (sums.predicted - sums.actual).abs() / (sums.predicted + sums.actual + self.smooth[1])
 
 
-# Losses beside the family, by the settings that all have.
+# Losses that are not in the family, by their common settings.
 BESIDE: dict[str, Callable[..., nn.Module]] = {
     "boundary": lambda **both: BoundaryLoss(classes=3, **both),
     "hausdorff": lambda **both: HausdorffLoss(classes=3, **both),
@@ -153,7 +153,7 @@ def family(index: int) -> nn.Module:
 
 
 def alone(loss: nn.Module) -> nn.Module:
-    """The loss with each term that has the switch taking what its own rank has."""
+    """Return the loss with `across_ranks=False` in every term that has it."""
     for module in loss.modules():
         if hasattr(module, "across_ranks"):
             module.across_ranks = False
@@ -161,7 +161,7 @@ def alone(loss: nn.Module) -> nn.Module:
 
 
 def messages(loss: nn.Module, image: torch.Tensor, mask: torch.Tensor, levels: int = 1) -> tuple[int, int]:
-    """How many collectives the forward and the backward pass of a loss take, whatever they are."""
+    """Return the number of collectives in the forward and the backward pass of a loss."""
     logits = net()(image).detach().requires_grad_()
     given = logits if levels == 1 else [logits, logits[..., ::2, ::2], logits[..., ::3, ::3]]
     with CommDebugMode() as forward:
@@ -208,7 +208,7 @@ def worker(rank: int, folder: Path) -> None:
     results["counts"] = {index: counts(index, rank) for index in range(len(SETTINGS))}
     results["counts"] |= {name: counts_beside(name, rank) for name in BESIDE}
     torch.save(results, folder / f"{rank}.pt")
-    # A process that ends while the other still talks to it may be killed by torch's own threads.
+    # A process that ends while the other still communicates may be killed by torch's threads.
     dist.barrier()
     dist.destroy_process_group()
 
@@ -240,7 +240,7 @@ def test_other_losses_equal_one_process(results, split, name):
 
 
 def assert_equal(found, expected):
-    # On every rank the loss of all images, and on none its share alone.
+    # Every rank has the loss of all images, not of its own alone.
     assert found[0][0] == found[1][0] == pytest.approx(expected[0], rel=1e-10)
     for _, gradient in found:
         torch.testing.assert_close(gradient, expected[1], rtol=1e-10, atol=1e-12)
@@ -253,7 +253,7 @@ def test_one_message_or_none(results, index):
 
 @pytest.mark.parametrize("name", BESIDE)
 def test_other_losses_send_one_message_or_none(results, name):
-    # A loss that calls another one has sent by then: one for each, and for each level; all others share one.
+    # A loss that calls another one sends its own message, once for each level; all others share one.
     calls = {"half": 1, "root": 1, "both": 3}.get(name, 1)
     assert_counts(results, name, calls=calls, levels=3 * calls if name in ("half", "root") else 7 if calls > 1 else 1)
 
@@ -268,7 +268,7 @@ def assert_counts(results, key, *, switch=True, calls=1, levels=1):
 
 
 def test_the_settings_hold_every_loss():
-    """A new loss of the library is to be counted too."""
+    """Counts new losses of the library too."""
 
     def kinds(parent: type) -> set[type]:
         return {kind for child in parent.__subclasses__() for kind in {child, *kinds(child)}}
