@@ -1,4 +1,4 @@
-"""Samplers and data loaders: shuffling, resuming in an epoch, workers."""
+"""Samplers and data loaders: shuffling, resuming within an epoch, workers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ from lightning_dice.data.interfaces import Cases
 
 
 class TrainSampler(DistributedSampler[tuple[int, int]]):
-    """Pairs of an index and a seed for its augmentation; process r of n takes every n-th, from the r-th on.
+    """Yields pairs of an index and a seed for its augmentation; process r of n takes every n-th, from the r-th on.
 
-    It is a `DistributedSampler`, which Lightning leaves in its place, even for one process.
+    It is a `DistributedSampler`, because Lightning does not replace one, not even for a single process.
+
+    Args:
+        cases: the training cases.
+        world: number of processes.
+        rank: of this process.
+        seed: of the order and the augmentation seeds, together with the epoch.
+
+    >>> [index for index, _ in TrainSampler([None] * 5, world=2, rank=0, seed=0)]
+    [1, 0]
     """
 
     def __init__(self, cases: Cases, world: int, rank: int, *, seed: int) -> None:
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, drop_last=True)
         self.cases = len(cases)
         self.entropy = seed
-        # An epoch, and how many of this process's cases in it are done already.
+        # The interrupted epoch, and how many of this process's cases in it are done.
         self.skip: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -38,22 +47,22 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         seeds = torch.randint(2**32, (self.cases,), generator=generator).tolist()
         skip, self.skip = self.skip, None
         done = skip[1] if skip is not None and skip[0] == self.epoch else 0
-        # A Trainer sets the epoch itself; a bare loop has nobody who would.
+        # A Trainer sets the epoch; a bare loop does not.
         self.epoch += 1
         mine = range(self.rank, self.total_size, self.num_replicas)[done:]
         return iter([(order[i], seeds[i]) for i in mine])
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed of 64 bits: hashed, as the sum of seed and epoch would give run 1 the order of run 0, one epoch on."""
+    """Hash numbers into a 64-bit seed; with the sum of seed and epoch, run 1 would repeat run 0 one epoch later."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class LazyDataLoader(DataLoader[Batch]):
-    """A loader whose workers begin with the first batch asked for.
+    """A loader whose workers start when the first batch is requested.
 
-    Lightning makes the iterator of a resumed training before it tells the sampler which epoch it is; workers that read
-    ahead would bring the first epoch's cases.
+    When a run is resumed, Lightning makes the iterator before it sets the sampler's epoch; workers that read ahead
+    would return cases of the first epoch.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -61,15 +70,21 @@ class LazyDataLoader(DataLoader[Batch]):
 
 
 class EvalSampler(DistributedSampler[list[int]]):
-    """Batches of consecutive cases of one size; each process takes its own stretch of the cases, none twice.
+    """Yields batches of consecutive cases of one size; each process takes its own range of cases, none twice.
 
-    All processes have equally many batches, the last of which may be empty: FSDP sends weights in every forward pass,
-    and DDP the network's buffers, such as those of batch norm, in the first one of a validation.
+    All processes have equally many batches, the last of which may be empty: FSDP communicates in every forward pass,
+    and DDP broadcasts the network's buffers, such as those of batch norm, in the first one of a validation.
+
+    Args:
+        cases: the cases of a split.
+        world: number of processes.
+        rank: of this process.
+        batch_size: the largest number of cases in a batch.
     """
 
     def __init__(self, cases: Cases, world: int, rank: int, *, batch_size: int) -> None:
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, shuffle=False)
-        # Where images are resampled, masks of other sizes may belong to images of one size.
+        # If images are resampled, images of one size may have masks of different sizes.
         shapes = getattr(cases, "shapes", cases.sizes)
         shares = [batches_of_one_size(shapes, world, other, batch_size) for other in range(world)]
         most = max(map(len, shares))
@@ -83,7 +98,11 @@ class EvalSampler(DistributedSampler[list[int]]):
 
 
 def batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size: int) -> list[list[int]]:
-    """The batches of one rank: consecutive cases of one size, at most `batch_size` of them."""
+    """Return the batches of one rank: consecutive cases of one size, at most `batch_size` of them.
+
+    >>> batches_of_one_size([(4, 4), (4, 4), (4, 4), (6, 4)], world=1, rank=0, batch_size=2)
+    [[0, 1], [2], [3]]
+    """
     batches: list[list[int]] = []
     for i in range(rank * len(sizes) // world, (rank + 1) * len(sizes) // world):
         if batches and len(batches[-1]) < batch_size and sizes[i] == sizes[batches[-1][0]]:
@@ -94,32 +113,32 @@ def batches_of_one_size(sizes: Sequence[Any], world: int, rank: int, batch_size:
 
 
 def start_method() -> str | None:
-    """The platform's way to start workers, where this process was started in another that they cannot be (joblib's)."""
+    """Return the platform's start method for workers if this process was started by another one (joblib's)."""
     known = multiprocessing.get_all_start_methods()
     return None if multiprocessing.get_start_method(allow_none=True) in (None, *known) else known[0]
 
 
 def ignore_signals(worker: int) -> None:
-    """Let the training, not its workers, act on what a terminal or a cluster sends to all processes of a job.
+    """Make a worker ignore the signals that a terminal or a cluster sends to all processes of a job.
 
-    A worker that ends by such a signal would end the training at once, in the middle of a step. SIGTERM from the
-    training itself ends it.
+    The training process handles them; a worker that they kill would end the training in the middle of a step. SIGTERM
+    from the training process still ends the worker.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What was forked has the training's own handler.
+    # A forked worker has inherited the handler of the training process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
-        return  # Only Linux tells who has sent a signal.
+        return  # Only Linux reports the sender of a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait(parent: int) -> None:
         while True:
             if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
-                # No failure, which torch would report at the end of a program that did not wait long enough.
+                # Exit status 0: torch would report a failure at the end of a program that did not wait for its workers.
                 os._exit(0)
 
     threading.Thread(target=wait, args=(os.getppid(),), daemon=True).start()
@@ -127,7 +146,10 @@ def ignore_signals(worker: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed what augmentations draw from, and put it back: without workers it is the training's own."""
+    """Seed `random`, NumPy and torch, and restore their states afterwards.
+
+    Without workers, augmentations draw from the random state of the training process itself.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

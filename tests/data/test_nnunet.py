@@ -14,7 +14,7 @@ from volume_files import AFFINES, blob, nnunet, write
 
 from lightning_dice.cli.config import CONF_DIR, register_resolvers, resolve_from_files
 from lightning_dice.cli.errors import UserError
-from lightning_dice.data import NnunetSource
+from lightning_dice.data import NnunetSource, SplitSettings
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.nnunet import make_label_map, read_dataset_json
@@ -25,7 +25,9 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
 
 
 def test_labels_channels_and_cases(tmp_path):
-    source = NnunetSource(nnunet(tmp_path, cases=5, channels=2), preprocessing=AS_STORED, fractions=[0.6, 0.2, 0.2])
+    source = NnunetSource(
+        nnunet(tmp_path, cases=5, channels=2), preprocessing=AS_STORED, split_settings=SplitSettings([0.6, 0.2, 0.2])
+    )
     assert source.schemes == ("zscore", "ct")
     assert {split: len(cases) for split, cases in source.survey().cases.items()} == {"train": 3, "val": 1, "test": 1}
     sample = source.split("train")[0]
@@ -73,7 +75,7 @@ class TestRegions:
         stored = np.array([[[0, 1], [2, 3]]] * 2, np.uint8)
         write(root / "imagesTr/c0_0000.nii.gz", stored)
         write(root / "labelsTr/c0.nii.gz", stored)
-        source = NnunetSource(root, fractions=[1, 0, 0], preprocessing=AS_STORED)
+        source = NnunetSource(root, split_settings=SplitSettings([1, 0, 0]), preprocessing=AS_STORED)
         mask = source.split("train")[0].mask
         assert mask[:, 0].tolist() == [[[0, 1], [1, 255]], [[0, 0], [1, 255]]]
         assert source.reader.names("c0")[0].as_posix() == "c0.nii.gz"

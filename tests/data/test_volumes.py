@@ -14,7 +14,7 @@ import pytest
 import torch
 from volume_files import AFFINES, blob, folders, nnunet, write
 
-from lightning_dice.data import SegmentationData
+from lightning_dice.data import SegmentationData, SplitSettings
 from lightning_dice.data.errors import DataError, SkippedWarning
 from lightning_dice.data.interfaces import PredictionItem
 from lightning_dice.data.label_map import LabelMap
@@ -391,7 +391,7 @@ class TestResampling:
         ({"root": ""}, "root must name a folder"),
         ({"channels": 0}, "channels must be 1 or more"),
         ({"preprocessing": VolumePreprocessing(["ct", "ct"])}, "normalization must be one of"),
-        ({"fractions": [1, 1, 1]}, "fractions must be"),
+        ({"split_settings": SplitSettings(split_files="{split}.txt")}, "split_files must be None for volumes"),
         ({"workers": 0}, "workers must be"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),

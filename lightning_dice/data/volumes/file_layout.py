@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.file_names import MASK_SUFFIXES, file_stem, strip_suffix
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import complete_splits, split_folders
+from lightning_dice.data.splits import SplitSettings, complete_splits, split_folders
 from lightning_dice.data.volumes.nifti import EXTENSIONS, volume_files
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
@@ -96,8 +96,7 @@ def find_pairs(
     masks: str,
     planes: Sequence[str],
     channels: int,
-    fractions: Sequence[float],
-    seed: int,
+    split_settings: SplitSettings,
 ) -> VolumeLayout:
     """Find the cases of `images/` and `masks/`, with or without `train/`, `val/` and `test/` in them.
 
@@ -107,12 +106,12 @@ def find_pairs(
         masks: the folder of masks; a mask has the name of its image, apart from endings such as `_seg`.
         planes: names of classes that may have a folder of masks each.
         channels: number of channels of an image.
-        fractions: shares of train, val and test, for splits without a folder.
-        seed: of the random split.
+        split_settings: the names of the split folders, and how splits without a folder are drawn.
     """
     layout = VolumeLayout()
     try:
-        image_folders, mask_folders = _find_folders(root, images, "images"), _find_folders(root, masks, "masks")
+        image_folders = _find_folders(root, images, "images", split_settings)
+        mask_folders = _find_folders(root, masks, "masks", split_settings)
     except DataProblem as problem:
         layout.problems.append(problem)
         return layout
@@ -132,7 +131,7 @@ def find_pairs(
         layout.planes = layout.planes or bool(own)
         cases = find_images(folder, channels, layout.problems)
         parts[split] = match_masks(cases, [mask_folder / name for name in own] or [mask_folder], layout.problems)
-    layout.pairs = complete_splits(parts, fractions, seed, layout.problems, root / images)
+    layout.pairs = complete_splits(parts, split_settings, layout.problems, root / images)
     return layout
 
 
@@ -189,14 +188,14 @@ def match_masks(
     return pairs
 
 
-def _find_folders(root: Path, inside: str, setting: str) -> dict[Split | None, Path]:
+def _find_folders(root: Path, inside: str, setting: str, split_settings: SplitSettings) -> dict[Split | None, Path]:
     base = root / inside
     if not root.is_dir():
         raise DataProblem("is not a folder", root, "Set data.root=/path/to/folder.")
     if not base.is_dir():
         there = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise DataProblem(f"does not exist; {root.name} holds {there}", base, f"Set data.{setting}=<sub-folder>.")
-    folders = split_folders(base, setting)
+    folders = split_folders(base, setting, names=split_settings.names)
     loose = volume_files(base)
     if folders and loose:
         what = f"holds {len(loose)} volumes such as {loose[0].name} beside the folders of splits"

@@ -128,7 +128,8 @@ def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geome
     >>> import nibabel, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.nii.gz"
-    ...     nibabel.save(nibabel.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.diag([-1, 1, 2, 1])), path)
+    ...     stored = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    ...     nibabel.save(nibabel.Nifti1Image(stored, np.diag([-1, 1, 2, 1])), path)
     ...     values, geometry = read_volume(path)
     >>> values.tolist(), geometry.spacing, geometry.axes
     ([[[4, 5], [6, 7]], [[0, 1], [2, 3]]], (1.0, 1.0, 2.0), 'LAS')

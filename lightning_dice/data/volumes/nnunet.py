@@ -11,7 +11,7 @@ from typing import Any
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.splits import check_fractions, complete_splits
+from lightning_dice.data.splits import SplitSettings, complete_splits
 from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, find_images, match_masks
 from lightning_dice.data.volumes.nifti import EXTENSIONS
 from lightning_dice.data.volumes.preprocessing import VolumePreprocessing
@@ -41,8 +41,7 @@ class NnunetSource(BaseVolumeSource):
             `channel_names` as a list. Keys that are missing or `None` are read from the file.
         ignore_index: the label that `ignore` becomes in memory.
         fold: of `splits_final.json`.
-        fractions: shares of train, val and test, for splits that are drawn.
-        seed: of the random split.
+        split_settings: how splits are drawn where the data set has none.
         preprocessing: as for `BaseVolumeSource`, as are the others; `normalization=None` is by the channel names.
         fingerprint: the same.
         check_affine: the same.
@@ -63,8 +62,7 @@ class NnunetSource(BaseVolumeSource):
         dataset_json: Mapping[str, Any] | None = None,
         ignore_index: int | None = 255,
         fold: int = 0,
-        fractions: Sequence[float] = (0.7, 0.15, 0.15),
-        seed: int = 0,
+        split_settings: SplitSettings | None = None,
         preprocessing: VolumePreprocessing | None = None,
         fingerprint: str | Path | None = None,
         check_affine: bool = True,
@@ -79,10 +77,12 @@ class NnunetSource(BaseVolumeSource):
         if preprocessing.normalization is None:
             preprocessing = replace(preprocessing, normalization=names)
         super().__init__(root, labels, len(names), preprocessing, fingerprint, check_affine, workers)
-        self.fold, self.fractions, self.seed = fold, check_fractions(fractions), seed
+        self.fold, self.split_settings = fold, split_settings or SplitSettings()
+        if self.split_settings.splits is not None or self.split_settings.split_files is not None:
+            raise ValueError(f"split_settings must have only fractions and seed here, got {self.split_settings}")
 
     def _find_files(self) -> VolumeLayout:
-        return find_nnunet_pairs(self.root, self.channels, self.fold, self.fractions, self.seed)
+        return find_nnunet_pairs(self.root, self.channels, self.fold, self.split_settings)
 
 
 def read_dataset_json(root: str | Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def make_label_map(labels: Labels, order: Sequence[int] | None, ignore_index: in
     )
 
 
-def find_nnunet_pairs(root: Path, channels: int, fold: int, fractions: Sequence[float], seed: int) -> VolumeLayout:
+def find_nnunet_pairs(root: Path, channels: int, fold: int, split_settings: SplitSettings) -> VolumeLayout:
     """Find the cases of a raw data set; see `NnunetSource` for its splits."""
     layout = VolumeLayout()
     problems = layout.problems
@@ -207,7 +207,7 @@ def find_nnunet_pairs(root: Path, channels: int, fold: int, fractions: Sequence[
             layout.pairs["test"] = test
         return layout
     parts: dict[Split | None, list[VolumePair]] = {"train": train, "test": test} if test else {None: train}
-    layout.pairs = complete_splits(parts, fractions, seed, problems, root / "imagesTr")
+    layout.pairs = complete_splits(parts, split_settings, problems, root / "imagesTr")
     return layout
 
 

@@ -19,7 +19,7 @@ from lightning_dice.data.batch import Sample
 from lightning_dice.data.errors import DataError, DataProblem, combined_error
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import LabelMap
-from lightning_dice.data.splits import check_fractions
+from lightning_dice.data.splits import SplitSettings
 from lightning_dice.data.volumes.dataset_summary import InspectedCase, VolumeSurvey, inspect_case, is_unchanged
 from lightning_dice.data.volumes.file_layout import VolumeLayout, VolumePair, find_pairs
 from lightning_dice.data.volumes.fingerprint import CaseFacts, Fingerprint, describe_changes
@@ -309,8 +309,7 @@ class VolumeSource(BaseVolumeSource):
         channels: of an image.
         images: the folder of images below `root`.
         masks: the folder of masks below `root`.
-        fractions: shares of train, val and test, for splits without a folder.
-        seed: of the random split.
+        split_settings: the names of the split folders, and how splits without a folder are drawn.
         preprocessing: as for `BaseVolumeSource`, as are the others.
         fingerprint: the same.
         check_affine: the same.
@@ -335,8 +334,7 @@ class VolumeSource(BaseVolumeSource):
         channels: int = 1,
         images: str = "images",
         masks: str = "masks",
-        fractions: Sequence[float] = (0.7, 0.15, 0.15),
-        seed: int = 0,
+        split_settings: SplitSettings | None = None,
         preprocessing: VolumePreprocessing | None = None,
         fingerprint: str | Path | None = None,
         check_affine: bool = True,
@@ -344,11 +342,13 @@ class VolumeSource(BaseVolumeSource):
     ) -> None:
         super().__init__(root, labels, channels, preprocessing, fingerprint, check_affine, workers)
         self.images, self.masks = str(images), str(masks)
-        self.fractions, self.seed = check_fractions(fractions), seed
+        self.split_settings = split_settings or SplitSettings()
+        if self.split_settings.split_files is not None:
+            raise ValueError(f"split_files must be None for volumes, got {self.split_settings.split_files!r}")
 
     def _find_files(self) -> VolumeLayout:
         planes = self.labels.classes if self.labels.activation == "sigmoid" else ()
-        return find_pairs(self.root, self.images, self.masks, planes, self.channels, self.fractions, self.seed)
+        return find_pairs(self.root, self.images, self.masks, planes, self.channels, self.split_settings)
 
 
 def _size_if_readable(path: Path) -> tuple[int, ...]:
