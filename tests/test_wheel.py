@@ -31,6 +31,13 @@ def test_holds_every_yaml_and_nothing_else(unpacked):
     assert {path.name.partition("-")[0] for path in unpacked.iterdir()} == {"lightning_dice"}
 
 
+def test_holds_the_templates_of_the_pages(unpacked):
+    for package in ("report", "data_check"):
+        templates = {path.name for path in (ROOT / "lightning_dice" / package / "templates").iterdir()}
+        assert len(templates) >= 3
+        assert {path.name for path in (unpacked / "lightning_dice" / package / "templates").iterdir()} == templates
+
+
 def test_composes_from_another_folder(unpacked, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
 
