@@ -1,4 +1,4 @@
-"""Trainer hooks: pictures, tables and guards."""
+"""Callbacks of the Trainer: tables, pictures, guards and resuming."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from lightning_dice.callbacks.gradient_guard import GradientGuard, NonFiniteError
     from lightning_dice.callbacks.history import History
     from lightning_dice.callbacks.input_check import InputCheck
-    from lightning_dice.callbacks.loggers import log_picture
     from lightning_dice.callbacks.loss_schedule import LossSchedule
     from lightning_dice.callbacks.overlays import Overlays
+    from lightning_dice.callbacks.picture_logging import log_picture
     from lightning_dice.callbacks.progress_bar import ProgressBar
     from lightning_dice.callbacks.pruning import MedianPruner
     from lightning_dice.callbacks.save_on_interrupt import SaveOnInterrupt, exit_with_signal_status
@@ -39,7 +39,7 @@ _MODULES = {
     "SaveOnInterrupt": "save_on_interrupt",
     "WeightEMA": "ema",
     "exit_with_signal_status": "save_on_interrupt",
-    "log_picture": "loggers",
+    "log_picture": "picture_logging",
 }
 
 __all__ = [

@@ -1,21 +1,22 @@
-"""A row of scores for each case: what two runs are compared by."""
+"""Record the scores of each case, the basis of reports and comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dice.argument_checks import count
-from lightning_dice.callbacks.loggers import log_picture
+from lightning_dice.argument_checks import check_count
+from lightning_dice.callbacks.picture_logging import log_picture
+from lightning_dice.callbacks.ranks import gather_on_rank_zero
 from lightning_dice.callbacks.step_outputs import (
     Activation,
     evaluated_split,
-    gather,
     step_labels,
     step_logits,
     step_temperature,
@@ -31,36 +32,48 @@ RELIABILITY = ("split", "class", "lower", "upper", "pixels", "confidence", "righ
 class CaseTable(Callback):
     """Write the scores of each case to `cases.csv` and the distribution of Dice to `dice_per_class.png`.
 
-    Columns: `split` (`val` or `test`), `case`, `dice` (mean over the classes that are scored and have a score),
-    `dice/<class>`, and for every class `actual/<class>` and `predicted/<class>`, in pixels. Then, for every class that
-    is scored, what `lightning_dice.scoring.score_case` says of it: `jaccard`, `surface_dice`, `hd95`,
+    Columns: `split` (`val` or `test`), `case`, `dice` (the mean over those scored classes that have a score),
+    `dice/<class>`, and for every class `actual/<class>` and `predicted/<class>`, in pixels. Then, for every scored
+    class, the other scores of `lightning_dice.scoring.score_case`: `jaccard`, `surface_dice`, `hd95`,
     `mean_surface_distance`, `volume_difference`, `volume_error`, `lesion_precision`, `lesion_recall`, `lesion_f1`,
-    `lesions_actual`, `lesions_predicted`. `spacing` holds the mm by which distances and volumes were measured; where it
-    is empty, they are in pixels. A score that is not defined is an empty field: that of a class neither predicted nor
-    there, and the distance between a surface and none. Columns without any value are left out.
+    `lesions_actual`, `lesions_predicted`. `spacing` holds the mm in which distances and volumes are measured; if it is
+    empty, they are in pixels. An undefined score is an empty field: any score of a class that is neither predicted nor
+    present, and a distance to an empty surface. Columns without any value are omitted.
 
-    Where the step returns logits, there is the expected calibration error too, `ece/<class>` for overlapping classes
-    and `ece` (of the most probable class) for those that exclude each other; and `reliability.csv`, the pixels of all
-    cases by confidence.
+    If the step returns logits, the table also has the expected calibration error, `ece/<class>` for overlapping classes
+    and `ece` (of the most probable class) for exclusive ones; `reliability.csv` counts the pixels of all cases by
+    confidence.
 
     A case that a distributed sampler repeats is written once. Rows of the other split that are already in the table are
-    kept. The evaluation step must return `{"logits": (batch, classes, *space)}`, or the masks it has decided on as
-    `"labels"`, or both; a `"temperature"`, by which logits are divided, has a part in the calibration error alone.
+    kept. The evaluation step must return `{"logits": (batch, classes, *space)}`, or predicted masks as `"labels"`, or
+    both; a `"temperature"`, which divides the logits, affects the calibration error only.
 
     Args:
-        folder: where the files go.
+        folder: for the files.
         classes: names of the logits' channels.
-        activation: what turns logits into probabilities.
-        threshold: a probability; with `"softmax"` it has no part.
-        ignore_index: the label of pixels that do not count.
+        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
+        ignore_index: label of ignored pixels.
         exclude_classes: indices of classes that are not scored, such as the background.
-        during_fit: record the validations within a fit too, without surfaces, lesions and calibration; each replaces
-            the one before.
-        surfaces: this and the following as in `lightning_dice.scoring.Scoring`.
-        tolerance: of surface Dice, in mm, or in pixels where the spacing is not known.
+        during_fit: record validations within a fit too, without surfaces, lesions and calibration; each replaces the
+            one before.
+        surfaces: passed to `lightning_dice.scoring.Scoring`, as are the following three.
+        tolerance: of surface Dice, in mm, or in pixels where the spacing is unknown.
         lesions: score connected components.
-        lesion_iou: what two lesions must have more of to match; with 0 any overlap will do.
-        calibration_bins: of the confidence; 0: no calibration error.
+        lesion_iou: intersection over union that two lesions must exceed to match; with 0, any overlap is a match.
+        calibration_bins: number of bins of the confidence; 0 for no calibration error.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = CaseTable(folder, ["cell"], "sigmoid", surfaces=False, lesions=False)
+    ...     mask = torch.tensor([[[0, 1, 1, 1]]])
+    ...     score = table.add("a", predicted=torch.tensor([[[1, 1, 1, 0]]]), mask=mask)
+    ...     table.write("test")
+    ...     read_csv(table.table)[0]["dice"]
+    '0.666667'
     """
 
     def __init__(
@@ -89,22 +102,22 @@ class CaseTable(Callback):
             lesions=lesions,
             lesion_iou=lesion_iou,
         )
-        self.calibration_bins = count("calibration_bins", calibration_bins, 0)
+        self.calibration_bins = check_count("calibration_bins", calibration_bins, 0)
         self._cases: dict[str, tuple[CaseScore, Reliability | None]] = {}
 
     @property
     def table(self) -> Path:
-        """Where the table is written."""
+        """Path of the table."""
         return self.folder / "cases.csv"
 
     @property
     def picture(self) -> Path:
-        """Where the distribution is drawn."""
+        """Path of the picture of the distribution."""
         return self.folder / "dice_per_class.png"
 
     @property
     def reliability(self) -> Path:
-        """Where pixels are counted by confidence."""
+        """Path of the table of pixels by confidence."""
         return self.folder / "reliability.csv"
 
     def add(
@@ -119,30 +132,30 @@ class CaseTable(Callback):
         probs: Tensor | None = None,
         brief: bool = False,
     ) -> CaseScore:
-        """Score a case, for the next `write`.
+        """Score a case, to be written by the next `write`.
 
         Args:
-            case: its name.
+            case: name of the case.
             predicted: class ids `(*space)`, or planes `(classes, *space)`.
             mask: of the same shape.
-            spacing: of its pixels, in mm.
+            spacing: of the pixels, in mm.
             logits: `(classes, *space)`, for the calibration error.
-            temperature: by which logits are divided to become those of calibrated probabilities.
+            temperature: divides the logits to calibrate their probabilities.
             probs: probabilities `(classes, *space)` instead of logits.
-            brief: without surfaces, lesions and calibration.
+            brief: omit surfaces, lesions and calibration.
 
         Raises:
-            ValueError: as `score_case`; the message names the case.
+            ValueError: from `score_case`; the message names the case.
         """
         scoring = replace(self.scoring, surfaces=False, lesions=False) if brief else self.scoring
         try:
             score = score_case(predicted, mask, scoring, spacing)
         except ValueError as error:
             raise ValueError(f"case {case}: {error}") from error
-        sure, sureness = None, logits if probs is None else probs
-        if sureness is not None and self.calibration_bins and not brief:
-            sure = reliability(
-                sureness,
+        counts, confidence = None, logits if probs is None else probs
+        if confidence is not None and self.calibration_bins and not brief:
+            counts = reliability(
+                confidence,
                 mask,
                 activation=scoring.activation,
                 ignore_index=scoring.ignore_index,
@@ -150,32 +163,32 @@ class CaseTable(Callback):
                 temperature=temperature,
                 are_probabilities=probs is not None,
             )
-        self._cases[case] = score, sure
+        self._cases[case] = score, counts
         return score
 
     def write(self, split: str) -> None:
-        """Write what was added as the rows of a split, and the pictures; then forget it."""
+        """Write the added cases as the rows of a split, and the picture; then remove them."""
         cases, self._cases = self._cases, {}
         if not cases:
             return
         classes, scored = self.scoring.classes, self.scoring.scored
-        known = tables.columns(classes, scored)
+        known = tables.column_names(classes, scored)
         rows = [row for row in read_csv(self.table) if row.get("split") != split and set(row) <= set(known)]
-        for case, (score, sure) in cases.items():
-            rows.append(tables.row(split, case, score, classes, scored, self._errors(sure)))
+        for case, (score, counts) in cases.items():
+            rows.append(tables.format_row(split, case, score, classes, scored, self._calibration_errors(counts)))
         filled = {key for row in rows for key in row}
-        always = tables.columns(classes, scored)[: 3 + len(scored) + 2 * len(classes)]
+        always = tables.column_names(classes, scored)[: 3 + len(scored) + 2 * len(classes)]
         columns = [key for key in known if key in filled or key in always]
         write_csv(self.table, columns, sorted(rows, key=lambda row: (row["split"], row["case"])))
-        self._write_reliability(split, {case: sure for case, (_, sure) in cases.items() if sure is not None})
+        self._write_reliability(split, {case: counts for case, (_, counts) in cases.items() if counts is not None})
         self._draw(split, {case: score for case, (score, _) in cases.items()})
 
     def on_validation_epoch_start(self, *_: Any) -> None:
-        """Start with no case."""
+        """Remove the cases of an interrupted evaluation."""
         self._cases.clear()
 
     def on_test_epoch_start(self, *_: Any) -> None:
-        """Start with no case."""
+        """Remove the cases of an interrupted evaluation."""
         self._cases.clear()
 
     def on_validation_batch_end(
@@ -197,13 +210,12 @@ class CaseTable(Callback):
         brief = trainer.state.fn == "fit"
         for index, case in enumerate(batch.case):
             if case not in self._cases:
-                of_case = None if logits is None else logits[index]
                 self.add(
                     case,
                     labels[index],
                     batch.mask[index],
                     batch.spacing[index],
-                    of_case,
+                    None if logits is None else logits[index],
                     temperature=temperature,
                     brief=brief,
                 )
@@ -211,52 +223,49 @@ class CaseTable(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table and the picture."""
+        """Write the tables and the picture."""
         split = evaluated_split(trainer, during_fit=self.during_fit)
         if split is None:
             return
-        parts, self._cases = gather(trainer, self._cases), {}
-        for part in parts:
-            self._cases.update(part)
+        ranks, self._cases = gather_on_rank_zero(trainer, self._cases), {}
+        for cases in ranks:
+            self._cases.update(cases)
         if self._cases:
             self.write(split)
             log_picture(trainer, f"{split}/dice_per_class", self.picture)
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _errors(self, sure: Reliability | None) -> dict[int | None, float]:
-        """Calibration errors by class; by `None`, that of the most probable one."""
-        if sure is None:
+    def _calibration_errors(self, counts: Reliability | None) -> dict[int | None, float]:
+        """Return the calibration errors by class; that of the most probable class under `None`."""
+        if counts is None:
             return {}
-        errors = sure.error()
+        errors = counts.calibration_error()
         if self.scoring.activation == "softmax":
             return {None: errors[0]}
         return {index: errors[index] for index in self.scoring.scored}
 
     def _write_reliability(self, split: str, cases: dict[str, Reliability]) -> None:
-        # Those of this split are replaced even by none: they would be of another prediction.
+        # Rows of this split are removed even if there are no new ones: they belong to another prediction.
         old = read_csv(self.reliability)
         rows = [row for row in old if row.get("split") != split and set(row) <= set(RELIABILITY)]
         if not cases and len(rows) == len(old):
             return
         if cases:
-            # In the order of their names: sums of floats then are the same on any number of processes.
-            first, *others = (cases[name] for name in sorted(cases))
-            total = first
-            for other in others:
-                total = total.plus(other)
+            # Sorted, so that the sums of floats are the same on any number of processes.
+            total = reduce(Reliability.merge, (cases[name] for name in sorted(cases)))
             softmax = self.scoring.activation == "softmax"
             bins = total.pixels.shape[1]
-            for place in [0] if softmax else self.scoring.scored:
+            for channel in [0] if softmax else self.scoring.scored:
+                name = "" if softmax else self.scoring.classes[channel]
                 for index in range(bins):
-                    pixels = int(total.pixels[place, index])
-                    texts = {"lower": index / bins, "upper": (index + 1) / bins}
+                    pixels = int(total.pixels[channel, index])
+                    values = {"lower": index / bins, "upper": (index + 1) / bins}
                     if pixels:
-                        texts["confidence"] = float(total.confidence[place, index]) / pixels
-                        texts["right"] = int(total.right[place, index]) / pixels
-                    name = "" if softmax else self.scoring.classes[place]
-                    row = {key: number(value) for key, value in texts.items()}
-                    rows.append({"split": split, "class": name, "pixels": str(pixels), **row})
+                        values["confidence"] = float(total.confidence[channel, index]) / pixels
+                        values["right"] = int(total.correct[channel, index]) / pixels
+                    texts = {key: number(value) for key, value in values.items()}
+                    rows.append({"split": split, "class": name, "pixels": str(pixels), **texts})
         write_csv(self.reliability, RELIABILITY, rows)
 
     def _draw(self, split: str, cases: dict[str, CaseScore]) -> None:

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_dice.argument_checks import check_choice, check_count
-from lightning_dice.callbacks.input_check import read_batch
 from lightning_dice.callbacks.step_outputs import Activation, step_logits
+from lightning_dice.data.batch import find_batch
 from lightning_dice.functional import hard_sums
 
 _MAX_NAMES = 8  # of classes, in a message
@@ -79,7 +79,7 @@ class CollapseGuard(Callback):
         self._in_a_row, self._warned = 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of collapsed validations in a row, and whether the warning has been given."""
+        """Return the number of collapsed validations in a row, and whether the warning was issued."""
         return {"row": self._in_a_row, "told": self._warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,11 +100,11 @@ class CollapseGuard(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the pixels of each class, on the device."""
-        logits, given = step_logits(outputs), read_batch(batch)
-        if logits is None or given is None or given.mask.is_floating_point() or not _is_counted(trainer):
+        logits, found = step_logits(outputs), find_batch(batch)
+        if logits is None or found is None or found.mask.is_floating_point() or not _is_counted(trainer):
             return
         sums = hard_sums(
-            logits, given.mask, activation=self.activation, threshold=self.threshold, ignore_index=self.ignore_index
+            logits, found.mask, activation=self.activation, threshold=self.threshold, ignore_index=self.ignore_index
         )
         counts = torch.stack([sums.predicted, sums.actual, sums.count]).sum(1)
         self._counts = counts if self._counts is None else self._counts + counts

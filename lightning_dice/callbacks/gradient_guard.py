@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dice.argument_checks import check_choice, check_count
-from lightning_dice.callbacks.input_check import read_batch
 from lightning_dice.callbacks.ranks import all_gather, is_distributed
+from lightning_dice.data.batch import find_batch
 from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.torch import foreach_copy_, is_batch_norm
 from lightning_dice.text import join_some
@@ -259,18 +259,18 @@ class _Diagnosis(NamedTuple):
 
 
 def _diagnose(trainer: Trainer, pl_module: LightningModule, batch: Any, loss: float, bad_gradient: bool) -> _Diagnosis:
-    given = read_batch(batch)
+    found = find_batch(batch)
     not_finite = ([] if math.isfinite(loss) else ["loss"]) + ["gradient"] * bad_gradient
-    if given is None:
+    if found is None:
         return _Diagnosis(None, None, [f"of a {type(batch).__name__}, which has no names"], [], not_finite)
-    finite = given.image.detach().flatten(1).isfinite().all(1).tolist()
-    broken = [case for case, is_finite in zip(given.case, finite, strict=True) if not is_finite]
-    logits = _eval_logits(trainer, pl_module, given.image)
+    finite = found.image.detach().flatten(1).isfinite().all(1).tolist()
+    broken = [case for case, is_finite in zip(found.case, finite, strict=True) if not is_finite]
+    logits = _eval_logits(trainer, pl_module, found.image)
     if logits is not None and not bool(logits.isfinite().all()):
         not_finite.insert(0, "logits")
     if broken:
         not_finite.insert(0, "input")
-    return _Diagnosis(given.image, given.mask, given.case, broken, not_finite)
+    return _Diagnosis(found.image, found.mask, found.case, broken, not_finite)
 
 
 def _eval_logits(trainer: Trainer, pl_module: LightningModule, image: Tensor) -> Tensor | None:

@@ -1,61 +1,65 @@
-"""What is wrong with the data or the net, said on the first batches."""
+"""Check data and network on the first batches."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_dice.argument_checks import check_choice
 from lightning_dice.callbacks.step_outputs import Activation, step_logits
+from lightning_dice.data.batch import find_batch
 from lightning_dice.functional import read_logits
 from lightning_dice.functional.orientation import edge_scores, misplaced
 from lightning_dice.kernels import check_logits, check_values
 from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.library_internals.torch import is_compiled_in_place
+from lightning_dice.text import join_some
 
-# Images that are normalized have values near 1; bytes, 16 bits and Hounsfield units have not.
+# Normalized images have values near 1; 8-bit and 16-bit images and Hounsfield units do not.
 _LARGEST_RMS = 10.0
 
-# No trained weight comes near; float32 ends at 3e38.
+# No trained weight is nearly as large; float32 ends at 3e38.
 _LARGEST_WEIGHT = 1e15
 
-_ORIENTED_IMAGES = 16
+_ORIENTED_IMAGES = 16  # images of an epoch whose orientation is checked
 
-# What changes neither the values' range nor their meaning.
-_PASSING = (
+# Operations that change neither the range of values nor their meaning.
+_NEUTRAL_OPERATIONS = (
     *("Alias", "AsStrided", "Clone", "Narrow", "Permute", "Reshape", "Select", "Slice", "Squeeze", "ToCopy"),
     *("Transpose", "Unsafe", "Unsqueeze", "Upsample", "View"),
 )
 
 
 class InputCheck(Callback):
-    """Refuse or name what would be trained on without a word, when the first batches show it.
+    """Raise or warn on the first batches when data and network do not fit each other, or the loss.
 
-    Of the first batch of training and of validation all values are looked at. Later ones are not: reading values back
-    would stall a GPU at each step. Which classes occur is noted on the device, and read once, at the end of the first
-    epoch, as is whether the masks lie on their images.
+    All values of the first batches of training and validation are checked. Those of later batches are not, because
+    reading them would stall a GPU at each step. Which classes occur, and whether the masks fit the images' edges, is
+    recorded on the device and read once, at the end of the first epoch.
 
-    It raises `ValueError` for mask values outside the classes, soft labels outside [0, 1] or that do not sum to 1 with
-    a softmax, image values or logits that are not finite, axes of image and mask that differ, logits with another
-    number of channels, and a net that returns probabilities, where the loss makes them once more. The message says how
-    to mend it.
+    Raises `ValueError` for mask values outside the classes, soft labels outside [0, 1] or, with a softmax, with a sum
+    other than 1, image values or logits that are not finite, different axes of image and mask, another number of
+    channels in the logits, and a network that returns probabilities to a loss that applies the activation itself. The
+    message names the remedy.
 
-    It warns of images that are not normalized; of a mask without a pixel that counts; of classes that never occur in an
-    epoch, or have every pixel; and where masks fit square images clearly better after they are transposed, flipped or
-    turned. (Of the first 16 images of an epoch at least 8 must have enough boundary. A random crop leaves nothing of a
-    transposed mask to be recognized; validation, which sees whole images, does.)
+    Warns of images that are not normalized; of a mask whose pixels are all ignored; of classes that never occur in an
+    epoch, or have every pixel; and of masks that fit square images clearly better when transposed, flipped or rotated.
+    (At least 8 of the first 16 images of an epoch must have enough boundary. In random crops a transposed mask cannot
+    be recognized; in validation, which reads whole images, it can.)
 
     Args:
         classes: names of the logits' channels.
-        activation: what the loss applies to the logits; it decides the mask's form.
-        ignore_index: the label of pixels that do not count.
+        activation: that the loss applies to the logits; determines the form of the mask.
+        ignore_index: label of ignored pixels.
 
     Raises:
-        ValueError: a softmax of one class.
+        ValueError: a softmax over one class, or another activation.
 
     >>> InputCheck(["lesion"], "softmax")
     Traceback (most recent call last):
@@ -65,49 +69,48 @@ activation="sigmoid" for a binary task
     """
 
     def __init__(self, classes: Sequence[str], activation: Activation, ignore_index: int | None = None) -> None:
-        if activation not in ("sigmoid", "softmax"):
-            raise ValueError(f'activation must be "sigmoid" or "softmax", got {activation!r}')
+        check_choice("activation", activation, Activation)
         if activation == "softmax" and len(classes) < 2:
             raise ValueError(
                 f"classes must be at least 2 with a softmax, which is always 1 over one channel, got {list(classes)}; "
                 'use activation="sigmoid" for a binary task'
             )
         self.classes, self.activation, self.ignore_index = list(classes), activation, ignore_index
-        self._seen: set[str] = set()
-        self._watches: dict[str, _Watch] = {}
+        self._done: set[str] = set()  # checks that are made once
+        self._statistics: dict[str, _MaskStatistics] = {}  # by split, in the first epoch
         self._hook: RemovableHandle | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to note what occurs, in the first epoch."""
-        self._watch("training", pl_module)
+        """Start the statistics of the masks, in the first epoch."""
+        self._start_statistics("training", pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the batch, and have the net's output checked, once."""
-        if self._first("training"):
+        """Check the batch and the output of the network, once."""
+        if self._is_first("training"):
             self._check_batch(batch)
-            self._look_at_output(pl_module)
+            self._check_next_output(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note what occurs, in the first epoch."""
-        self._note("training", batch)
+        """Add the masks to the statistics, in the first epoch."""
+        self._add_to_statistics("training", batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what did not occur, once."""
-        self._conclude("training", trainer)
+        """Warn of classes that did not occur and of misplaced masks, once."""
+        self._report_statistics("training", trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to note what occurs, in the first epoch."""
-        # The check before training sees two batches; that classes are not among them says nothing.
+        """Start the statistics of the masks, in the first epoch."""
+        # Two batches of the sanity check need not have all classes.
         if not trainer.sanity_checking:
-            self._watch("validation", pl_module)
+            self._start_statistics("validation", pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Check the batch, once."""
-        if self._first("validation"):
+        if self._is_first("validation"):
             self._check_batch(batch)
 
     def on_validation_batch_end(
@@ -119,47 +122,48 @@ activation="sigmoid" for a binary task
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Check the logits, once."""
+        """Check the logits, once, and add the masks to the statistics, in the first epoch."""
         logits = step_logits(outputs)
-        if logits is not None and self._first("logits"):
+        if logits is not None and self._is_first("logits"):
             self._check_logits(logits, "validation", pl_module)
-        self._note("validation", batch)
+        self._add_to_statistics("validation", batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what did not occur, once."""
-        self._conclude("validation", trainer)
+        """Warn of classes that did not occur and of misplaced masks, once."""
+        self._report_statistics("validation", trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind, as there is no teardown then."""
-        self._forget()
+        """Remove the hook and the statistics: Lightning calls no teardown after an exception."""
+        self._reset()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind."""
-        self._forget()
+        """Remove the hook and the statistics."""
+        self._reset()
 
-    def _forget(self) -> None:
-        self._unhook()
-        self._watches = {}
+    def _reset(self) -> None:
+        self._remove_hook()
+        self._statistics = {}
 
-    def _first(self, what: str) -> bool:
-        first = what not in self._seen
-        self._seen.add(what)
+    def _is_first(self, check: str) -> bool:
+        """Return whether a check has not been made yet, and mark it as made."""
+        first = check not in self._done
+        self._done.add(check)
         return first
 
     def _check_batch(self, batch: Any) -> None:
-        given = read_batch(batch)
-        if given is None:
+        found = find_batch(batch)
+        if found is None:
             warnings.warn(
                 f"batches of {type(batch).__name__} are not checked: InputCheck reads (image, mask[, case]), a Batch, "
                 "or a mapping with image and mask",
                 stacklevel=2,
             )
             return
-        image, mask = given.image.detach().cpu(), given.mask.detach().cpu()
-        # Where the spacing is known, images may have been resampled for the net, and masks left as they are.
-        resampled = any(spacing is not None for spacing in getattr(batch, "spacing", None) or [])
+        image, mask = found.image.detach().cpu(), found.mask.detach().cpu()
+        # If the spacing is known, the images may have been resampled for the network, the masks not.
+        resampled = any(spacing is not None for spacing in found.spacing)
         self._check_shapes(image, mask, resampled=resampled)
-        for index, case in enumerate(given.case):
+        for index, case in enumerate(found.case):
             if not image[index].isfinite().all():
                 raise ValueError(f"the image of case {case!r} has values that are not finite (NaN or infinite)")
             if not mask.is_floating_point():
@@ -182,24 +186,24 @@ activation="sigmoid" for a binary task
         found = torch.unique(mask).tolist()
         values = [value for value in found if value != self.ignore_index]
         if not values:
-            warnings.warn(f"every pixel of the mask of case {case!r} is ignored: it teaches nothing", stacklevel=2)
+            warnings.warn(
+                f"every pixel of the mask of case {case!r} is ignored: nothing can be learned from it", stacklevel=2
+            )
         allowed = range(2) if self.activation == "sigmoid" else range(len(self.classes))
         wrong = [value for value in values if value not in allowed]
         if not wrong:
             return
         if wrong == [255] and set(values) <= {0, 255}:
-            remedy = "the mask looks like a 0/255 picture: set 'data.values={255:1}'"
+            remedy = "the mask looks like a 0/255 picture: set 'data.label_map={255:1}'"
         else:
-            remedy = (
-                "map them with 'data.values={value:class,...}', or name the one to be ignored with data.ignore_index"
-            )
+            remedy = "map them with 'data.label_map={value:class,...}', or set data.ignore_index to the value to ignore"
         raise ValueError(
-            f"the mask of case {case!r} holds the values {_some(wrong)}, outside {allowed[0]} to {allowed[-1]} "
-            f"({_some(self.classes)}); {remedy}"
+            f"the mask of case {case!r} holds the values {join_some(wrong)}, outside {allowed[0]} to {allowed[-1]} "
+            f"({join_some(self.classes)}); {remedy}"
         )
 
     def _check_values(self, mask: Tensor, case: str) -> None:
-        """What the losses refuse on the CPU, and do not look at on a GPU."""
+        """Make the checks of values that the losses make on the CPU but not on a GPU."""
         space = mask.shape[1:] if self.activation == "sigmoid" or mask.is_floating_point() else mask.shape
         logits = torch.zeros(()).expand(1, len(self.classes), *space)
         try:
@@ -209,29 +213,28 @@ activation="sigmoid" for a binary task
 
     def _check_scale(self, image: Tensor) -> None:
         image = image.float()
-        if not image.numel() or float(image.square().mean().sqrt()) <= _LARGEST_RMS or not self._first("scale"):
+        if not image.numel() or float(image.square().mean().sqrt()) <= _LARGEST_RMS or not self._is_first("scale"):
             return
         warnings.warn(
-            f"the images look as if they were not normalized: their values reach from {image.min():g} to "
-            f"{image.max():g}, with a mean of {image.mean():.3g} and a standard deviation of {image.std():.3g}, where "
-            "nets learn from values around 0 and of about 1; set normalize=image (or fixed, or imagenet), or scale "
-            "them in your own data set",
+            f"the images seem not normalized: their values range from {image.min():g} to {image.max():g}, with a mean "
+            f"of {image.mean():.3g} and a standard deviation of {image.std():.3g}, but networks learn best from values "
+            "around 0 of magnitude 1; set normalize=image (or fixed, or imagenet), or scale them in your own data set",
             stacklevel=2,
         )
 
-    def _look_at_output(self, pl_module: LightningModule | None) -> None:
+    def _check_next_output(self, pl_module: LightningModule | None) -> None:
         net = getattr(pl_module, "net", None)
-        # Dynamo does not notice that a hook on a net compiled in place is gone, and would run it at every step.
-        if not isinstance(net, torch.nn.Module) or getattr(net, "_compiled_call_impl", None) is not None:
+        # On a network compiled in place Dynamo does not notice that a hook is removed, and runs it at every step.
+        if not isinstance(net, torch.nn.Module) or is_compiled_in_place(net):
             return
 
-        def look(_net: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            self._unhook()
+        def check(_net: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            self._remove_hook()
             self._check_logits(read_logits(output)[0], "training", pl_module)
 
-        self._hook = net.register_forward_hook(look)
+        self._hook = net.register_forward_hook(check)
 
-    def _unhook(self) -> None:
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -240,18 +243,18 @@ activation="sigmoid" for a binary task
         if logits.shape[1] != len(self.classes):
             raise ValueError(
                 f"the net returns logits with {logits.shape[1]} channels, {tuple(logits.shape)}, but there are "
-                f"{len(self.classes)} classes ({_some(self.classes)}): set the net's number of output channels"
+                f"{len(self.classes)} classes ({join_some(self.classes)}): set the net's number of output channels"
             )
         if not bool(torch.isfinite(logits.detach()).all()):
-            # What a step left, which the gradients of that step need not show.
+            # A step may leave such weights although its gradients are finite.
             weights = [] if pl_module is None else pl_module.named_parameters()
             large = next(
-                (name for name, one in weights if not bool((one.detach().abs() < _LARGEST_WEIGHT).all())), None
+                (name for name, weight in weights if not bool((weight.detach().abs() < _LARGEST_WEIGHT).all())), None
             )
             if large is not None:
                 raise ValueError(
-                    f"the steps so far have made weights that are not finite, or enormous ({large}), and so are the "
-                    f"logits of the first {split} batch: lower optimizer.lr, or limit the steps by "
+                    f"the steps so far have made weights that are not finite, or enormous ({large}), and therefore the "
+                    f"logits of the first {split} batch are not finite: lower optimizer.lr, or limit the steps by "
                     "trainer.gradient_clip_val=1 or scheduler=warmup_cosine"
                 )
             raise ValueError(
@@ -263,149 +266,119 @@ activation="sigmoid" for a binary task
             return  # The loss wants probabilities.
         if last := _last_activation(logits):
             problem = (
-                f"the net ends in a {last}, and the loss applies a {self.activation} to what it returns: leave the "
-                f"net's {last} out"
+                f"the net ends in a {last}, and the loss applies a {self.activation} to its output: remove the {last} "
+                "from the net"
             )
         else:
             try:
                 check_logits(logits.detach().cpu(), activation=self.activation)
                 return
             except ValueError as error:
-                problem = f"what the net returns on the first {split} batch: {error}"
-        # A loss of somebody else may take probabilities.
+                problem = f"the output of the net on the first {split} batch: {error}"
+        # A loss of another package may take probabilities.
         if loss is None or hasattr(loss, "activation"):
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=2)
 
-    def _watch(self, split: str, pl_module: LightningModule) -> None:
-        if self._first(f"classes of {split}"):
-            self._watches[split] = _Watch(len(self.classes), self.ignore_index, pl_module.device)
+    def _start_statistics(self, split: str, pl_module: LightningModule) -> None:
+        if self._is_first(f"classes of {split}"):
+            self._statistics[split] = _MaskStatistics(len(self.classes), self.ignore_index, pl_module.device)
 
-    def _note(self, split: str, batch: Any) -> None:
-        watch = self._watches.get(split)
-        given = read_batch(batch) if watch is not None else None
-        if watch is not None and given is not None:
-            watch.add(given.image.detach(), given.mask.detach())
+    def _add_to_statistics(self, split: str, batch: Any) -> None:
+        statistics = self._statistics.get(split)
+        found = find_batch(batch) if statistics is not None else None
+        if statistics is not None and found is not None:
+            statistics.add(found.image.detach(), found.mask.detach())
 
-    def _conclude(self, split: str, trainer: Trainer) -> None:
-        watch = self._watches.pop(split, None)
-        if watch is None:
+    def _report_statistics(self, split: str, trainer: Trainer) -> None:
+        statistics = self._statistics.pop(split, None)
+        if statistics is None:
             return
-        there, elsewhere = watch.occurring(trainer)
+        present, absent = statistics.reduce(trainer)
         if self.activation == "softmax":
-            if self.ignore_index is not None and 0 <= self.ignore_index < len(there):
-                there[self.ignore_index] = False
-            elsewhere = [sum(there) > own for own in there]
-        if not trainer.is_global_zero or not any(there + elsewhere):  # no pixel counts
+            if self.ignore_index is not None and 0 <= self.ignore_index < len(present):
+                present[self.ignore_index] = False
+            absent = [sum(present) > own for own in present]
+        if not trainer.is_global_zero or not any(present + absent):  # all pixels are ignored
             return
-        everywhere = [name for name, a, b in zip(self.classes, there, elsewhere, strict=True) if a and not b]
+        everywhere = [name for name, a, b in zip(self.classes, present, absent, strict=True) if a and not b]
         if everywhere:
             warnings.warn(
-                f"every pixel of every mask is {_some(everywhere)} in the first epoch of {split}: there is nothing to "
-                f"tell apart; {_REMEDY}",
+                f"every pixel of every mask is {join_some(everywhere)} in the first epoch of {split}: there is nothing "
+                f"to distinguish; {_REMEDY}",
                 stacklevel=2,
             )
         if not (everywhere and self.activation == "softmax"):
-            self._warn_absent(split, [not one for one in there])
-        if name := watch.misplaced():
+            self._warn_absent(split, present)
+        if name := statistics.misplaced():
             warnings.warn(
                 f"the masks of {split} look {name.replace(':', ' (')}{')' if ':' in name else ''}: their boundaries "
-                "lie clearly better on the images' edges after they are moved so than as they are; look at pictures "
-                "of both, and at how images and masks were written",
+                "would fit the edges in the images clearly better if this were undone; look at pictures of both, and "
+                "at the code that wrote images and masks",
                 stacklevel=2,
             )
 
-    def _warn_absent(self, split: str, absent: Sequence[bool]) -> None:
-        # A class whose id is the ignored label is not to occur.
+    def _warn_absent(self, split: str, present: Sequence[bool]) -> None:
+        # A class whose id is the ignored label cannot occur.
         ignored = self.ignore_index if self.activation == "softmax" else None
-        names = [name for i, name in enumerate(self.classes) if absent[i] and i != ignored]
+        names = [name for i, name in enumerate(self.classes) if not present[i] and i != ignored]
         if names:
             effect = "cannot be learned" if split == "training" else "has no score there"
             warnings.warn(
-                f"in the first epoch of {split} no pixel is {_some(names)}: a class that never occurs {effect}; "
+                f"in the first epoch of {split} no pixel is {join_some(names)}: a class that never occurs {effect}; "
                 f"{_REMEDY}",
                 stacklevel=2,
             )
 
 
 _REMEDY = (
-    "look at the order of the names in data.classes, at data.values, which says what the masks' numbers mean, and "
+    "check the order of the names in data.classes, data.label_map, which maps the masks' values to classes, and "
     "whether there are enough cases"
 )
 
 
-class _Given(NamedTuple):
-    image: Tensor
-    mask: Tensor
-    case: list[str]
-
-
-def read_batch(batch: Any) -> _Given | None:
-    """Image, mask and names of a batch in any form that a module takes."""
-    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
-        batch = batch._asdict()
-    if isinstance(batch, Mapping):
-        image, mask, case = (batch.get(name) for name in ("image", "mask", "case"))
-    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        image, mask, case = (*batch, None)[:3]
-    else:
-        return None
-    if not isinstance(image, Tensor) or not isinstance(mask, Tensor):
-        return None
-    if not isinstance(case, (list, tuple)) or len(case) != len(image):
-        case = [f"{index} of the batch" for index in range(len(image))]
-    return _Given(image, mask, [str(name) for name in case])
-
-
-class _Watch:
-    """What the masks of an epoch hold, noted on their device."""
+class _MaskStatistics:
+    """Which classes occur in the masks of an epoch, and how the masks fit the images, kept on the device."""
 
     def __init__(self, classes: int, ignore_index: int | None, device: torch.device) -> None:
         self.classes, self.ignore_index = classes, ignore_index
-        # For each class: whether some pixel is of it, and, of planes, whether some pixel is not.
+        # For each class: whether any pixel has it and, for planes only, whether any pixel does not.
         self.found = torch.zeros(2, classes, dtype=torch.int32, device=device)
         self.scores: list[Tensor] = []
         self.images = 0
 
     def add(self, image: Tensor, mask: Tensor) -> None:
-        """Note a batch."""
+        """Add a batch."""
         if mask.ndim == image.ndim:
             valid = valid_pixels(mask, self.ignore_index)
-            planes = (one if valid is None else one & valid for one in (mask > 0, mask < 1))
-            found = torch.stack([one.transpose(0, 1).flatten(1).any(1) for one in planes])
-            self.found |= found
+            planes = (plane if valid is None else plane & valid for plane in (mask > 0, mask < 1))
+            self.found |= torch.stack([plane.transpose(0, 1).flatten(1).any(1) for plane in planes])
         else:
-            there = torch.stack([(mask == label).any() for label in range(self.classes)])
-            self.found[0] |= there
+            self.found[0] |= torch.stack([(mask == label).any() for label in range(self.classes)])
         if image.ndim == 4 and image.shape[2] == image.shape[3] and self.images < _ORIENTED_IMAGES:
-            some = slice(_ORIENTED_IMAGES - self.images)
-            self.scores.append(edge_scores(image[some], mask[some], self.ignore_index))
+            first = slice(_ORIENTED_IMAGES - self.images)
+            self.scores.append(edge_scores(image[first], mask[first], self.ignore_index))
             self.images += len(image)
 
-    def occurring(self, trainer: Trainer) -> tuple[list[bool], list[bool]]:
-        """For each class, what some rank found; all of them must call."""
+    def reduce(self, trainer: Trainer) -> tuple[list[bool], list[bool]]:
+        """Return for each class whether any rank found a pixel with it, and without it. All ranks must call it."""
         found = trainer.strategy.reduce(self.found, reduce_op="max")
-        there, elsewhere = found.bool().tolist()
-        return there, elsewhere
+        present, absent = found.bool().tolist()
+        return present, absent
 
     def misplaced(self) -> str | None:
-        """How the masks seem to have been moved, as `misplaced` says."""
+        """Return how the masks seem to have been moved (see `functional.orientation.misplaced`), if at all."""
         return misplaced(torch.cat(self.scores).cpu()) if self.scores else None
 
 
 def _last_activation(logits: Tensor) -> str | None:
-    """The activation that `logits` certainly come out of, as the graph of their gradient tells."""
+    """Return the activation that certainly produced `logits`, read from their autograd graph; None otherwise."""
     node = logits.grad_fn
     while node is not None:
         name = node.name()
         if name.startswith(("Sigmoid", "Softmax")):
             return "sigmoid" if name.startswith("Sigmoid") else "softmax"
-        if not name.startswith(_PASSING) or not node.next_functions:
+        if not name.startswith(_NEUTRAL_OPERATIONS) or not node.next_functions:
             return None
         node = node.next_functions[0][0]
     return None
-
-
-def _some(items: Sequence[Any], limit: int = 8) -> str:
-    shown = ", ".join(map(str, items[:limit]))
-    return shown + (", ..." if len(items) > limit else "")

@@ -1,4 +1,4 @@
-"""The cases to look at: the worst ones first."""
+"""Draw the cases worth a look, the worst ones first."""
 
 from __future__ import annotations
 
@@ -12,41 +12,47 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dice.callbacks.loggers import log_picture
-from lightning_dice.callbacks.step_outputs import Activation, evaluated_split, gather, step_labels
+from lightning_dice.callbacks.picture_logging import log_picture
+from lightning_dice.callbacks.ranks import gather_on_rank_zero
+from lightning_dice.callbacks.step_outputs import Activation, evaluated_split, step_labels
 from lightning_dice.data.batch import Batch
 from lightning_dice.plotting.colors import class_colors
 from lightning_dice.plotting.thumbnails import CaseThumbnail, ThumbnailSettings, make_thumbnail
 from lightning_dice.scoring import Scoring, score_case
 
-# The typical cases are found without keeping all of them: among some drawn at random, for data in an order of their
-# scores, and some that were next to the median of the cases so far, for all other data.
+# The typical cases are chosen among as many cases drawn at random, and as many next to the median of the cases so far:
+# the former serve data that are sorted by score, the latter all other data.
 POOL = 12
 
 
 class Overlays(Callback):
     """Draw `overlays.png`: image, truth, prediction and errors of the worst cases, some typical and the best ones.
 
-    In the errors, true positives, false positives and false negatives have colours that stay apart for colour-blind
-    eyes; so has a wrong class. What is kept of a case is reduced to `size` pixels a side, and only of some cases: the
-    memory does not grow with the data. A case without any score (nothing there, nothing predicted) is never drawn
-    unless there is no other.
+    True positives, false positives, false negatives and wrong classes have colours that colour-blind readers can tell
+    apart. Only some cases are kept, each reduced to `size` pixels on the longer side, so that the memory does not grow
+    with the data. A case without a score (nothing present, nothing predicted) is drawn only if there is no other.
 
     Args:
-        folder: where the picture goes.
+        folder: for the picture.
         classes: names of the logits' channels.
-        activation: what turns logits into probabilities.
-        threshold: a probability; with `"softmax"` it has no part.
-        ignore_index: the label of pixels that do not count.
+        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
+        ignore_index: label of ignored pixels.
         exclude_classes: indices of classes that are neither scored nor painted, such as the background.
         colors: of the classes, `"#RRGGBB"` or (red, green, blue), one for each; None for a palette.
-        mean: of each channel, that was taken off the images; for their true colours.
-        std: of each channel, by which the images were divided.
-        count: of the worst cases.
+        mean: of each channel, if it was subtracted from the images; restores their colours.
+        std: of each channel, if the images were divided by it.
+        count: number of the worst cases.
         typical: number of cases next to the median.
         best: number of the best cases.
         size: pixels on the longer side of what is kept of a case.
-        during_fit: draw the validations within a fit too; each replaces the one before.
+        during_fit: draw the validations within a fit too; each replaces the picture before.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    >>> Overlays("runs/mine", ["cell"], "sigmoid").picture.as_posix()
+    'runs/mine/overlays.png'
     """
 
     def __init__(
@@ -75,15 +81,16 @@ class Overlays(Callback):
         self.threshold, self.ignore_index, self.during_fit = threshold, ignore_index, during_fit
         self.exclude_classes = sorted(exclude_classes)
         self.colors = class_colors(len(self.classes), colors, self.exclude_classes)
-        facts = (self.classes, activation, ignore_index, self.exclude_classes)
-        self._scoring = Scoring(*facts, surfaces=False, lesions=False)
+        self._scoring = Scoring(
+            self.classes, activation, ignore_index, self.exclude_classes, surfaces=False, lesions=False
+        )
         self._thumbnails = ThumbnailSettings(activation, ignore_index, self.exclude_classes, mean, std, size)
         self.count, self.typical, self.best = count, typical, best
         self._reset()
 
     @property
     def picture(self) -> Path:
-        """Where the picture is drawn."""
+        """Path of the picture."""
         return self.folder / "overlays.png"
 
     def _reset(self) -> None:
@@ -95,11 +102,11 @@ class Overlays(Callback):
         self._random = random.Random(0)
 
     def on_validation_epoch_start(self, *_: Any) -> None:
-        """Start with no case."""
+        """Remove the cases of an interrupted evaluation."""
         self._reset()
 
     def on_test_epoch_start(self, *_: Any) -> None:
-        """Start with no case."""
+        """Remove the cases of an interrupted evaluation."""
         self._reset()
 
     def on_validation_batch_end(
@@ -111,7 +118,7 @@ class Overlays(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the batch's cases that may be drawn."""
+        """Keep those cases of the batch that may be drawn."""
         if evaluated_split(trainer, during_fit=self.during_fit) is None:
             return
         labels = step_labels(outputs, self.activation, self.threshold)
@@ -123,10 +130,10 @@ class Overlays(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def offer(self, case: str, image: Tensor, mask: Tensor, predicted: Tensor) -> None:
-        """Keep a case, for the next `draw`, if it may be among those that are drawn.
+        """Keep a case if the next `draw` may need it.
 
         Args:
-            case: its name; one that was seen before is passed over.
+            case: name of the case; a name that was offered before is ignored.
             image: `(channels, *space)`, normalized or not.
             mask: class ids `(*space)`, or planes `(classes, *space)`.
             predicted: of the same shape.
@@ -139,7 +146,7 @@ class Overlays(Callback):
         self._ends = {name: ends[name] for name in self._extremes(ends)}
         if not math.isnan(score):
             insort(self._ranked, (score, case))
-            # Algorithm R: at any time the pool is a fair sample of the cases so far.
+            # Algorithm R: at any time the pool is a uniform sample of the cases so far.
             place = self._random.randrange(len(self._scores))
             if len(self._pool) < POOL:
                 self._pool.append(case)
@@ -159,14 +166,14 @@ class Overlays(Callback):
         return ranked[: self.count] + (ranked[-self.best :] if self.best else [])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw the picture."""
         split = evaluated_split(trainer, during_fit=self.during_fit)
         if split is None:
             return
-        parts = gather(trainer, (self._scores, self._kept))
+        ranks = gather_on_rank_zero(trainer, (self._scores, self._kept))
         self._reset()
-        for part, records in parts:
-            self._scores.update(part)
+        for scores, records in ranks:
+            self._scores.update(scores)
             self._kept.update(records)
         if self.draw(split):
             log_picture(trainer, f"{split}/overlays", self.picture)
@@ -174,7 +181,7 @@ class Overlays(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def draw(self, split: str) -> bool:
-        """Draw the picture of what was offered, then forget it; whether there was anything to draw."""
+        """Draw the cases kept so far, and remove them; return whether there were any."""
         scores, kept = self._scores, self._kept
         self._reset()
         shown = self._choose(scores, kept)
@@ -196,16 +203,9 @@ class Overlays(Callback):
     def _labels(self, scores: dict[str, float], shown: list[str]) -> dict[str, str]:
         ranked = _ranked(scores)
         worst, best = ranked[: self.count], ranked[self.count :][-self.best :] if self.best else []
-        return {
-            case: ""
-            if len(shown) == len(scores)
-            else "worst: "
-            if case in worst
-            else "best: "
-            if case in best
-            else "typical: "
-            for case in shown
-        }
+        if len(shown) == len(scores):
+            return dict.fromkeys(shown, "")
+        return {case: "worst: " if case in worst else "best: " if case in best else "typical: " for case in shown}
 
     def _choose(self, scores: dict[str, float], kept: dict[str, CaseThumbnail]) -> list[CaseThumbnail]:
         """Return the thumbnails to draw, worst first."""
@@ -220,7 +220,7 @@ class Overlays(Callback):
 
 
 def _ranked(scores: dict[str, float]) -> list[str]:
-    """Cases from the worst to the best; those without a score only if there are no others."""
+    """Return cases from the worst to the best; cases without a score only if no case has one."""
 
     def order(names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: (scores[name], name))

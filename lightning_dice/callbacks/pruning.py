@@ -1,4 +1,4 @@
-"""End the trials of a sweep that have no hope."""
+"""End the hopeless trials of a sweep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_dice.argument_checks import check_choice, check_count
 from lightning_dice.io import number, read_csv
 from lightning_dice.trials import read_trial, read_trials
 
@@ -17,19 +18,22 @@ class MedianPruner(Callback):
     """End a trial whose best score so far is worse than the median of the finished trials' scores at the same epoch.
 
     This is Optuna's `MedianPruner`, for any sweeper and any launcher: the scores of the other trials are read from the
-    `metrics.csv` in their folders. Pruned and failed trials do not count, nor epochs without validation. A trial whose
-    scores have all been NaN is pruned too. The training ends as if it were done; what it has reached is its value. In a
-    run that is no trial of a sweep nothing happens. Rank 0 decides for all.
+    `metrics.csv` in their folders. Pruned and failed trials are not considered, nor are epochs without validation. A
+    trial whose scores have all been NaN is pruned too. A pruned training ends normally, and its best score becomes the
+    trial's value. In a run that is no trial of a sweep, the callback does nothing. Rank 0 decides for all ranks.
 
     Args:
-        folder: the run's folder; those of the other trials lie beside it.
-        monitor: the metric that is compared.
-        mode: whether its best value is the greatest or the least.
-        startup_trials: finished trials before any is pruned.
-        warmup_epochs: epochs that every trial is given.
+        folder: the run's folder, beside those of the other trials.
+        monitor: metric to compare.
+        mode: `"max"` if its best value is the largest, `"min"` if it is the smallest.
+        startup_trials: number of finished trials before any trial is pruned.
+        warmup_epochs: number of epochs before a trial may be pruned.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: an argument is out of its range.
+
+    >>> MedianPruner("sweeps/mine/3").reason(epoch=5, best=0.2) is None  # not a trial of a sweep
+    True
     """
 
     def __init__(
@@ -40,44 +44,41 @@ class MedianPruner(Callback):
         startup_trials: int = 5,
         warmup_epochs: int = 0,
     ) -> None:
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
-        for name, count in (("startup_trials", startup_trials), ("warmup_epochs", warmup_epochs)):
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {count!r}")
-        self.folder, self.monitor, self.mode = Path(folder), monitor, mode
-        self.startup_trials, self.warmup_epochs = startup_trials, warmup_epochs
+        self.folder, self.monitor = Path(folder), monitor
+        self.mode = check_choice("mode", mode, ("max", "min"))
+        self.startup_trials = check_count("startup_trials", startup_trials, 0)
+        self.warmup_epochs = check_count("warmup_epochs", warmup_epochs, 0)
         self.pruned = False
         self._best = math.nan
         self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed trial must know."""
+        """Return the best score, and whether the trial is pruned."""
         return {"best": self._best, "pruned": self.pruned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up."""
+        """Restore the best score, and whether the trial is pruned."""
         self._best, self.pruned = float(state_dict["best"]), bool(state_dict["pruned"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a trial at once that was broken off after it had been pruned."""
+        """End a trial at once if it was interrupted after it had been pruned."""
         trainer.should_stop = trainer.should_stop or self.pruned
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that this epoch has scores."""
+        """Note that this epoch has a validation."""
         self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, and stop."""
+        """Compare the best score with the other trials, and stop if it is worse."""
         validated, self._validated = self._validated, False
         if not validated:
             return
-        # On every rank: reading a metric is where Lightning reduces it over the ranks.
+        # On every rank, because reading a metric makes Lightning reduce it over the ranks.
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             known = ", ".join(sorted(metrics)) or "nothing"
-            raise ValueError(f"monitor must be a logged metric, got {self.monitor!r}; there is {known}")
-        # Of as many digits as the tables have: a trial must not be worse than its twin.
+            raise ValueError(f"monitor must be a logged metric, got {self.monitor!r}; logged are {known}")
+        # Rounded as in the tables, so that a trial is not worse than an equal one.
         self._best = self._better(self._best, float(number(float(metrics[self.monitor])) or math.nan))
         reason = self.reason(trainer.current_epoch, self._best) if trainer.is_global_zero else None
         reason = trainer.strategy.broadcast(reason)
@@ -87,14 +88,11 @@ class MedianPruner(Callback):
                 print(f"pruned: {reason}", flush=True)
 
     def reason(self, epoch: int, best: float) -> str | None:
-        """Why a trial should be pruned.
+        """Return why a trial should be pruned, or None if it should continue.
 
         Args:
-            epoch: the last one, from 0.
-            best: its best score so far.
-
-        Returns:
-            `None` if it should go on.
+            epoch: last epoch of the trial, counted from 0.
+            best: best score of the trial so far.
         """
         if epoch < self.warmup_epochs or read_trial(self.folder) is None:
             return None
@@ -117,7 +115,7 @@ class MedianPruner(Callback):
         )
 
     def _score(self, folder: Path, epoch: int) -> float | None:
-        """What another trial had at this epoch; `None` if it did not validate there, or had NaN."""
+        """Return another trial's score at an epoch; None if it did not validate then, or scored NaN."""
         for row in read_csv(folder / "metrics.csv"):
             if row["epoch"] == str(epoch) and self.monitor in row:
                 score = float(row[self.monitor])

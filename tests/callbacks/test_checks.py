@@ -47,7 +47,7 @@ def bad_in_second(tensor, value):
             bad_in_second(PLANES, 255),
             SIGMOID,
             {"ignore_index": None},
-            r"mask of case 'second' holds the values 255, .* looks like a 0/255 picture.*'data.values={255:1}'",
+            r"mask of case 'second' holds the values 255, .* looks like a 0/255 picture.*'data.label_map={255:1}'",
         ),
         (
             IMAGE,
@@ -56,7 +56,7 @@ def bad_in_second(tensor, value):
             {},
             r"'second' holds the values 7, outside 0 to 2 \(background, cell, core\)",
         ),
-        (IMAGE, bad_in_second(IDS, 3), SOFTMAX, {}, "'data.values={value:class,...}', or .* data.ignore_index"),
+        (IMAGE, bad_in_second(IDS, 3), SOFTMAX, {}, "'data.label_map={value:class,...}', or .* data.ignore_index"),
         (IMAGE, IDS, SOFTMAX, {"ignore_index": None}, "holds the values 255"),
         (
             bad_in_second(IMAGE, torch.nan),
@@ -145,7 +145,7 @@ def test_a_batch_that_is_not_known_is_named():
 def test_a_softmax_of_one_class_is_refused():
     with pytest.raises(ValueError, match="classes must be at least 2 with a softmax"):
         InputCheck(["object"], SOFTMAX)
-    with pytest.raises(ValueError, match='activation must be "sigmoid" or "softmax", got \'relu\''):
+    with pytest.raises(ValueError, match="activation must be one of 'sigmoid', 'softmax', got 'relu'"):
         InputCheck(["object"], "relu")
 
 
@@ -158,7 +158,7 @@ def test_normalized_images_pass(scale):
     "image", [255 * torch.rand(IMAGE.shape), 20 + torch.randn(IMAGE.shape), -1000 + torch.randn(IMAGE.shape)]
 )
 def test_images_that_are_not_normalized_are_a_warning(image):
-    with pytest.warns(UserWarning, match=r"not normalized: their values reach from .*set normalize=image"):
+    with pytest.warns(UserWarning, match=r"not normalized: their values range from .*set normalize=image"):
         check(image, IDS, SOFTMAX)
 
 
@@ -311,7 +311,7 @@ def test_classes_that_occur_in_different_batches_pass(trainer):
         (
             [torch.stack([ids(1), ids(255)])],
             {"activation": SIGMOID, "classes": ("cell", "core")},
-            "no pixel is core: .*data.values",
+            "no pixel is core: .*data.label_map",
         ),
         ([ids()[None] + 1], {"activation": SIGMOID, "classes": ("cell",)}, "every pixel of every mask is cell"),
         ([ids()[None]], {"activation": SIGMOID, "classes": ("cell",)}, "no pixel is cell"),
@@ -371,8 +371,8 @@ def train_on(trainer, data):
 MOVES = {
     r"transposed \(": lambda m: m.transpose(-1, -2),
     "flipped along one axis": lambda m: m.flip(-1),
-    "turned by 90": lambda m: m.rot90(1, (-2, -1)),
-    "turned by 180": lambda m: m.rot90(2, (-2, -1)),
+    "rotated by 90": lambda m: m.rot90(1, (-2, -1)),
+    "rotated by 180": lambda m: m.rot90(2, (-2, -1)),
 }
 
 
@@ -400,11 +400,11 @@ def test_scores_that_hardly_differ_do_not_tell():
 
 
 def test_few_images_do_not_tell(trainer):
-    train_on(trainer, Moved(MOVES["turned by 180"], count=7))
+    train_on(trainer, Moved(MOVES["rotated by 180"], count=7))
 
 
 def test_no_value_is_read_back_after_the_first_batch(trainer, monkeypatch):
-    watch = sys.modules["lightning_dice.callbacks.input_check"]._Watch
+    watch = sys.modules["lightning_dice.callbacks.input_check"]._MaskStatistics
     add = watch.add
 
     def forbidden(*_):

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import FreezeSchedule, GradientGuard
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 
 class Net(nn.Module):
@@ -223,7 +223,7 @@ def test_refuses(parts, message):
         (None, "parts names nothing to freeze: .* has encoder, decoder, head"),
         (
             {"encoder": 4, "decoder": [2, 3], "head": [1, 3]},
-            r"parts must leave something to train: in epoch 2, \['decoder', 'encoder', 'head'\] is all there is",
+            r"parts must leave something to train: in epoch 2, \['decoder', 'encoder', 'head'\] is the whole network",
         ),
     ],
 )

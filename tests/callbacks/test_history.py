@@ -124,5 +124,5 @@ def test_curves_are_drawn_when_training_breaks_off(tmp_path, trainer, net, loade
 
 
 def test_mode_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="mode must be 'max' or 'min', got 'best'"):
+    with pytest.raises(ValueError, match="mode must be one of 'max', 'min', got 'best'"):
         History(tmp_path, mode="best")

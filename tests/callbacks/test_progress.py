@@ -17,7 +17,7 @@ def test_a_log_file_gets_one_line_for_each_epoch(trainer, net, loader, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [[f"epoch {i}/2", f"step {2 * i + 2}"] for i in range(3)]
     losses = r"train/loss 0\.\d{4}  val/loss 0\.\d{4}"
-    assert re.fullmatch(rf"epoch 0/2  step 2  {losses}  val/dice -?0\.\d{{4}}  {USE}  0:0\d", lines[0])
+    assert re.fullmatch(rf"epoch 0/2  step 2  {losses}  val/dice -?0\.\d{{4}}  {USE}  0:00:0\d", lines[0])
 
 
 def test_an_epoch_without_validation_shows_none_of_an_earlier_one(trainer, net, loader, capsys):
@@ -87,8 +87,8 @@ def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(tmp_path, requ
     last = f"Epoch {epochs - 1}/{epochs - 1}"
     bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith(last)]
     assert bars
-    # Throughput and memory stand before them, and nothing is cut.
-    left = rf"{last} +{bar}{batches}/{batches} +-0:00 +\d+(\.\d|k)?/s \d+\.\dG"
+    # Throughput and memory come before them, and nothing is cut.
+    left = rf"{last} +{bar}{batches}/{batches} +00:00 +\d+(\.\d|k)?/s \d+\.\dG"
     assert re.fullmatch(rf"{left} +loss: 0\.\d{{3}} dice: 0\.500 val/dice: -?0\.\d{{3}}\s*", bars[-1]), bars[-1]
     assert max(map(len, bars)) <= 80
     assert "v_num" not in text

@@ -227,13 +227,13 @@ def test_a_loss_of_somebody_else_is_followed(trainer, loader):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"setting": ""}, "setting must be names parted by dots"),
-        ({"setting": "weights..x"}, "setting must be names parted by dots"),
+        ({"setting": ""}, "setting must be names with dots between them"),
+        ({"setting": "weights..x"}, "setting must be names with dots between them"),
         ({"start": "1"}, "start must be a finite number, or several, got '1'"),
         ({"start": True}, "start must be a finite number"),
         ({"end": math.nan}, "end must be a finite number"),
         ({"end": [1, math.inf]}, "end must be a finite number"),
-        ({"start": [1, 2], "end": [1, 2, 3]}, "start and end must have as many numbers"),
+        ({"start": [1, 2], "end": [1, 2, 3]}, "start and end must have equally many numbers"),
         ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ({"epochs": -1}, "epochs must be an integer >= 1, got -1"),
         ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
@@ -249,7 +249,7 @@ def test_settings_are_checked(kwargs, message):
 
 
 def test_from_the_command_line(tmp_path):
-    small = ["model=custom", "data.size=[32,32]", "data.cases={train:8,val:4,test:0}", "data.num_workers=0"]
+    small = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:8,val:4,test:0}", "data.num_workers=0"]
     small += ["device=cpu", "trainer.max_epochs=2", "callbacks=loss_schedule", f"folder={tmp_path / 'run'}"]
     run = subprocess.run(
         [sys.executable, "-m", "lightning_dice.fit", *small, "callbacks.loss_schedule.end=-1"],

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dice.callbacks import History, throughput
-from lightning_dice.callbacks.throughput import Throughput, batch_size, peak_memory
+from lightning_dice.callbacks.throughput import EpochThroughput, batch_size, peak_memory
 
-SMALL = ["model=custom", "data.size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
 
 
 def rows(path):
@@ -101,9 +101,9 @@ def test_batch_size(batch, size):
 
 
 def test_no_rate_without_images():
-    one = Throughput()
+    one = EpochThroughput()
     one.start()
-    assert one.rate() is None
+    assert one.images_per_second() is None
 
 
 SCRIPT = """
@@ -115,10 +115,10 @@ from lightning_dice.callbacks import throughput
 
 class Used(pl.Callback):
     def on_train_start(self, trainer, pl_module):
-        one = throughput.Throughput()
+        one = throughput.EpochThroughput()
         one.images, one.seconds = 10 + trainer.global_rank, 2.0 + trainer.global_rank
         throughput.peak_memory = lambda device: 4.0 - trainer.global_rank
-        used = one.of_all(trainer)
+        used = one.reduce(trainer)
         Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps(used))
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures for the loggers that take them."""
+"""Send pictures to the loggers that can show them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lightning.pytorch import Trainer
 
 
 def log_picture(trainer: Trainer, name: str, path: str | Path) -> None:
-    """Give a picture to each logger of the trainer that can show one, on rank 0; the others are passed over.
+    """Send a picture to each logger of the trainer that can show pictures, on rank 0.
 
-    Loggers are known by their methods, not by their class, so that none of their libraries is imported: W&B
+    Loggers are recognized by their methods, not by their class, so that none of their libraries is imported: W&B
     (`log_image`), TensorBoard (`experiment.add_image`), MLflow (`experiment.log_artifact`) and Comet
-    (`experiment.log_image`). A logger that fails is a warning: no run is lost for a picture.
+    (`experiment.log_image`). A logger that fails causes a warning only: no run should fail because of a picture.
 
     Args:
-        trainer: whose loggers are meant.
-        name: under which the picture is shown.
-        path: of a PNG.
+        trainer: the Trainer with the loggers.
+        name: title of the picture.
+        path: a PNG file.
     """
     if not trainer.is_global_zero:
         return
@@ -36,14 +36,14 @@ def _log_to(logger: Any, name: str, path: Path, step: int) -> None:
         return
     experiment: Any = getattr(logger, "experiment", None)
     if callable(getattr(experiment, "add_image", None)):
-        experiment.add_image(name, _pixels(path), step, dataformats="HWC")
+        experiment.add_image(name, _read_pixels(path), step, dataformats="HWC")
     elif callable(getattr(experiment, "log_artifact", None)) and getattr(logger, "run_id", None):
         experiment.log_artifact(logger.run_id, str(path), "pictures")
     elif callable(getattr(experiment, "log_image", None)):
         experiment.log_image(image_data=str(path), name=name, step=step)
 
 
-def _pixels(path: Path) -> Any:
+def _read_pixels(path: Path) -> Any:
     import numpy as np
     from PIL import Image
 
