@@ -239,6 +239,11 @@ class PatchCases:
     Args:
         cases: whole images with masks of their size.
         sampler: how patches are cut.
+
+    >>> from lightning_dice.data import SyntheticSource
+    >>> patches = PatchCases(SyntheticSource(size=(64, 64)).split("train"), PatchSampler((32, 16)))
+    >>> patches[3].case, patches[3].mask.shape
+    ('train-0003', torch.Size([1, 32, 16]))
     """
 
     def __init__(self, cases: Cases, sampler: PatchSampler) -> None:

@@ -54,7 +54,11 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Hash numbers into a 64-bit seed; with the sum of seed and epoch, run 1 would repeat run 0 one epoch later."""
+    """Hash numbers into a 64-bit seed; with the sum of seed and epoch, run 1 would repeat run 0 one epoch later.
+
+    >>> mixed_seed(0, 1) == mixed_seed(1, 0)
+    False
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -80,6 +84,11 @@ class EvalSampler(DistributedSampler[list[int]]):
         world: number of processes.
         rank: of this process.
         batch_size: the largest number of cases in a batch.
+
+    >>> from lightning_dice.data import SyntheticSource
+    >>> cases = SyntheticSource(size=(32, 32), cases=(0, 5, 0)).split("val")
+    >>> [list(EvalSampler(cases, world=2, rank=rank, batch_size=2)) for rank in range(2)]
+    [[[0, 1], []], [[2, 3], [4]]]
     """
 
     def __init__(self, cases: Cases, world: int, rank: int, *, batch_size: int) -> None:
@@ -149,6 +158,12 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed `random`, NumPy and torch, and restore their states afterwards.
 
     Without workers, augmentations draw from the random state of the training process itself.
+
+    >>> with seeded(3):
+    ...     first = random.random()
+    >>> with seeded(3):
+    ...     random.random() == first
+    True
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -26,10 +26,10 @@ class SplitSettings:
     """How cases are divided into training, validation and test.
 
     Args:
-        fractions: shares of train, val and test, where the data set has no splits of its own.
+        fractions: shares of train, val and test, if the data set has no splits.
         seed: of that draw.
-        splits: what `{split}` stands for in a pattern, `{"train": "train2017", "val": "val2017"}`; a split that is
-            missing or `None` does not exist. `None`: the customary words, `FOLDERS`.
+        splits: the names that replace `{split}` in a pattern, `{"train": "train2017", "val": "val2017"}`; a split that
+            is missing or `None` does not exist. `None`: the customary names, `FOLDERS`.
         split_files: text files with the names of each split's cases, `ImageSets/Segmentation/{split}.txt`; other
             cases are left out.
 
@@ -60,7 +60,7 @@ class SplitSettings:
 
     @property
     def names(self) -> dict[Split, tuple[str, ...]]:
-        """The names that `{split}` may stand for, of each split."""
+        """The names that may replace `{split}`, for each split."""
         if self.splits is None:
             return dict(FOLDERS)
         return {split: (name,) for split in SPLITS if (name := self.splits.get(split)) is not None}
@@ -84,6 +84,12 @@ def complete_splits(
         settings: the fractions and the seed of the draw.
         problems: a list, to which a missing train split is appended unless there are other problems.
         where: the folder of the images, for this message.
+
+    >>> from types import SimpleNamespace
+    >>> cases = [SimpleNamespace(case=name) for name in "abcdefgh"]
+    >>> splits = complete_splits({"train": cases[:6], "test": cases[6:]}, SplitSettings(), [], Path("images"))
+    >>> {split: "".join(one.case for one in part) for split, part in splits.items()}
+    {'train': 'acdef', 'val': 'b', 'test': 'gh'}
     """
     fractions, seed = settings.fractions, settings.seed
     if None in parts:
@@ -106,6 +112,9 @@ def check_splits(splits: Mapping[Split, str | None] | None) -> dict[Split, str |
 
     Raises:
         ValueError: a key is not train, val or test, or train is missing.
+
+    >>> check_splits({"train": "train2017", "val": "val2017"})
+    {'train': 'train2017', 'val': 'val2017', 'test': None}
     """
     if splits is None:
         return None
@@ -126,10 +135,17 @@ def split_folders(
         base: where to look.
         setting: what the folders hold, `images` or `masks`, for the message.
         pattern: path below `base`.
-        names: what `{split}` may stand for, of each split.
+        names: the names that may replace `{split}`, for each split.
 
     Raises:
         DataError: a split has several folders.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("training", "val", "other"):
+    ...         Path(root, name).mkdir()
+    ...     {split: path.name for split, path in split_folders(Path(root), "images").items()}
+    {'train': 'training', 'val': 'val'}
     """
     folders: dict[Split | None, Path] = {}
     for split, words in names.items():

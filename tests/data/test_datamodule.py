@@ -393,7 +393,7 @@ def test_a_batch_stays_one_wherever_it_goes():
         assert isinstance(other, Batch)
         assert list(other.maps) == ["x"]
     assert moved.maps["x"].device.type == moved.mask.device.type == "meta"
-    # Pinned, a batch is made anew from its pinned values.
+    # Pinning makes a new batch of the pinned values.
     made = [type(value)({"x": "pinned"}) if isinstance(value, dict) else value for value in batch]
     assert type(batch)(*made).maps == {"x": "pinned"}
     assert batch._asdict()["maps"] is batch.maps

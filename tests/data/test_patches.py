@@ -41,7 +41,7 @@ def sample(
 
 
 def starts(patches, size: int, times: int) -> np.ndarray:
-    """The first voxel of each patch, as the image itself tells."""
+    """Return the first voxel of each patch, which its values show."""
     first = [int(patches[i % len(patches)].image[(0, *[0] * len(patches.sizes[0]))]) for i in range(times)]
     return np.array(np.unravel_index(first, (size,) * len(patches.sizes[0]))).T
 

@@ -261,7 +261,7 @@ def test_every_bad_file_is_listed_at_once(tmp_path):
         "images/train/dangling.nii.gz: does not exist; it is a link to ../../elsewhere.nii.gz",
         "masks/train/fractions.nii.gz: holds 32 voxels that are not whole numbers (2.5)",
         "masks/train/shape.nii.gz: is 9x12x8, but shape.nii.gz is 10x12x8",
-        "masks/train/moved.nii.gz: lies elsewhere than moved.nii.gz: the affines put its corners 1.4 voxels apart",
+        "masks/train/moved.nii.gz: is not aligned with moved.nii.gz: their affines put its corners 1.4 voxels apart",
         "masks/train/labels.nii.gz: holds the values 3 (48 voxels), 6 (32 voxels), which belong to no class",
         "masks/train/orphan.nii.gz: has no image",
         "images/train/alone.nii.gz: has no mask",
@@ -293,7 +293,7 @@ def test_without_check_affine_voxels_belong_together_as_stored(tmp_path, name):
     folders(tmp_path, {"train": 1, "val": 1}, AFFINES[name])
     expected = VolumeSource(tmp_path, LABELS).split("val")[0].mask
     write(tmp_path / "masks/val/val0.nii.gz", blob(100)[1], np.diag([-1, 1, 1, 1]))
-    what = "has axes along LAS by its affine" if name == "permuted" else "lies elsewhere"
+    what = "has axes along LAS by its affine" if name == "permuted" else "is not aligned with"
     with pytest.raises(DataError, match=rf"(?s){what}.*data\.check_affine=false"):
         VolumeSource(tmp_path, LABELS).check()
     source = VolumeSource(tmp_path, LABELS, check_affine=False)

@@ -107,6 +107,15 @@ def find_pairs(
         planes: names of classes that may have a folder of masks each.
         channels: number of channels of an image.
         split_settings: the names of the split folders, and how splits without a folder are drawn.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("images/a.nii.gz", "images/b.nii.gz", "masks/a_seg.nii.gz", "masks/b_seg.nii.gz"):
+    ...         Path(root, name).parent.mkdir(exist_ok=True)
+    ...         Path(root, name).touch()
+    ...     layout = find_pairs(Path(root), "images", "masks", (), 1, SplitSettings())
+    >>> {split: [pair.case for pair in pairs] for split, pairs in layout.pairs.items()}
+    {'train': ['a'], 'val': ['b']}
     """
     layout = VolumeLayout()
     try:
@@ -136,7 +145,16 @@ def find_pairs(
 
 
 def find_images(folder: Path, channels: int, problems: list[DataProblem]) -> dict[str, tuple[Path, ...]]:
-    """Return the image files of each case in a folder; problems are appended to `problems`."""
+    """Return the image files of each case in a folder; problems are appended to `problems`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz"):
+    ...         Path(folder, name).touch()
+    ...     problems = []
+    ...     list(find_images(Path(folder), 2, problems)), [problem.what for problem in problems]
+    (['a'], ['its case has the channel 0000, 2 channels are required'])
+    """
     files = volume_files(folder)
     if not files:
         problems.append(_no_volumes(folder))
@@ -159,6 +177,13 @@ def match_masks(
         folders: the folder of masks, or one for each class.
         problems: a list, to which missing masks and images are appended.
         all_images: require a mask of each case.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "a_seg.nii.gz").touch()
+    ...     pairs = match_masks({"a": (Path("a.nii.gz"),)}, [Path(folder)], problems=[])
+    >>> [path.name for path in pairs[0].masks]
+    ['a_seg.nii.gz']
     """
     masks: list[dict[str, Path]] = []
     for folder in folders:

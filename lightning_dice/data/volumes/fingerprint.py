@@ -32,6 +32,17 @@ class Stamp(NamedTuple):
         size: in bytes.
         modified: modification time in nanoseconds.
         digest: hash of the content.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a"
+    ...     path.write_bytes(b"ab")
+    ...     stamp = Stamp.from_file(path)
+    ...     path.write_bytes(b"cd")
+    ...     stamp.size, stamp.matches(path)
+    2
+    2
+    (2, False)
     """
 
     size: int

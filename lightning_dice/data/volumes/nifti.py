@@ -41,6 +41,10 @@ class Geometry:
         affine: maps stored voxel indices to world coordinates; 4x4, row by row.
         unit: length of a world unit in mm.
         kind: the type of the stored values, such as `int16`.
+
+    >>> geometry = Geometry(Path("a.nii"), (4, 5, 6), ((0, -2, 0, 9), (1, 0, 0, 0), (0, 0, 3, 0), (0, 0, 0, 1)))
+    >>> geometry.axes, geometry.size, geometry.spacing
+    ('ALS', (5, 4, 6), (2.0, 1.0, 3.0))
     """
 
     path: Path
@@ -98,7 +102,7 @@ class Geometry:
         voxels = float(apart * self.unit / min(self.spacing))
         if voxels <= GRID_TOLERANCE:
             return ""
-        return f"lies elsewhere than {other.path.name}: the affines put its corners {voxels:.3g} voxels apart"
+        return f"is not aligned with {other.path.name}: their affines put its corners {voxels:.3g} voxels apart"
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -106,6 +110,13 @@ def read_geometry(path: Path) -> Geometry:
 
     Raises:
         DataError: names the file and what is wrong with it.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.nii"
+    ...     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.diag([1, 1, 2, 1])), path)
+    ...     read_geometry(path).size, read_geometry(path).spacing, read_geometry(path).kind
+    ((2, 3, 4), (1.0, 1.0, 2.0), 'uint8')
     """
     return _header(path)[0]
 
@@ -162,6 +173,13 @@ def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
 
     Raises:
         DataError: as for `read_volume`, or labels are not whole numbers.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.nii"
+    ...     nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.float32), np.eye(4)), path)
+    ...     read_labels(path)[0].flatten()
+    array([1, 1, 1, 1, 1, 1, 1, 1])
     """
     values, geometry = read_volume(path)
     if values.dtype.kind == "f":
@@ -180,6 +198,14 @@ def read_channels(files: Sequence[Path]) -> tuple[list[NDArray[np.float32]], Geo
 
     Raises:
         DataError: a file cannot be read, holds NaN or infinite values, or has another voxel grid than the first.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = [Path(folder) / f"a_{number:04d}.nii" for number in range(2)]
+    ...     for path in files:
+    ...         nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4)), path)
+    ...     [channel.shape for channel in read_channels(files)[0]]
+    [(2, 3, 4), (2, 3, 4)]
     """
     channels: list[NDArray[np.float32]] = []
     first: Geometry | None = None
@@ -209,6 +235,14 @@ def read_mask(path: Path, geometry: Geometry, *, check_affine: bool = True) -> N
 
     Raises:
         DataError: it cannot be read, holds fractions, or has another voxel grid than the image.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image, mask = Path(folder) / "image.nii", Path(folder) / "mask.nii"
+    ...     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)), image)
+    ...     nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.uint8), np.eye(4)), mask)
+    ...     int(read_mask(mask, read_geometry(image)).sum())
+    8
     """
     values, own = read_labels(path)
     what = own.describe_difference(geometry)
@@ -226,6 +260,11 @@ def reorient(values: NDArray[Any], source: Geometry, target: Geometry) -> NDArra
     """Return values read with the affine of `source` as they would be read with that of `target`.
 
     The stored shapes must be equal.
+
+    >>> ras = Geometry(Path("a.nii"), (2, 2, 2), ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)))
+    >>> las = Geometry(Path("b.nii"), (2, 2, 2), ((-1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)))
+    >>> reorient(np.arange(8).reshape(2, 2, 2), ras, las).tolist()
+    [[[4, 5], [6, 7]], [[0, 1], [2, 3]]]
     """
     from nibabel.orientations import apply_orientation, ornt_transform
 
@@ -243,6 +282,14 @@ def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
 
     Raises:
         DataError: the other file cannot be read any more, or has changed.
+
+    >>> import nibabel, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image, mask = Path(folder) / "image.nii", Path(folder) / "mask.nii"
+    ...     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.diag([-1, 1, 1, 1])), image)
+    ...     write_volume(mask, np.arange(8, dtype=np.uint8).reshape(2, 2, 2), read_geometry(image))
+    ...     np.asarray(nibabel.load(mask).dataobj).tolist()
+    [[[4, 5], [6, 7]], [[0, 1], [2, 3]]]
     """
     from nibabel.orientations import apply_orientation, ornt_transform
 
@@ -265,7 +312,15 @@ def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
 
 
 def volume_files(folder: Path) -> list[Path]:
-    """Return the NIfTI files directly in a folder, sorted, without hidden ones."""
+    """Return the NIfTI files directly in a folder, sorted, without hidden ones.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("b.nii.gz", "a.NII", "._b.nii.gz", "notes.txt"):
+    ...         Path(folder, name).touch()
+    ...     [path.name for path in volume_files(Path(folder))]
+    ['a.NII', 'b.nii.gz']
+    """
     names = sorted(
         entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."
     )

@@ -93,6 +93,13 @@ def read_dataset_json(root: str | Path) -> dict[str, Any]:
 
     Raises:
         DataError: it does not exist, cannot be read, or the images are not NIfTI.
+
+    >>> import tempfile
+    >>> content = {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "liver"}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "dataset.json").write_text(json.dumps(content))
+    ...     read_dataset_json(folder)
+    {'channel_names': ['MRI'], 'labels': {'background': 0, 'liver': 1}, 'regions_class_order': None}
     """
     path = Path(root).expanduser() / DATASET_FILE
     try:

@@ -48,6 +48,19 @@ class VolumePredictionIO:
             the fingerprint.
         read_mask: reads the label values of a file, for `load`; takes the case and the file. By default it accepts
             any geometry.
+
+    >>> import nibabel, tempfile
+    >>> labels = LabelMap.of_ids(["background", "liver"])
+    >>> reader = VolumePredictionIO(labels, 1, lambda: Preprocessor(("zscore",)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     nibabel.save(nibabel.Nifti1Image(np.eye(3)[None] * np.ones((3, 1, 1)), np.eye(4)), Path(folder, "a.nii"))
+    ...     (item,) = reader.find(Path(folder))
+    ...     loaded = reader.read(item)
+    ...     reader.write(Path(folder, "masks"), item.case, (loaded.image[0] > 0).byte(), loaded)
+    ...     reader.load(Path(folder, "masks"), item.case)[0]
+    tensor([[1, 0, 0],
+            [0, 1, 0],
+            [0, 0, 1]], dtype=torch.uint8)
     """
 
     labels: LabelMap
