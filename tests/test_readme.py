@@ -53,7 +53,7 @@ def test_commands_compose(line):
         else:
             assert all("." in override for override in overrides)
     if name == "compare":
-        arguments = compare.arguments(arguments)
+        arguments = compare.quote_folders(arguments)
     if "--config-dir" in arguments:
         arguments = []  # They are in files that are not here.
     config.register_resolvers()
