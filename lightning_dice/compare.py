@@ -181,8 +181,8 @@ def print_results(folder: Path, comparison: Comparison) -> None:
         for each in group:
             if each.only_a or each.only_b:
                 print(
-                    f"{each.name}: not compared are {each.only_a} cases that only {names[0]} has a score for, and "
-                    f"{each.only_b} that only {name} has"
+                    f"{each.name}: cases with a score in only one of the runs are not compared ({each.only_a} in "
+                    f"{names[0]}, {each.only_b} in {name})"
                 )
     print(
         "interval: 95% percentile bootstrap over cases. p: Wilcoxon signed-rank and sign-flip permutation, two-sided, "

@@ -145,6 +145,9 @@ def patches_per_image(data: DictConfig) -> int:
     """Return how many patches of one image a batch may hold.
 
     Without a number, a large image has as many patches as its area holds: it may fill a batch.
+
+    >>> patches_per_image(OmegaConf.create({"batch_size": 8, "read_size": [768, 768], "patches_per_image": None}))
+    8
     """
     if "read_size" in data and not data.read_size:
         return 1

@@ -16,7 +16,7 @@ from lightning_dice.cli.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_dice.data.volumes.sources import VolumeSet
+    from lightning_dice.data.volumes.sources import BaseVolumeSource
     from lightning_dice.models.planner import Proposal, Topology
 
 SETTINGS = ("memory", "output", "overwrite")
@@ -89,17 +89,17 @@ def compose_training(overrides: list[str]) -> DictConfig:
     return run
 
 
-def check_volumes(run: DictConfig) -> VolumeSet:
+def check_volumes(run: DictConfig) -> BaseVolumeSource:
     """Read the data once, and print what they are.
 
     Raises:
         UserError: the data are not volumes, or something is wrong with them.
     """
     from lightning_dice.data import DataError
-    from lightning_dice.data.volumes.sources import VolumeSet
+    from lightning_dice.data.volumes.sources import BaseVolumeSource
 
     source = instantiate(run.data.datamodule.source, "data")
-    if not isinstance(source, VolumeSet):
+    if not isinstance(source, BaseVolumeSource):
         raise UserError(f"plan is for volumes, data=nnunet or data=volumes, got a {type(source).__name__}")
     try:
         print(source.check(), flush=True)
@@ -108,7 +108,7 @@ def check_volumes(run: DictConfig) -> VolumeSet:
     return source
 
 
-def propose_plan(source: VolumeSet, run: DictConfig, memory: float) -> Plan:
+def propose_plan(source: BaseVolumeSource, run: DictConfig, memory: float) -> Plan:
     """Propose patch size, network and batch size.
 
     Args:
@@ -121,7 +121,7 @@ def propose_plan(source: VolumeSet, run: DictConfig, memory: float) -> Plan:
     """
     from lightning_dice.models import planner
 
-    fingerprint, spacing = source.fingerprint(), source.preparation().spacing
+    fingerprint, spacing = source.fingerprint(), source.preprocessor().spacing
     # Without resampling, the levels follow from the voxels of the median case.
     voxel_size, median_size = spacing or fingerprint.median_spacing(), fingerprint.median_size(spacing)
     make = partial(build_network, run)
@@ -148,7 +148,12 @@ def build_network(run: DictConfig, topology: Topology) -> nn.Module:
 
 
 def model_settings(topology: Topology) -> dict[str, Any]:
-    """Return the settings of `conf/model/dynunet.yaml` that follow from a topology."""
+    """Return the settings of `conf/model/dynunet.yaml` that follow from a topology.
+
+    >>> from lightning_dice.models.planner import plan_topology
+    >>> model_settings(plan_topology((1.0, 1.0), (32, 32)))["filters"]
+    [32, 64, 128, 256]
+    """
     missing = max(0, MIN_LEVELS - len(topology.strides))
     ones = [1] * len(topology.size)
     strides = [list(stride) for stride in topology.strides] + [ones] * missing

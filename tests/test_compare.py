@@ -71,7 +71,7 @@ def test_several_are_compared_with_the_first_and_adjusted_together(tmp_path, cap
     values = sorted(float(row["wilcoxon"]) for row in (b, c))
     assert min(float(row["wilcoxon_holm"]) for row in (b, c)) == pytest.approx(min(1, 2 * values[0]), abs=1e-5)
     assert (
-        "cell: not compared are 1 cases that only a has a score for, and 0 that only c has" in capsys.readouterr().out
+        "cell: cases with a score in only one of the runs are not compared (1 in a, 0 in c)" in capsys.readouterr().out
     )
     with pytest.raises(UserError, match="nothing is overwritten"):
         run(*folders, f"output={tmp_path / 'out'}")
@@ -103,7 +103,7 @@ def test_output_and_plot(tmp_path, capsys, monkeypatch):
     run(a, b, "score=hd95", f"output={tmp_path / 'out'}", "n_resamples=200", "seed=3")
     output = capsys.readouterr().out
     assert "Hausdorff 95 (mm) of b minus a; lower is better, 5 test cases" in output
-    assert "nucleus: not compared are 1 cases that only a has a score for, and 0 that only b has" in output
+    assert "nucleus: cases with a score in only one of the runs are not compared (1 in a, 0 in b)" in output
     lines = {line["class"]: line for line in rows(tmp_path / "out" / "compare.csv")}
     for name, (first, second, wins, losses, ties) in {
         "cell": (9, 3, 5, 0, 0),

@@ -105,7 +105,12 @@ def _common_orientation(cases: Sequence[CaseStatistics]) -> Orientation | None:
 
 
 def orientation_margin(case: CaseStatistics) -> float:
-    """Return how much better a mask fits its image as it is than in any other orientation; NaN if unknown."""
+    """Return how much better a mask fits its image as it is than in any other orientation; NaN if unknown.
+
+    >>> case = CaseStatistics("train", "a", 0, (64,), (64,), alignment=np.array([0.75, 0.5], np.float32))
+    >>> orientation_margin(case)
+    0.25
+    """
     others = case.alignment[1:]
     if not case.has_alignment or np.isnan(others).all():
         return float("nan")
@@ -113,7 +118,12 @@ def orientation_margin(case: CaseStatistics) -> float:
 
 
 def misaligned_share(cases: Sequence[CaseStatistics]) -> float:
-    """Return the fraction of masks that fit better in another orientation; NaN for fewer than 8 informative cases."""
+    """Return the fraction of masks that fit better in another orientation; NaN for fewer than 8 informative cases.
+
+    >>> case = CaseStatistics("train", "a", 0, (64,), (64,), alignment=np.array([0.5, 0.75], np.float32))
+    >>> misaligned_share([case] * 8), misaligned_share([case])
+    (1.0, nan)
+    """
     margins = [margin for case in cases if not np.isnan(margin := orientation_margin(case))]
     return float(np.mean([margin < 0 for margin in margins])) if len(margins) >= MIN_CASES else float("nan")
 

@@ -34,7 +34,15 @@ def run_checks(result: SurveyResult, accept: Sequence[str] = ()) -> list[Finding
 
 
 def check_problems(result: SurveyResult) -> Iterator[Finding]:
-    """Report what training rejects, one finding for each remedy."""
+    """Report what training rejects, one finding for each remedy.
+
+    >>> from lightning_dice.data import DataError
+    >>> from lightning_dice.data_check.task import Task
+    >>> result = SurveyResult(Task(["cell"]))
+    >>> result.add_problems(DataError("has no mask"), "train/a")
+    >>> [finding.title for finding in check_problems(result)]
+    ['train/a: has no mask']
+    """
     root = str(result.facts.get("root") or "")
     prefix = f"{root}{os.sep}" if root else ""
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)

@@ -56,6 +56,11 @@ def find_duplicates(cases: Sequence[CaseStatistics]) -> list[Duplicate]:
 
     Args:
         cases: with the same number of space axes. Constant images are ignored.
+
+    >>> facts = {"range": (0.0, 0.0, 0.5, 1.0, 1.0), "image_digest": b"equal"}
+    >>> a, b = (CaseStatistics(split, "x", 0, (64, 64), (64, 64), **facts) for split in ("train", "test"))
+    >>> [(pair.first.key, pair.second.key, pair.exact, pair.across_splits) for pair in find_duplicates([a, b])]
+    [('train/x', 'test/x', True, True)]
     """
     cases = [case for case in cases if case.range[0] < case.range[4]]
     identical: dict[bytes, list[CaseStatistics]] = defaultdict(list)

@@ -22,7 +22,13 @@ FEW_OF_A_KIND = 3  # cases of one kind, up to which they are outliers
 
 
 def check_nonfinite_values(result: SurveyResult) -> Iterator[Finding]:
-    """Check for NaN and infinite values."""
+    """Check for NaN and infinite values.
+
+    >>> from lightning_dice.data_check.task import Task
+    >>> case = CaseStatistics("train", "a", 0, (8, 8), (8, 8), nonfinite=3)
+    >>> [finding.title for finding in check_nonfinite_values(SurveyResult(Task(["cell"]), [case]))]
+    ['1 image with NaN or infinite values']
+    """
     if cases := [case for case in result.cases if case.nonfinite]:
         yield Finding(
             "nonfinite-values",

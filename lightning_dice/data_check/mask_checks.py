@@ -24,7 +24,13 @@ LISTED = 8  # labels
 
 
 def check_labels(result: SurveyResult) -> Iterator[Finding]:
-    """Check that each label belongs to a class."""
+    """Check that each label belongs to a class.
+
+    >>> from lightning_dice.data_check.task import Task
+    >>> case = CaseStatistics("train", "a", 0, (8, 8), (8, 8), unknown_labels={7: 12})
+    >>> [finding.title for finding in check_labels(SurveyResult(Task(["cell"]), [case]))]
+    ['labels without a class in the masks of 1 case: 7']
+    """
     if cases := [case for case in result.cases if case.unknown_labels]:
         labels = sorted({label for case in cases for label in case.unknown_labels})
         more = f" and {len(labels) - LISTED} more" if len(labels) > LISTED else ""
@@ -202,6 +208,10 @@ def class_shares(cases: Sequence[CaseStatistics], classes: int) -> list[float]:
     Args:
         cases: over which the pixels are summed.
         classes: number of classes.
+
+    >>> components = [ClassComponents(16, np.array([16]), 8)]
+    >>> class_shares([CaseStatistics("train", "a", 0, (8, 8), (8, 8), pixels=64, components=components)], 1)
+    [0.25]
     """
     total = sum(case.pixels for case in cases)
     return [sum(case.components[index].pixels for case in cases) / max(total, 1) for index in range(classes)]

@@ -109,6 +109,12 @@ def measure_alignment(image: Tensor, mask: Tensor, task: Task) -> NDArray[np.flo
     """Return the mean rank of the image's gradient along the mask's outline, in each of `orientations`.
 
     NaN in orientations that change the size, and in all of them if there is too little outline.
+
+    >>> mask = torch.zeros(64, 64, dtype=torch.int64)
+    >>> mask[8:40, 8:24] = 1
+    >>> alignment = measure_alignment(mask[None].float(), mask.flip(0), Task(["background", "bar"]))
+    >>> describe_orientation(orientations(2)[int(alignment.argmax())])
+    ('upside down', 'mask[::-1]')
     """
     mask_size = tuple(mask.shape[mask.ndim - image.ndim + 1 :])
     possible = orientations(image.ndim - 1)

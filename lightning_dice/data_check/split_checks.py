@@ -12,7 +12,13 @@ FEW = 5  # cases of a split
 
 
 def check_split_sizes(result: SurveyResult) -> Iterator[Finding]:
-    """Check that there are enough cases for a batch, and for a score."""
+    """Check that there are enough cases for a batch, and for a score.
+
+    >>> from lightning_dice.data_check.task import Task
+    >>> result = SurveyResult(Task(["cell"]), sizes={"train": 4, "val": 9}, facts={"batch_size": 8})
+    >>> [finding.title for finding in check_split_sizes(result)]
+    ['the train split has 4 cases, fewer than a batch of 8']
+    """
     sizes = {split: result.image_count(split) for split in result.sizes}
     least = int(result.facts.get("batch_size") or 1)
     if 0 < sizes.get("train", 0) < least:

@@ -45,6 +45,9 @@ class SurveyResult:
             which is removed from file names.
         mismatches: masks that fit another image better than their own.
         images: number of images of each split, where that differs from the number of cases.
+
+    >>> SurveyResult(Task(["cell"]), sizes={"train": 12}, images={"train": 3}).image_count("train")
+    3
     """
 
     task: Task

@@ -55,7 +55,15 @@ def split_table(result: SurveyResult) -> list[Row]:
 
 
 def class_table(result: SurveyResult) -> list[Row]:
-    """Return a header and a row for each class: its share of the pixels of each split, and the cases that have it."""
+    """Return a header and a row for each class: its share of the pixels of each split, and the cases that have it.
+
+    >>> from lightning_dice.data_check.case_statistics import ClassComponents
+    >>> from lightning_dice.data_check.task import Task
+    >>> case = CaseStatistics("train", "a", 0, (8, 8), (8, 8), pixels=64)
+    >>> case.components = [ClassComponents(16, np.array([16]), 8)]
+    >>> class_table(SurveyResult(Task(["cell"]), [case], sizes={"train": 1}))
+    [['class', 'train: pixels (cases)'], ['cell', '25 % (1)']]
+    """
     rows: list[Row] = [["class", *(f"{split}: pixels (cases)" for split in result.sizes)]]
     shares = {split: class_shares(result.of(split), len(result.task.classes)) for split in result.sizes}
     for index, name in enumerate(result.task.classes):
@@ -106,7 +114,13 @@ def component_table(result: SurveyResult) -> list[Row]:
 
 
 def component_sizes(cases: Sequence[CaseStatistics], index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return the pixels of all connected components of a class."""
+    """Return the pixels of all connected components of a class.
+
+    >>> from lightning_dice.data_check.case_statistics import ClassComponents
+    >>> components = [ClassComponents(5, np.array([1, 4]), 5)]
+    >>> component_sizes([CaseStatistics("train", name, 0, (8, 8), (8, 8), components=components) for name in "ab"], 0)
+    array([1, 4, 1, 4])
+    """
     return np.concatenate([np.zeros(0, np.int64), *(case.components[index].sizes for case in cases)])
 
 

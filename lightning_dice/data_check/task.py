@@ -62,6 +62,10 @@ def class_plane(mask: Tensor, index: int, axes: int, task: Task) -> Tensor:
 
 
 def ignored_pixels(mask: Tensor, task: Task) -> Tensor:
-    """Return where a mask has the ignored label, or NaN among soft labels."""
+    """Return where a mask has the ignored label, or NaN among soft labels.
+
+    >>> ignored_pixels(torch.tensor([0, 1, 255]), Task(["background", "cell"])).tolist()
+    [False, False, True]
+    """
     found = torch.isnan(mask) if mask.is_floating_point() else torch.zeros_like(mask, dtype=torch.bool)
     return found if task.ignore_index is None else found | (mask == task.ignore_index)

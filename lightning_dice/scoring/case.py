@@ -45,6 +45,9 @@ class ClassScore(NamedTuple):
             without a spacing.
         volume_error: the difference as a fraction of the actual volume.
         lesions: see `lesion_scores`.
+
+    >>> ClassScore(actual=4, predicted=2, dice=0.5, jaccard=1 / 3).hd95
+    nan
     """
 
     actual: int

@@ -74,6 +74,11 @@ def check_same_cases(a: ScoreTable, b: ScoreTable, names: tuple[str, str]) -> No
 
     Raises:
         ValueError: the cases, the classes or the masks' sizes differ; names some of them.
+
+    >>> a = ScoreTable("test", ["x", "y"], ["cell"], {"actual/cell": np.array([9.0, 5.0])}, "mm")
+    >>> check_same_cases(a, replace(a, values={"actual/cell": np.array([9.0, 6.0])}), ("old", "new"))
+    Traceback (most recent call last):
+    ValueError: the masks differ in 1 case: actual/cell of y is 5 pixels in old and 6 in new
     """
     for one, other, name in ((a, b, names[1]), (b, a, names[0])):
         missing = sorted(set(one.names) - set(other.names))
@@ -88,9 +93,9 @@ def check_same_cases(a: ScoreTable, b: ScoreTable, names: tuple[str, str]) -> No
         other_values = b.values.get(column, np.full(len(b.names), math.nan))
         differing = np.flatnonzero(a.values[column] != other_values)
         if len(differing):
-            case = differing[0]
+            case, count = differing[0], len(differing)
             raise ValueError(
-                f"the masks differ in {len(differing)} cases: {column} of {a.names[case]} is "
+                f"the masks differ in {count} case{'s' * (count > 1)}: {column} of {a.names[case]} is "
                 f"{a.values[column][case]:.0f} pixels in {names[0]} and {other_values[case]:.0f} in {names[1]}"
             )
 
@@ -100,6 +105,11 @@ def common_cases(a: ScoreTable, b: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
 
     Raises:
         ValueError: they have none in common.
+
+    >>> a = ScoreTable("test", ["x", "y"], ["cell"], {"dice/cell": np.array([0.5, 0.75])}, "mm")
+    >>> first, _ = common_cases(a, replace(a, names=["y", "z"]))
+    >>> first.names, first.of("dice").tolist()
+    (['y'], [[0.75]])
     """
     both = sorted(set(a.names) & set(b.names))
     if not both:
@@ -226,6 +236,11 @@ def adjust_p_values(differences: Sequence[Difference]) -> list[Difference]:
 
     Args:
         differences: of all pairs of tables, and all classes.
+
+    >>> a = ScoreTable("test", ["x", "y", "z"], ["cell"], {"dice/cell": np.array([0.5, 0.6, 0.7])}, "mm")
+    >>> pairs = [compare_tables(a, replace(a, values={"dice/cell": a.values["dice/cell"] + 0.1}))[0] for _ in range(2)]
+    >>> pairs[0].permutation, adjust_p_values(pairs)[0].permutation_holm
+    (0.25, 0.5)
     """
     result = list(differences)
     for is_mean in (True, False):
