@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-# Voxel axes to world axes: as stored by different scanners and tools.
+# Voxel to world coordinates, as stored by different scanners and tools.
 AFFINES = {
     "RAS": np.diag([1.0, 2.0, 3.0, 1.0]),
     "LPS": np.array([[-1.0, 0, 0, 40], [0, -2.0, 0, 30], [0, 0, 3.0, -5], [0, 0, 0, 1]]),
@@ -18,7 +18,7 @@ AFFINES = {
 
 
 def write(path: Path, array: object, affine: object = None, **header: object) -> Path:
-    """A NIfTI file of an array."""
+    """Write an array as NIfTI."""
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.eye(4) if affine is None else np.asarray(affine)
     image = nib.Nifti1Image(np.asarray(array), affine)
@@ -29,7 +29,7 @@ def write(path: Path, array: object, affine: object = None, **header: object) ->
 
 
 def blob(seed: int, size: tuple[int, ...] = (10, 12, 8)) -> tuple[np.ndarray, np.ndarray]:
-    """An image with two boxes of labels 1 and 2 in it."""
+    """Make an image and a mask with two boxes, labels 1 and 2."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(size, np.uint8)
     mask[2:5, 3:7, 2:6], mask[5:7, 3:7, 2:6] = 1, 2
@@ -38,7 +38,7 @@ def blob(seed: int, size: tuple[int, ...] = (10, 12, 8)) -> tuple[np.ndarray, np
 
 
 def folders(root: Path, splits: dict[str, int], affine: object = None, **settings: object) -> Path:
-    """`images/<split>/<case>.nii.gz` and masks of as many cases as are asked for."""
+    """Write `images/<split>/<case>.nii.gz` and masks, with the given number of cases."""
     for number, (split, count) in enumerate(splits.items()):
         for index in range(count):
             image, mask = blob(100 * number + index, **settings)
@@ -48,7 +48,7 @@ def folders(root: Path, splits: dict[str, int], affine: object = None, **setting
 
 
 def nnunet(root: Path, cases: int = 4, channels: int = 1, labels: dict | None = None, **facts: object) -> Path:
-    """An nnU-Net raw data set."""
+    """Write an nnU-Net raw data set."""
     facts = {
         "channel_names": {str(number): "CT" if number else "T1" for number in range(channels)},
         "labels": labels or {"background": 0, "front": 1, "back": 2},

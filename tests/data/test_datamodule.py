@@ -1,4 +1,4 @@
-"""Batches: what is in them, in which order, on which process, and who decides."""
+"""Batches: their contents, order and distribution over processes."""
 
 import copy
 import pickle
@@ -23,11 +23,9 @@ from lightning_dice.data.samplers import EvalSampler, TrainSampler
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.transforms import Standardize
 
-# Lightning 2.6 with torch 2.10 and later: its own use of a pytree class, of no consequence.
-
 
 class Cases:
-    """Case i holds i in every pixel."""
+    """Case i has i / 100 in every pixel."""
 
     def __init__(self, sizes, prefix="case"):
         self.sizes = sizes
@@ -59,7 +57,7 @@ class Source:
 
 
 class Noisy:
-    """An augmentation that draws from every generator there is."""
+    """An augmentation that draws from torch, `random` and NumPy."""
 
     def __call__(self, image, mask):
         return image + torch.rand(1) + random.random() + np.random.rand(), mask
@@ -132,7 +130,7 @@ def same(a, b):
         pytest.param(v2.Compose([v2.ScaleJitter((20, 20)), v2.CenterCrop(40)]), None, id="scale"),
     ],
 )
-def test_what_lies_outside_the_image_is_ignored(augment, filled, planes, dtype):
+def test_pixels_outside_the_image_are_ignored(augment, filled, planes, dtype):
     torch.manual_seed(0)
     mask = torch.randint(0, 2 if planes else 9, (planes, 8, 8) if planes else (8, 8)).to(dtype)
     image = torch.ones(1, 8, 8)
@@ -141,7 +139,7 @@ def test_what_lies_outside_the_image_is_ignored(augment, filled, planes, dtype):
         new, labels = apply_augment(augment, image, mask, 255)
         assert labels.dtype == dtype
         outside = labels == 255
-        # With the nearest pixel taken, as these do or nearly, the image is black just there.
+        # These sample the nearest pixel, or nearly so: the image is black exactly there.
         assert torch.equal(outside.reshape(-1, *new.shape[1:])[0], new[0] < 0.5)
         assert set(labels[~outside].tolist()) <= set(mask.flatten().tolist())
         if filled is not None:
@@ -273,7 +271,7 @@ def test_training_is_reproducible_with_any_number_of_workers():
 
     def run(seed, **settings):
         torch.manual_seed(seed)
-        torch.rand(3)  # what has been drawn since does not matter
+        torch.rand(3)  # Later draws do not matter.
         return epochs(ready(source, augment=Noisy(), **settings), 2)
 
     expected = run(1)
@@ -311,7 +309,7 @@ def test_loading_leaves_the_random_state_alone():
     assert np.random.get_state()[1].tolist() == before[2]
 
 
-def test_a_loader_for_each_epoch_goes_on():
+def test_a_new_loader_for_each_epoch_continues_the_order():
     torch.manual_seed(0)
     data = ready(Source(train=[(4, 4)] * 20))
     orders = [tuple(c for b in data.train_dataloader() for c in b.case) for _ in range(3)]
@@ -320,7 +318,7 @@ def test_a_loader_for_each_epoch_goes_on():
     assert tuple(c for b in data.train_dataloader() for c in b.case) == orders[0]
 
 
-def test_training_leaves_out_the_rest():
+def test_training_drops_the_last_cases():
     data = ready(Source(train=[(4, 4)] * 7), batch_size=3)
     assert [len(b.case) for b in data.train_dataloader()] == [3, 3]
 
@@ -352,7 +350,7 @@ MAPS = {"twice": twice, "first_row": first_row}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_maps_are_of_the_masks_in_the_batch(workers):
+def test_maps_are_computed_from_the_masks_of_the_batch(workers):
     torch.manual_seed(0)
     source = SyntheticSource(size=(24, 24), cases=(6, 3, 2))
     data = ready(source, augment=v2.RandomCrop(16), num_workers=workers, maps=MAPS, ignore_index=255)
@@ -368,7 +366,7 @@ def test_maps_are_of_the_masks_in_the_batch(workers):
     assert all(batch.maps == {} for batch in data.predict_dataloader())
 
 
-def test_maps_can_be_set_afterwards_and_see_what_is_ignored():
+def test_maps_can_be_set_later_and_get_ignored_labels():
     data = ready(Source(train=[(4, 4)] * 2), augment=v2.Pad(1), ignore_index=255)
     assert next(iter(data.train_dataloader())).maps == {}
     data.maps = {"twice": twice}
@@ -377,7 +375,7 @@ def test_maps_can_be_set_afterwards_and_see_what_is_ignored():
     assert batch.maps["twice"].shape == (2, 6, 6)
 
 
-def test_each_batch_has_maps_of_its_own():
+def test_batches_do_not_share_maps():
     first, second = (Batch(torch.zeros(1), torch.zeros(1), ["a"]) for _ in range(2))
     assert first.maps == {}
     first.maps["x"] = torch.zeros(1)
@@ -386,7 +384,7 @@ def test_each_batch_has_maps_of_its_own():
     assert Batch(torch.zeros(1), torch.zeros(1), ["a"], given).maps is not given
 
 
-def test_a_batch_stays_one_wherever_it_goes():
+def test_a_batch_stays_a_batch_when_moved_pickled_or_copied():
     batch = Batch(torch.zeros(1, 1, 2), torch.zeros(1, 2), ["a"], {"x": torch.ones(1, 2)})
     moved = move_data_to_device(batch, torch.device("meta"))
     for other in (moved, pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch), batch._replace(case=["b"])):
@@ -400,7 +398,7 @@ def test_a_batch_stays_one_wherever_it_goes():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_trainer_hands_maps_to_the_module(tmp_path, workers, monkeypatch):
+def test_a_trainer_passes_maps_to_the_module(tmp_path, workers, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(2), raising=False)
     seen = []
 
@@ -422,7 +420,7 @@ def test_maps_must_be_functions_by_name(maps):
         SegmentationData(Source(), maps=maps)
 
 
-# Preparation.
+# Checks and setup.
 
 
 def test_a_normalization_for_other_channels_is_refused():
@@ -446,7 +444,7 @@ def test_the_source_is_checked_once(caplog):
     assert caplog.text.count("found it") == 1
 
 
-def test_what_the_source_finds_wrong_is_raised():
+def test_problems_of_the_source_are_raised():
     data = SegmentationData(Source(train=[(4, 4)] * 9, problem="b.png is broken"))
     with pytest.raises(DataError, match=re.escape("b.png is broken")):
         data.prepare_data()
@@ -474,7 +472,7 @@ def test_too_few_cases_for_the_processes_are_refused(monkeypatch, train, val, me
         data.setup("fit")
 
 
-def test_a_split_of_no_case_is_refused():
+def test_an_empty_split_is_refused():
     source = Source(train=[(4, 4)] * 4)
     source.split = lambda name: Cases([(4, 4)] * 4 if name == "train" else [])
     with pytest.raises(ValueError, match="the val split must hold at least one case, got none: add cases, or leave it"):
@@ -596,7 +594,7 @@ def test_two_processes_see_each_case_once(tmp_path, own):
 
 
 class Recorder(Net):
-    """Writes what each process sees to a file of its own."""
+    """Writes the cases that each process sees to a separate file."""
 
     def __init__(self, folder):
         super().__init__()
@@ -627,7 +625,7 @@ class RampSource(Source):
         return Ramp(self.splits[name], name) if self.splits[name] else None
 
 
-def test_a_crop_is_normalized_as_evaluation_sees_it():
+def test_a_crop_is_normalized_as_in_evaluation():
     source = RampSource(train=[(32, 32)] * 2, val=[(32, 32)])
     data = ready(source, augment=v2.RandomCrop(8), normalize=Standardize())
     whole = next(iter(data.val_dataloader())).image[0]

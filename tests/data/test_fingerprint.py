@@ -1,4 +1,4 @@
-"""What volumes are like: read once, kept with the run, and the normalization that follows."""
+"""Fingerprints of volumes: read once, kept with the run; and normalization."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_intensities_are_those_of_the_training_foreground(tmp_path):
     assert list(vars(found).values()) == pytest.approx(expected)
 
 
-def test_ignored_voxels_and_too_many_are_left_out(tmp_path, monkeypatch):
+def test_ignored_voxels_are_left_out_and_the_others_sampled(tmp_path, monkeypatch):
     image, mask = blob(0)
     mask[mask == 2] = 255
     for split in ("train", "val"):
@@ -59,7 +59,7 @@ class TestFile:
         (tmp_path / "run").mkdir()
         return folders(tmp_path / "data", {"train": 3, "val": 1}), tmp_path / "run/fingerprint.json"
 
-    def test_it_is_read_instead_of_the_cases(self, data, monkeypatch):
+    def test_the_file_is_read_instead_of_the_cases(self, data, monkeypatch):
         root, file = data
         report = source(root, file).check()
         stored = Fingerprint.load(file)
@@ -73,11 +73,11 @@ class TestFile:
         monkeypatch.setattr(nifti, "read_volume", unread)
         assert source(root, file).check() == report
         for path in root.rglob("*.nii.gz"):
-            os.utime(path, (1, 1))  # A copy: other times, the same content.
+            os.utime(path, (1, 1))  # As after copying: new times, the same content.
         assert source(root, file).check() == report
         assert file.read_bytes() == written
 
-    def test_a_change_is_noticed_and_the_statistics_stay(self, data):
+    def test_changes_are_reported_and_the_statistics_kept(self, data):
         root, file = data
         source(root, file).check()
         before, written = source(root, file).preprocessor(), file.read_bytes()
@@ -96,7 +96,7 @@ class TestFile:
         with pytest.raises(DataError, match="holds the values 7"):
             source(root, file).check()
 
-    def test_another_machine_needs_nothing_else(self, data):
+    def test_prediction_needs_only_the_fingerprint(self, data):
         root, file = data
         expected = source(root, file).split("val")[0].image
         path = shutil.copy(root / "images/val/val0.nii.gz", root.parent / "case.nii.gz")
@@ -108,7 +108,7 @@ class TestFile:
             source(root, file).reader.read(reader.find(root.parent / "case.nii.gz")[0])
         assert path
 
-    def test_what_needs_none_reads_none(self, data):
+    def test_without_resampling_and_ct_no_fingerprint_is_made(self, data):
         root, file = data
         plain = source(root, file, normalization="MR", spacing=None)
         plain.reader.read(plain.reader.find(root / "images/val")[0])
@@ -159,7 +159,7 @@ class TestSpacing:
         assert near.median_spacing() == (1, 1, 2)
         fine = fingerprint([(400, 400, 40)] * 10, [(0.5, 0.5, 0.1)] * 4 + [(0.5, 0.5, 5.0)] * 6)
         assert fine.median_spacing() == (0.5, 0.5, 0.5)
-        # Of voxels as stored: at the median spacing the first case had 44, which would be their median, too.
+        # Sizes count as stored: at the median spacing the first case would have 44 voxels, which would be the median.
         mixed = fingerprint([(100, 100, 50), (100, 100, 20), (100, 100, 20)], [(1, 1, 3.5), (1, 1, 4), (1, 1, 16)])
         assert mixed.median_spacing() == pytest.approx((1, 1, 3.6))
 
@@ -168,7 +168,7 @@ class TestSpacing:
         assert found.median_size(None) == (20, 10, 10)
         assert found.median_size((1, 1, 2)) == (20, 10, 5)
 
-    def test_a_setting_goes_before_the_median(self, tmp_path):
+    def test_a_setting_overrides_the_median(self, tmp_path):
         folders(tmp_path, {"train": 2, "val": 1}, np.diag([1, 2, 3, 1.0]))
         spacings = [
             source(tmp_path, spacing=wanted).preprocessor().spacing for wanted in ("median", [None, 5, None], None)
@@ -179,7 +179,7 @@ class TestSpacing:
 class TestNormalization:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_schemes_are_nnunet_s(self, scheme):
-        """Of nnU-Net's classes, called by the names of channels."""
+        """Compare with nnU-Net's classes, looked up by the names of channels."""
         peer = pytest.importorskip("nnunetv2.preprocessing.normalization.map_channel_name_to_normalization")
         values = np.random.default_rng(0).uniform(10, 200, (5, 6, 7)).astype(np.float32)
         mine = Intensities(
@@ -192,7 +192,7 @@ class TestNormalization:
         expected = theirs.run(values.copy(), seg)
         np.testing.assert_allclose(normalize_intensities(values, scheme, mine), expected, rtol=1e-4, atol=1e-5)
 
-    def test_by_name(self):
+    def test_schemes_by_channel_name(self):
         assert [scheme_for_channel(name) for name in ("ct", "T2", "noNORM", "pet")] == [
             "ct",
             "zscore",

@@ -55,8 +55,8 @@ def test_version_1_and_the_decathlon(tmp_path):
 
 
 class TestRegions:
-    def test_planes_and_what_is_written(self):
-        """A region is a union of values; voxel by voxel the last region in the order stays, as nnU-Net paints them."""
+    def test_planes_and_written_values(self):
+        """A region is a union of values; the last region of a voxel in the order decides its value, as in nnU-Net."""
         regions, order = {"whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]}, [1, 2, 3]
         labels = make_label_map({"background": 0, **regions}, order, 255)
         stored = np.random.default_rng(0).integers(0, 4, (4, 5, 6))
@@ -92,7 +92,7 @@ class TestRegions:
             ({"background": 0}, None, "at least two different names"),
         ],
     )
-    def test_labels_that_cannot_be(self, labels, order, message):
+    def test_invalid_labels_are_refused(self, labels, order, message):
         with pytest.raises(ValueError, match=message):
             make_label_map(labels, order, 255)
 
@@ -170,7 +170,7 @@ class TestConfig:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("fit", overrides=["data=nnunet", *overrides])
 
-    def test_facts_come_from_the_data_set_and_stay(self, tmp_path):
+    def test_settings_come_from_the_data_set_and_are_stored(self, tmp_path):
         root = nnunet(tmp_path / "data", channels=2)
         config = self.composed(f"data.root={root}", "folder=run")
         resolve_from_files(config)
@@ -185,7 +185,7 @@ class TestConfig:
         assert "${nnunet" not in OmegaConf.to_yaml(config)
         assert config.data.datamodule.source.dataset_json.labels == {"background": 0, "front": 1, "back": 2}
 
-    def test_each_may_be_overridden(self, tmp_path):
+    def test_each_setting_can_be_overridden(self, tmp_path):
         root = nnunet(tmp_path / "data")
         merged = self.composed(
             f"data.root={root}", "data.labels={background:0,all:[1,2]}", "data.regions_class_order=[1]"

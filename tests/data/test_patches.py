@@ -1,4 +1,4 @@
-"""Patches: where they lie, what pads them, and that nothing but the seed decides."""
+"""Patches: their positions, padding, seeds and cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_dice.data.synthetic import SyntheticSource
 
 
 class Listed:
-    """Cases in memory, that count how often they are read."""
+    """Cases in memory that count how often they are read."""
 
     def __init__(self, *samples: Sample) -> None:
         self.samples, self.reads = samples, 0
@@ -33,7 +33,7 @@ class Listed:
 def sample(
     size: tuple[int, ...] = (20, 20, 20), spots: dict[tuple[int, ...], int] | None = None, name: str = "a"
 ) -> Sample:
-    """Each voxel of the image holds its own flat index; the mask is empty but for spots."""
+    """Make an image whose voxels hold their flat index, and a mask that is empty except for spots."""
     mask = torch.zeros(size, dtype=torch.uint8)
     for place, label in (spots or {}).items():
         mask[place] = label
@@ -46,16 +46,16 @@ def starts(patches, size: int, times: int) -> np.ndarray:
     return np.array(np.unravel_index(first, (size,) * len(patches.sizes[0]))).T
 
 
-class TestWhere:
-    def test_the_share_around_foreground(self):
+class TestPositions:
+    def test_the_share_centred_on_foreground(self):
         torch.manual_seed(0)
         cases = Listed(sample(spots={(3, 10, 10): 1}))
         patches = PatchSampler((4, 4, 4), oversample_foreground=0.4).cut(cases)
         there = np.mean([int(patches[0].mask.max()) == 1 for _ in range(600)])
-        # Anywhere else holds it by a chance of at most (4/17)^3.
+        # A patch drawn anywhere contains the spot with a probability of at most (4/17)^3.
         assert there == pytest.approx(0.4 + 0.6 * (4 / 17) ** 3, abs=0.06)
 
-    def test_classes_are_drawn_evenly_and_centred_on(self):
+    def test_patches_are_centred_on_evenly_drawn_classes(self):
         torch.manual_seed(0)
         mask = {(5, 5, 5): 2, **{(15, y, z): 1 for y in range(20) for z in range(20)}}
         patches = PatchSampler((5, 5, 5), oversample_foreground=1, ignore_index=255).cut(Listed(sample(spots=mask)))
@@ -64,7 +64,7 @@ class TestWhere:
         assert len(rare) / 300 == pytest.approx(0.5, abs=0.1)
         assert all(patch[2, 2, 2] == 2 for patch in rare)
 
-    def test_ignored_voxels_are_no_foreground(self):
+    def test_ignored_voxels_are_not_foreground(self):
         torch.manual_seed(0)
         patches = PatchSampler((2, 2, 2), oversample_foreground=1).cut(
             Listed(sample(spots={(9, 9, 9): 255, (4, 4, 4): 1}))
@@ -82,14 +82,14 @@ class TestWhere:
         assert ((found == 1).sum((1, 2, 3)) == 1).all()
         assert 15 < int((found[:, 0] == 1).sum()) < 45
 
-    def test_anywhere_means_everywhere_alike(self):
+    def test_positions_without_oversampling_are_uniform(self):
         torch.manual_seed(0)
         patches = PatchSampler((4, 4), oversample_foreground=0).cut(Listed(sample((6, 6))))
         counts = np.unique(starts(patches, 6, 900), axis=0, return_counts=True)[1]
         assert len(counts) == 9
         assert counts.min() > 60
 
-    def test_a_small_image_lies_in_the_middle_and_its_margin_is_ignored(self):
+    def test_a_small_image_is_padded_on_both_sides_and_the_padding_ignored(self):
         for foreground in (0.0, 1.0):
             patches = PatchSampler((4, 9, 5), oversample_foreground=foreground).cut(
                 Listed(sample((5, 4, 5), {(2, 2, 2): 1}))
@@ -147,7 +147,7 @@ class TestSeeds:
         found = self.batches(source)
         assert not any(torch.equal(a.image, b.image) for a in found[:3] for b in found[3:])
 
-    def test_pictures_too(self):
+    def test_images_too(self):
         data = SegmentationData(
             SyntheticSource(size=(64, 48), cases=(3, 1, 0)), batch_size=2, num_workers=0, patches=PatchSampler((32, 16))
         )
@@ -157,7 +157,7 @@ class TestSeeds:
 
 
 class TestCache:
-    def test_what_is_kept_is_not_read_again(self):
+    def test_cached_cases_are_not_read_again(self):
         cases = Listed(sample(name="a"), sample(name="b"))
         one = (cases[0].image.nbytes + cases[0].mask.nbytes) / 2**30
         for cache, reads in ((3 * one, 2), (1.5 * one, 1 + 4), (0, 8)):
@@ -175,7 +175,7 @@ class TestCache:
                 assert torch.equal(patches[0].image, cases.samples[0].image)
             assert cases.reads == 1
 
-    def test_cases_must_tell_whether_they_changed(self, tmp_path):
+    def test_a_cache_folder_needs_stamps(self, tmp_path):
         cases = SyntheticSource(size=(32, 32), cases=(2, 0, 0)).split("train")
         with pytest.raises(ValueError, match="cache_folder must be null"):
             PatchSampler((16, 16), cache_folder=tmp_path).cut(cases)
@@ -191,24 +191,24 @@ class TestCache:
         ({"cache": -1}, "cache must be GiB"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PatchSampler(**{"patch_size": (4, 4), **settings})
     with pytest.raises(ValueError, match=r"patch_size must have the images' 3 axes, got \[4, 4\]"):
         PatchSampler((4, 4)).cut(Listed(sample()))
 
 
-def test_what_a_turn_brings_in_is_ignored():
-    """Through the datamodule: a mask of class 1 alone holds 1 and the ignored label after a turn, and no background."""
+def test_voxels_that_a_rotation_brings_in_are_ignored():
+    """In the datamodule, a mask full of class 1 holds 1 and the ignored label after a rotation, and no background."""
     from monai.transforms import RandAffined
 
-    turn = RandAffined(
+    rotate = RandAffined(
         keys=["image", "mask"], prob=1, rotate_range=[0.5] * 3, mode=["bilinear", "nearest"],
         padding_mode=["border", "zeros"],
     )  # fmt: skip
     full = Sample(torch.rand(1, 12, 12, 12), torch.ones(12, 12, 12, dtype=torch.uint8), "a")
     source = type("Source", (), {"split": lambda self, name: Listed(full, full)})()
-    data = SegmentationData(source, batch_size=1, num_workers=0, augment=MonaiAugment([turn]), ignore_index=255)
+    data = SegmentationData(source, batch_size=1, num_workers=0, augment=MonaiAugment([rotate]), ignore_index=255)
     data.setup("fit")
     torch.manual_seed(0)
     first, second = list(data.train_dataloader())

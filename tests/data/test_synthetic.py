@@ -1,4 +1,4 @@
-"""The synthetic task: the same pictures everywhere, with the shares that were asked for."""
+"""The synthetic task: reproducible images with the requested shares of foreground."""
 
 import hashlib
 import multiprocessing
@@ -40,7 +40,7 @@ def elsewhere(index):
         ),
     ],
 )
-def test_samples_are_of_the_promised_form(settings, image, mask, labels):
+def test_shapes_types_and_labels(settings, image, mask, labels):
     cases = SyntheticSource(**settings, cases=(12, 0, 0)).split("train")
     samples = [cases[i] for i in range(len(cases))]
     assert {tuple(s.image.shape) for s in samples} == {image}
@@ -78,7 +78,7 @@ def test_seed_split_and_index_all_matter():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_the_number_of_cases_changes_no_case():
+def test_cases_do_not_depend_on_their_number():
     few, many = SyntheticSource(cases=(2, 0, 0)), SyntheticSource(cases=(200, 0, 0))
     assert fingerprint(few.split("train")[1]) == fingerprint(many.split("train")[1])
 

@@ -1,4 +1,4 @@
-"""Our transforms, and torchvision's on the images and masks that the datamodule gives them."""
+"""Our transforms, and torchvision's as the datamodule calls them."""
 
 import re
 
@@ -64,7 +64,7 @@ def test_a_constant_channel_becomes_zeros(value):
     assert torch.equal(Standardize()(torch.full((2, 37, 41), value)), torch.zeros(2, 37, 41))
 
 
-def test_a_faint_channel_is_no_constant():
+def test_a_faint_channel_is_not_constant():
     image = torch.full((1, 8, 8), 0.5)
     image[0, 0, 0] += 1 / 65535
     assert Standardize()(image).std(correction=0).item() == pytest.approx(1, abs=0.05)
@@ -88,7 +88,7 @@ def test_a_part_is_standardized_as_in_the_whole():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (5, 8, 8), (2, 4, 8, 8)])
-def test_intensity_changes_images_alone(shape):
+def test_intensity_changes_images_only(shape):
     torch.manual_seed(0)
     image = tv_tensors.Image(torch.rand(shape))
     mask = tv_tensors.Mask(torch.randint(0, 9, shape[1:]))
@@ -101,7 +101,7 @@ def test_intensity_changes_images_alone(shape):
     assert same is mask
 
 
-def test_intensity_of_nothing_changes_nothing():
+def test_intensity_without_settings_changes_nothing():
     torch.manual_seed(0)
     image = tv_tensors.Image(torch.rand(1, 8, 8))
     torch.testing.assert_close(RandomIntensity()(image), image)
@@ -138,7 +138,7 @@ def test_intensity_refuses(settings, message):
 @pytest.mark.parametrize("size", [(24, 24), (40, 31), (16, 50), (10, 10)], ids=str)
 @pytest.mark.parametrize("text", [FLIPS, FULL], ids=["mirror_axes", "full"])
 def test_lists_from_yaml(text, size, planes, channels):
-    """The mask follows the image: where the image shows an object, and there alone, the mask has it."""
+    """The mask follows the image: it has an object exactly where the image shows it."""
     torch.manual_seed(0)
     augment = instantiate(OmegaConf.create(text))
     mask = torch.zeros(size, dtype=torch.uint8)

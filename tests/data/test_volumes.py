@@ -1,4 +1,4 @@
-"""Volumes: orientation, geometry, everything that is refused, resampling, and masks written back."""
+"""Volumes: orientation, geometry, refused files, resampling, written masks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reader(labels: LabelMap | None = None, channels: int = 1) -> VolumePredictio
 
 @pytest.mark.parametrize("name", AFFINES)
 def test_axes_in_memory_run_right_front_and_up(tmp_path, name):
-    """Each voxel holds where it is: along each axis in memory its own world coordinate grows fastest, and grows."""
+    """Each voxel holds a world coordinate, which increases fastest along its own axis in memory."""
     affine = AFFINES[name]
     indices = np.stack([*np.indices((4, 5, 6)), np.ones((4, 5, 6))])
     world = np.einsum("ij,jxyz->ixyz", affine, indices)
@@ -119,7 +119,7 @@ def test_units_are_millimeters(tmp_path):
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "a.nii")
     assert read_geometry(tmp_path / "a.nii").spacing == (0.25, 0.5, 1.0)
-    image.header["xyzt_units"] = 5  # no code of NIfTI's
+    image.header["xyzt_units"] = 5  # not a code of NIfTI
     nib.save(image, tmp_path / "b.nii")
     assert read_geometry(tmp_path / "b.nii").spacing == (250, 500, 1000)
 
@@ -132,7 +132,7 @@ def test_overlapping_classes_have_a_folder_each(tmp_path):
     own.write(tmp_path / "out", "é x", labels, scan)
     assert sorted(p.parent.name for p in (tmp_path / "out").rglob("*.nii.gz")) == ["artery", "vein"]
     assert torch.equal(own.load(tmp_path / "out", "é x").bool(), labels)
-    for split in ("train", "val"):  # ... and can be trained on.
+    for split in ("train", "val"):  # ... and training reads them.
         write(tmp_path / "images" / split / "é x.nii.gz", blob(0)[0])
         for name in ("vein", "artery"):
             data = (tmp_path / "out" / name / "é x.nii.gz").read_bytes()
@@ -159,7 +159,7 @@ class TestFind:
         with pytest.raises(DataError, match=r"c_0001\.nii\.gz: its case has 1 of 2 channels"):
             two.read(broken)
 
-    def test_one_channel_needs_no_number(self, tmp_path):
+    def test_the_number_of_a_single_channel_is_optional(self, tmp_path):
         for name in ("scan_0000", "scan_0001"):
             write(tmp_path / f"{name}.nii.gz", blob(0)[0])
         assert [item.case for item in reader().find(tmp_path)] == ["scan_0000", "scan_0001"]
@@ -173,7 +173,7 @@ class TestFind:
         with pytest.warns(SkippedWarning, match=r"in/more: is a link to the folder \.\./elsewhere; it was skipped"):
             assert [item.case for item in reader().find(tmp_path / "in")] == ["a"]
 
-    def test_nothing_and_twins(self, tmp_path):
+    def test_no_files_and_duplicates(self, tmp_path):
         with pytest.raises(DataError, match="holds no NIfTI file"):
             reader().find(tmp_path)
         with pytest.raises(DataError, match="neither a file nor a folder"):
@@ -196,7 +196,7 @@ def test_masks_that_are_not_ours_are_refused(tmp_path):
         reader().load(tmp_path, "a")
 
 
-def test_a_mask_that_is_there_twice_is_refused(tmp_path):
+def test_a_mask_that_exists_twice_is_refused(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write(tmp_path / name, blob(0)[1])
     with pytest.raises(DataError, match=r"exists twice: a\.nii\.gz, a\.nii"):
@@ -271,8 +271,8 @@ def test_every_bad_file_is_listed_at_once(tmp_path):
     assert "good" not in text
 
 
-def test_labels_stored_as_floats_or_elsewhere_are_fine(tmp_path):
-    """Whole numbers as floats; a mask in another orientation than its image that lies on it."""
+def test_labels_may_be_stored_as_floats_or_in_another_orientation(tmp_path):
+    """Whole numbers as floats; a mask that is stored in another orientation than its image but matches it."""
     _, mask = blob(0)
     folders(tmp_path, {"train": 1, "val": 1})
     expected = VolumeSource(tmp_path, LABELS).split("val")[0].mask
@@ -288,8 +288,8 @@ def test_labels_stored_as_floats_or_elsewhere_are_fine(tmp_path):
 
 
 @pytest.mark.parametrize("name", AFFINES)
-def test_without_check_affine_voxels_belong_together_as_stored(tmp_path, name):
-    """A mask whose affine some tool has lost is turned as its image is, by the image's affine."""
+def test_without_check_affine_a_mask_gets_the_affine_of_its_image(tmp_path, name):
+    """A mask whose affine was lost by some tool is oriented as its image."""
     folders(tmp_path, {"train": 1, "val": 1}, AFFINES[name])
     expected = VolumeSource(tmp_path, LABELS).split("val")[0].mask
     write(tmp_path / "masks/val/val0.nii.gz", blob(100)[1], np.diag([-1, 1, 1, 1]))
@@ -301,8 +301,8 @@ def test_without_check_affine_voxels_belong_together_as_stored(tmp_path, name):
     source.check()
 
 
-def test_labels_that_a_header_scales_are_fine(tmp_path):
-    """Nibabel stores floats as uint8 by a slope, of single precision: 3 is read as 3.00000006."""
+def test_labels_may_be_scaled_by_the_header(tmp_path):
+    """Nibabel stores floats as uint8 with a slope in single precision: 3 is read as 3.00000006."""
     labels = np.random.default_rng(0).integers(0, 4, (6, 7, 8))
     image = nib.Nifti1Image(labels.astype(np.float32), np.eye(4))
     image.header.set_data_dtype(np.uint8)
@@ -313,7 +313,7 @@ def test_labels_that_a_header_scales_are_fine(tmp_path):
     assert found.dtype == np.int64
 
 
-def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
+def test_files_of_one_class_may_hold_other_values_than_1(tmp_path):
     """0 and 255, as many tools write masks; 128 is ignored."""
     mask = np.random.default_rng(0).choice([0, 128, 255], (6, 7, 8)).astype(np.uint8)
     for split in ("train", "val"):
@@ -327,12 +327,12 @@ def test_a_file_for_each_class_may_hold_other_values_than_1(tmp_path):
     expected = [np.where(part == 255, 1, np.where(part == 0, 0, 255)) for part in (mask, 255 - mask)]
     assert np.array_equal(source.split("val")[0].mask, np.stack(expected))
     assert source.fingerprint().intensities[0].maximum == 255
-    found = source.labels.decode(torch.from_numpy(np.stack(expected) == 1))  # and is written so
+    found = source.labels.decode(torch.from_numpy(np.stack(expected) == 1))  # and is written in the same way
     assert np.array_equal(found[0], np.where(mask == 255, 255, 0))
     assert torch.equal(source.labels.encode(found) == 1, torch.from_numpy(np.stack(expected) == 1))
 
 
-def test_values_that_stand_for_ids_are_written_but_not_those_that_became_background():
+def test_mapped_values_are_written_except_for_the_background():
     labels = LabelMap.of_ids(THREE, label_map={205: 1, 420: 2, 7: 0})
     (found,) = labels.decode(torch.tensor([0, 1, 2]))
     assert found.tolist() == [0, 205, 420]
@@ -340,7 +340,7 @@ def test_values_that_stand_for_ids_are_written_but_not_those_that_became_backgro
 
 
 class TestResampling:
-    def test_training_is_at_the_network_s_spacing_and_evaluation_in_the_file_s(self, tmp_path):
+    def test_training_has_the_spacing_of_the_network_and_evaluation_that_of_the_file(self, tmp_path):
         folders(tmp_path, {"train": 2, "val": 2}, np.diag([1, 1, 2, 1.0]))
         write(tmp_path / "images/val/val1.nii.gz", np.zeros((20, 12, 8), np.int16), np.diag([0.5, 1, 2, 1]))
         write(tmp_path / "masks/val/val1.nii.gz", np.zeros((20, 12, 8), np.uint8), np.diag([0.5, 1, 2, 1]))
@@ -352,15 +352,15 @@ class TestResampling:
         assert [tuple(val[i].image.shape[1:]) for i in (0, 1)] == val.sizes == [(10, 6, 16)] * 2
         assert [tuple(val[i].mask.shape) for i in (0, 1)] == [(10, 12, 8), (20, 12, 8)]
         assert [val[i].spacing for i in (0, 1)] == [(1.0, 1.0, 2.0), (0.5, 1.0, 2.0)]
-        # Equal images, other masks: never in one batch.
+        # Images of one size, masks of different sizes: never in one batch.
         data = SegmentationData(source, batch_size=2, eval_batch_size=2, num_workers=0)
         data.setup("fit")
         assert [batch.case for batch in data.val_dataloader()] == [["val0"], ["val1"]]
-        cases = pickle.loads(pickle.dumps(val))  # as a data loader's worker gets it
+        cases = pickle.loads(pickle.dumps(val))  # as in the worker of a data loader
         assert torch.equal(cases[0].image, val[0].image)
 
-    def test_the_extent_stays(self):
-        """A ramp over the volume's extent is the same ramp at another size, but for the half voxels at its ends."""
+    def test_resampling_keeps_the_extent(self):
+        """A ramp over the extent of the volume stays that ramp, except for the half voxels at its ends."""
 
         def ramp(n: int) -> torch.Tensor:
             return ((torch.arange(n) + 0.5) / n).view(1, n, 1, 1).expand(1, n, 3, 3).contiguous()
@@ -370,7 +370,7 @@ class TestResampling:
             torch.testing.assert_close(zoomed[:, 5:-5], ramp(20)[:, 5:-5], atol=0.01, rtol=0)
 
     def test_masks_against_their_definition(self):
-        """The label with the greatest share, of shares interpolated by hand along the one axis that changes."""
+        """Each voxel gets the label with the largest share, interpolated by hand along the only axis that changes."""
         mask = torch.randint(0, 3, (6, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         mask[mask == 2] = 255
         zoomed = resample_mask(mask, (9, 4, 5), planes=False)
@@ -463,7 +463,7 @@ def test_real_volumes():
 
 
 def test_trained_and_predicted_by_command(tmp_path):
-    """An nnU-Net data set: trained at another spacing, then, without the data, predicted in the files' own geometry."""
+    """Train an nnU-Net data set at another spacing; predict without the data, in the geometry of the files."""
     nnunet(tmp_path / "data", cases=6)
     for index in range(2):
         write(tmp_path / f"new/sub/n {index}_0000.nii.gz", blob(index)[0], AFFINES["oblique"])
