@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and are found again."""
+"""Write checkpoints safely, and find the newest one that can be read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FORMER = ".former"  # last.ckpt's is last.former.ckpt
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's way of writing checkpoints, for disks that fill up and machines that stop.
+    """Write checkpoints safely on disks that may be full and machines that may stop.
 
-    A checkpoint is written beside its place, flushed to the disk and then moved there; the one before it is whole until
-    that moment, and of those named in `keep` it stays beside it as `<name>.former.ckpt`. Writing that fails is tried
-    again for a while, with a message each time; the training waits.
+    A checkpoint is written beside the one before, flushed to the disk and then renamed, so that one of them is intact
+    at any moment. For the names in `keep`, the one before stays as `<name>.former.ckpt`. A write that fails is repeated
+    for a while, with a message each time, during which the training waits.
 
     Args:
-        patience: seconds for which a failing disk is tried again.
-        keep: names without suffix of checkpoints whose former one is kept.
+        patience: seconds for which a failing write is repeated.
+        keep: names, without suffix, of the checkpoints whose predecessor is kept.
 
     Raises:
-        OSError: by `save_checkpoint`, once patience is over; what was there is still whole.
+        OSError: `save_checkpoint` has failed for longer than `patience`; the checkpoint before is intact.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,15 +50,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self.patience, self.keep = patience, tuple(keep)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint` to the file `path`; one of another place than this machine's files as Lightning does."""
+        """Write `checkpoint` to the file `path`; a URL is left to Lightning."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        # In memory first: what fails later is the disk alone, and the state is that of this moment.
+        # In memory first: then only the disk can fail, and each attempt writes the state of this moment.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        retried(lambda: self._write(buffer, target), self.patience, f"the checkpoint {target}")
+        retry_writing(lambda: self._write(buffer, target), self.patience, f"the checkpoint {target}")
 
     def _write(self, buffer: io.BytesIO, target: Path) -> None:
         def write(part: Path) -> None:
@@ -73,7 +73,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def keep_former(target: Path) -> None:
-    """Give a file, about to be replaced, a second name, so that there is a whole one at every moment."""
+    """Give a file that is about to be replaced a second name, so that an intact one exists at every moment."""
     former = target.with_name(f"{target.stem}{FORMER}{target.suffix}")
     link = target.with_name(f".{former.stem}.{os.getpid()}.part{target.suffix}")
     try:
@@ -86,8 +86,16 @@ def keep_former(target: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def retried(write: Callable[[], object], patience: float, what: str) -> None:
-    """Call `write`, again and again while it fails for the disk's sake, for `patience` seconds."""
+def retry_writing(write: Callable[[], object], patience: float, name: str) -> None:
+    """Call `write`; while it raises `OSError`, wait and call it again, for up to `patience` seconds.
+
+    Args:
+        write: writes a file.
+        patience: in seconds; afterwards the error is raised.
+        name: of the file, for the message.
+
+    >>> retry_writing(lambda: None, patience=1.0, name="the file")
+    """
     end, pause = time.monotonic() + patience, 1.0
     while True:
         try:
@@ -97,19 +105,19 @@ def retried(write: Callable[[], object], patience: float, what: str) -> None:
             left = end - time.monotonic()
             if left <= 0:
                 raise
-            message = f"{what} could not be written: {error}. The training waits, and tries again for {left:.0f} s."
+            message = f"{name} could not be written: {error}. The training waits, and tries again for {left:.0f} s."
             print(message, file=sys.stderr, flush=True)
             time.sleep(min(pause, left))
             pause = min(2 * pause, 30.0)
 
 
 def newest_readable(folder: Path) -> Path | None:
-    """The checkpoint to go on from: the last one, or if that is damaged the one before; `None` if there is none.
+    """Return the checkpoint to resume from: the newest that is not damaged, or None if the folder has none.
 
-    Warns of a damaged one.
+    Damaged checkpoints cause a warning.
 
     Raises:
-        ValueError: there are some, and all are damaged.
+        ValueError: all checkpoints are damaged.
     """
     damaged: list[str] = []
     for path in _candidates(folder):
@@ -122,7 +130,7 @@ def newest_readable(folder: Path) -> Path | None:
             damaged.append(f"{path} ({str(error).splitlines()[0]})")
             continue
         if damaged:
-            warnings.warn(f"damaged: {', '.join(damaged)}; going on from {path}, which is older", stacklevel=2)
+            warnings.warn(f"damaged: {', '.join(damaged)}; resuming from {path}, which is older", stacklevel=2)
         return path
     if damaged:
         raise ValueError(f"no checkpoint can be read: {', '.join(damaged)}")
@@ -130,14 +138,14 @@ def newest_readable(folder: Path) -> Path | None:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Checkpoints in the order of preference: last, the one before it, then others, newest first."""
+    """Yield checkpoints in the order of preference: last, its predecessor, then the others, newest first."""
     first = [folder / f"last{SUFFIX}", folder / f"last{FORMER}{SUFFIX}"]
     others = [path for path in folder.glob(f"*{SUFFIX}") if path not in first and not path.name.startswith(".")]
     yield from (path for path in first if path.is_file())
     yield from sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what a process that was killed while writing has left; no other may be writing."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while writing; no process may be writing now."""
     for path in folder.glob(f".*.part{SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Write files atomically: tables, figures, and any other."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ __all__ = ["number", "read_csv", "save_figure", "write_atomically", "write_csv"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make the file under a temporary name beside `path`, then put it in its place.
+    """Write a file under a temporary name beside `path`, then rename it: `path` is the old file or the new, never half.
 
-    The temporary file lies in the same folder, because a rename is atomic only within one file system. It keeps the
-    suffix, from which writers tell the format, and is removed if `write` fails.
+    The temporary file is in the same folder, because renaming is atomic only within one file system. It has the suffix
+    of `path`, by which some writers choose the format, and is removed if `write` fails.
+
+    Args:
+        path: the file; its folder is created if necessary.
+        write: called with the temporary path.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder) / "new" / "a.txt", lambda part: part.write_text("1"))
+    ...     (Path(folder) / "new" / "a.txt").read_text()
+    '1'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
@@ -31,12 +41,24 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def number(value: float) -> str:
-    """Six digits, as tables need them; NaN is an empty field."""
+    """Format a number for a table, with six significant digits; NaN is an empty field.
+
+    >>> number(2 / 3), number(float("nan"))
+    ('0.666667', '')
+    """
     return "" if value != value else f"{value:.6g}"
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
-    """A table with a header; a missing value is an empty field."""
+    """Write a table with a header; missing values are empty fields.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "cases.csv"
+    ...     write_csv(path, ["case", "dice"], [{"case": "a", "dice": "0.5"}, {"case": "b"}])
+    ...     read_csv(path)
+    [{'case': 'a', 'dice': '0.5'}, {'case': 'b'}]
+    """
 
     def write(part: Path) -> None:
         with part.open("w", newline="", encoding="utf-8") as file:
@@ -48,7 +70,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, st
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that `write_csv` wrote, without the empty fields; none if there is no such file."""
+    """Read the rows of a table, without their empty fields; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -56,7 +78,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def save_figure(path: Path, figure: Figure, dpi: float) -> None:
-    """A PNG of the figure, drawn without a display and without pyplot's global state."""
+    """Write a figure as PNG, without a display and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -1,8 +1,7 @@
-"""Learning rates that begin low: a warm-up before any of torch's schedules."""
+"""Learning rate schedules: a warm-up before any of torch's schedules."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 
@@ -17,26 +16,26 @@ def warmup(
     epochs: int,
     start_factor: float = 0.1,
 ) -> SequentialLR:
-    r"""Raise the rate linearly for the first epochs, and then follow a schedule from its beginning.
+    r"""Raise the learning rate linearly for the first epochs, then follow a schedule from its start.
 
     .. math::
         \eta(e) = \eta_0 \left(f + (1 - f) \frac{e}{n}\right) \text{ for } e < n, \qquad
         \eta(e) = s(e - n) \text{ from } e = n \text{ on}
 
-    with n = `epochs`, f = `start_factor` and s the schedule that `scheduler` makes, whose own length is what remains
-    after the warm-up. An epoch e is a step of the schedule: with `module.interval=step`, where the rate changes at each
-    optimizer step, `epochs` and the schedule's length are numbers of optimizer steps.
+    with n = `epochs`, f = `start_factor` and s the schedule that `scheduler` returns, whose length is the number of
+    epochs after the warm-up. An epoch e is a step of the schedule: with `module.interval=step`, where the rate changes
+    at each optimizer step, `epochs` and the schedule's length are numbers of optimizer steps.
 
-    It is torch's `SequentialLR` of `LinearLR` and the schedule, and is saved and resumed as such.
+    The result is torch's `SequentialLR` of `LinearLR` and the schedule, and is saved and resumed as such.
 
     Args:
-        optimizer: whose rates change, each group's by the same factor.
+        optimizer: the rates of all its parameter groups are multiplied by the same factor.
         scheduler: called with the optimizer; not `ReduceLROnPlateau`, which follows a metric and not the epochs.
-        epochs: n, at least 1: the first n epochs are below the full rate, and epoch n is the first at it.
-        start_factor: f, in (0, 1]: the share of the full rate in the first epoch.
+        epochs: n, at least 1: the first n epochs are below the full rate, which epoch n reaches.
+        start_factor: f, in (0, 1]: fraction of the full rate in the first epoch.
 
     Raises:
-        ValueError: a number out of its range, or a schedule that follows a metric.
+        ValueError: a number is out of its range, or the schedule follows a metric.
 
     >>> import torch
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -53,24 +52,24 @@ def warmup(
     """
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise ValueError(f"epochs must be an integer >= 1, got {epochs!r}; without a warm-up use the schedule itself")
-    given = isinstance(start_factor, (int, float)) and not isinstance(start_factor, bool)
-    if not given or not math.isfinite(start_factor) or not 0 < start_factor <= 1:
-        raise ValueError(f"start_factor must be a share of the full rate in (0, 1], got {start_factor!r}")
+    is_number = isinstance(start_factor, (int, float)) and not isinstance(start_factor, bool)
+    if not is_number or not 0 < start_factor <= 1:  # NaN too
+        raise ValueError(f"start_factor must be a fraction of the full rate in (0, 1], got {start_factor!r}")
     rising = LinearLR(optimizer, start_factor=start_factor, total_iters=epochs)
     following = scheduler(optimizer)
     if isinstance(following, ReduceLROnPlateau):
         raise ValueError(
-            "scheduler must follow the epochs, which ReduceLROnPlateau, following a metric, does not: use "
-            "scheduler=plateau without a warm-up, or another schedule after it"
+            "scheduler must follow the epochs, but ReduceLROnPlateau follows a metric: use scheduler=plateau without a "
+            "warm-up, or another schedule after the warm-up"
         )
     return _Sequence(optimizer, [rising, following], milestones=[epochs])
 
 
 class _Sequence(SequentialLR):
-    """Torch's, without the warning that some of its releases give of what they do themselves."""
+    """Torch's `SequentialLR`, without the deprecation warning that it causes itself in some releases."""
 
     def step(self) -> None:  # type: ignore[override]
         with warnings.catch_warnings():
-            # At the milestone they call `step(0)` on the next schedule, whose argument is deprecated.
+            # At the milestone it calls `step(0)` on the next schedule, an argument that is deprecated.
             warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
             super().step()

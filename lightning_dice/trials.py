@@ -1,4 +1,4 @@
-"""What a sweep knows of its trials: a record in the folder of each."""
+"""The trials of a sweep: a record in the folder of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 from lightning_dice.io import write_atomically
 
 RECORD = "trial.json"
-ERROR = "error.txt"  # The traceback of a trial that failed, or what its processes said last.
+ERROR = "error.txt"  # The traceback of a failed trial, or the last output of its processes.
 
 Status = Literal["running", "finished", "pruned", "failed"]
 
@@ -23,16 +23,16 @@ class Trial:
     """One trial of a sweep.
 
     Attributes:
-        number: from 0, in the order in which the sweeper asked for it.
-        overrides: what it was trained with, in Hydra's syntax.
-        status: `"running"` also if it was broken off.
-        value: the best of what the checkpoint callback watches; `None` if there is none.
-        monitor: what that is.
-        mode: whether its best is the greatest or the least.
-        epochs: trained, in all.
-        seconds: in all its parts, if it was broken off.
-        started: the last of them, in seconds since 1970.
-        error: of one that failed, in one line.
+        number: from 0, in the order in which the sweeper asked for the trials.
+        overrides: the trial's settings, in Hydra's syntax.
+        status: `"running"` also after an interruption.
+        value: best value of the metric that the checkpoint callback monitors; None if there is none.
+        monitor: that metric.
+        mode: `"max"` if its best value is the largest, `"min"` if it is the smallest.
+        epochs: number of epochs trained.
+        seconds: duration, summed over the parts of an interrupted training.
+        started: start of the last part, in seconds since 1970.
+        error: of a failed trial, in one line.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Trial:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The overrides by their keys.
+        """The values of the overrides by their keys.
 
         >>> Trial(0, ["loss=dice", "+trainer.limit_val_batches=2"]).parameters
         {'loss': 'dice', 'trainer.limit_val_batches': '2'}
@@ -57,27 +57,31 @@ class Trial:
         return {key.lstrip("+~"): value for key, _, value in pairs}
 
     def ended(self, status: Status, **changes: object) -> Trial:
-        """The same trial, at its end."""
-        # One that had ended and is trained on by hand has no beginning to count from.
+        """Return the trial with its final status, its duration, and other changed attributes.
+
+        >>> Trial(0, [], status="finished", seconds=60.0).ended("finished", value=0.9).seconds
+        60.0
+        """
+        # The start is unknown if the trial had ended and somebody trained it further.
         seconds = self.seconds + (time.time() - self.started if self.status == "running" else 0.0)
         return replace(self, status=status, seconds=seconds, **changes)  # type: ignore[arg-type]
 
 
 def read_trial(folder: str | Path) -> Trial | None:
-    """The record in a trial's folder; `None` if there is none."""
+    """Read the record in a trial's folder; None if there is none."""
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None  # Of a machine that stopped while it was written: the trial is not known to have ended.
+        return None  # The machine stopped while it was written: whether the trial has ended is unknown.
     known = {field.name for field in fields(Trial)}
     return Trial(**{name: value for name, value in values.items() if name in known})
 
 
 def write_trial(folder: str | Path, trial: Trial) -> None:
-    """Write the record; the folder is made if it is not there."""
+    """Write the record into a trial's folder, which is created if necessary."""
     text = json.dumps(asdict(trial), indent=2) + "\n"
 
     def write(part: Path) -> None:
@@ -90,7 +94,7 @@ def write_trial(folder: str | Path, trial: Trial) -> None:
 
 
 def read_trials(sweep: str | Path) -> list[Trial]:
-    """The records of a sweep's trials, by their numbers; folders that are not named by a number are passed over."""
+    """Read the records of a sweep's trials, sorted by number, from the folders that are named by a number."""
     if not Path(sweep).is_dir():
         return []
     trials = (read_trial(path) for path in Path(sweep).iterdir() if path.name.isdigit())
@@ -98,7 +102,7 @@ def read_trials(sweep: str | Path) -> list[Trial]:
 
 
 def best_first(trials: Iterable[Trial]) -> list[Trial]:
-    """Trials by their value; those that have none come last.
+    """Sort trials by their value, the best first; trials without a value come last.
 
     >>> [trial.number for trial in best_first([Trial(0, []), Trial(1, [], value=0.1), Trial(2, [], value=0.3)])]
     [2, 1, 0]
@@ -112,11 +116,11 @@ def best_first(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def record_outcome(folder: str | Path, status: Status, **changes: object) -> None:
-    """Note that the training in this folder has ended, if it is a trial of a sweep.
+    """Record the end of the training in a folder, if it is a trial of a sweep.
 
     Args:
-        folder: of the run.
-        status: how it ended.
+        folder: the run's folder.
+        status: of the trial.
         changes: other attributes of `Trial`.
     """
     trial = read_trial(folder)

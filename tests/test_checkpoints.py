@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_dice import checkpoints
-from lightning_dice.checkpoints import SafeCheckpointIO, newest_readable, remove_parts, retried
+from lightning_dice.checkpoints import SafeCheckpointIO, newest_readable, remove_partial_files, retry_writing
 from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.run_folder import newest_checkpoint
 
@@ -127,7 +127,7 @@ def test_not_for_ever(naps, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        retried(fail, 100.0, "it")
+        retry_writing(fail, 100.0, "it")
     assert sum(naps) == pytest.approx(100)
     assert max(naps) == 30
 
@@ -145,7 +145,7 @@ def test_other_mistakes_are_not_retried(naps):
         raise TypeError("not a state")
 
     with pytest.raises(TypeError):
-        retried(fail, 100.0, "it")
+        retry_writing(fail, 100.0, "it")
     assert naps == []
 
 
@@ -171,7 +171,7 @@ class TestNewest:
         data = path.read_bytes()
         path.unlink()  # Not through the other name.
         path.write_bytes(data[: int(left * len(data)) if left < 1 else left])
-        with pytest.warns(UserWarning, match=r"damaged: .*last\.ckpt.*going on from .*last\.former\.ckpt, which is ol"):
+        with pytest.warns(UserWarning, match=r"damaged: .*last\.ckpt.*resuming from .*last\.former\.ckpt, which is ol"):
             assert newest_readable(folder) == folder / "last.former.ckpt"
 
     def test_the_one_before_one_that_is_damaged_within(self, folder):
@@ -203,7 +203,7 @@ class TestNewest:
     def test_what_a_killed_process_left_is_removed(self, folder):
         part = folder / ".last.123.part.ckpt"
         part.write_bytes(b"half")
-        remove_parts(folder)
+        remove_partial_files(folder)
         assert not part.exists()
         assert len(list(folder.iterdir())) == 3
 

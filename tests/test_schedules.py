@@ -89,7 +89,7 @@ def test_no_warning_from_torch_releases_that_warn_of_themselves(monkeypatch):
     [
         ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
-        ({"epochs": 1, "start_factor": 0}, r"start_factor must be a share of the full rate in \(0, 1\], got 0"),
+        ({"epochs": 1, "start_factor": 0}, r"start_factor must be a fraction of the full rate in \(0, 1\], got 0"),
         ({"epochs": 1, "start_factor": 1.1}, "start_factor must be"),
         ({"epochs": 1, "start_factor": math.nan}, "start_factor must be"),
         ({"epochs": 1, "scheduler": ReduceLROnPlateau}, "scheduler must follow the epochs"),
