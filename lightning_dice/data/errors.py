@@ -1,4 +1,4 @@
-"""Errors and warnings about data, which name the file and the remedy."""
+"""Errors and warnings about data; each names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-LISTED = 20  # files in one error
+MAX_LISTED = 20  # files in one error
 
 
 class DataError(ValueError):
@@ -15,7 +15,7 @@ class DataError(ValueError):
 
 
 class DataErrors(DataError):
-    """Several things wrong, told in one message.
+    """Several problems in one message.
 
     Attributes:
         problems: each of them.
@@ -27,12 +27,12 @@ class DataErrors(DataError):
 
 
 class DataProblem(DataError):
-    """One thing wrong with one file.
+    """One problem with one file.
 
     Args:
         what: what was required and what came.
         where: the file or folder.
-        remedy: how to mend it, where known.
+        remedy: how to fix it, if known.
 
     >>> print(DataProblem("is empty (0 bytes)", where="images/a.png", remedy="Copy it again."))
     images/a.png: is empty (0 bytes). Copy it again.
@@ -44,12 +44,20 @@ class DataProblem(DataError):
 
 
 def combined_error(root: Path, problems: Sequence[DataProblem]) -> DataErrors:
-    """One error of many problems: grouped by their remedy, the first files of each by name."""
+    """Combine problems into one error, grouped by remedy; of large groups only the first files are listed.
+
+    >>> problems = [DataProblem("has no mask", f"data/{name}.png", "Add the mask.") for name in "ab"]
+    >>> print(combined_error(Path("data"), problems))
+    2 problems in data:
+    - a.png: has no mask
+    - b.png: has no mask
+      Add the mask.
+    """
     groups: dict[str, list[DataProblem]] = defaultdict(list)
     for problem in problems:
         groups[problem.remedy].append(problem)
     lines = []
-    left, room = len(groups), LISTED
+    left, room = len(groups), MAX_LISTED
     # Small groups first: they leave room for the large ones.
     for remedy, group in sorted(groups.items(), key=lambda item: len(item[1])):
         shown = group[: max(room // left, 1)]
@@ -64,8 +72,8 @@ def combined_error(root: Path, problems: Sequence[DataProblem]) -> DataErrors:
 
 
 class FileWarning(UserWarning):
-    """Something about one file that whoever brought it should know, and that does not keep the rest from being done."""
+    """A file is unusual, but was processed."""
 
 
 class SkippedWarning(FileWarning):
-    """A file or folder that was found and will not be read."""
+    """A file or folder was found but not read."""

@@ -10,15 +10,13 @@ MASK_SUFFIXES = (
     *("_gt", "_groundtruth", "_manual1", "_annotation"),
 )
 IMAGE_SUFFIXES = ("_image", "_img", "_0000")
-
-
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
 
 
-def strip(stem: str, suffixes: Iterable[str]) -> str:
-    """A stem without a customary suffix, in any case.
+def strip_suffix(stem: str, suffixes: Iterable[str]) -> str:
+    """Remove a suffix from a stem, ignoring case.
 
-    >>> strip("a_Segmentation", MASK_SUFFIXES), strip("frame_0001", IMAGE_SUFFIXES)
+    >>> strip_suffix("a_Segmentation", MASK_SUFFIXES), strip_suffix("frame_0001", IMAGE_SUFFIXES)
     ('a', 'frame_0001')
     """
     for suffix in suffixes:
@@ -27,10 +25,10 @@ def strip(stem: str, suffixes: Iterable[str]) -> str:
     return stem
 
 
-def stem(path: Path, extensions: Sequence[str] = EXTENSIONS) -> str:
-    """A file's name without its suffix, which may have two parts.
+def file_stem(path: Path, extensions: Sequence[str] = EXTENSIONS) -> str:
+    """Return a file's name without its extension, which may have two parts.
 
-    >>> stem(Path("a.b.nii.gz"), (".nii.gz",)), stem(Path("a.b.PNG"))
+    >>> file_stem(Path("a.b.nii.gz"), (".nii.gz",)), file_stem(Path("a.b.PNG"))
     ('a.b', 'a.b')
     """
     ending = next((one for one in extensions if path.name.lower().endswith(one)), path.suffix)

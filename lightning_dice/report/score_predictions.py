@@ -108,7 +108,7 @@ class _PredictionFiles:
 
     def image_of(self, case: str) -> str:
         """Return the image that a tile belongs to; any other case is its own."""
-        return case if self._tiles is None else self._tiles.part(case)[0]
+        return case if self._tiles is None else self._tiles.locate(case)[0]
 
     def possible_paths(self, case: str) -> list[Path]:
         """Return the files of a case's prediction in all formats."""
@@ -128,7 +128,7 @@ class _PredictionFiles:
         """
         if self._tiles is None:
             return self._load_image(case, mask.shape)
-        name, size, window = self._tiles.part(case)
+        name, size, window = self._tiles.locate(case)
         if self._last is None or self._last[0] != name:  # Tiles of one image come one after another.
             self._last = name, *self._load_image(name, (*mask.shape[: mask.ndim - len(size)], *size))
         _, labels, probs = self._last

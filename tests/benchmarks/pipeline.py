@@ -27,7 +27,7 @@ from scipy import ndimage
 from lightning_dice import DiceLoss
 from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.data import Batch, Sample, SegmentationData
-from lightning_dice.data.images.image_reader import read_picture
+from lightning_dice.data.images.image_reader import read_image
 
 SIZE = 512  # pixels
 IGNORED = 255  # what a rotation fills
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         picture = cases.pairs[0].image
         print(f"**An image of {SIZE}x{SIZE} in a worker, {picture.stat().st_size / 1e3:.0f} kB of PNG**\n")
         print("| | ms of one core |\n|---|---|")
-        print(f"| decode the picture | {milliseconds(lambda: read_picture(picture)):.1f} |")
+        print(f"| decode the picture | {milliseconds(lambda: read_image(picture)):.1f} |")
         print(f"| picture and mask as a sample | {milliseconds(lambda: cases[0]):.1f} |")
         print(f"| augment and normalize | {milliseconds(lambda: prepared(sample)):.1f} |\n")
 

@@ -1,4 +1,4 @@
-"""Windows and tiles: that they are normalized as the whole image is, which prediction sees."""
+"""Patches and tiles are normalized by the statistics of the whole image, as in prediction."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import tifffile
 import torch
 from torchvision.transforms import v2
 
-from lightning_dice.data import FolderSource, MaskFormat, PatchSampler, SegmentationData, Standardize
+from lightning_dice.data import MaskFormat, PatchSampler, SegmentationData, Standardize
 from lightning_dice.data.images.windowed_tiff import LargeImage
+from tests.data.image_sources import folder_source
 
 SIDE, PART = 96, 32
 KINDS = {
@@ -22,7 +23,7 @@ KINDS = {
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A picture whose corners differ, so that no part has the mean and spread of the whole."""
-    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 7 * SIDE)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK_PIXELS", 7 * SIDE)
     ramp = np.arange(SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE) ** 2 / SIDE**4
     for split in ("train", "val"):
         for kind, pixels in (("images", ramp), ("masks", (ramp > 0.5).astype(np.uint8))):
@@ -33,7 +34,7 @@ def root(tmp_path, monkeypatch):
 
 
 def data_of(root: Path, normalize, nodata=None) -> SegmentationData:
-    source = FolderSource(root, MaskFormat(["a"], "sigmoid"), channels=1, tile=PART, nodata=nodata)
+    source = folder_source(root, MaskFormat(["a"], "sigmoid"), channels=1, tile=PART, nodata=nodata)
     patches = PatchSampler([PART, PART], patches_per_image=8)
     data = SegmentationData(source, batch_size=4, num_workers=0, normalize=normalize, patches=patches, ignore_index=255)
     data.prepare_data()
@@ -42,14 +43,14 @@ def data_of(root: Path, normalize, nodata=None) -> SegmentationData:
 
 
 def whole_of(root: Path, normalize, nodata=None) -> torch.Tensor:
-    source = FolderSource(root, MaskFormat(["a"], "sigmoid"), channels=1, nodata=nodata)
+    source = folder_source(root, MaskFormat(["a"], "sigmoid"), channels=1, nodata=nodata)
     return normalize(source.split("val")[0].image)
 
 
 @pytest.mark.parametrize("nodata", [None, 0.0])
 @pytest.mark.parametrize("windowed", [1000, 10**6], ids=["from-the-file", "decoded-whole"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_look_as_they_do_in_the_whole(root, kind, windowed, nodata, monkeypatch):
+def test_parts_are_normalized_as_in_the_whole(root, kind, windowed, nodata, monkeypatch):
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", windowed)
     whole = whole_of(root, KINDS[kind], nodata)
     data = data_of(root, KINDS[kind], nodata)
@@ -68,7 +69,7 @@ def test_parts_look_as_they_do_in_the_whole(root, kind, windowed, nodata, monkey
         assert (nearest - found[:, None]).abs().min(1).values.max() < 2e-5
 
 
-def test_prediction_by_windows_normalizes_alike(root, monkeypatch):
+def test_prediction_by_windows_normalizes_in_the_same_way(root, monkeypatch):
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 1000)
     for normalize in KINDS.values():
         data = data_of(root, normalize)

@@ -1,4 +1,4 @@
-"""Windows of large TIFFs and tiles of them: that they are cut from what would have been read whole."""
+"""Regions and tiles of large TIFFs equal those of the whole image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from lightning_dice.data import CocoSource, DataError, FolderSource, MaskFormat, PatchSampler, SegmentationData
-from lightning_dice.data.images.datasets import FolderCases, TiledCases, starts
+from lightning_dice.data import DataError, MaskFormat, PatchSampler, SegmentationData
+from lightning_dice.data.images.datasets import FolderCases, TiledCases, tile_starts
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
-from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
-from lightning_dice.data.patches import windows
+from lightning_dice.data.images.windowed_tiff import WindowedTiff, open_windowed_tiff
+from tests.data.image_sources import coco_source, folder_source
 
 HEIGHT, WIDTH = 170, 230
 RNG = np.random.default_rng(0)
@@ -34,9 +34,9 @@ TILES = {"tile": (32, 48), "compression": "zlib"}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Let small files be large ones, and blocks of them a few rows."""
+    """Treat small files as large, and read them in blocks of a few rows."""
     monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 5000)
-    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 37 * WIDTH)
+    monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK_PIXELS", 37 * WIDTH)
     monkeypatch.setattr("lightning_dice.data.patches.BLOCK", 11 * WIDTH)
 
 
@@ -49,7 +49,7 @@ def store(path: Path, pixels: np.ndarray, **how) -> None:
 
 
 def folder(root: Path, masks: dict[str, np.ndarray], image: np.ndarray = RGB, splits=("train",), **how) -> Path:
-    """One case in each split; masks by their folder, `{}` standing for that of the split."""
+    """Write one case for each split; `masks` are by their folder below that of the split."""
     how = how or TILES
     for split in splits:
         store(root / f"images/{split}/a.tif", image, **how)
@@ -98,14 +98,14 @@ def window_of(sample, top: int, left: int, height: int = 50, width: int = 60):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_windows_are_those_of_the_whole_sample(name, tmp_path):
+def test_regions_equal_those_of_the_whole_sample(name, tmp_path):
     masks, settings = MASKS[name]
-    cases = FolderSource(folder(tmp_path, masks), **settings).split("train")
+    cases = folder_source(folder(tmp_path, masks), **settings).split("train")
     whole, opened = cases[0], cases.open(0)
-    assert isinstance(opened.image, LargePicture)
+    assert isinstance(opened.image, WindowedTiff)
     for top, left in ((0, 0), (120, 170), (31, 47), (32, 48), (100, 0)):
         image, mask = window_of(whole, top, left)
-        sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+        sample = opened.read_region((slice(top, top + 50), slice(left, left + 60)))
         assert torch.equal(sample.image, image)
         assert torch.equal(sample.mask, mask)
         assert sample.mask.dtype == mask.dtype
@@ -126,12 +126,12 @@ IMAGES = {
 @pytest.mark.parametrize("name", IMAGES)
 def test_images(name, tmp_path):
     pixels, how = IMAGES[name]
-    cases = FolderSource(folder(tmp_path, {"": IDS}, pixels, **how), MaskFormat(THREE)).split("train")
+    cases = folder_source(folder(tmp_path, {"": IDS}, pixels, **how), MaskFormat(THREE)).split("train")
     opened, whole = cases.open(0), cases[0]
-    assert isinstance(opened.image, LargePicture)
+    assert isinstance(opened.image, WindowedTiff)
     for top, left in ((0, 0), (120, 170), (31, 47)):
         assert torch.equal(
-            opened.window((slice(top, top + 50), slice(left, left + 60))).image, window_of(whole, top, left)[0]
+            opened.read_region((slice(top, top + 50), slice(left, left + 60))).image, window_of(whole, top, left)[0]
         )
 
 
@@ -142,10 +142,10 @@ def test_a_window_of_grays_in_a_palette_of_colours(settings, tmp_path):
     image = RNG.integers(0, 200, (HEIGHT, WIDTH), dtype=np.uint8)
     image[:, 120:] = 220
     how = {"photometric": "palette", "colormap": colours, **TILES}
-    cases = FolderSource(folder(tmp_path, {"": IDS}, image, **how), MaskFormat(THREE), **settings).split("train")
+    cases = folder_source(folder(tmp_path, {"": IDS}, image, **how), MaskFormat(THREE), **settings).split("train")
     whole, opened = cases[0], cases.open(0)
     for top, left in ((0, 0), (90, 100), (100, 150)):
-        sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+        sample = opened.read_region((slice(top, top + 50), slice(left, left + 60)))
         assert torch.equal(sample.image, window_of(whole, top, left)[0])
         assert torch.equal(sample.mask, window_of(whole, top, left)[1])
 
@@ -170,49 +170,49 @@ def drawn(patches, count: int = 12) -> list:
 
 @pytest.mark.parametrize("name", ["ids", "ids-ignored", "a-file-for-each-class", "majority-of-raters"])
 @pytest.mark.parametrize("size", [(40, 50), (180, 50)], ids=["within", "beyond"])
-def test_patches_lie_where_those_of_whole_cases_do(name, size, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_dice.data.patches.PLACES", 300)
+def test_patches_equal_those_of_whole_cases(name, size, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dice.data.patches.MAX_CENTERS", 300)
     masks, settings = MASKS[name]
-    cases = FolderSource(folder(tmp_path, masks), **settings).split("train")
+    cases = folder_source(folder(tmp_path, masks), **settings).split("train")
     sampler = PatchSampler(size, oversample_foreground=0.7, patches_per_image=None)
-    mine, other = sampler.of(cases), sampler.of(Whole(cases))
+    mine, other = sampler.cut(cases), sampler.cut(Whole(cases))
     for one, two in zip(drawn(mine), drawn(other), strict=True):
         assert torch.equal(one.image, two.image)
         assert torch.equal(one.mask, two.mask)
-    assert len(mine._places[0]) == 600 or name == "ids-ignored"
-    assert np.array_equal(mine._places[0], other._places[0])
-    middle = mine._places[0][:, 1] / IDS.size - 0.5
-    assert abs(middle.mean()) < 0.1  # which a few that come first would not give
+    assert len(mine._centers[0]) == 600 or name == "ids-ignored"
+    assert np.array_equal(mine._centers[0], other._centers[0])
+    middle = mine._centers[0][:, 1] / IDS.size - 0.5
+    assert abs(middle.mean()) < 0.1  # the first ones would have a smaller mean
 
 
 @pytest.mark.parametrize("fusion", ["mean", "random"])
-def test_foreground_is_where_any_of_several_raters_sees_it(fusion, tmp_path):
+def test_foreground_is_that_of_any_rater(fusion, tmp_path):
     anna, ben = np.zeros_like(IDS), np.zeros_like(IDS)
     anna[20, 30], ben[100, 7] = 1, 2
     root = folder(tmp_path, {"anna": anna, "ben": ben})
-    cases = FolderSource(root, MaskFormat(THREE), raters=["anna", "ben"], fusion=fusion).split("train")
-    patches = PatchSampler((9, 9), oversample_foreground=1.0).of(cases)
+    cases = folder_source(root, MaskFormat(THREE), raters=["anna", "ben"], fusion=fusion).split("train")
+    patches = PatchSampler((9, 9), oversample_foreground=1.0).cut(cases)
     found = drawn(patches)
-    assert patches._places[0].tolist() == [[1, 20 * WIDTH + 30], [2, 100 * WIDTH + 7]]
+    assert patches._centers[0].tolist() == [[1, 20 * WIDTH + 30], [2, 100 * WIDTH + 7]]
     if fusion == "random":
         assert {tuple(sample.mask.unique().tolist()) for sample in found} == {(0,), (0, 1), (0, 2)}
 
 
-def test_a_file_that_is_no_tiff_is_decoded_once_and_kept_as_stored(tmp_path):
+def test_other_files_than_tiffs_are_decoded_once_and_cached_as_stored(tmp_path):
     for split in ("images", "masks"):
         (tmp_path / split / "train").mkdir(parents=True)
     Image.fromarray(RGB).save(tmp_path / "images/train/a.png")
     Image.fromarray(IDS).save(tmp_path / "masks/train/a.png")
-    cases = FolderSource(tmp_path, MaskFormat(THREE)).split("train")
+    cases = folder_source(tmp_path, MaskFormat(THREE)).split("train")
     sampler = PatchSampler((40, 50), oversample_foreground=0.5, patches_per_image=3)
-    patches = sampler.of(cases)
-    for one, two in zip(drawn(patches), drawn(sampler.of(Whole(cases))), strict=True):
+    patches = sampler.cut(cases)
+    for one, two in zip(drawn(patches), drawn(sampler.cut(Whole(cases))), strict=True):
         assert torch.equal(one.image, two.image)
         assert torch.equal(one.mask, two.mask)
-    assert patches._kept[0].nbytes == RGB.nbytes + IDS.nbytes
+    assert patches._cached[0].nbytes == RGB.nbytes + IDS.nbytes
 
 
-def test_which_files_windows_are_read_of(tmp_path, monkeypatch):
+def test_which_files_are_read_by_windows(tmp_path, monkeypatch):
     large = {"tiles.tif": TILES, "strips.tif": {"rowsperstrip": 4, "compression": "lzw"}, "plain.tif": {}}
     others = {
         "one-strip.tif": {"rowsperstrip": HEIGHT, "compression": "zlib"},
@@ -220,21 +220,21 @@ def test_which_files_windows_are_read_of(tmp_path, monkeypatch):
     }
     for name, how in (large | others).items():
         store(tmp_path / name, IDS, **how)
-        assert (open_windows(tmp_path / name) is not None) == (name in large), name
+        assert (open_windowed_tiff(tmp_path / name) is not None) == (name in large), name
     store(tmp_path / "small.tif", IDS[:50, :50], **TILES)
     Image.fromarray(IDS).save(tmp_path / "a.png")
-    assert open_windows(tmp_path / "small.tif") is open_windows(tmp_path / "a.png") is None
+    assert open_windowed_tiff(tmp_path / "small.tif") is open_windowed_tiff(tmp_path / "a.png") is None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(DataError, match="is stored turned"):
-        open_windows(tmp_path / "turned.tif")
+        open_windowed_tiff(tmp_path / "turned.tif")
 
 
 def test_the_file_is_not_kept_open(tmp_path):
-    """Neither forks nor many cases at once share or use up what a system calls files."""
-    cases = FolderSource(folder(tmp_path, {"": IDS}), MaskFormat(THREE)).split("train")
-    patches = PatchSampler((50, 60), oversample_foreground=0.5).of(cases)
+    """Forks share no open file, and many cases do not exhaust the limit of open files."""
+    cases = folder_source(folder(tmp_path, {"": IDS}), MaskFormat(THREE)).split("train")
+    patches = PatchSampler((50, 60), oversample_foreground=0.5).cut(cases)
     expected = drawn(patches, 3)
-    assert isinstance(patches._kept[0].image, LargePicture)
+    assert isinstance(patches._cached[0].image, WindowedTiff)
     if sys.platform == "linux":
         assert not [link for link in Path("/proc/self/fd").iterdir() if "a.tif" in _target(link)]
     for one, two in zip(drawn(pickle.loads(pickle.dumps(patches)), 3), expected, strict=True):
@@ -250,13 +250,13 @@ def _target(link: Path) -> str:
 class TestSurvey:
     @staticmethod
     def both(root: Path, monkeypatch, **settings) -> list:
-        """What a survey finds by windows, and what it finds of whole files."""
-        found = [FolderSource(root, **settings).survey()]
+        """Survey the files by windows and whole."""
+        found = [folder_source(root, **settings).survey()]
         monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.WINDOWED", 10**9)
-        return [*found, FolderSource(root, **settings).survey()]
+        return [*found, folder_source(root, **settings).survey()]
 
     @pytest.mark.parametrize("name", MASKS)
-    def test_by_blocks_it_is_that_of_the_whole(self, name, tmp_path, monkeypatch):
+    def test_a_survey_by_blocks_equals_that_of_whole_files(self, name, tmp_path, monkeypatch):
         masks, settings = MASKS[name]
         one, two = self.both(folder(tmp_path, masks, splits=("train", "val")), monkeypatch, **settings)
         assert one.facts == two.facts
@@ -270,23 +270,23 @@ class TestSurvey:
         assert one.facts == two.facts
         assert one.facts["train"][0].levels in (3, 4)  # NaN counts as one
 
-    def test_what_is_wrong_says_in_which_rows(self, tmp_path):
+    def test_problems_name_the_rows(self, tmp_path):
         image = RGB.astype(np.float32)
         image[100, 3] = np.nan
         claimed = np.zeros_like(IDS)
         claimed[160:] = 1
         root = folder(tmp_path, {"front": claimed, "back": claimed}, image, ("train", "val"))
         with pytest.raises(DataError) as caught:
-            FolderSource(root, MaskFormat(THREE)).check()
+            folder_source(root, MaskFormat(THREE)).check()
         assert "holds 3 values that are not finite (NaN or infinite) (in the rows 74 to 110)" in str(caught.value)
         assert "holds 2300 pixels of several classes" in str(caught.value)
         assert "data.activation=sigmoid (in the rows 148 to 169)" in str(caught.value)
 
-    def test_values_and_sizes_that_cannot_be(self, tmp_path):
+    def test_invalid_values_and_sizes_are_refused(self, tmp_path):
         root = folder(tmp_path, {"": IDS * 100}, splits=("train", "val"))
         store(root / "masks/val/a.tif", IDS[:-1], **TILES)
         with pytest.raises(DataError) as caught:
-            FolderSource(root, MaskFormat(THREE)).check()
+            folder_source(root, MaskFormat(THREE)).check()
         assert f"the values 100 ({(IDS == 1).sum()} pixels), 200 ({(IDS == 2).sum()} pixels)" in str(caught.value)
         assert "is 169x230 (height x width), but its image a.tif is 170x230" in str(caught.value)
 
@@ -299,7 +299,7 @@ class TestSurvey:
         data[place : place + 20] = b"\xff" * 20
         path.write_bytes(bytes(data))
         with pytest.raises(DataError, match=r"a\.tif: cannot be decoded from row 160 on"):
-            FolderSource(root, MaskFormat(THREE)).check()
+            folder_source(root, MaskFormat(THREE)).check()
 
 
 class TestNodata:
@@ -309,19 +309,19 @@ class TestNodata:
         image[30:60, 40:100], image[120:] = 0, 0
         return folder(tmp_path, {"": IDS}, image)
 
-    def test_holes_have_the_mean_of_the_whole_picture_and_are_ignored(self, root):
-        cases = FolderSource(root, MaskFormat(THREE), nodata=0).split("train")
+    def test_holes_have_the_mean_of_the_whole_image_and_are_ignored(self, root):
+        cases = folder_source(root, MaskFormat(THREE), nodata=0).split("train")
         whole, opened = cases[0], cases.open(0)
         for top, left in ((0, 0), (20, 30), (120, 170), (70, 0)):
             image, mask = window_of(whole, top, left)
-            sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+            sample = opened.read_region((slice(top, top + 50), slice(left, left + 60)))
             assert torch.equal(sample.image, image)
             assert torch.equal(sample.mask, mask)
         assert (whole.mask[30:60, 40:100] == 255).all()
 
-    def test_prediction_reads_what_it_reads_of_the_whole(self, root):
+    def test_prediction_by_windows_equals_that_of_the_whole(self, root):
         form = MaskFormat(THREE)
-        reader = FolderSource(root, form, nodata=0).reader
+        reader = folder_source(root, form, nodata=0).reader
         (item,) = reader.find(root / "images/train")
         whole = reader.read(item).image
         large = ImagePredictionIO(form, reader.image_format, large=1000).read(item).image
@@ -330,10 +330,10 @@ class TestNodata:
 
 
 class TestTiles:
-    def test_they_cover_every_pixel_once(self, tmp_path):
+    def test_tiles_cover_every_pixel_once(self, tmp_path):
         root = folder(tmp_path, {"": IDS}, splits=("train", "val"))
         for tile in (1, 7, 50, 64, 170, 229, 230, 500):
-            source = FolderSource(root, MaskFormat(THREE), tile=tile)
+            source = folder_source(root, MaskFormat(THREE), tile=tile)
             cases = source.split("val")
             assert isinstance(source.split("train"), FolderCases)
             seen = np.zeros((HEIGHT, WIDTH), int)
@@ -343,12 +343,12 @@ class TestTiles:
                     assert part.stop - part.start <= tile
                     assert length <= tile or 2 * (part.stop - part.start) >= tile
             assert (seen == 1).all()
-            assert len(cases) == len(starts(HEIGHT, tile)) * len(starts(WIDTH, tile))
+            assert len(cases) == len(tile_starts(HEIGHT, tile)) * len(tile_starts(WIDTH, tile))
 
-    def test_their_sums_are_those_of_the_image(self, tmp_path):
+    def test_tiles_sum_to_the_image(self, tmp_path):
         root = folder(tmp_path, {"": IDS}, splits=("train", "val"))
-        whole = FolderSource(root, MaskFormat(THREE)).split("val")[0]
-        cases = pickle.loads(pickle.dumps(FolderSource(root, MaskFormat(THREE), tile=64).split("val")))
+        whole = folder_source(root, MaskFormat(THREE)).split("val")[0]
+        cases = pickle.loads(pickle.dumps(folder_source(root, MaskFormat(THREE), tile=64).split("val")))
         samples = [cases[index] for index in range(len(cases))]
         assert [tuple(sample.image.shape[1:]) for sample in samples] == list(cases.sizes)
         joined = sum(sample.image.double().sum((1, 2)) for sample in samples)
@@ -359,8 +359,8 @@ class TestTiles:
         assert list(names)[:4] == ["a@0-0", "a@0-64", "a@0-128", "a@0-179"]
         assert torch.equal(names["a@64-179"].image, whole.image[:, 64:117, 179:])
 
-    def test_what_is_not_cut_keeps_its_name(self, tmp_path):
-        cases = FolderSource(folder(tmp_path, {"": IDS}, splits=("train", "val")), MaskFormat(THREE), tile=230).split(
+    def test_an_image_that_is_not_cut_keeps_its_name(self, tmp_path):
+        cases = folder_source(folder(tmp_path, {"": IDS}, splits=("train", "val")), MaskFormat(THREE), tile=230).split(
             "val"
         )
         assert cases[0].case == "a"
@@ -370,14 +370,14 @@ class TestTiles:
         for part, pixels in (("images", RGB), ("masks", IDS)):
             (root / part / "val").mkdir()
             Image.fromarray(pixels).save(root / part / "val" / "b.png")
-        cases = FolderSource(root, MaskFormat(THREE), tile=100).split("val")
+        cases = folder_source(root, MaskFormat(THREE), tile=100).split("val")
         assert isinstance(cases, TiledCases)
         assert np.array_equal(cases[3].mask.numpy(), IDS[85:, :100])
 
     @pytest.mark.parametrize("tile", [0, 2.5, "4096"])
-    def test_a_tile_that_cannot_be(self, tile, tmp_path):
+    def test_an_invalid_tile_is_refused(self, tile, tmp_path):
         with pytest.raises(ValueError, match="tile must be None or pixels"):
-            FolderSource(tmp_path, MaskFormat(THREE), tile=tile)
+            folder_source(tmp_path, MaskFormat(THREE), tile=tile)
 
 
 class TestBeyondWhatIsDecodedWhole:
@@ -387,63 +387,69 @@ class TestBeyondWhatIsDecodedWhole:
         return folder(tmp_path, {"": IDS}, splits=("train", "val"))
 
     def test_validation_needs_tiles(self, root):
-        source = FolderSource(root, MaskFormat(THREE))
+        source = folder_source(root, MaskFormat(THREE))
         for read in (source.check, lambda: source.split("val")):
             with pytest.raises(
                 DataError, match=r"images/val/a\.tif: is too large .*170x230 pixels.*\n.*data\.tile=4096"
             ):
                 read()
-        assert "2 cases" in FolderSource(root, MaskFormat(THREE), tile=50).check()
+        assert "2 cases" in folder_source(root, MaskFormat(THREE), tile=50).check()
 
-    def test_training_needs_windows(self, root):
-        cases = FolderSource(root, MaskFormat(THREE), tile=50).split("train")
+    def test_training_needs_a_read_size(self, root):
+        cases = folder_source(root, MaskFormat(THREE), tile=50).split("train")
         assert list(cases.sizes) == [(HEIGHT, WIDTH)]
-        with pytest.raises(DataError, match=r"is too large to be read whole.*data\.window=\[768,768\]"):
+        with pytest.raises(DataError, match=r"is too large to be read whole.*data\.read_size=\[768,768\]"):
             cases[0]
-        assert PatchSampler((50, 60), oversample_foreground=0.5).of(cases)[0].mask.shape == (50, 60)
+        assert PatchSampler((50, 60), oversample_foreground=0.5).cut(cases)[0].mask.shape == (50, 60)
 
-    def test_a_mask_of_another_kind(self, root):
+    def test_a_large_mask_must_be_a_tiff_too(self, root):
         path = root / "masks/train/a.tif"
         path.unlink()
         Image.fromarray(IDS).save(path.with_suffix(".png"))
         with pytest.raises(DataError, match=r"(?s)a\.png: may be a .*save it as a TIFF in tiles"):
-            FolderSource(root, MaskFormat(THREE), tile=50).check()
+            folder_source(root, MaskFormat(THREE), tile=50).check()
 
 
 class TestEpochs:
     @staticmethod
     def batches(root: Path, workers: int, **settings) -> list:
         torch.manual_seed(3)
-        source = FolderSource(root, MaskFormat(THREE), raters=["anna", "ben"], fusion="random")
+        source = folder_source(root, MaskFormat(THREE), raters=["anna", "ben"], fusion="random")
         data = SegmentationData(
-            source, batch_size=4, num_workers=workers, ignore_index=255, patches=windows((50, 60), **settings)
+            source,
+            batch_size=4,
+            num_workers=workers,
+            ignore_index=255,
+            patches=PatchSampler.from_read_size((50, 60), **settings),
         )
         data.prepare_data()
         data.setup("fit")
         loader = data.train_dataloader()
         return [batch for _ in range(2) for batch in loader]
 
-    def test_neither_workers_nor_memory_decide_anything(self, tmp_path):
+    def test_workers_and_memory_change_nothing(self, tmp_path):
         root = folder(tmp_path, {"anna": IDS, "ben": IDS[::-1]}, splits=("train", "val"))
         for part in ("images/train", "masks/train/anna", "masks/train/ben"):
             Image.fromarray(RGB if part == "images/train" else IDS.T.reshape(IDS.shape)).save(root / part / "b.png")
-        expected = self.batches(root, 0, foreground=0.5)
-        assert len(expected) == 12  # 13 windows of each in an image, two of these, the last two windows left out, twice
+        expected = self.batches(root, 0, oversample_foreground=0.5)
+        assert len(expected) == 12  # 13 patches of each of two images, the last two left out, in two epochs
         for workers, settings in ((2, {}), (0, {"cache": 0})):
-            for mine, other in zip(expected, self.batches(root, workers, foreground=0.5, **settings), strict=True):
+            for mine, other in zip(
+                expected, self.batches(root, workers, oversample_foreground=0.5, **settings), strict=True
+            ):
                 assert mine.case == other.case
                 assert torch.equal(mine.image, other.image)
                 assert torch.equal(mine.mask, other.mask)
         assert not any(torch.equal(a.image, b.image) for a in expected[:6] for b in expected[6:])
 
 
-@pytest.mark.parametrize("window", [512, "512", [512], [64, 64, 64]])
-def test_a_window_that_cannot_be(window):
-    with pytest.raises(ValueError, match=r"window must be pixels along both axes, such as \[768,768\]"):
-        windows(window)
+@pytest.mark.parametrize("read_size", [512, "512", [512], [64, 64, 64]])
+def test_an_invalid_read_size(read_size):
+    with pytest.raises(ValueError, match=r"read_size must be pixels along both axes, such as \[768,768\]"):
+        PatchSampler.from_read_size(read_size)
 
 
-def test_windows_of_annotations(tmp_path):
+def test_regions_of_annotations(tmp_path):
     outline = [30.5, 20.25, 200.0, 30.0, 150.0, 150.0, 20.0, 100.0]
     runs = [0, 5 * HEIGHT + 7, 90, 60 * HEIGHT - 90, HEIGHT * (WIDTH - 65) - 7]
     segments = [
@@ -464,12 +470,12 @@ def test_windows_of_annotations(tmp_path):
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(content))
     for form in (MaskFormat(["cell"], "sigmoid"), MaskFormat(["rest", "cell"])):
-        cases = CocoSource(tmp_path, form).split("train")
+        cases = coco_source(tmp_path, form).split("train")
         whole, opened = cases[0], cases.open(0)
-        assert isinstance(opened.image, LargePicture)
+        assert isinstance(opened.image, WindowedTiff)
         assert set(whole.mask.unique().tolist()) == {0, 1, 255}
         for top, left in ((0, 0), (120, 170), (15, 3)):
-            sample = opened.window((slice(top, top + 50), slice(left, left + 60)))
+            sample = opened.read_region((slice(top, top + 50), slice(left, left + 60)))
             assert torch.equal(sample.mask, window_of(whole, top, left)[1])
 
 
@@ -518,16 +524,17 @@ def test_fit_on_two_scenes(tmp_path):
 
 MEMORY = """
 from pathlib import Path
-from lightning_dice.data import FolderSource, MaskFormat, PatchSampler
+from lightning_dice.data import FolderSource, ImageFormat, MaskFormat, PatchSampler
 
 def peak():  # MB; the system's own count begins with what the parent process holds
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
-source = FolderSource("scenes", MaskFormat(["disc"], "sigmoid", label_map={255: 1}), 1, tile=2048, workers=1)
+discs = MaskFormat(["disc"], "sigmoid", label_map={255: 1})
+source = FolderSource("scenes", discs, ImageFormat(1), tile=2048, workers=1)
 before = peak()
 report = source.check()
-patches = PatchSampler((512, 512), oversample_foreground=0.5, patches_per_image=None).of(source.split("train"))
+patches = PatchSampler((512, 512), oversample_foreground=0.5, patches_per_image=None).cut(source.split("train"))
 samples = [patches[index].mask.float().mean() for index in range(0, len(patches), 90)]
 tile = source.split("val")[7]
 print(len(patches), tile.case, round(peak() - before))

@@ -1,4 +1,4 @@
-"""Cases of images and masks that are files: whole, by windows, or cut into tiles."""
+"""Map-style data sets of image and mask files: whole images, windows of them, or tiles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.errors import DataProblem
-from lightning_dice.data.images.annotators import Raters, fuse
 from lightning_dice.data.images.file_layout import Pair
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import Picture, read_picture
+from lightning_dice.data.images.image_reader import DecodedImage, read_image
 from lightning_dice.data.images.mask_format import MaskFormat, OpenMask
-from lightning_dice.data.images.windowed_tiff import LargePicture, open_windows
-from lightning_dice.data.transforms import normalization_over
+from lightning_dice.data.images.raters import Raters, fuse
+from lightning_dice.data.images.windowed_tiff import WindowedTiff, open_windowed_tiff
+from lightning_dice.data.transforms import fit_normalization_to_blocks
 
 Window = tuple[slice, ...]
 Normalize = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ Normalize = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FolderCases:
-    """The cases of one split of pairs of files; each is read when it is asked for.
+    """The cases of one split of image and mask files. Each is read when it is indexed.
 
     Attributes:
         pairs: images and masks.
@@ -37,8 +37,8 @@ class FolderCases:
         image_format: how images are stored.
         mask_format: how masks are stored.
         planes: the classes of a mask's planes; empty for masks of ids.
-        raters: who made the masks, if several people did.
-        way: what is made of their masks: `fusion` or `reference` of `Raters`.
+        raters: who made the masks, if each image has several.
+        fusion: how their masks are combined: `fusion` or `reference` of `Raters`.
     """
 
     pairs: Sequence[Pair]
@@ -47,7 +47,7 @@ class FolderCases:
     mask_format: MaskFormat
     planes: Sequence[str] = ()
     raters: Raters | None = None
-    way: str = "majority"
+    fusion: str = "majority"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -60,10 +60,10 @@ class FolderCases:
             raise DataProblem(what, self.pairs[index].image, remedy)
         opened = OpenPair(self, self.pairs[index], whole=True)
         height, width = opened.size
-        return opened.window((slice(0, height), slice(0, width)))._replace(whole=None)
+        return opened.read_region((slice(0, height), slice(0, width)))._replace(whole=None)
 
     def open(self, index: int) -> OpenPair:
-        """A case of which windows are read: from the file of a large TIFF, of other files decoded whole.
+        """Open a case to read windows of it: a large TIFF stays on disk, other files are decoded whole.
 
         Raises:
             DataError: a file cannot be read, or is too large to be decoded whole.
@@ -71,18 +71,19 @@ class FolderCases:
         return OpenPair(self, self.pairs[index])
 
     def is_large(self, index: int) -> bool:
-        """Whether an image is beyond what is decoded whole, `PIL.Image.MAX_IMAGE_PIXELS`."""
+        """Return whether an image is too large to be decoded whole: more than `PIL.Image.MAX_IMAGE_PIXELS`."""
         height, width = self.sizes[index]
         return Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
 
 
 class OpenPair:
-    """An image and its masks, of which windows become samples: the values are those of the whole. Not for threads.
+    """An image and its masks, whose windows become samples. Not thread-safe.
 
-    Masks are opened when they are needed: of several raters, perhaps that of one.
+    Pixels have the values that they have in the whole image. A mask is opened when it is first needed, since a sample
+    may need only that of one rater.
 
     Args:
-        cases: how both are stored, and what is made of several raters' masks.
+        cases: how both are stored, and how the masks of several raters are combined.
         pair: their files.
         whole: decode them whole, whatever their size.
 
@@ -91,13 +92,13 @@ class OpenPair:
         size: height and width.
 
     Raises:
-        DataError: a file cannot be read; in `window` and `labels` too.
+        DataError: a file cannot be read; also from `read_region` and `mask_blocks`.
     """
 
     def __init__(self, cases: FolderCases, pair: Pair, whole: bool = False) -> None:
         self.cases, self.pair, self.whole, self.case = cases, pair, whole, pair.case
-        large = None if whole else open_windows(pair.image)
-        self.image: Picture | LargePicture = read_picture(pair.image) if large is None else large
+        windowed = None if whole else open_windowed_tiff(pair.image)
+        self.image: DecodedImage | WindowedTiff = read_image(pair.image) if windowed is None else windowed
         self.size = self.image.size
         self._masks: dict[int, OpenMask] = {}
         self._fill: NDArray[Any] | None = None
@@ -105,98 +106,95 @@ class OpenPair:
 
     @property
     def nbytes(self) -> int:
-        """What is kept in memory: the pixels of what was decoded whole, as stored."""
-        return sum(part.nbytes for part in self._parts)
+        """Bytes kept in memory: the stored pixels of files that were decoded whole, and cached tiles."""
+        return sum(part.nbytes for part in self._opened)
 
     @property
-    def _parts(self) -> list[Picture | LargePicture | OpenMask]:
+    def _opened(self) -> list[DecodedImage | WindowedTiff | OpenMask]:
         return [self.image, *self._masks.values()]
 
-    def window(self, window: Window) -> Sample:
-        """Image and mask in some rows and columns, which must lie within.
+    def read_region(self, region: Window) -> Sample:
+        """Return image and mask in some rows and columns of the image.
 
-        Of `fusion="random"` each window is by a rater of its own.
+        With `fusion="random"`, each window has a rater of its own.
         """
-        rows, columns = window
-        picture = self.image.window(rows, columns)
+        rows, columns = region
+        image = self.image.window(rows, columns)
         mask = self._mask(rows, columns)
-        missing = self.cases.image_format.missing(picture)
-        if missing is not None:
-            mask = _ignoring(mask, torch.from_numpy(missing), self.cases.mask_format)
-        sample = Sample(self._image(picture, missing is not None), mask, self.case, whole=self)
-        for part in self._parts:  # The next window lies anywhere.
-            part.forget()
+        nodata = self.cases.image_format.nodata_mask(image)
+        if nodata is not None:
+            mask = _ignore_pixels(mask, torch.from_numpy(nodata), self.cases.mask_format)
+        sample = Sample(self._to_tensor(image, nodata is not None), mask, self.case, whole=self)
+        for part in self._opened:  # The next window may be anywhere.
+            part.clear_cache()
         return sample
 
     def normalization(self, normalize: Normalize) -> Normalize:
-        """What `normalize` does to the whole image; where that takes its statistics, by one pass, once."""
+        """Return what `normalize` does to the whole image; if it needs the image's statistics, by one pass, once."""
         if self._normalization is None or self._normalization[0] is not normalize:
-            self._normalization = normalize, normalization_over(normalize, self._blocks)
+            self._normalization = normalize, fit_normalization_to_blocks(normalize, self._blocks)
         return self._normalization[1]
 
     def _blocks(self) -> Iterator[Tensor]:
-        """The image from top to bottom, as the network sees it but for normalization."""
+        """Yield the image from top to bottom, before normalization."""
         for rows in self.image.blocks():
-            picture = self.image.window(rows, slice(0, self.size[1]))
-            yield self._image(picture, self.cases.image_format.missing(picture) is not None)
-        self.image.forget()
+            image = self.image.window(rows, slice(0, self.size[1]))
+            yield self._to_tensor(image, self.cases.image_format.nodata_mask(image) is not None)
+        self.image.clear_cache()
 
-    def _image(self, picture: Picture, holes: bool) -> Tensor:
+    def _to_tensor(self, image: DecodedImage, holes: bool) -> Tensor:
         if holes and self._fill is None:
             self._fill = self.cases.image_format.means(self.image)
-        return self.cases.image_format.image(picture, self._fill)
+        return self.cases.image_format.to_tensor(image, self._fill)
 
-    def labels(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Ids or planes by blocks of rows, and the flat index of a block's first pixel.
+    def mask_blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield ids or planes by blocks of rows, with the flat index of a block's first pixel.
 
-        Of `fusion="mean"` and `"random"` those of one rater after the other.
+        With `fusion="mean"` and `"random"`, yield each block of every rater.
         """
         raters, columns = self.cases.raters, slice(0, self.size[1])
-        alone = raters.chosen("mean") if raters is not None and self.cases.way in ("mean", "random") else []
+        each = raters.mask_indices("mean") if raters is not None and self.cases.fusion in ("mean", "random") else []
         for rows in self.image.blocks():
-            masks = [self._one(index, rows, columns) for index in alone] or [self._mask(rows, columns)]
+            masks = [self._mask_of(index, rows, columns) for index in each] or [self._mask(rows, columns)]
             yield from ((rows.start * self.size[1], mask.numpy()) for mask in masks)
-        for part in self._parts:
-            part.forget()
+        for part in self._opened:
+            part.clear_cache()
 
     def _mask(self, rows: slice, columns: slice) -> Tensor:
-        raters, way = self.cases.raters, self.cases.way
+        raters, fusion = self.cases.raters, self.cases.fusion
         if raters is None:
-            return self._one(0, rows, columns)
-        masks = [self._one(index, rows, columns) for index in raters.chosen(way)]
+            return self._mask_of(0, rows, columns)
+        masks = [self._mask_of(index, rows, columns) for index in raters.mask_indices(fusion)]
         if len(masks) == 1:
             return masks[0]
-        return fuse(masks, "mean" if way == "mean" else "majority", self.cases.mask_format)
+        return fuse(masks, "mean" if fusion == "mean" else "majority", self.cases.mask_format)
 
-    def _one(self, index: int, rows: slice, columns: slice) -> Tensor:
-        """The mask of one of several raters."""
-        form, raters, files = self.cases.mask_format, self.cases.raters, self.pair.masks
+    def _mask_of(self, rater: int, rows: slice, columns: slice) -> Tensor:
+        """Return a window of the mask of one rater, by its position in `Raters.files`."""
+        mask_format, raters, files = self.cases.mask_format, self.cases.raters, self.pair.masks
         each = len(files) // (1 if raters is None else len(raters.files))
-        numbers = range(index * each, (index + 1) * each)
+        numbers = range(rater * each, (rater + 1) * each)
         for number in numbers:
             if number not in self._masks:
-                self._masks[number] = OpenMask(self.image, files[number], form, self.whole)
+                self._masks[number] = OpenMask(self.image, files[number], mask_format, self.whole)
         stored = [plane for number in numbers for plane in self._masks[number].planes(rows, columns)]
         try:
-            return form.encode(stored, bool(self.cases.planes))
-        except ValueError as wrong:
+            return mask_format.encode(stored, bool(self.cases.planes))
+        except ValueError as error:
             where = ", ".join(str(files[number]) for number in numbers)
-            raise DataProblem(str(wrong), where, "Set data.label_map or data.classes.") from wrong
+            raise DataProblem(str(error), where, "Set data.label_map or data.classes.") from error
 
 
 class TiledCases:
-    """Cases of which the large ones are cut on a grid, each tile a case of its own.
+    """Cases whose large images are cut into tiles on a grid; each tile is a case of its own.
 
-    A tile is `tile` pixels high and wide; the last two along an axis share what is left, each more than half of that.
-    Together they cover each pixel once. A tile is named after its first pixel: `<case>@<row>-<column>`. What is not cut
-    keeps its name.
+    A tile is `tile` pixels high and wide; the last two along an axis share the remainder evenly. Together the tiles
+    cover each pixel once. A tile is named after its first pixel, `<case>@<row>-<column>`; images that are not cut keep
+    their names.
 
     Args:
-        cases: whole.
-        tile: pixels; images of more rows or columns are cut.
-
-    >>> starts(8193, 4096), starts(4097, 4096), starts(4096, 4096)
-    ([0, 4096, 6145], [0, 2049], [0])
+        cases: whole images.
+        tile: pixels; images with more rows or columns are cut.
     """
 
     def __init__(self, cases: FolderCases, tile: int) -> None:
@@ -207,15 +205,15 @@ class TiledCases:
         for number, size in enumerate(cases.sizes):
             axes = []
             for length in size:
-                first = starts(length, tile)
-                axes.append([slice(a, b) for a, b in zip(first, [*first[1:], length], strict=True)])
+                starts = tile_starts(length, tile)
+                axes.append([slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)])
             name, windows = cases.pairs[number].case, list(product(*axes))
             for window in windows:
                 self._tiles.append((number, window))
                 self._names.append(f"{name}@{window[0].start}-{window[1].start}" if len(windows) > 1 else name)
                 self.sizes.append(tuple(part.stop - part.start for part in window))
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        # Neighbours come one after the other: what had to be decoded whole serves all tiles of an image.
+        # Tiles are read in order, so an image that had to be decoded whole is kept for all of its tiles.
         self._last = threading.local()
 
     def __len__(self) -> int:
@@ -227,11 +225,11 @@ class TiledCases:
             return self.cases[number]
         if getattr(self._last, "number", None) != number:
             self._last.opened, self._last.number = self.cases.open(number), number
-        sample: Sample = self._last.opened.window(window)
+        sample: Sample = self._last.opened.read_region(window)
         return sample._replace(case=self._names[index])
 
-    def part(self, name: str) -> tuple[str, tuple[int, ...], Window]:
-        """What a case is a part of: the name of that, its height and width, and the rows and columns."""
+    def locate(self, name: str) -> tuple[str, tuple[int, ...], Window]:
+        """Return the image that a tile is cut from: its name, its height and width, and the tile's rows and columns."""
         number, window = self._tiles[self._numbers[name]]
         return self.cases.pairs[number].case, tuple(self.cases.sizes[number]), window
 
@@ -242,17 +240,21 @@ class TiledCases:
         self.__dict__.update(state, _last=threading.local())
 
 
-def starts(length: int, tile: int) -> list[int]:
-    """Where the tiles of an axis begin, as in `TiledCases`."""
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Return where the tiles of an axis begin, as in `TiledCases`.
+
+    >>> tile_starts(8193, 4096), tile_starts(4097, 4096), tile_starts(4096, 4096)
+    ([0, 4096, 6145], [0, 2049], [0])
+    """
     if length <= tile:
         return [0]
     rest = (-(-length // tile) - 2) * tile
     return [*range(0, rest + 1, tile), rest + (length - rest + 1) // 2]
 
 
-def _ignoring(mask: Tensor, where: Tensor, mask_format: MaskFormat) -> Tensor:
+def _ignore_pixels(mask: Tensor, pixels: Tensor, mask_format: MaskFormat) -> Tensor:
     label = mask_format.ignore_index
     if label is None:
-        raise ValueError("nodata needs an ignore_index, by which masks say so; set data.ignore_index=255")
+        raise ValueError("nodata needs an ignore_index to mark its pixels in masks; set data.ignore_index=255")
     fits = mask.is_floating_point() or torch.iinfo(mask.dtype).min <= label <= torch.iinfo(mask.dtype).max
-    return (mask if fits else mask.int()).masked_fill(where, label)
+    return (mask if fits else mask.int()).masked_fill(pixels, label)

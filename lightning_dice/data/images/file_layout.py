@@ -1,4 +1,4 @@
-"""Which files of a folder belong together, and to which split."""
+"""Find a folder's images, the masks of each image, and the splits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_dice.data.errors import DataProblem
-from lightning_dice.data.file_names import EXTENSIONS, IMAGE_SUFFIXES, MASK_SUFFIXES, stem, strip
-from lightning_dice.data.images.file_patterns import is_file, names_files, walk
+from lightning_dice.data.file_names import EXTENSIONS, IMAGE_SUFFIXES, MASK_SUFFIXES, file_stem, strip_suffix
+from lightning_dice.data.images.file_patterns import find_files, is_file_or_broken_link, is_file_pattern
 from lightning_dice.data.images.mask_format import MaskFile
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import FOLDERS, complete_splits, split_words
+from lightning_dice.data.splits import FOLDERS, SplitSettings, complete_splits, split_folders
+from lightning_dice.text import join_some
+
+SplitNames = Mapping[Split, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image with its masks: one file of ids, or one for each class; of several raters, those of each in turn.
+    """An image with its masks.
 
     Attributes:
         case: the image's name, unique in its split.
         image: the image file.
-        masks: the mask files.
+        masks: one file of ids, or one for each class; with several raters, the files of each in turn.
     """
 
     case: str
@@ -34,14 +37,14 @@ class Pair:
 
 @dataclass
 class Layout:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         pairs: of each split that exists.
         planes: the classes that have a mask file each, in the order of a pair's masks; empty for masks of ids.
-        raters: who made the masks, in the order of a pair's masks; empty where there is one mask of each.
-        problems: what does not fit together.
-        notes: what is as it should be, and yet worth telling.
+        raters: who made the masks, in the order of a pair's masks; empty if each image has one mask.
+        problems: files that do not match, and the like.
+        notes: remarks for the report.
     """
 
     pairs: dict[Split, list[Pair]] = field(default_factory=dict)
@@ -51,154 +54,151 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-class Named(NamedTuple):
-    """A file, and the name by which images and masks find each other."""
+class NamedFile(NamedTuple):
+    """A file, and the name by which images and masks are matched."""
 
     name: str
     path: Path
 
 
-class _Slot(NamedTuple):
-    """The mask files of one rater and one class, of which each image has one.
+class _MaskSet(NamedTuple):
+    """The mask files of one rater and one class: one for each image.
 
-    `exact`: they bear the image's name alone; otherwise customary suffixes are passed over.
+    `exact`: they have the image's name; otherwise they may have a customary suffix.
     """
 
     where: str
     rater: str | None
     plane: str | None
-    files: list[Named]
+    files: list[NamedFile]
     exact: bool
 
 
-def scan(
+def find_pairs(
     root: Path,
     images: str,
     masks: str,
-    planes: Sequence[str],
-    fractions: Sequence[float],
-    seed: int,
+    split_settings: SplitSettings,
     *,
+    planes: Sequence[str] = (),
     background: str | None = None,
     raters: Sequence[str] = (),
-    split_files: str | None = None,
-    splits: Mapping[Split, str | None] | None = None,
-    extensions: Sequence[str] = EXTENSIONS,
 ) -> Layout:
-    """List a folder's cases.
+    """Find a folder's images and their masks.
 
     Args:
         root: the folder.
-        images: where under `root` the images are: a folder, in which `{split}` stands for the split's, or a pattern of
-            files with `{case}` in it, see `walk`.
-        masks: the same for the masks; `{class}` and `{rater}` stand for one of these.
-        planes: names of classes that may have a mask file each, in folders of their names or by `{class}`; empty where
-            there can be none.
-        fractions: shares of train, val and test, where folders or lists do not make the splits.
-        seed: for the draw of these shares.
-        background: the one of `planes` that may do without files.
-        raters: who made masks, one of each image: in folders of their names or by `{rater}`.
-        split_files: text files below `root` that name the cases of each `{split}`.
-        splits: what `{split}` stands for, for each split that there is; `None`: the customary words.
-        extensions: of images and masks, in lower case.
+        images: where the images are below `root`: a folder, in which `{split}` stands for the split's, or a pattern
+            with `{case}` in it, see `find_files`.
+        masks: the same for the masks; `{class}` and `{rater}` stand for a class and a rater.
+        split_settings: the names of the splits, or how they are drawn.
+        planes: classes that may have a mask file each, in folders of their names or by `{class}`.
+        background: the one of `planes` that needs no files.
+        raters: who made masks: in folders of their names, or by `{rater}`.
     """
     layout = Layout(raters=tuple(raters))
-    if (absent := no_folder(root)) is not None:
+    if (absent := root_problem(root)) is not None:
         layout.problems.append(absent)
         return layout
-    words = split_words(splits)
+    names, split_files = split_settings.names, split_settings.split_files
     try:
-        found = _find_images(root, images, words, extensions)
+        found = _find_images(root, images, names)
         if split_files is not None:
-            found = _listed(root, split_files, found, words, layout)
-        for wanted in words if splits is not None else ():
+            found = _select_listed(root, split_files, found, names, layout)
+        for wanted in names if split_settings.splits is not None else ():
             if wanted not in found:
-                what = f"there is nothing for the split {wanted}, which data.splits calls {words[wanted][0]!r}"
-                layout.problems.append(
-                    DataProblem(what, root / (split_files or images), "Set data.splits to what there is.")
-                )
-        places = _Masks(root, masks, tuple(planes), background, tuple(raters), words, extensions)
+                what = f"there is nothing for the split {wanted}, which data.splits calls {names[wanted][0]!r}"
+                where = root / (split_files or images)
+                layout.problems.append(DataProblem(what, where, "Correct data.splits."))
+        finder = _MaskFinder(root, masks, tuple(planes), background, tuple(raters), names)
     except DataProblem as problem:
         layout.problems.append(problem)
         return layout
-    used: set[Path] = set()
-    offered: dict[Path, None] = {}  # a set that keeps its order
     parts: dict[Split | None, list[Pair]] = {}
+    used: set[Path] = set()
+    candidates: dict[Path, None] = {}  # a set that keeps its order
     for split, (folder, files) in found.items():
         try:
-            slots = places.slots(split, folder)
+            mask_sets = finder.mask_sets(split, folder)
+            _check_raters_agree(mask_sets, raters, folder)
         except DataProblem as problem:
             layout.problems.append(problem)
             continue
-        if slots is None:
-            what = f"has no folder of masks beside it; masks found for: {', '.join(places.splits)}"
-            place = masks.replace("{split}", str(split)) if "{split}" in masks else f"{masks}/{split}"
-            layout.problems.append(DataProblem(what, folder, f"Add {place}, or remove the images."))
-            continue
-        each = {rater: [slot.plane for slot in slots if slot.rater == rater] for rater in raters}
-        if any(planes_of != each[raters[0]] for planes_of in each.values()):
-            what = "; ".join(f"{rater}: {', '.join(map(str, names)) or 'none'}" for rater, names in each.items())
-            layout.problems.append(
-                DataProblem(f"raters have masks of different classes: {what}", folder, "Add the others.")
-            )
-            continue
-        masks_here = {file.path for slot in slots for file in slot.files}  # which may lie, and fit, among the images
-        pairs, candidates = _pair([file for file in files if file.path not in masks_here], folder, slots, layout)
-        layout.planes = layout.planes or tuple(dict.fromkeys(slot.plane for slot in slots if slot.plane is not None))
-        used.update(mask for pair in pairs for mask in pair.masks if isinstance(mask, Path))
-        offered.update(dict.fromkeys(candidates))
-        parts[split] = pairs
+        masks_here = {file.path for mask_set in mask_sets for file in mask_set.files}  # may be among the images
+        own = [file for file in files if file.path not in masks_here]
+        parts[split], unambiguous = _pair(own, folder, mask_sets, layout)
+        present = dict.fromkeys(mask_set.plane for mask_set in mask_sets if mask_set.plane is not None)
+        layout.planes = layout.planes or tuple(present)
+        used.update(mask for pair in parts[split] for mask in pair.masks if isinstance(mask, Path))
+        candidates.update(dict.fromkeys(unambiguous))
     if split_files is None:
-        orphans = [mask for mask in offered if mask not in used]
+        orphans = [mask for mask in candidates if mask not in used]
         layout.problems += [DataProblem("has no image", mask, "Add the image, or remove the mask.") for mask in orphans]
-    layout.pairs = complete_splits(parts, fractions, seed, layout.problems, root / images)
+    layout.pairs = complete_splits(parts, split_settings, layout.problems, root / images)
     return layout
 
 
-def no_folder(root: Path) -> DataProblem | None:
-    """What is wrong with a root that is no folder."""
+def root_problem(root: Path) -> DataProblem | None:
+    """Return what is wrong with a root that is not a folder."""
     if root.is_dir():
         return None
     what = "is a file" if root.exists() else "does not exist"
     return DataProblem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
 
 
-def image_files(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
-    """The image files right in a folder, sorted; hidden files and others are passed over."""
-    files = (path for path in folder.iterdir() if path.name.lower().endswith(tuple(extensions)))
-    return sorted(path for path in files if not path.name.startswith(".") and is_file(path))
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted, without hidden files and those of sub-folders."""
+    files = (path for path in folder.iterdir() if path.name.lower().endswith(EXTENSIONS))
+    return sorted(path for path in files if not path.name.startswith(".") and is_file_or_broken_link(path))
 
 
-def match(
-    images: Sequence[Named], masks: Sequence[Named], exact: bool = False
+def describe_contents(folder: Path) -> str:
+    """Describe the contents of a folder for a message.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     (Path(root) / "data" / "images").mkdir(parents=True)
+    ...     describe_contents(Path(root) / "data"), describe_contents(Path(root) / "data" / "images")
+    ('data holds images/', 'images is empty')
+    """
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return f"{folder.name} holds {join_some(names)}" if names else f"{folder.name} is empty"
+
+
+def match_masks(
+    images: Sequence[NamedFile], masks: Sequence[NamedFile], exact: bool = False
 ) -> tuple[dict[Path, Path], list[DataProblem], set[Path]]:
-    """Find each image's mask by its name, with and without the customary suffixes.
+    """Match images and masks by name, with and without the customary suffixes.
 
     Args:
         images: the images.
         masks: the masks.
-        exact: the masks' names are the images' already.
+        exact: masks have no suffixes.
 
     Returns:
-        The mask of each image that has exactly one; what is ambiguous; the files that are part of an ambiguity.
+        The mask of each image that has exactly one; ambiguities; the files that are part of one.
+
+    >>> image, mask = NamedFile("a", Path("images/a.png")), NamedFile("a_mask", Path("masks/a_mask.png"))
+    >>> match_masks([image], [mask])[0] == {image.path: mask.path}
+    True
     """
     problems: list[DataProblem] = []
-    blamed: set[Path] = set()
+    ambiguous: set[Path] = set()
 
     def refuse(what: str, several: Sequence[Path], where: Path, others: Sequence[Path], remedy: str) -> None:
         problems.append(DataProblem(f"{what}: {', '.join(path.name for path in several)}", where, remedy))
-        blamed.update(several, others, [where])
+        ambiguous.update(several, others, [where])
 
-    by_name: dict[str, list[Path]] = defaultdict(list)
+    masks_by_name: dict[str, list[Path]] = defaultdict(list)
     for name, mask in masks:
-        for key in dict.fromkeys((name, name if exact else strip(name, MASK_SUFFIXES))):
-            by_name[key].append(mask)
-    twins: dict[str, list[Path]] = defaultdict(list)
+        for key in dict.fromkeys((name, name if exact else strip_suffix(name, MASK_SUFFIXES))):
+            masks_by_name[key].append(mask)
+    images_by_name: dict[str, list[Path]] = defaultdict(list)
     for name, image in images:
-        twins[name].append(image)
+        images_by_name[name].append(image)
     claims: dict[Path, list[Path]] = defaultdict(list)
-    for name, same in twins.items():
-        candidates = by_name.get(name) or by_name.get(strip(name, IMAGE_SUFFIXES), [])
+    for name, same in images_by_name.items():
+        candidates = masks_by_name.get(name) or masks_by_name.get(strip_suffix(name, IMAGE_SUFFIXES), [])
         if len(same) > 1:
             refuse("several images have one stem", same, same[0], candidates, "Keep one of them.")
         elif len(candidates) > 1:
@@ -211,111 +211,105 @@ def match(
             refuse("fits several images", claimants, mask, [], "Give each image a mask of its own.")
         else:
             found[claimants[0]] = mask
-    return found, problems, blamed
+    return found, problems, ambiguous
 
 
 def _pair(
-    images: Sequence[Named], folder: Path, slots: Sequence[_Slot], layout: Layout
+    images: Sequence[NamedFile], folder: Path, mask_sets: Sequence[_MaskSet], layout: Layout
 ) -> tuple[list[Pair], list[Path]]:
-    """The pairs of one split, and all mask files that could have been part of one; problems go to `layout`."""
+    """Return the pairs of one split, and its mask files but the ambiguous ones; add problems to `layout`."""
     if not images:
-        layout.problems.append(_empty(folder, "image"))
-    for slot in slots:
-        if not slot.files:
-            layout.problems.append(_empty(Path(slot.where), "mask"))
-    if not images or not all(slot.files for slot in slots):
+        layout.problems.append(_no_files(folder, "image"))
+    layout.problems += [_no_files(Path(masks.where), "mask") for masks in mask_sets if not masks.files]
+    if not images or not all(masks.files for masks in mask_sets):
         return [], []
-    matched = [match(images, slot.files, slot.exact) for slot in slots]
-    ambiguous = {str(problem): problem for _, problems, _ in matched for problem in problems}  # once for all classes
-    layout.problems += ambiguous.values()
-    blamed: set[Path] = set().union(*(part for _, _, part in matched))
+    matched = [match_masks(images, masks.files, masks.exact) for masks in mask_sets]
+    problems = {str(problem): problem for _, found, _ in matched for problem in found}  # once for all classes
+    layout.problems += problems.values()
+    settled: set[Path] = set().union(*(ambiguous for _, _, ambiguous in matched))
     pairs = []
     for name, image in images:
-        lacking = [slot.where for slot, (found, _, _) in zip(slots, matched, strict=True) if image not in found]
+        lacking = [masks.where for masks, (found, _, _) in zip(mask_sets, matched, strict=True) if image not in found]
         if not lacking:
             pairs.append(Pair(name, image, tuple(found[image] for found, _, _ in matched)))
-        elif image not in blamed:
+        elif image not in settled:
             what = f"has no mask in {', '.join(lacking)}"
             layout.problems.append(DataProblem(what, image, "Add the mask, or remove the image."))
-    # A mask whose image lacks one of another class has its image all the same.
-    blamed |= {mask for found, _, _ in matched for mask in found.values()}
-    return pairs, [mask.path for slot in slots for mask in slot.files if mask.path not in blamed]
+    # A mask is no orphan if its image lacks only the mask of another class.
+    settled |= {mask for found, _, _ in matched for mask in found.values()}
+    return pairs, [mask.path for masks in mask_sets for mask in masks.files if mask.path not in settled]
 
 
-class _Images(NamedTuple):
-    """The images of one split, and the place that messages name."""
+def _check_raters_agree(mask_sets: Sequence[_MaskSet], raters: Sequence[str], folder: Path) -> None:
+    classes = {rater: [masks.plane for masks in mask_sets if masks.rater == rater] for rater in raters}
+    if any(names != classes[raters[0]] for names in classes.values()):
+        what = "; ".join(f"{rater}: {', '.join(map(str, names)) or 'none'}" for rater, names in classes.items())
+        raise DataProblem(f"raters have masks of different classes: {what}", folder, "Add the others.")
+
+
+class _ImageSet(NamedTuple):
+    """The images of one split, and where they are, for messages."""
 
     folder: Path
-    files: list[Named]
+    files: list[NamedFile]
 
 
-def _find_images(
-    root: Path, pattern: str, words: Mapping[Split, Sequence[str]], extensions: Sequence[str]
-) -> dict[Split | None, _Images]:
-    if names_files(pattern):
-        parts: dict[Split | None, list[Named]] = defaultdict(list)
-        for bound, path in walk(root, pattern, {"split": list(chain(*words.values()))}, extensions):
-            parts[_split_of(bound, words)].append(Named(bound["case"], path))
-        if not parts:
-            remedy = "Set data.images; data.splits, if the splits have other names than train, val and test."
-            raise DataProblem(f"no file has such a name; {contents(root)}", root / pattern, remedy)
-        return {split: _Images(root / pattern, parts[split]) for split in (None, *words) if split in parts}
-    folders = _find(root, pattern, "images", words, extensions)
-    return {
-        split: _Images(place, _named(image_files(place, extensions), extensions)) for split, place in folders.items()
-    }
+def _find_images(root: Path, pattern: str, names: SplitNames) -> dict[Split | None, _ImageSet]:
+    if not is_file_pattern(pattern):
+        folders = _find_folders(root, pattern, "images", names)
+        return {split: _ImageSet(folder, _with_names(image_files(folder))) for split, folder in folders.items()}
+    parts: dict[Split | None, list[NamedFile]] = defaultdict(list)
+    for matched, path in find_files(root, pattern, {"split": list(chain(*names.values()))}):
+        parts[_split_of(matched, names)].append(NamedFile(matched["case"], path))
+    if not parts:
+        remedy = "Set data.images; data.splits, if the splits have other names than train, val and test."
+        raise DataProblem(f"no file has such a name; {describe_contents(root)}", root / pattern, remedy)
+    return {split: _ImageSet(root / pattern, parts[split]) for split in (None, *names) if split in parts}
 
 
-def _listed(
-    root: Path,
-    pattern: str,
-    found: Mapping[Split | None, _Images],
-    words: Mapping[Split, Sequence[str]],
-    layout: Layout,
-) -> dict[Split | None, _Images]:
-    """The images that lists name, each line with a name, perhaps with a path, a suffix, and further columns."""
+def _select_listed(
+    root: Path, pattern: str, found: Mapping[Split | None, _ImageSet], names: SplitNames, layout: Layout
+) -> dict[Split | None, _ImageSet]:
+    """Select the images that split files list: a name on each line, perhaps with path, suffix and more columns."""
     files = {file.name: file for images in found.values() for file in images.files}
     folder = next(iter(found.values())).folder
-    parts: dict[Split | None, _Images] = {}
-    homes: dict[str, Split] = {}
-    for split, names in words.items():
-        lists = [path for path in (root / pattern.replace("{split}", name) for name in names) if path.is_file()]
+    parts: dict[Split | None, _ImageSet] = {}
+    split_of_case: dict[str, Split] = {}
+    for split, words in names.items():
+        lists = [path for path in (root / pattern.replace("{split}", word) for word in words) if path.is_file()]
         if not lists:
             continue
         if len(lists) > 1:
             several = ", ".join(path.name for path in lists)
             raise DataProblem(f"cases of the split {split} are in several lists: {several}", root, "Keep one of them.")
-        chosen: list[Named] = []
+        selected: list[NamedFile] = []
         for line in lists[0].read_text(encoding="utf-8-sig", errors="replace").splitlines():
             if not line.strip() or line.startswith("#"):
                 continue
-            texts = [Path(text) for text in (line.strip(), line.split()[0])]
-            options = [name for text in texts for name in (str(text), text.name, stem(text))]
+            entries = [Path(text) for text in (line.strip(), line.split()[0])]
+            options = [name for entry in entries for name in (str(entry), entry.name, file_stem(entry))]
             name = next((option for option in options if option in files), None)
             if name is None:
                 what = f"names {line.strip()!r}, of which there is no image"
                 layout.problems.append(DataProblem(what, lists[0], f"Add the image to {folder}, or remove the line."))
-            elif name in homes:
-                twice = "twice" if homes[name] == split else f"which the list of {homes[name]} names too"
+            elif name in split_of_case:
+                other = split_of_case[name]
+                twice = "twice" if other == split else f"which the list of {other} names too"
                 layout.problems.append(DataProblem(f"names {name!r}, {twice}", lists[0], "Remove one of the lines."))
             else:
-                homes[name] = split
-                chosen.append(files[name])
-        parts[split] = _Images(folder, sorted(chosen))
+                split_of_case[name] = split
+                selected.append(files[name])
+        parts[split] = _ImageSet(folder, sorted(selected))
     if not parts:
-        wanted = ", ".join(pattern.replace("{split}", names[0]) for names in words.values())
+        wanted = ", ".join(pattern.replace("{split}", words[0]) for words in names.values())
         raise DataProblem(
             f"there is no list of cases; looked for {wanted}", root, "Set data.split_files, or data.splits."
         )
     return parts
 
 
-class _Masks:
-    """Where the masks of each split are, in folders or by a pattern of files.
-
-    Attributes:
-        splits: for which there are masks.
-    """
+class _MaskFinder:
+    """Finds the masks of each split, in folders or by a pattern."""
 
     def __init__(
         self,
@@ -324,148 +318,139 @@ class _Masks:
         planes: tuple[str, ...],
         background: str | None,
         raters: tuple[str, ...],
-        words: Mapping[Split, Sequence[str]],
-        extensions: Sequence[str],
+        names: SplitNames,
     ) -> None:
-        self.pattern, self.planes, self.background, self.raters = pattern, planes, background, raters
-        self.words, self.extensions, self.root = words, extensions, root
+        self.root, self.pattern, self.names = root, pattern, names
+        self.planes, self.background, self.raters = planes, background, raters
         self._files: list[tuple[dict[str, str], Path]] = []
         self._folders: dict[tuple[str | None, str | None], dict[Split | None, Path]] = {}
-        # Of which raters and classes the pattern itself speaks.
-        self._spoken: list[tuple[str | None, str | None]] = list(
+        # The raters and classes that the pattern has placeholders for.
+        self._in_pattern: list[tuple[str | None, str | None]] = list(
             product(raters if "{rater}" in pattern else (None,), planes if "{class}" in pattern else (None,))
         )
-        if names_files(pattern):
-            names = {"split": list(chain(*words.values())), "class": planes, "rater": raters}
-            self._files = list(walk(root, pattern, names, extensions))
+        if is_file_pattern(pattern):
+            options = {"split": list(chain(*names.values())), "class": planes, "rater": raters}
+            self._files = list(find_files(root, pattern, options))
             if not self._files:
-                raise DataProblem(f"no file has such a name; {contents(root)}", root / pattern, "Set data.masks.")
-            self.splits = sorted({str(_split_of(bound, words)) for bound, _ in self._files})
+                what = f"no file has such a name; {describe_contents(root)}"
+                raise DataProblem(what, root / pattern, "Set data.masks.")
+            self.splits = sorted({str(_split_of(matched, names)) for matched, _ in self._files})
             return
-        for rater, plane in self._spoken:
-            place = _filled(pattern, rater=rater, plane=plane)
+        for rater, plane in self._in_pattern:
+            place = _fill_placeholders(pattern, rater=rater, plane=plane)
             try:
-                self._folders[rater, plane] = _find(root, place, "masks", words, extensions)
+                self._folders[rater, plane] = _find_folders(root, place, "masks", names)
             except DataProblem:
                 if plane is None or plane != background:
                     raise
         self.splits = list(dict.fromkeys(str(split) for part in self._folders.values() for split in part))
 
-    def slots(self, split: Split | None, images: Path) -> list[_Slot] | None:
-        """The masks of a split, of each rater and class; `None` where there is no place for them.
+    def mask_sets(self, split: Split | None, images: Path) -> list[_MaskSet]:
+        """Return the masks of a split, by rater and class.
 
         Raises:
-            DataError: some classes or raters have a folder, and others none.
+            DataError: the split has no masks, or only some classes or raters have a folder.
         """
-        found = self._slots_of_files(split) if self._files else self._slots_of_folders(split, images)
+        found = self._sets_from_files(split) if self._files else self._sets_from_folders(split, images)
         if found is None:
-            return None
-        spared = self.background
-        return [slot for slot in found if slot.files or slot.plane is None or slot.plane != spared]
+            what = f"has no folder of masks beside it; masks found for: {', '.join(self.splits)}"
+            place = f"{self.pattern}/{split}"
+            if "{split}" in self.pattern:
+                place = self.pattern.replace("{split}", str(split))
+            raise DataProblem(what, images, f"Add {place}, or remove the images.")
+        return [masks for masks in found if masks.files or masks.plane is None or masks.plane != self.background]
 
-    def _slots_of_files(self, split: Split | None) -> list[_Slot] | None:
-        mine = [(bound, path) for bound, path in self._files if _split_of(bound, self.words) in (split, None)]
-        if not mine:
+    def _sets_from_files(self, split: Split | None) -> list[_MaskSet] | None:
+        own = [(matched, path) for matched, path in self._files if _split_of(matched, self.names) in (split, None)]
+        if not own:
             return None
-        slots = []
-        for rater, plane in self._spoken:
-            here = [(b, path) for b, path in mine if b.get("rater") == rater and b.get("class") == plane]
-            word = next((b["split"] for b, _ in mine if "split" in b), "")
-            where = str(self.root / _filled(self.pattern, rater=rater, plane=plane, split=word))
-            slots.append(_Slot(where, rater, plane, [Named(b["case"], path) for b, path in here], exact=True))
-        return slots
+        word = next((matched["split"] for matched, _ in own if "split" in matched), "")
+        mask_sets = []
+        for rater, plane in self._in_pattern:
+            files = [
+                NamedFile(matched["case"], path)
+                for matched, path in own
+                if matched.get("rater") == rater and matched.get("class") == plane
+            ]
+            where = str(self.root / _fill_placeholders(self.pattern, rater=rater, plane=plane, split=word))
+            mask_sets.append(_MaskSet(where, rater, plane, files, exact=True))
+        return mask_sets
 
-    def _slots_of_folders(self, split: Split | None, images: Path) -> list[_Slot] | None:
-        slots = []
+    def _sets_from_folders(self, split: Split | None, images: Path) -> list[_MaskSet] | None:
+        mask_sets = []
         for (rater, plane), folders in self._folders.items():
             base = folders.get(split, folders.get(None))
             if base is None:
                 return None
-            for folder, who in self._inner(base, self.raters if rater is None else (), rater):
-                names = self.planes if plane is None else ()
-                places: list[tuple[Path, str | None]] = [*self._planes_in(folder, names)]
-                for place, what in places or [(folder, plane)]:
-                    beside = place.resolve() == images.resolve()
-                    files = _named(image_files(images if beside else place, self.extensions), self.extensions)
-                    if beside:  # The suffix tells masks from images.
-                        files = [file for file in files if strip(file.name, MASK_SUFFIXES) != file.name]
-                    slots.append(_Slot(str(place), who, what, files, exact=False))
-        return slots
+            rater_folders = self._rater_folders(base) if rater is None and self.raters else [(base, rater)]
+            for rater_folder, whose in rater_folders:
+                class_folders = self._class_folders(rater_folder) if plane is None else []
+                for folder, name in class_folders or [(rater_folder, plane)]:
+                    among_images = folder.resolve() == images.resolve()
+                    files = _with_names(image_files(images if among_images else folder))
+                    if among_images:  # The suffix distinguishes masks from images.
+                        files = [file for file in files if strip_suffix(file.name, MASK_SUFFIXES) != file.name]
+                    mask_sets.append(_MaskSet(str(folder), whose, name, files, exact=False))
+        return mask_sets
 
-    def _inner(self, base: Path, raters: tuple[str, ...], rater: str | None) -> list[tuple[Path, str | None]]:
-        missing = [name for name in raters if not (base / name).is_dir()]
+    def _rater_folders(self, base: Path) -> list[tuple[Path, str | None]]:
+        missing = [name for name in self.raters if not (base / name).is_dir()]
         if missing:
-            what = f"has no folder for the rater{'s' * (len(missing) > 1)} {', '.join(missing)}; {contents(base)}"
-            raise DataProblem(what, base, "Set data.raters to the folders that there are.")
-        return [(base / name, name) for name in raters] or [(base, rater)]
+            raters = f"rater{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            what = f"has no folder for the {raters}; {describe_contents(base)}"
+            raise DataProblem(what, base, "Set data.raters to folders that exist.")
+        return [(base / name, name) for name in self.raters]
 
-    def _planes_in(self, folder: Path, planes: tuple[str, ...]) -> list[tuple[Path, str]]:
-        labelled = [name for name in planes if (folder / name).is_dir()]
-        missing = [name for name in planes if name not in labelled and name != self.background]
-        if labelled and missing:
-            what = f"has folders for the classes {', '.join(labelled)}, but none for {', '.join(missing)}"
+    def _class_folders(self, folder: Path) -> list[tuple[Path, str | None]]:
+        present = [name for name in self.planes if (folder / name).is_dir()]
+        missing = [name for name in self.planes if name not in present and name != self.background]
+        if present and missing:
+            what = f"has folders for the classes {', '.join(present)}, but none for {', '.join(missing)}"
             raise DataProblem(what, folder, "Add them, or leave the classes out of data.classes.")
-        return [(folder / name, name) for name in labelled]
+        return [(folder / name, name) for name in present]
 
 
-def _named(paths: Iterable[Path], extensions: Sequence[str]) -> list[Named]:
-    return [Named(stem(path, extensions), path) for path in paths]
+def _with_names(paths: Iterable[Path]) -> list[NamedFile]:
+    return [NamedFile(file_stem(path), path) for path in paths]
 
 
-def _filled(pattern: str, *, rater: str | None, plane: str | None, split: str = "") -> str:
+def _fill_placeholders(pattern: str, *, rater: str | None, plane: str | None, split: str = "") -> str:
     for token, value in (("{rater}", rater), ("{class}", plane), ("{split}", split)):
         pattern = pattern.replace(token, value) if value else pattern
     return pattern
 
 
-def _split_of(bound: Mapping[str, str], words: Mapping[Split, Sequence[str]]) -> Split | None:
-    return next((split for split, names in words.items() if bound.get("split") in names), None)
+def _split_of(matched: Mapping[str, str], names: SplitNames) -> Split | None:
+    return next((split for split, words in names.items() if matched.get("split") in words), None)
 
 
-def _find(
-    root: Path, pattern: str, setting: str, words: Mapping[Split, Sequence[str]], extensions: Sequence[str]
-) -> dict[Split | None, Path]:
-    """The folder of each split, or of `None` where there are no split folders."""
+def _find_folders(root: Path, pattern: str, setting: str, names: SplitNames) -> dict[Split | None, Path]:
+    """Return the folder of each split, or one under `None` if there are no split folders."""
     base = root / pattern
     if "{split}" in pattern:
-        folders = _split_folders(root, pattern, setting, words)
+        folders = split_folders(root, setting, pattern, names)
         if not folders:
-            raise _missing(root, base, setting)
+            raise _no_such_folder(root, base, setting)
         return folders
     if not base.is_dir():
-        raise _missing(root, base, setting)
-    folders = _split_folders(base, "{split}", setting, words)
-    loose = image_files(base, extensions)
+        raise _no_such_folder(root, base, setting)
+    folders = split_folders(base, setting, names=names)
+    loose = image_files(base)
     if folders and loose:
-        names = ", ".join(sorted(path.name for path in folders.values()))
-        what = f"holds {len(loose)} images such as {loose[0].name} beside the folders {names}"
+        present = ", ".join(sorted(path.name for path in folders.values()))
+        what = f"holds {len(loose)} images such as {loose[0].name} beside the folders {present}"
         raise DataProblem(what, base, "Move them into the folders, or the folders elsewhere.")
     return folders or {None: base}
 
 
-def _split_folders(
-    base: Path, pattern: str, setting: str, words: Mapping[Split, Sequence[str]]
-) -> dict[Split | None, Path]:
-    folders: dict[Split | None, Path] = {}
-    for split, names in words.items():
-        found = [base / pattern.replace("{split}", name) for name in names]
-        found = [path for path in found if path.is_dir()]
-        if len(found) > 1:
-            several = ", ".join(path.name for path in found)
-            raise DataProblem(f"{setting} of the split {split} are in several folders: {several}", base, "Merge them.")
-        folders.update(dict.fromkeys([split], found[0]) if found else {})
-    return folders
-
-
-def _missing(root: Path, wanted: Path, setting: str) -> DataProblem:
+def _no_such_folder(root: Path, wanted: Path, setting: str) -> DataProblem:
     remedy = f"Set data.{setting}=<sub-folder of data.root>."
-    for name in ("images", "masks") if (root / "train").is_dir() else ():
-        if (root / "train" / name).is_dir():
-            remedy = """Set 'data.images="{split}/images"' 'data.masks="{split}/masks"'."""
-    return DataProblem(f"there is no such folder; {contents(root)}", wanted, remedy)
+    if any((root / "train" / name).is_dir() for name in ("images", "masks")):
+        remedy = """Set 'data.images="{split}/images"' 'data.masks="{split}/masks"'."""
+    return DataProblem(f"there is no such folder; {describe_contents(root)}", wanted, remedy)
 
 
-def _empty(place: Path, kind: str) -> DataProblem:
+def _no_files(place: Path, kind: str) -> DataProblem:
     if not place.is_dir():
         return DataProblem(f"no {kind} has such a name", place, f"Add the {kind}s, or set data.{kind}s.")
     inner = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -475,11 +460,4 @@ def _empty(place: Path, kind: str) -> DataProblem:
         remedy = f"""Choose one of its folders: 'data.masks="{above}/{inner[0]}"'."""
         if len(inner) > 1:
             remedy += f" If each is a rater's: 'data.raters=[{','.join(inner)}]'."
-    return DataProblem(f"holds no {kind} ({' '.join(EXTENSIONS)}); {contents(place)}", place, remedy)
-
-
-def contents(folder: Path) -> str:
-    """What a folder holds, in words."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{folder.name} holds {shown}" if names else f"{folder.name} is empty"
+    return DataProblem(f"holds no {kind} ({' '.join(EXTENSIONS)}); {describe_contents(place)}", place, remedy)

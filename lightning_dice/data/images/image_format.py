@@ -1,4 +1,4 @@
-"""What a stored image becomes for the network."""
+"""How the pixels of an image file become the network's input."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dice.data.errors import DataProblem
-from lightning_dice.data.images.image_reader import Picture, to_image
+from lightning_dice.data.images.image_reader import DecodedImage, to_tensor
 
 
-class Blockwise(Protocol):
-    """A picture, decoded or not, that is looked at in blocks of rows: `Picture` or `LargePicture`."""
+class BlockwiseImage(Protocol):
+    """An image that can be read in blocks of rows: a `DecodedImage` or a `WindowedTiff`."""
 
     def blocks(self) -> Iterable[slice]:
-        """The rows of each."""
+        """Return the rows of each block."""
         ...
 
-    def window(self, rows: slice, columns: slice) -> Picture:
-        """A part of it."""
+    def window(self, rows: slice, columns: slice) -> DecodedImage:
+        """Return a part of the image."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are stored, and what the network gets of them.
+    """How images are stored, and what the network sees of them.
 
     Args:
-        channels: of the images as the network sees them: 1 for gray, 3 for RGB (gray is repeated).
-        bands: which of the stored channels they are, in order, counted from 1 as GDAL does: `[4, 3, 2]` is true colour
-            in Sentinel-2's numbering. `None`: all.
-        max_value: the stored value that becomes 1; it need not be the greatest. `None`: 255 and 65535 of unsigned integers
-            of 8 and 16 bits, 1 of floats; other integers need one.
-        nodata: the stored value of pixels that show nothing, in any of the bands; NaN where floats say so. They are
-            filled with the mean of the others in their channel, and ignored in the mask.
+        channels: of the network's input: 1 for gray, 3 for RGB (gray is repeated).
+        bands: the stored channels to use, in order, counted from 1 as GDAL does: `[4, 3, 2]` is true colour in
+            Sentinel-2's numbering. `None`: all.
+        max_value: the stored value that becomes 1; it need not be the greatest. `None`: 255 and 65535 for unsigned
+            integers of 8 and 16 bits, 1 for floats; other integers need one.
+        nodata: the stored value, perhaps NaN, of pixels that show nothing, in any of the bands. Each channel of these
+            pixels is filled with the mean of its other pixels, and they are ignored in the mask.
 
     Raises:
-        ValueError: a setting out of its range, or as many bands as there are no channels.
+        ValueError: a setting is out of its range, or `bands` are not as many as `channels`.
 
     >>> from pathlib import Path
-    >>> picture = Picture(np.array([[[7, 0, 1000], [9, 500, -1]]], np.int16), Path("a.tif"), max_value=None)
-    >>> ImageFormat(channels=2, bands=[3, 2], max_value=1000).image(picture)
+    >>> stored = DecodedImage(np.array([[[7, 0, 1000], [9, 500, -1]]], np.int16), Path("a.tif"), max_value=None)
+    >>> ImageFormat(channels=2, bands=[3, 2], max_value=1000).to_tensor(stored)
     tensor([[[ 1.0000, -0.0010]],
     <BLANKLINE>
             [[ 0.0000,  0.5000]]])
-    >>> ImageFormat(channels=1, bands=[3], max_value=1000, nodata=-1).image(picture)
+    >>> ImageFormat(channels=1, bands=[3], max_value=1000, nodata=-1).to_tensor(stored)
     tensor([[[1., 1.]]])
     """
 
@@ -82,63 +82,64 @@ class ImageFormat:
                 raise ValueError(f"nodata must be a stored value, or nan, got {self.nodata!r}") from None
         object.__setattr__(self, "channels", int(self.channels))
 
-    def image(self, picture: Picture, fill: NDArray[np.float64] | float | None = None) -> Tensor:
-        """A float32 tensor `(channels, height, width)`.
+    def to_tensor(self, image: DecodedImage, fill: NDArray[np.float64] | float | None = None) -> Tensor:
+        """Return a float32 tensor `(channels, height, width)`.
 
         Args:
-            picture: a whole one, or a window.
-            fill: what pixels without an image get, for each channel: of a window the `means` of the whole picture. By
-                default those of this one.
+            image: a whole image, or a window of one.
+            fill: what `nodata` pixels become, in each channel: for a window the `means` of the whole image. By
+                default the means of `image`.
 
         Raises:
-            DataError: for another number of channels, an integer type without a max_value, or a value that is not finite.
+            DataError: for another number of channels, an integer type that needs `max_value`, or NaN and infinite
+                values.
         """
-        holes, whole = self.missing(picture), picture
-        picture = self._chosen(picture)
+        holes, whole = self.nodata_mask(image), image
+        image = self._select_bands(image)
         if holes is not None:
-            picture = _filled(picture, holes, np.asarray(self.means(whole) if fill is None else fill))
+            image = _fill_holes(image, holes, np.asarray(self.means(whole) if fill is None else fill))
         if self.max_value is not None:
-            picture = replace(picture, pixels=picture.colors(), palette=None, max_value=float(self.max_value))
-        return to_image(picture, self.channels)
+            image = replace(image, pixels=image.apply_palette(), palette=None, max_value=float(self.max_value))
+        return to_tensor(image, self.channels)
 
-    def means(self, picture: Blockwise) -> NDArray[np.float64]:
-        """The mean of each stored channel over the pixels that show something, in float64; 0 where none does."""
+    def means(self, image: BlockwiseImage) -> NDArray[np.float64]:
+        """Return the mean of each channel over the pixels that show something, in float64; 0 if none does."""
         count, total = 0, np.zeros(1)
-        for rows in picture.blocks():
-            pixels = self._chosen(picture.window(rows, slice(None))).pixels
-            seen = pixels[~self._holes(pixels).any(-1)]
+        for rows in image.blocks():
+            pixels = self._select_bands(image.window(rows, slice(None))).pixels
+            seen = pixels[~self._is_nodata(pixels).any(-1)]
             # Sums of whole numbers are exact in any order; those of floats agree to rounding.
             total = total + seen.sum(0, dtype=np.float64)
             count += len(seen)
         return total / max(count, 1)
 
-    def missing(self, picture: Picture) -> NDArray[np.bool_] | None:
-        """Where pixels show nothing, `(height, width)`; `None`: nowhere."""
+    def nodata_mask(self, image: DecodedImage) -> NDArray[np.bool_] | None:
+        """Return the pixels that show nothing as a mask `(height, width)`; `None` if there are none."""
         if self.nodata is None:
             return None
-        found = np.asarray(self._holes(self._chosen(picture).pixels).any(-1))
+        found = np.asarray(self._is_nodata(self._select_bands(image).pixels).any(-1))
         return found if found.any() else None
 
-    def _chosen(self, picture: Picture) -> Picture:
-        if self.bands is None and (self.nodata is None or picture.palette is None):
-            return picture
+    def _select_bands(self, image: DecodedImage) -> DecodedImage:
+        if self.bands is None and (self.nodata is None or image.palette is None):
+            return image
         if self.bands is None:
-            return replace(picture, pixels=picture.colors(), palette=None)
-        # All three colours, also of a window that shows grays alone.
-        pixels = picture.pixels if picture.palette is None else picture.palette[picture.pixels[..., 0]]
+            return replace(image, pixels=image.apply_palette(), palette=None)
+        # Always three colours: `apply_palette` gives one channel for a window that shows only grays.
+        pixels = image.pixels if image.palette is None else image.palette[image.pixels[..., 0]]
         if max(self.bands) > pixels.shape[2]:
-            what = f"has {pixels.shape[2]} channels ({picture.kind}), data.bands={list(self.bands)} was asked for"
-            raise DataProblem(what, picture.path, "Bands are counted from 1.")
+            what = f"has {pixels.shape[2]} channels ({image.kind}), data.bands={list(self.bands)} was asked for"
+            raise DataProblem(what, image.path, "Bands are counted from 1.")
         chosen = pixels[..., [band - 1 for band in self.bands]]
-        return replace(picture, pixels=chosen, alpha=False, palette=None)
+        return replace(image, pixels=chosen, alpha=False, palette=None)
 
-    def _holes(self, pixels: NDArray[Any]) -> NDArray[np.bool_]:
+    def _is_nodata(self, pixels: NDArray[Any]) -> NDArray[np.bool_]:
         nodata = math.nan if self.nodata is None else self.nodata
         return np.isnan(pixels) if math.isnan(nodata) else np.asarray(pixels == nodata)
 
 
-def _filled(picture: Picture, holes: NDArray[np.bool_], fill: NDArray[np.float64]) -> Picture:
-    # A window of a palette may show grays alone, in one channel.
-    pixels = np.repeat(picture.pixels, max(1, fill.size // picture.pixels.shape[2]), axis=2)
+def _fill_holes(image: DecodedImage, holes: NDArray[np.bool_], fill: NDArray[np.float64]) -> DecodedImage:
+    # A window of a palette that shows only grays has one channel, and `fill` may have three.
+    pixels = np.repeat(image.pixels, max(1, fill.size // image.pixels.shape[2]), axis=2)
     pixels[holes] = fill
-    return replace(picture, pixels=pixels)
+    return replace(image, pixels=pixels)

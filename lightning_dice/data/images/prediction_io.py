@@ -1,4 +1,4 @@
-"""Pictures in, masks out: what prediction and evaluation from files ask of 2D data."""
+"""Read images to predict, and write their masks and probabilities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -23,14 +23,25 @@ from torch import Tensor
 from lightning_dice.data.errors import DataError, DataProblem, FileWarning, SkippedWarning
 from lightning_dice.data.file_names import EXTENSIONS
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import FORMATS, NUMPY, PNG, TIFF, Picture, read_bytes, read_picture
+from lightning_dice.data.images.image_reader import (
+    FORMATS,
+    NUMPY,
+    PNG,
+    TIFF,
+    DecodedImage,
+    default_max_value,
+    read_bytes,
+    read_image,
+    with_channels,
+)
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.images.windowed_tiff import LARGE, open_large
-from lightning_dice.data.interfaces import LoadedImage, PredictionItem
+from lightning_dice.data.images.windowed_tiff import LARGE, LargeImage, open_large_image
+from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionIO, PredictionItem
 from lightning_dice.io import write_atomically
+from lightning_dice.text import join_some
 
-SUFFIXES = {"png": ".png", "tiff": ".tif"}
-KINDS = {
+MASK_SUFFIXES = {"png": ".png", "tiff": ".tif"}
+FORMAT_SUFFIXES = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),
@@ -42,11 +53,11 @@ TILE = 512  # pixels
 
 
 class Origin(NamedTuple):
-    """What a mask is written by, of the picture it belongs to.
+    """What writing a mask needs to know of its image.
 
     Attributes:
-        path: of the picture.
-        large: it is read by windows.
+        path: of the image.
+        large: the image is read by windows.
     """
 
     path: Path
@@ -54,30 +65,29 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ImagePredictionIO:
+class ImagePredictionIO(PredictionIO):
     """Reads PNG, JPEG, BMP, TIFF and NumPy files as training does, and writes masks that training could read.
 
-    **Geometry.** A mask lies on the picture as it is shown: where an EXIF or TIFF orientation tag turns a picture, the
-    mask is written turned, without a tag, as masks of training images are expected to be.
+    **Geometry.** A mask fits the image as it is displayed: if an EXIF or TIFF orientation tag turns the image, the mask
+    is written turned and without a tag, as the masks of training images must be.
 
-    **Values.** A written mask is one that the training's settings read back: gray values or, with colours, the colours
-    that stand for the ids. Where several values mean one id, the first of `values` is written; of the background 0.
-    Classes that may overlap (sigmoid, more than one) have a folder each, named as the class, with masks of
-    two values; those that exclude each other are ids in one file, even where training's have a file for each.
+    **Values.** The training's settings read a written mask back: it holds gray values, or the colours of the ids. If
+    several values map to an id, the first of `label_map` is written; for the background 0. Classes that may overlap
+    (sigmoid, more than one) have a folder each, named as the class, with masks of two values; classes that exclude each
+    other are ids in one file, even if the training masks have a file for each.
 
-    **Large pictures.** A TIFF of more than `large` pixels is not decoded: `LoadedImage.image` is then a
-    `lightning_dice.data.images.windowed_tiff.LargeImage`, and its mask is written as a tiled TIFF unless another format
-    is asked for.
+    **Large images.** A TIFF of more than `large` pixels is not decoded: `LoadedImage.image` is then a `LargeImage`, and
+    its mask is written as a tiled TIFF, unless another format is requested.
 
     Args:
-        mask_format: the classes, and how the training's masks are stored.
-        image_format: what the network gets of a picture.
-        follow_symlinks: whether `find` reads what links that lead out of the folder point to. Those that it does not read
-            are told as `SkippedWarning`, links to folders that are read already as `FileWarning`.
-        large: pixels, beyond which a TIFF is read by windows; at most `PIL.Image.MAX_IMAGE_PIXELS`.
+        mask_format: the classes, and how the training masks are stored.
+        image_format: how images are stored, and what the network sees of them.
+        follow_symlinks: whether `find` follows links out of the folder. It warns of those that it does not follow
+            (`SkippedWarning`), and of links to folders that it has read already (`FileWarning`).
+        large: pixels; larger TIFFs are read by windows. At most `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        DataError: a class has no value in the training's masks, so that none can be written.
+        DataError: no value of the training masks means a certain class, so that it could not be written.
 
     >>> import tempfile
     >>> import torch
@@ -100,93 +110,106 @@ class ImagePredictionIO:
     large: int = LARGE
 
     def __post_init__(self) -> None:
-        _ = self._stored
+        _ = self._stored_values
+
+    def with_options(self, *, follow_symlinks: bool, large: int) -> ImagePredictionIO:
+        """Return a copy that follows symbolic links or not, and reads images of more than `large` pixels by windows."""
+        return replace(self, follow_symlinks=follow_symlinks, large=large)
+
+    def for_cases(self, cases: Cases) -> ImagePredictionIO:
+        """Return `self`: masks of images carry no geometry that is checked."""
+        return self
+
+    def preprocessing(self) -> ImageFormat:
+        """Return which channels an image has, and which value becomes 1."""
+        return self.image_format
 
     @property
     def planes(self) -> bool:
-        """Whether masks are a file for each class."""
+        """Whether a mask is a file for each class."""
         return self.mask_format.activation == "sigmoid" and len(self.mask_format.classes) > 1
 
     def find(self, path: Path) -> list[PredictionItem]:
-        """The pictures of a folder and its sub-folders, sorted; hidden ones are passed over. Or a file as the only one.
+        """Find the images of a folder and its sub-folders, sorted, but hidden ones; or take a file as the only one.
 
         Raises:
-            DataError: there are none, or two would have masks of one name.
+            DataError: there are none, or two would have masks of the same name.
         """
         if path.is_file():
             return [PredictionItem(path.stem, (path,))]
         if not path.is_dir():
             raise DataProblem("is neither a file nor a folder", path)
-        files = sorted(_walk(path, self.follow_symlinks))
+        files = sorted(_find_images(path, self.follow_symlinks))
         if not files:
-            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            inside = join_some(sorted(entry.name for entry in path.iterdir())) or "nothing"
             raise DataProblem(f"holds no PNG, JPEG, BMP, TIFF or NumPy file; there is {inside}", path)
         items: dict[str, PredictionItem] = {}
         for file in files:
             case = file.relative_to(path).with_suffix("").as_posix()
             if case in items:
                 both = f"{items[case].files[0].name} and {file.name}"
-                raise DataProblem(f"{both} would have masks of one name", file.parent, "Rename one.")
+                raise DataProblem(f"{both} would have masks of the same name", file.parent, "Rename one.")
             items[case] = PredictionItem(case, (file,))
         return list(items.values())
 
     def read(self, item: PredictionItem) -> LoadedImage:
-        """A picture, as in training; one whose name tells another format than its content is told as `FileWarning`.
+        """Read an image as training does. Warn (`FileWarning`) if its name suggests another format than its content.
 
         Raises:
             DataError: it cannot be read.
         """
         (path,) = item.files
-        large = open_large(path, self.image_format, self.large)
+        large = open_large_image(path, self.image_format, self.large)
+        image: Tensor | LargeImage
         if large is not None:
-            image: Any = large
+            image = large
         else:
             data = read_bytes(path)
-            image = self.image_format.image(read_picture(path, data))
-            _tell_kind(path, data)
+            image = self.image_format.to_tensor(read_image(path, data))
+            _warn_if_misnamed(path, data)
         return LoadedImage(image, tuple(image.shape[1:]), None, Origin(path, large is not None))
 
     def names(self, case: str, format: str | None = None) -> list[Path]:
-        """`<case>.png` or `.tif`; with classes that may overlap, one in a folder for each.
+        """Return `<case>.png` or `.tif`; if classes may overlap, one in the folder of each class.
 
         Raises:
-            DataError: for a case whose files would lie elsewhere, or another format.
+            DataError: a file would be outside the folder, or the format is unknown.
         """
-        if format is not None and format not in SUFFIXES:
-            raise DataError(f"format must be png or tiff for pictures, got {format}")
-        file = _place(case, SUFFIXES[format or "png"])
-        # A class may be named `a/b`; its folder is one all the same.
+        if format is not None and format not in MASK_SUFFIXES:
+            raise DataError(f"format must be png or tiff for images, got {format}")
+        file = _file_of_case(case, MASK_SUFFIXES[format or "png"])
+        # A class may be named `a/b`; its folder is a single one all the same.
         folders = [name.replace("/", "_").replace("\\", "_") for name in self.mask_format.classes]
         return [folder / file for folder in map(Path, folders)] if self.planes else [file]
 
     def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
-        """Write a mask, with the values that training's masks have.
+        """Write a mask, with the values that the training masks have.
 
         Args:
-            folder: below which the files go.
+            folder: where the files go.
             case: as in `PredictionItem`.
             labels: class ids `(height, width)` or bool planes `(classes, height, width)`.
-            scan: what `read` gave.
-            format: `"png"`, `"tiff"`, or `None`: PNG, and TIFF for a picture that was read by windows.
+            scan: the image, from `read`.
+            format: `"png"`, `"tiff"`, or `None`: TIFF for an image that was read by windows, else PNG.
 
         Raises:
             DataError: PNG cannot hold the values.
-            ValueError: the labels are of another size than the picture.
+            ValueError: the labels do not have the size of the image.
         """
         if tuple(labels.shape[-2:]) != tuple(scan.size):
-            raise ValueError(f"labels must have the picture's size {scan.size}, got {tuple(labels.shape)}")
+            raise ValueError(f"labels must have the image's size {scan.size}, got {tuple(labels.shape)}")
         if format is None:
             format = "tiff" if scan.origin.large else "png"
         array = labels.cpu().numpy()
         parts = [array] if self.mask_format.activation == "softmax" else list(array)
         for name, part in zip(self.names(case, format), parts, strict=True):
             ids = part.view(np.uint8) if part.dtype == bool else part
-            save = partial(_save_png if format == "png" else _save_tiff, ids, self._stored)
+            save = partial(_save_png if format == "png" else _save_tiff, ids, self._stored_values)
             write_atomically(folder / name, save)
 
     def write_probabilities(self, folder: Path, case: str, probs: Tensor, scan: LoadedImage) -> list[Path]:
-        """Write `<case>.tif`: float32, a plane for each class, in tiles where it is large."""
-        path = folder / _place(case, ".tif")
+        """Write `<case>.tif`: float32, a plane for each class, in tiles if it is large; return the file."""
+        path = folder / _file_of_case(case, ".tif")
         array = probs.float().cpu().numpy()
 
         def save(part: Path) -> None:
@@ -206,17 +229,17 @@ class ImagePredictionIO:
         return [path]
 
     def load_probabilities(self, folder: Path, case: str) -> Tensor | None:
-        """What `write_probabilities` wrote, float32 `(classes, height, width)`; `None`: nothing.
+        """Load what `write_probabilities` wrote, float32 `(classes, height, width)`; `None` if there is no file.
 
         Raises:
             DataError: it cannot be decoded, or has another number of classes.
         """
-        path = folder / _place(case, ".tif")
+        path = folder / _file_of_case(case, ".tif")
         if not path.is_file():
             return None
         try:
             stored = tifffile.imread(path)
-        except Exception as error:  # tifffile raises whatever a damaged file brings up.
+        except Exception as error:  # tifffile raises anything for a damaged file.
             raise DataProblem(
                 f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again."
             ) from error
@@ -226,18 +249,18 @@ class ImagePredictionIO:
         return torch.from_numpy(np.ascontiguousarray(planes, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
-        """A mask that `write` wrote: class ids `(height, width)` or planes `(classes, height, width)`.
+        """Load a mask that `write` wrote: class ids `(height, width)` or planes `(classes, height, width)`.
 
         Raises:
-            DataError: it is not there, is there in two formats, or holds what no class has.
+            DataError: it does not exist, exists in two formats, or holds values of no class.
         """
-        found = [self.names(case, name) for name in SUFFIXES if (folder / self.names(case, name)[0]).is_file()]
+        found = [self.names(case, name) for name in MASK_SUFFIXES if (folder / self.names(case, name)[0]).is_file()]
         if len(found) != 1:
-            wanted = " or ".join(str(self.names(case, name)[0]) for name in SUFFIXES)
-            what = "is there twice" if found else "is not there"
+            wanted = " or ".join(str(self.names(case, name)[0]) for name in MASK_SUFFIXES)
+            what = "exists twice" if found else "does not exist"
             raise DataProblem(f"the mask of the case {case} {what}: {wanted}", folder)
         paths = [folder / name for name in found[0]]
-        stored = [self.mask_format.read(_read_written(path)) for path in paths]
+        stored = [self.mask_format.read(_read_own_mask(path)) for path in paths]
         sizes = {part.shape for part in stored}
         if len(sizes) > 1:
             raise DataProblem(f"the planes of {case} differ in size: {sizes}", folder)
@@ -247,42 +270,40 @@ class ImagePredictionIO:
             raise DataProblem(str(error), ", ".join(map(str, paths))) from error
 
     @cached_property
-    def _stored(self) -> NDArray[Any]:
-        """What each id is stored as: `(ids,)` values, or `(ids, 3)` colours."""
-        form = self.mask_format
-        listed = range(len(form.colors)) if form.colors is not None else ()
+    def _stored_values(self) -> NDArray[Any]:
+        """The stored value of each id, `(ids,)`, or its colour, `(ids, 3)`."""
+        mask_format = self.mask_format
+        listed = range(len(mask_format.colors)) if mask_format.colors is not None else ()
         stored = []
-        for label in range(2) if self.planes else form.ids:
-            # What the data set says of its masks goes first, but for the background: a value that is mapped to it may
-            # be one to be left out. An id that nothing is said of stands for itself.
-            said = [v for v, to in (form.label_map or {}).items() if to == label]
-            candidates = [label, *said, *listed] if label == 0 else [*said, *listed, label]
-            known = [v for v in candidates if form.label(v, self.planes) == label and (not listed or v in listed)]
-            if not known:
-                name = (
-                    "background"
-                    if form.activation == "sigmoid" and label == 0
-                    else form.classes[label - form.class_ids[0]]
-                )
+        for label in range(2) if self.planes else mask_format.ids:
+            # Prefer mapped values, as in the training masks; but for the background 0, since a value that is mapped to
+            # it may be a structure that was merged into it. An unmapped id is written unchanged.
+            mapped = [value for value, to in (mask_format.label_map or {}).items() if to == label]
+            candidates = [label, *mapped, *listed] if label == 0 else [*mapped, *listed, label]
+            means_label = (value for value in candidates if mask_format.label(value, self.planes) == label)
+            value = next((value for value in means_label if not listed or value in listed), None)
+            if value is None:
+                name = "background"
+                if mask_format.activation == "softmax" or label != 0:
+                    name = mask_format.classes[label - mask_format.class_ids[0]]
                 what = f"no value of the masks means {name!r} (id {label}), so that it cannot be written"
-                raise DataError(f"{what}: give it one in data.{'colors' if listed else 'values'}")
-            stored.append(known[0])
-        if form.colors is not None:
-            return np.asarray([form.colors[value] for value in stored], np.uint8)
-        return np.asarray(
-            stored, np.result_type(np.uint8, np.min_scalar_type(max(stored)), np.min_scalar_type(min(stored)))
-        )
+                raise DataError(f"{what}: give it one in data.{'colors' if listed else 'label_map'}")
+            stored.append(value)
+        if mask_format.colors is not None:
+            return np.asarray([mask_format.colors[value] for value in stored], np.uint8)
+        smallest, largest = np.min_scalar_type(min(stored)), np.min_scalar_type(max(stored))
+        return np.asarray(stored, np.result_type(np.uint8, largest, smallest))
 
 
-def _place(case: str, suffix: str) -> Path:
+def _file_of_case(case: str, suffix: str) -> Path:
     place = PurePosixPath(case)
     if place.is_absolute() or ".." in place.parts or not place.name:
         raise DataError(f"the case {case!r} would have a file outside the folder")
     return Path(f"{case}{suffix}")
 
 
-def _walk(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
-    """The picture files below a folder, each once; links that are not followed are told."""
+def _find_images(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
+    """Yield the image files below a folder, each once; warn of links that are not followed."""
     root = folder.resolve()
     seen = {root}
     waiting = [folder]
@@ -298,38 +319,35 @@ def _walk(folder: Path, follow_symlinks: bool) -> Iterator[Path]:
             path, target = Path(entry.path), None
             if entry.name.startswith("."):
                 continue
-            with suppress(OSError, RuntimeError):  # A link to itself leads nowhere, as one to nothing does.
+            with suppress(OSError, RuntimeError):  # A broken link, or one to itself, has no target.
                 target = path.resolve(strict=True)
             if target is not None and target.is_dir():
-                if not (entry.is_symlink() and _skipped(path, target, root, seen, follow_symlinks)):
+                if not (entry.is_symlink() and _warn_of_link(path, target, root, seen, follow_symlinks)):
                     seen.add(target)
                     waiting.append(path)
             elif path.suffix.lower() not in EXTENSIONS or not (target is None or target.is_file()):
                 continue
-            # A link to nothing is an image that cannot be read, and will be told as one.
-            elif not (target and entry.is_symlink() and _skipped(path, target, root, seen, follow_symlinks)):
+            # A broken link is an image that cannot be read, and will be reported as one.
+            elif not (target and entry.is_symlink() and _warn_of_link(path, target, root, seen, follow_symlinks)):
                 yield path
 
 
-def _skipped(path: Path, target: Path, root: Path, seen: set[Path], follow_symlinks: bool) -> bool:
-    """Whether a link is not followed, which is then told."""
+def _warn_of_link(path: Path, target: Path, root: Path, seen: set[Path], follow_symlinks: bool) -> bool:
+    """Return whether a link is not followed, after a warning."""
     inside = target.is_relative_to(root)
     if target in seen or (inside and target.is_dir()):
-        told = FileWarning(str(DataProblem(f"is a link to {target}, which is read already", path)))
+        warning = FileWarning(str(DataProblem(f"is a link to {target}, which is read already", path)))
     elif not inside and not follow_symlinks:
-        what, remedy = (
-            f"is a link out of the folder, to {target}; it was skipped",
-            "Set follow_symlinks=true to read it.",
-        )
-        told = SkippedWarning(str(DataProblem(what, path, remedy)))
+        what = f"is a link out of the folder, to {target}; it was skipped"
+        warning = SkippedWarning(str(DataProblem(what, path, "Set follow_symlinks=true to read it.")))
     else:
         return False
-    warnings.warn(told, stacklevel=4)
+    warnings.warn(warning, stacklevel=4)
     return True
 
 
-def _tell_kind(path: Path, data: bytes) -> None:
-    """Warn of a file whose name tells another format than its content."""
+def _warn_if_misnamed(path: Path, data: bytes) -> None:
+    """Warn of a file whose name suggests another format than its content."""
     if data[:4] in TIFF:
         kind = "TIFF"
     elif data.startswith(NUMPY):
@@ -337,7 +355,7 @@ def _tell_kind(path: Path, data: bytes) -> None:
     else:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             kind = image.format or "?"
-    if path.suffix.lower() not in KINDS.get(kind, ()):
+    if path.suffix.lower() not in FORMAT_SUFFIXES.get(kind, ()):
         what = f"is a {kind} file by its content, and was read as one"
         warnings.warn(FileWarning(str(DataProblem(what, path, "Rename it."))), stacklevel=3)
 
@@ -349,7 +367,7 @@ def _save_png(ids: NDArray[Any], stored: NDArray[Any], path: Path) -> None:
 
 
 def _save_tiff(ids: NDArray[Any], stored: NDArray[Any], path: Path) -> None:
-    """Deflated; in tiles where it is large, which are made one by one."""
+    """Write a deflated TIFF; if it is large, in tiles that are made one by one."""
     height, width = ids.shape
     tiled = min(height, width) > TILE
     colors = stored.shape[1:]
@@ -363,7 +381,7 @@ def _save_tiff(ids: NDArray[Any], stored: NDArray[Any], path: Path) -> None:
         photometric="rgb" if colors else "minisblack",
         tile=(TILE, TILE) if tiled else None,
         compression="zlib",
-        # What deflate makes of it is not known before; a classic TIFF ends at 4 GiB.
+        # The compressed size is not known in advance, and a classic TIFF ends at 4 GiB.
         bigtiff=ids.size * dtype.itemsize * (colors or (1,))[0] > 2**31,
         metadata=None,
     )
@@ -375,8 +393,8 @@ def _tiles(ids: NDArray[Any], stored: NDArray[Any]) -> Iterator[NDArray[Any]]:
             yield np.ascontiguousarray(stored[ids[top : top + TILE, left : left + TILE]])
 
 
-def _read_written(path: Path) -> Picture:
-    """A mask, of whatever size: it is ours, and no bomb."""
+def _read_own_mask(path: Path) -> DecodedImage:
+    """Read a mask of any size: we wrote it, so it is not a decompression bomb."""
     data = read_bytes(path)
     try:
         size = 0
@@ -386,11 +404,10 @@ def _read_written(path: Path) -> Picture:
         elif data.startswith(PNG):
             size = int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
         if Image.MAX_IMAGE_PIXELS is None or size <= Image.MAX_IMAGE_PIXELS:
-            return read_picture(path, data)
+            return read_image(path, data)
         pixels = tifffile.imread(BytesIO(data)) if data[:4] in TIFF else imagecodecs.png_decode(data)
     except DataError:
         raise
-    except Exception as error:  # Decoders raise whatever their format brings up.
+    except Exception as error:  # Decoders may raise anything.
         raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error
-    max_value = int(np.iinfo(pixels.dtype).max) if pixels.dtype in (np.uint8, np.uint16) else None
-    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, path, max_value=max_value)
+    return DecodedImage(with_channels(pixels), path, default_max_value(pixels.dtype))

@@ -1,4 +1,4 @@
-"""TIFFs of which windows are decoded, and the rest is not: in tiles, in strips or uncompressed."""
+"""Read windows of large TIFFs without decoding the rest: in tiles, in strips or uncompressed."""
 
 from __future__ import annotations
 
@@ -16,49 +16,48 @@ from torchvision.transforms import v2
 
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import ORIENTATION, TIFF, Picture, page_picture
+from lightning_dice.data.images.image_reader import ORIENTATION, TIFF, DecodedImage, image_from_tiff_page
 from lightning_dice.data.transforms import Standardize
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-LARGE = 100_000_000  # pixels
+LARGE = 100_000_000  # pixels; prediction reads larger TIFFs by windows
+WINDOWED = 2**22  # pixels; decoding a smaller file takes hardly longer than decoding a window of it
+MAX_CHUNK_BYTES = 2**30  # the most that a row of tiles, or a strip, may hold once decoded
+MAX_COMPRESSION = 2000  # deflate reaches 1032, and the file's tags count too
+BLOCK_PIXELS = 2**22  # in one step of a pass over an image
+JPEG = (6, 7, 34892, 33007)
 Stage = Callable[[Tensor], Tensor]
 
 
-WINDOWED = 2**22  # pixels: up to here decoding all of a file costs hardly more than a window
-PIECE = 2**30  # bytes, the most that a row of tiles, or a strip, may hold once decoded
-RATIO = 2000  # deflate reaches 1032, and a picture's tags count too
-BLOCK = 2**22  # pixels in one step over a whole picture
-JPEG = (6, 7, 34892, 33007)
+class WindowedTiff:
+    """A TIFF whose windows are decoded on demand. Not thread-safe.
 
-
-class LargePicture:
-    """A TIFF whose windows are decoded when they are asked for.
-
-    The tiles or strips that the last window touched, and those decoded before in the same rows, are kept as stored:
-    windows that are read row by row, overlapping or not, have each decoded once, with a memory of the width times the
-    depth of a window. The file is open only while it is read, so that processes and pickles have nothing to share. Not
-    for several threads at once.
+    The tiles or strips of the last window, and those decoded before in the same rows, are cached as stored: reading
+    windows row by row, overlapping or not, decodes each tile once, and needs memory for the image's width times a
+    window's height. The file is open only while it is read, so that there is nothing to share between processes, and
+    nothing that cannot be pickled.
 
     Args:
-        path: the file: one picture, whatever its compression.
+        path: the file, of one image, in any compression.
 
     Attributes:
         size: height and width.
-        turned: never.
-        piece: pixels that are decoded together: of a tile, or a strip; 1 where nothing is compressed.
+        kind: depth and colour, as of a `DecodedImage`.
+        turned: always false; turned images are refused.
+        chunk_pixels: pixels that are decoded together: those of a tile or a strip; 1 if the file is not compressed.
 
     Raises:
-        DataError: the file is truncated, of several pictures, compressed in one piece, stored turned, or more
-            compressed than a picture can be. Reading a window raises it where a tile cannot be decoded.
+        DataError: the file is truncated, holds several images, is compressed in one piece, stored turned, or more
+            compressed than an image can be. Reading a window raises it if a tile cannot be decoded.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "slide.tif"
     ...     tifffile.imwrite(path, np.eye(300, 500, dtype=np.uint8), tile=(128, 128), compression="zlib")
-    ...     picture = LargePicture(path)
-    ...     print(picture.size, picture.window(slice(100, 102), slice(99, 103)).pixels[..., 0].tolist())
+    ...     image = WindowedTiff(path)
+    ...     print(image.size, image.window(slice(100, 102), slice(99, 103)).pixels[..., 0].tolist())
     (300, 500) [[0, 1, 0, 0], [0, 0, 1, 0]]
     """
 
@@ -69,20 +68,20 @@ class LargePicture:
         self._tiles: dict[tuple[int, int, int], NDArray[Any]] = {}
         try:
             with tifffile.TiffFile(path) as tiff:
-                self._look(tiff)
+                self._read_header(tiff)
         except DataProblem:
             raise
         except OSError as error:
             raise DataProblem(f"cannot be opened ({error.strerror})", path) from error
-        except Exception as error:  # tifffile raises whatever a damaged header brings up.
+        except Exception as error:  # tifffile raises anything for a damaged header.
             raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again.") from error
 
-    def _look(self, tiff: tifffile.TiffFile) -> None:
-        # Reduced copies and transparency masks come along as pages of their own: bits 0 and 2.
+    def _read_header(self, tiff: tifffile.TiffFile) -> None:
+        # Reduced copies and transparency masks are pages of their own: bits 0 and 2.
         pages: list[Any] = [p for p in tiff.pages if not int(getattr(p, "subfiletype", 0)) & 0b101]
         if len(pages) != 1 or pages[0].imagedepth != 1:
             raise DataProblem(
-                f"holds {len(pages)} pictures, one is required", self.path, "Save each as a file of its own."
+                f"holds {len(pages)} images, one is required", self.path, "Save each as a file of its own."
             )
         self._page = page = pages[0]
         self._planes, _, height, width, self._samples = page.shaped
@@ -98,45 +97,45 @@ class LargePicture:
             what = f"is truncated: {max(ends, default=0)} bytes expected, {found} found"
             raise DataProblem(what, self.path, "Copy it again.")
         row = self._planes * width * self._samples * page.dtype.itemsize
-        if height * row > RATIO * found:
+        if height * row > MAX_COMPRESSION * found:
             what = f"may be a decompression bomb: {height * row} bytes of pixels in a file of {found}"
             raise DataProblem(what, self.path)
         plain = page.is_contiguous and page.compression == 1 and page.fillorder == 1 and page.bitspersample >= 8
         self._plain = page.dtype.newbyteorder(tiff.byteorder) if plain else None
         self._tile = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
-        self.piece = 1 if plain else self._tile[0] * self._tile[1]
-        if not plain and self._tile[0] * row > PIECE:
+        self.chunk_pixels = 1 if plain else self._tile[0] * self._tile[1]
+        if not plain and self._tile[0] * row > MAX_CHUNK_BYTES:
             what = f"is compressed in pieces of {self._tile[0]} rows, {self._tile[0] * row} bytes each: too large"
             raise DataProblem(f"{what} to be read", self.path, "Save it in tiles of 512x512 pixels or so.")
         tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
         self._decode: Callable[..., Any] = page.decode
         self._tables = tables
-        # What the tags say of the pixels' meaning is read now, while the file is open.
+        # The tags that describe the pixels are read now, while the file is open.
         self.kind = self.window(slice(0, 1), slice(0, 1)).kind
         self.dtype: np.dtype[Any] = page.dtype
-        self.forget()
+        self.clear_cache()
 
     @property
     def nbytes(self) -> int:
-        """What is kept in memory, as far as it matters: the places of the tiles, in Python's numbers, and the tiles."""
+        """Bytes kept in memory, approximately: cached tiles, and the offsets of all tiles as Python numbers."""
         return 80 * len(self._offsets) + sum(tile.nbytes for tile in self._tiles.values())
 
-    def window(self, rows: slice, columns: slice) -> Picture:
-        """A part of the picture, as `read_picture` gives it of the whole."""
+    def window(self, rows: slice, columns: slice) -> DecodedImage:
+        """Return a part of the image, as `read_image` returns the whole."""
         (top, bottom, _), (left, right, _) = rows.indices(self.size[0]), columns.indices(self.size[1])
-        return page_picture(self.path, self._page, self._stored(top, bottom, left, right))
+        return image_from_tiff_page(self.path, self._page, self._read_samples(top, bottom, left, right))
 
     def blocks(self) -> Iterator[slice]:
-        """Rows from top to bottom, in steps that a memory holds at full width."""
-        step = max(1, BLOCK // self.size[1])
+        """Yield rows from top to bottom, in steps that fit into memory at full width."""
+        step = max(1, BLOCK_PIXELS // self.size[1])
         return (slice(start, min(start + step, self.size[0])) for start in range(0, self.size[0], step))
 
-    def forget(self) -> None:
-        """Free what the last windows have left."""
+    def clear_cache(self) -> None:
+        """Free the cached tiles."""
         self._tiles.clear()
 
-    def _stored(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
-        """Samples as stored, `(height, width, samples)`."""
+    def _read_samples(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
+        """Return the stored samples of a window, `(height, width, samples)`."""
         found = np.empty((bottom - top, right - left, self._planes * self._samples), self._page.dtype)
         if self._plain is not None:
             shape = (self._planes, *self.size, self._samples)
@@ -146,7 +145,7 @@ class LargePicture:
             return found
         length, width = self._tile
         bands = range(top // length, -(-bottom // length))
-        # What lies above is not asked for again by windows that go down.
+        # Windows are read downwards, so the tiles above are not needed again.
         self._tiles = {place: tile for place, tile in self._tiles.items() if place[1] in bands}
         with self.path.open("rb") as file:
             for plane in range(self._planes):
@@ -155,78 +154,74 @@ class LargePicture:
                     for column in range(left // width, -(-right // width)):
                         tile = self._tiles.get((plane, band, column))
                         if tile is None:
-                            tile = self._tiles[plane, band, column] = self._read(file, plane, band, column)
+                            tile = self._tiles[plane, band, column] = self._decode_tile(file, plane, band, column)
                         y, x = band * length, column * width
                         part = tile[max(0, top - y) : bottom - y, max(0, left - x) : right - x]
                         y, x = max(y, top) - top, max(x, left) - left
                         found[y : y + part.shape[0], x : x + part.shape[1], samples] = part
         return found
 
-    def _read(self, file: IO[bytes], plane: int, band: int, column: int) -> NDArray[Any]:
-        """A tile, or a strip, `(height, width, samples)`; what a tile has beyond the picture's border may be left."""
+    def _decode_tile(self, file: IO[bytes], plane: int, band: int, column: int) -> NDArray[Any]:
+        """Return a tile or a strip, `(height, width, samples)`, cut off at the image's border."""
         (length, width), (tall, wide) = self._tile, self.size
         index = (plane * -(-tall // length) + band) * -(-wide // width) + column
         height, width = min(length, tall - band * length), min(width, wide - column * width)
         try:
-            if not self._counts[index]:  # Nothing is stored where nothing is to be seen.
+            if not self._counts[index]:  # An empty tile is not stored.
                 return np.full((height, width, self._samples), self._page.nodata, self._page.dtype)
             file.seek(self._offsets[index])
             tile = self._decode(file.read(self._counts[index]), index, **self._tables)[0]
             return np.asarray(tile[0, :height, :width])
-        except Exception as error:  # Decoders raise whatever their format brings up.
+        except Exception as error:  # Decoders may raise anything.
             what = f"cannot be decoded from row {band * length} on ({type(error).__name__}: {error})"
             raise DataProblem(what, self.path, "Copy it again or remove it.") from error
 
 
 def tiff_pixels(path: Path) -> int | None:
-    """How many pixels the first picture of a TIFF has; `None` for what is no TIFF, or has no readable header."""
+    """Return the number of pixels of a TIFF's first image; `None` if it is not a TIFF, or has no readable header."""
     try:
         with path.open("rb") as file:
             if file.read(4) not in TIFF:
                 return None
         with tifffile.TiffFile(path) as tiff:
             return int(tiff.pages.first.imagelength * tiff.pages.first.imagewidth)
-    except Exception:  # Whoever reads it whole says what is wrong with it.
+    except Exception:  # Reading the whole file reports what is wrong with it.
         return None
 
 
-def open_windows(path: Path, least: int | None = None) -> LargePicture | None:
-    """A picture to read windows of, or `None` where it is better, or only, decoded whole.
-
-    Args:
-        path: of the file.
-        least: pixels; smaller ones are decoded whole, by default those of up to `WINDOWED`.
+def open_windowed_tiff(path: Path) -> WindowedTiff | None:
+    """Open an image to read windows of it, or return `None` if it is better, or only, decoded whole.
 
     Raises:
-        DataError: as by `LargePicture`, of a TIFF too large to be decoded whole.
+        DataError: as by `WindowedTiff`, for a TIFF too large to be decoded whole.
     """
     pixels = tiff_pixels(path)
-    if pixels is None or pixels <= (WINDOWED if least is None else least):
+    if pixels is None or pixels <= WINDOWED:
         return None
     whole = Image.MAX_IMAGE_PIXELS is None or pixels <= Image.MAX_IMAGE_PIXELS
     try:
-        picture = LargePicture(path)
+        image = WindowedTiff(path)
     except DataProblem:
-        if whole:  # Who reads it whole can, or tells why not.
+        if whole:  # Decoding it whole works, or reports the problem.
             return None
         raise
-    return None if whole and picture.piece > WINDOWED else picture
+    return None if whole and image.chunk_pixels > WINDOWED else image
 
 
 class LargeImage:
-    """A TIFF as a float32 image `(channels, height, width)` whose windows are decoded when they are asked for.
+    """A TIFF as a float32 image `(channels, height, width)` whose windows are decoded on demand. Not thread-safe.
 
-    `image[..., rows, columns]`, with slices of step 1, gives the values that `image_format` gives of the whole picture.
-    With `nodata`, the first window that holds such pixels takes one pass over the picture, for the mean that fills
-    them. Not for several threads at once.
+    `image[..., rows, columns]`, with slices of step 1, has the values that `image_format` gives these pixels in the
+    whole image. If `image_format` has a `nodata` value, the first window with such pixels takes one pass over the
+    image, for the mean that fills them.
 
     Args:
-        path: the file, as of `LargePicture`.
-        image_format: what the network gets of a picture.
+        path: the file, as for `WindowedTiff`.
+        image_format: how images are stored, and what the network sees of them.
 
     Raises:
-        DataError: as by `LargePicture`, and for other channels. Reading a window raises it where a tile cannot be
-            decoded or holds values that are not finite.
+        DataError: as by `WindowedTiff`, and for another number of channels. Reading a window raises it if a tile cannot
+            be decoded, or holds NaN or infinite values.
 
     >>> import tempfile
     >>> import tifffile
@@ -240,12 +235,12 @@ class LargeImage:
 
     def __init__(self, path: Path, image_format: ImageFormat) -> None:
         self.path, self.image_format = path, image_format
-        self.picture = LargePicture(path)
-        self.height, self.width = self.picture.size
+        self.tiff = WindowedTiff(path)
+        self.height, self.width = self.tiff.size
         self._stages: tuple[Stage, ...] = ()
         self._fill: NDArray[np.float64] | None = None
-        image_format.image(self.picture.window(slice(0, 1), slice(0, 1)), 0.0)
-        self.picture.forget()
+        image_format.to_tensor(self.tiff.window(slice(0, 1), slice(0, 1)), 0.0)
+        self.tiff.clear_cache()
 
     @property
     def shape(self) -> torch.Size:
@@ -254,43 +249,61 @@ class LargeImage:
 
     @property
     def ndim(self) -> int:
-        """3."""
+        """Always 3."""
         return 3
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the windows."""
+        """The type of the windows."""
         return torch.float32
 
     def __getitem__(self, index: Any) -> Tensor:
         channels, rows, columns = _slices(index, self.shape)
-        window = self.picture.window(rows, columns)
-        if self._fill is None and self.image_format.missing(window) is not None:
-            self._fill = self.image_format.means(self.picture)
-        image = self.image_format.image(window, self._fill)
+        window = self.tiff.window(rows, columns)
+        if self._fill is None and self.image_format.nodata_mask(window) is not None:
+            self._fill = self.image_format.means(self.tiff)
+        image = self.image_format.to_tensor(window, self._fill)
         for stage in self._stages:
             image = stage(image)
         return image[channels]
 
-    def then(self, stage: Stage) -> LargeImage:
-        """The same picture, of which every window goes through a function of its pixels; in place."""
-        self._stages = (*self._stages, stage)
-        return self
-
     def blocks(self) -> Iterator[Tensor]:
-        """The whole picture from top to bottom, in pieces of full width."""
-        for rows in self.picture.blocks():
+        """Yield the image from top to bottom, in blocks of full width."""
+        for rows in self.tiff.blocks():
             yield self[:, rows, :]
 
+    def normalized(self, normalize: Stage | None) -> LargeImage:
+        """Normalize every window as `normalize` does the whole image, up to rounding; in place.
+
+        `Standardize` needs a pass over the image first.
+
+        Args:
+            normalize: `None`, `Standardize`, torchvision's `Normalize`, or a `Compose` of these.
+
+        Raises:
+            DataError: for another function, which may need the whole image.
+        """
+        if isinstance(normalize, v2.Compose):
+            for part in normalize.transforms:
+                self.normalized(part)
+        elif isinstance(normalize, Standardize):
+            self._stages = (*self._stages, normalize.fit_blocks(self.blocks()))
+        elif isinstance(normalize, v2.Normalize):
+            self._stages = (*self._stages, normalize)
+        elif normalize is not None:
+            what = f"is too large to be read whole, which normalization by {type(normalize).__name__} requires"
+            raise DataProblem(what, self.path, "Cut it into tiles, or train with normalize=image, fixed or imagenet.")
+        return self
+
     def preview(self, longest: int = 2048) -> tuple[Tensor, int]:
-        """Every n-th pixel of every n-th row, at most `longest` along an axis, and n."""
+        """Return every n-th pixel of every n-th row, at most `longest` along an axis, and n."""
         step = -(-max(self.height, self.width) // longest)
         rows = [self[:, row : row + 1, :][..., ::step] for row in range(0, self.height, step)]
         return torch.cat(rows, dim=1), step
 
     def close(self) -> None:
-        """Free what is kept of the file."""
-        self.picture.forget()
+        """Free the cached tiles."""
+        self.tiff.clear_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -299,16 +312,17 @@ class LargeImage:
         self.close()
 
 
-def open_large(path: Path, image_format: ImageFormat, limit: int = LARGE) -> LargeImage | None:
-    """A picture that is to be read by windows, or `None`: it is no TIFF, or no larger than what is read whole.
+def open_large_image(path: Path, image_format: ImageFormat, limit: int = LARGE) -> LargeImage | None:
+    """Open a TIFF that is too large to be decoded whole, or return `None` for any other file.
 
     Args:
-        path: of the file.
-        image_format: what the network gets of it.
-        limit: in pixels; at most `PIL.Image.MAX_IMAGE_PIXELS`, beyond which a file of any kind is not decoded whole.
+        path: the file.
+        image_format: how images are stored, and what the network sees of them.
+        limit: pixels that are decoded whole; at most `PIL.Image.MAX_IMAGE_PIXELS`, the limit for all kinds of files.
 
     Raises:
-        DataError: as by `LargeImage`; a file that has no readable header is left to who reads it whole.
+        DataError: as by `LargeImage`. A file without a readable header is not an error here: reading it whole reports
+            the problem.
     """
     pixels = tiff_pixels(path)
     if Image.MAX_IMAGE_PIXELS is not None:
@@ -316,42 +330,16 @@ def open_large(path: Path, image_format: ImageFormat, limit: int = LARGE) -> Lar
     return LargeImage(path, image_format) if pixels is not None and pixels > limit else None
 
 
-def normalized(image: LargeImage, normalize: Stage | None) -> LargeImage:
-    """Normalize as `normalize` does a whole image: the same values, to rounding, in every window.
-
-    `Standardize` needs a pass over the picture first.
-
-    Args:
-        image: changed in place.
-        normalize: `None`, `Standardize`, torchvision's `Normalize`, or a `Compose` of these.
-
-    Raises:
-        DataError: for another function, which may need the whole picture.
-    """
-    if normalize is None:
-        return image
-    if isinstance(normalize, v2.Compose):
-        for part in normalize.transforms:
-            normalized(image, part)
-        return image
-    if isinstance(normalize, v2.Normalize):
-        return image.then(normalize)
-    if isinstance(normalize, Standardize):
-        return image.then(normalize.over(image.blocks()))
-    what = f"is too large to be read whole, which normalization by {type(normalize).__name__} asks for"
-    raise DataProblem(what, image.path, "Cut it into tiles, or train with normalize=image, fixed or imagenet.")
-
-
 def _slices(index: Any, shape: torch.Size) -> tuple[slice, slice, slice]:
-    """Slices of all three axes, with their ends."""
-    given = list(index) if isinstance(index, tuple) else [index]
-    if any(part is Ellipsis for part in given):
-        place = next(i for i, part in enumerate(given) if part is Ellipsis)
-        given[place : place + 1] = [slice(None)] * (len(shape) - len(given) + 1)
-    given += [slice(None)] * (len(shape) - len(given))
-    if len(given) != len(shape) or not all(isinstance(p, slice) and p.step in (None, 1) for p in given):
+    """Return slices of all three axes, with their ends."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    parts += [slice(None)] * (len(shape) - len(parts))
+    if len(parts) != len(shape) or not all(isinstance(p, slice) and p.step in (None, 1) for p in parts):
         raise IndexError(f"index must be slices of step 1 along channels, rows and columns, got {index!r}")
-    ends = [part.indices(size) for part, size in zip(given, shape, strict=True)]
+    ends = [part.indices(size) for part, size in zip(parts, shape, strict=True)]
     channels, rows, columns = (slice(start, max(start, stop)) for start, stop, _ in ends)
     if rows.start == rows.stop or columns.start == columns.stop:
         raise IndexError(f"index must leave some pixels of {tuple(shape)}, got {index!r}")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lightning_dice.data.errors import DataError, DataProblem
-from lightning_dice.data.images.image_reader import read_picture, read_size, to_image
+from lightning_dice.data.images.image_reader import read_image, read_size, to_tensor
 from lightning_dice.data.images.mask_format import MaskFormat
 
 RAMP = (np.arange(4 * 6 * 4) * 2).astype(np.uint8).reshape(4, 6, 4)
@@ -69,9 +69,9 @@ def packed_png(path: Path, bits: int) -> Path:
     ids=lambda value: "" if isinstance(value, np.ndarray) else str(value),
 )
 def test_an_image_keeps_every_bit(tmp_path, source, channels, white, kind, extension):
-    picture = read_picture(write(tmp_path / f"a.{extension}", source))
+    picture = read_image(write(tmp_path / f"a.{extension}", source))
     expected = torch.from_numpy(source.astype(np.float32) / white).reshape(4, 6, channels).permute(2, 0, 1)
-    image = to_image(picture, channels)
+    image = to_tensor(picture, channels)
     assert picture.kind == kind
     assert image.dtype == torch.float32
     assert image.is_contiguous()
@@ -86,8 +86,8 @@ def test_alpha_is_dropped(tmp_path, stored, channels, deep, extension):
     source = with_channels(DEEP if deep else RAMP, *range(stored))
     photometric = "minisblack" if stored == 2 else "rgb"
     settings = {"extrasamples": ["unassalpha"], "photometric": photometric} if extension == "tif" else {}
-    picture = read_picture(write(tmp_path / f"a.{extension}", source, **settings))
-    image = to_image(picture, channels)
+    picture = read_image(write(tmp_path / f"a.{extension}", source, **settings))
+    image = to_tensor(picture, channels)
     white = 65535 if deep else 255
     expected = torch.from_numpy(source[..., : stored - 1].astype(np.float32) / white).permute(2, 0, 1)
     assert picture.alpha
@@ -95,12 +95,12 @@ def test_alpha_is_dropped(tmp_path, stored, channels, deep, extension):
 
 
 def test_alpha_is_kept_where_it_makes_up_the_channels(tmp_path):
-    picture = read_picture(write(tmp_path / "a.png", RAMP))
-    assert torch.equal(to_image(picture, 4)[3], torch.from_numpy(RAMP[..., 3]) / 255)
+    picture = read_image(write(tmp_path / "a.png", RAMP))
+    assert torch.equal(to_tensor(picture, 4)[3], torch.from_numpy(RAMP[..., 3]) / 255)
 
 
 def test_gray_is_repeated(tmp_path):
-    image = to_image(read_picture(write(tmp_path / "a.png", with_channels(RAMP, 0))), 3)
+    image = to_tensor(read_image(write(tmp_path / "a.png", with_channels(RAMP, 0))), 3)
     assert image.shape == (3, 4, 6)
     assert torch.equal(image[0], image[2])
 
@@ -110,7 +110,7 @@ def test_many_channels(tmp_path, planar):
     source = np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5)
     stored = source if planar == "contig" else source.transpose(2, 0, 1)
     write(tmp_path / "a.tif", stored, planarconfig=planar, photometric="minisblack")
-    image = to_image(read_picture(tmp_path / "a.tif"), 5)
+    image = to_tensor(read_image(tmp_path / "a.tif"), 5)
     assert torch.equal(image, torch.from_numpy(source).permute(2, 0, 1) / 255)
 
 
@@ -122,17 +122,17 @@ FAX = pytest.param("a.tif", marks=pytest.mark.skipif(sys.version_info < (3, 11),
 def test_one_bit(tmp_path, name):
     bits = Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1")
     bits.save(tmp_path / name, **({"compression": "group4"} if name == "a.tif" else {}))
-    picture = read_picture(tmp_path / name)
-    assert to_image(picture, 1).tolist() == [[[0, 1, 1]]]
+    picture = read_image(tmp_path / name)
+    assert to_tensor(picture, 1).tolist() == [[[0, 1, 1]]]
     assert MaskFormat(["background", "lesion"]).read(picture).tolist() == [[0, 1, 1]]
     assert picture.kind == "1-bit gray"
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_few_bits_keep_their_ids(tmp_path, bits):
-    picture = read_picture(packed_png(tmp_path / "a.png", bits))
+    picture = read_image(packed_png(tmp_path / "a.png", bits))
     assert picture.pixels[..., 0].tolist() == [[0, 1, 2, 3]]
-    assert to_image(picture, 1).flatten().tolist() == pytest.approx([i / (2**bits - 1) for i in range(4)])
+    assert to_tensor(picture, 1).flatten().tolist() == pytest.approx([i / (2**bits - 1) for i in range(4)])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "gif.png"])
@@ -142,9 +142,9 @@ def test_palette(tmp_path, name):
     palette.putpalette([10, 20, 30, 200, 0, 0, 0, 100, 0])
     palette.putdata([0, 2, 1])
     palette.save(tmp_path / name, format="GIF" if name == "gif.png" else None)
-    picture = read_picture(tmp_path / name)
+    picture = read_image(tmp_path / name)
     colors = torch.tensor([[10, 20, 30], [0, 100, 0], [200, 0, 0]]).T.reshape(3, 1, 3) / 255
-    assert torch.equal(to_image(picture, 3), colors)
+    assert torch.equal(to_tensor(picture, 3), colors)
     if name != "gif.png":  # which sorts its palette
         assert MaskFormat(["a", "b", "c"]).read(picture).tolist() == [[0, 2, 1]]
     colored = MaskFormat(["a", "b", "c"], colors=[[10, 20, 30], [200, 0, 0], [0, 100, 0]])
@@ -154,8 +154,8 @@ def test_palette(tmp_path, name):
 @pytest.mark.parametrize("quality", [{"lossless": True}, {"quality": 80}], ids=["lossless", "lossy"])
 def test_webp_by_another_name(tmp_path, quality):
     Image.fromarray(NOISE).save(tmp_path / "a.png", format="WEBP", **quality)
-    picture = read_picture(tmp_path / "a.png")
-    assert to_image(picture, 3).shape == (3, 64, 64)
+    picture = read_image(tmp_path / "a.png")
+    assert to_tensor(picture, 3).shape == (3, 64, 64)
     assert picture.lossy  # which of the two it is, the header does not say
 
 
@@ -164,7 +164,7 @@ def test_palette_of_grays_is_gray(tmp_path):
     palette.putpalette([7, 7, 7, 200, 200, 200])
     palette.putdata([1, 0])
     palette.save(tmp_path / "a.png")
-    assert torch.equal(to_image(read_picture(tmp_path / "a.png"), 1), torch.tensor([[[200, 7]]]) / 255)
+    assert torch.equal(to_tensor(read_image(tmp_path / "a.png"), 1), torch.tensor([[[200, 7]]]) / 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,7 +178,7 @@ def test_orientation(tmp_path, name, orientation):
         image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / ("a.png" if name == "a.tif" else name)) as stored:
         upright = np.asarray(ImageOps.exif_transpose(stored))
-    picture = read_picture(tmp_path / name)
+    picture = read_image(tmp_path / name)
     np.testing.assert_array_equal(picture.pixels[..., 0], upright)
     assert read_size(tmp_path / name) == upright.shape
     assert picture.turned == (orientation != 1)
@@ -187,20 +187,20 @@ def test_orientation(tmp_path, name, orientation):
 def test_white_is_zero(tmp_path):
     write(tmp_path / "a.tif", with_channels(RAMP, 0), photometric="miniswhite")
     with Image.open(tmp_path / "a.tif") as image:
-        np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels[..., 0], np.asarray(image))
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels[..., 0], np.asarray(image))
 
 
 def test_overviews_are_no_frames(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
         tiff.write(with_channels(RAMP, 0), photometric="minisblack", metadata=None)
         tiff.write(with_channels(RAMP, 0)[::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
-    assert read_picture(tmp_path / "a.tif").size == (4, 6)
+    assert read_image(tmp_path / "a.tif").size == (4, 6)
 
 
 def test_a_cameras_jpeg_with_a_preview_is_one_picture(tmp_path):
     image = Image.fromarray(with_channels(RAMP, 0, 1, 2))
     image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image.resize((3, 2))])
-    assert read_picture(tmp_path / "a.jpg").size == (4, 6)
+    assert read_image(tmp_path / "a.jpg").size == (4, 6)
 
 
 def half(path: Path, image: np.ndarray = NOISE, **settings: object) -> None:
@@ -241,7 +241,7 @@ UNREADABLE = {
 def test_what_cannot_be_read_is_named(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}.*({message})"):
-        read_picture(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("limit", [2000, 3000], ids=["error", "warning"])
@@ -250,7 +250,7 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
     write(tmp_path / name, NOISE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=rf"{name}: may be a decompression bomb.*raise PIL.Image.MAX_IMAGE_PIXELS"):
-        read_picture(tmp_path / name)
+        read_image(tmp_path / name)
     with pytest.raises(DataError, match="may be a decompression bomb"):
         read_size(tmp_path / name)
 
@@ -261,7 +261,7 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
         (NOISE, 1, r"has 3 channels \(8-bit RGB\), data.channels=1 was asked for. Set data.channels=3"),
         (NOISE, 4, "has 3 channels.*data.channels=4"),
         (NOISE[..., 0], 2, "has 1 channel .*data.channels=2"),
-        (NOISE[..., 0].astype(np.int32), 1, "holds int32 values, which have no agreed white. Set data.max_value"),
+        (NOISE[..., 0].astype(np.int32), 1, "holds int32 values, which have no default max_value. Set data.max_value"),
         (NOISE[..., 0].astype(np.uint32), 1, "holds uint32 values"),
         (np.array([[np.nan, 1, np.inf]], np.float32), 1, "holds 2 values that are not finite"),
         (np.array([[1e300, 1]]), 1, "holds 1 values that are not finite"),
@@ -269,9 +269,9 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
     ids=["rgb-for-gray", "rgb-for-four", "gray-for-two", "int32", "uint32", "nan", "float64-overflow"],
 )
 def test_what_is_no_image_for_the_net_is_refused(tmp_path, source, channels, message):
-    picture = read_picture(write(tmp_path / "a.tif", np.ascontiguousarray(source)))
+    picture = read_image(write(tmp_path / "a.tif", np.ascontiguousarray(source)))
     with pytest.raises(DataError, match=f"a.tif: {message}"):
-        to_image(picture, channels)
+        to_tensor(picture, channels)
 
 
 def test_a_problem_survives_a_worker():

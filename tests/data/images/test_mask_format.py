@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.images.image_reader import Picture, read_picture
-from lightning_dice.data.images.mask_format import MaskFormat, suggest
+from lightning_dice.data.images.image_reader import DecodedImage, read_image
+from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.label_map import suggest_label_map
 
 TWO = ["background", "lesion"]
 
 
-def picture_of(values: object, dtype: type = np.uint8, **settings: object) -> Picture:
+def picture_of(values: object, dtype: type = np.uint8, **settings: object) -> DecodedImage:
     pixels = np.asarray(values, dtype)
-    return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, Path("m.png"), 255, **settings)
+    return DecodedImage(pixels[..., None] if pixels.ndim == 2 else pixels, Path("m.png"), 255, **settings)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_masks_that_are_refused(settings, picture, message):
 def test_clean_jpeg_masks_are_read(tmp_path):
     Image.fromarray(np.kron(np.array([[0, 255]], np.uint8), np.ones((8, 8), np.uint8))).save(tmp_path / "m.jpg")
     mask_format = MaskFormat(TWO, label_map={255: 1})
-    mask = mask_format.encode([mask_format.read(read_picture(tmp_path / "m.jpg"))])
+    mask = mask_format.encode([mask_format.read(read_image(tmp_path / "m.jpg"))])
     assert mask[0].tolist() == [0] * 8 + [1] * 8
 
 
@@ -159,12 +160,13 @@ def test_settings_that_contradict(settings, message):
         (
             {0, 1, 2},
             2,
-            "Name all classes in data.classes, or map values to ids, or to 255 to ignore them: 'data.label_map={2:255}'.",
+            "Name all classes in data.classes, or map values to ids, or to 255 to ignore them: "
+            "'data.label_map={2:255}'.",
         ),
     ],
 )
 def test_suggestions(values, ids, expected):
-    assert expected in suggest(values, range(ids), 255)
+    assert expected in suggest_label_map(values, range(ids), 255)
 
 
 # A plane for each class
@@ -221,5 +223,5 @@ def test_alpha_may_be_a_class():
 
 
 def test_stacked_masks_have_no_colors():
-    with pytest.raises(ValueError, match="stacked masks have a channel for each class and no colors"):
+    with pytest.raises(ValueError, match="multichannel_masks=true needs masks without colors"):
         MaskFormat(TWO, multichannel_masks=True, colors=[[0, 0, 0], [1, 1, 1]])

@@ -14,7 +14,8 @@ from PIL import Image
 
 from lightning_dice.data import CocoSource, MaskFormat
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.images.coco import decode_counts, draw
+from lightning_dice.data.images.coco import decode_run_lengths, rasterize
+from tests.data.image_sources import coco_source
 
 SIZE = (6, 8)
 TWO = MaskFormat(["background", "cell", "nucleus"])
@@ -55,7 +56,7 @@ def write(root: Path, given: object, split: str = "train", images: tuple[str, ..
 
 
 def mask_of(root: Path, mask_format: MaskFormat, **settings: Any) -> torch.Tensor:
-    source = CocoSource(root, mask_format, fractions=(1, 0, 0), **settings)
+    source = coco_source(root, mask_format, fractions=(1, 0, 0), **settings)
     source.check()
     cases = pickle.loads(pickle.dumps(source.split("train")))  # as a data loader's worker gets it
     return cases[0].mask
@@ -109,9 +110,9 @@ def test_categories_may_be_merged(tmp_path):
 
 def test_the_report(tmp_path):
     write(tmp_path, content(["a.jpg", "sub/b c.jpg"], OBJECTS), images=("a.jpg", "sub/b c.jpg"))
-    source = CocoSource(tmp_path, TWO, fractions=(0.5, 0.5, 0))
+    source = coco_source(tmp_path, TWO, fractions=(0.5, 0.5, 0))
     report = source.check()
-    assert "Note: categories in instances_train.json that no class has, and that count as background: dust" in report
+    assert "Note: categories in instances_train.json without a class, which count as background: dust" in report
     assert "Note: 1 of 2 images in instances_train.json have no annotation of a class" in report
     cases = {pair.case: pair for split in ("train", "val") for pair in source.split(split).pairs}
     assert sorted(cases) == ["a", "sub/b c"]
@@ -123,11 +124,11 @@ def test_the_report(tmp_path):
 def test_splits_by_other_words(tmp_path):
     for split, name in (("train2017", "a.jpg"), ("val2017", "b.jpg")):
         write(tmp_path, content([name], []), split, (name,))
-    source = CocoSource(tmp_path, TWO, splits={"train": "train2017", "val": "val2017"})
+    source = coco_source(tmp_path, TWO, splits={"train": "train2017", "val": "val2017"})
     assert [source.split(split)[0].case for split in ("train", "val")] == ["a", "b"]
     assert source.split("test") is None
-    assert "annotations/instances_test.json: is not there" in refusal(
-        CocoSource(tmp_path, TWO, splits={"train": "train2017", "test": "test"})
+    assert "annotations/instances_test.json: does not exist" in refusal(
+        coco_source(tmp_path, TWO, splits={"train": "train2017", "test": "test"})
     )
 
 
@@ -135,7 +136,7 @@ def test_splits_by_other_words(tmp_path):
 
 
 def unpacked(packed: dict[str, Any]) -> np.ndarray:
-    return draw(np.array(decode_counts(packed["counts"].decode())), packed["size"])
+    return rasterize(np.array(decode_run_lengths(packed["counts"].decode())), packed["size"])
 
 
 def test_run_lengths_are_exact():
@@ -157,14 +158,14 @@ def test_outlines_against_cocos_own_tool():
         top, bottom = np.sort(rng.choice(61, 2, replace=False))
         outline = box(int(left), int(top), int(right), int(bottom))
         theirs = unpacked(tool.merge(tool.frPyObjects(outline, *size)))
-        assert np.array_equal(draw((np.reshape(np.float32(outline), (-1, 2)),), size), theirs)
+        assert np.array_equal(rasterize((np.reshape(np.float32(outline), (-1, 2)),), size), theirs)
     differ, more, total = 0, 0, 0
     for _ in range(60):
         angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(6, 30)))
         radius = 12 * rng.uniform(0.6, 1, len(angles))
         points = np.stack([35 + radius * np.cos(angles), 30 + radius * np.sin(angles)], 1).astype(np.float32)
         theirs = unpacked(tool.merge(tool.frPyObjects([points.ravel().tolist()], *size)))
-        ours = draw((points,), size)
+        ours = rasterize((points,), size)
         differ, more, total = differ + (ours != theirs).sum(), more + ours.sum() - theirs.sum(), total + theirs.sum()
     assert differ < 0.025 * total
     assert abs(int(more)) < 0.005 * total
@@ -183,12 +184,12 @@ def test_an_outline_covers_the_pixels_whose_centres_it_holds():
                 if (y1 > y) != (y2 > y) and x < x1 + (y - y1) * (x2 - x1) / (y2 - y1):
                     inside = not inside
             expected[row, column] = inside
-        assert np.array_equal(draw((points,), size), expected)
+        assert np.array_equal(rasterize((points,), size), expected)
 
 
 def test_several_outlines_are_one_object():
     halves = tuple(np.reshape(np.float32(box(*corners)), (-1, 2)) for corners in ((0, 0, 4, 6), (3, 0, 8, 6)))
-    assert draw(halves, SIZE).all()
+    assert rasterize(halves, SIZE).all()
 
 
 # What is wrong
@@ -211,13 +212,13 @@ def test_every_problem_is_listed_at_once(tmp_path):
     ]
     write(tmp_path, given, images=("a.jpg", "a.png"))
     Image.new("RGB", (3, 3)).save(tmp_path / "train/small.jpg")
-    text = refusal(CocoSource(tmp_path, TWO, fractions=(1, 0, 0)))
+    text = refusal(coco_source(tmp_path, TWO, fractions=(1, 0, 0)))
     file = "annotations/instances_train.json"
     for line in [
         f"{file}: the image 'a.jpg' (id 2) is there twice",
         f"{file}: the file_name '../out.jpg' does not lie below train",
         f"{file}: the image 'no-size.jpg' has the height and width (None, None)",
-        "train/gone.jpg: is not there, and instances_train.json names it",
+        "train/gone.jpg: does not exist, and instances_train.json lists it",
         "train/a.jpg: has the name of another image, but for the suffix",
         f"{file}: small.jpg: is 6x8 (height x width), but its image small.jpg is 3x3",
         f"{file}: annotation 1 is there twice",
@@ -228,7 +229,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
         f"{file}: annotation 6 has run lengths of 6 pixels, 48 are required",
         f"{file}: annotation 7 has run lengths of the size [8, 6], its image is listed with [6, 8]",
         f"{file}: annotation 8 has run lengths that cannot be read (its end is missing)",
-        f"{file}: annotation 9 has a segmentation that is no list of outlines",
+        f"{file}: annotation 9 has a segmentation that is not a list of outlines",
     ]:
         assert f"- {line}" in text
     assert text.startswith("15 problems")
@@ -237,7 +238,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ('{"images": [', r"instances_train\.json: is no JSON \(Expecting value: line 1"),
+        ('{"images": [', r"instances_train\.json: is not JSON \(Expecting value: line 1"),
         ("[]", "must be an object with lists of images, annotations and categories, got a list"),
         ('{"images": {}}', "got an object of images"),
     ],
@@ -246,7 +247,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
 def test_what_is_no_annotation_file(tmp_path, given, message):
     write(tmp_path, given)
     with pytest.raises(DataError, match=message):
-        CocoSource(tmp_path, TWO).check()
+        coco_source(tmp_path, TWO).check()
 
 
 @pytest.mark.parametrize(
@@ -258,14 +259,14 @@ def test_what_is_no_annotation_file(tmp_path, given, message):
 )
 def test_classes_without_a_category(tmp_path, classes, settings, message):
     write(tmp_path, content(["a.jpg"], []))
-    assert message in refusal(CocoSource(tmp_path, MaskFormat(classes), **settings))
+    assert message in refusal(coco_source(tmp_path, MaskFormat(classes), **settings))
 
 
 def test_no_annotations(tmp_path):
-    assert "does not exist, a folder is required" in refusal(CocoSource(tmp_path / "none", TWO))
+    assert "does not exist, a folder is required" in refusal(coco_source(tmp_path / "none", TWO))
     (tmp_path / "labels").mkdir()
     assert f"there is no annotations/instances_train.json; {tmp_path.name} holds labels/" in refusal(
-        CocoSource(tmp_path, TWO)
+        coco_source(tmp_path, TWO)
     )
 
 
@@ -274,12 +275,12 @@ def test_no_annotations(tmp_path):
     [
         (
             {"mask_format": MaskFormat(["a"], "sigmoid", label_map={255: 1})},
-            "values, colors and stacked are of mask files",
+            "label_map, colors and multichannel_masks must not be set",
         ),
-        ({"annotations": "all.json"}, "has {split} in it, and annotations='all.json' has not"),
+        ({"annotations": "all.json"}, "annotations must have {split} in it if images does, got 'all.json'"),
         ({"categories": {"car": "vehicle"}}, "categories must map to classes"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        CocoSource(**{"root": "data", "mask_format": TWO, **settings})
+        coco_source(**{"root": "data", "mask_format": TWO, **settings})

@@ -11,9 +11,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lightning_dice import DiceLoss
-from lightning_dice.data import FolderSource, MaskFormat, SegmentationData
-from lightning_dice.data.datamodule import _augmented
-from lightning_dice.data.images.annotators import Raters, fuse
+from lightning_dice.data import MaskFormat, SegmentationData
+from lightning_dice.data.datamodule import apply_augment
+from lightning_dice.data.images.raters import Raters, fuse
+from tests.data.image_sources import folder_source
 
 SOFTMAX = MaskFormat(["background", "cell", "nucleus"])
 SIGMOID = MaskFormat(["artery", "vein"], "sigmoid")
@@ -97,7 +98,7 @@ def columns(mask: torch.Tensor) -> float:
 def test_training_and_evaluation_see_what_is_asked_for(tmp_path, settings, train, val):
     write(tmp_path, {"r1": 2, "r2": 4, "r3": 6, "gold": 7})
     form = MaskFormat(["cell"], "sigmoid")
-    source = FolderSource(tmp_path, form, channels=1, raters=["r1", "r2", "r3"], **settings)
+    source = folder_source(tmp_path, form, channels=1, raters=["r1", "r2", "r3"], **settings)
     report = source.check()
     assert f"by {4 if 'gold' in settings.values() else 3} raters" in report
     masks = [source.split(split)[0].mask for split in ("train", "val")]
@@ -113,7 +114,7 @@ def test_a_random_rater_follows_from_the_seed_alone(tmp_path):
 
     def epochs(workers: int) -> list[list[float]]:
         torch.manual_seed(3)
-        source = FolderSource(tmp_path, form, channels=1, raters=["r1", "r2"], fusion="random", workers=1)
+        source = folder_source(tmp_path, form, channels=1, raters=["r1", "r2"], fusion="random", workers=1)
         data = SegmentationData(source, batch_size=4, num_workers=workers, ignore_index=255)
         data.setup("fit")
         loader = data.train_dataloader()
@@ -130,7 +131,7 @@ def test_a_bad_mask_of_any_rater_is_named(tmp_path):
     Image.new("L", (8, 8), 7).save(tmp_path / "masks/train/r2/train_b.png")
     Image.new("L", (8, 7)).save(tmp_path / "masks/val/r1/val_c.png")
     with pytest.raises(ValueError, match=r"(?s)r1/val_c\.png: is 7x8.*r2/train_b\.png: holds the values 7"):
-        FolderSource(tmp_path, MaskFormat(["cell"], "sigmoid"), channels=1, raters=["r1", "r2"]).check()
+        folder_source(tmp_path, MaskFormat(["cell"], "sigmoid"), channels=1, raters=["r1", "r2"]).check()
 
 
 def test_names_are_checked():
@@ -149,7 +150,7 @@ def test_soft_labels_survive_augmentation(activation):
     masks = masks if activation == "softmax" else [mask.unsqueeze(0) for mask in masks]
     masks[2][..., 1, 2] = 255
     soft = fuse(masks, "mean", form)
-    image, moved = _augmented(v2.Compose([v2.Pad(1), v2.RandomHorizontalFlip(p=1)]), torch.ones(1, 2, 3), soft, 255)
+    image, moved = apply_augment(v2.Compose([v2.Pad(1), v2.RandomHorizontalFlip(p=1)]), torch.ones(1, 2, 3), soft, 255)
     assert image.shape == (1, 4, 5)
     inner = moved[:, 1:-1, 1:-1].flip(-1)
     assert torch.allclose(inner, soft, atol=1e-7)
@@ -165,5 +166,5 @@ def test_soft_labels_survive_augmentation(activation):
 
 
 def test_soft_labels_without_an_ignored_label_become_0_outside():
-    _, moved = _augmented(v2.Pad(1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.25), None)
+    _, moved = apply_augment(v2.Pad(1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.25), None)
     assert moved.sum() == 0.25

@@ -9,13 +9,14 @@ import tifffile
 import torch
 from PIL import Image
 
-from lightning_dice.data import DataError, FolderSource, MaskFormat, SyntheticSource
+from lightning_dice.data import DataError, MaskFormat, SyntheticSource
 from lightning_dice.data.errors import FileWarning, SkippedWarning
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import read_picture
+from lightning_dice.data.images.image_reader import read_image
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.data.images.windowed_tiff import LargeImage
 from lightning_dice.data.interfaces import PredictionItem
+from tests.data.image_sources import folder_source
 
 GRAY = ImageFormat(channels=1)
 LESION = MaskFormat(["lesion"], "sigmoid")
@@ -77,7 +78,7 @@ class TestWritten:
         assert np.array_equal(stored, np.asarray(values)[ids.long().numpy()])
         assert torch.equal(reader.load(tmp_path / "out", "sub/a").long(), labels.long())
         # As training reads its masks.
-        assert torch.equal(form.encode([form.read(read_picture(tmp_path / "out" / file))]).long(), labels.long())
+        assert torch.equal(form.encode([form.read(read_image(tmp_path / "out" / file))]).long(), labels.long())
 
     def test_classes_that_overlap_have_a_folder_each(self, tmp_path):
         form = MaskFormat(["ma/EX", "he"], "sigmoid", label_map={255: 1})
@@ -100,7 +101,7 @@ class TestWritten:
         assert torch.equal(reader.load(tmp_path / "out", "a"), labels)
 
     def test_a_class_without_a_value_is_told_at_once(self):
-        with pytest.raises(DataError, match=r"no value of the masks means 'b' \(id 2\).*data\.values"):
+        with pytest.raises(DataError, match=r"no value of the masks means 'b' \(id 2\).*data\.label_map"):
             ImagePredictionIO(MaskFormat(["background", "a", "b"], label_map={2: 1}), GRAY)
 
     def test_lies_on_the_picture_as_it_is_shown(self, tmp_path):
@@ -110,7 +111,7 @@ class TestWritten:
         reader = ImagePredictionIO(LESION, GRAY)
         scan = scan_of(reader, path)
         assert scan.size == (9, 6)
-        with pytest.raises(ValueError, match="the picture's size"):
+        with pytest.raises(ValueError, match="the image's size"):
             reader.write(tmp_path, "m", torch.zeros(1, 6, 9, dtype=torch.bool), scan)
         reader.write(tmp_path, "m", torch.zeros(1, 9, 6, dtype=torch.bool), scan)
         with Image.open(tmp_path / "m.png") as mask:
@@ -165,19 +166,19 @@ class TestWritten:
             ImagePredictionIO(LESION, GRAY).names(case)
 
     def test_another_format(self):
-        with pytest.raises(DataError, match="format must be png or tiff for pictures, got nifti"):
+        with pytest.raises(DataError, match="format must be png or tiff for images, got nifti"):
             ImagePredictionIO(LESION, GRAY).names("a", "nifti")
 
 
 class TestLoad:
     def test_what_is_not_there_or_twice(self, tmp_path):
         reader = ImagePredictionIO(LESION, GRAY)
-        with pytest.raises(DataError, match=r"the mask of the case a is not there: a\.png or a\.tif"):
+        with pytest.raises(DataError, match=r"the mask of the case a does not exist: a\.png or a\.tif"):
             reader.load(tmp_path, "a")
         scan = scan_of(reader, picture(tmp_path, "image.png"))
         for format in ("png", "tiff"):
             reader.write(tmp_path, "a", torch.zeros(1, 6, 9, dtype=torch.bool), scan, format)
-        with pytest.raises(DataError, match="is there twice"):
+        with pytest.raises(DataError, match="exists twice"):
             reader.load(tmp_path, "a")
 
     def test_strange_values(self, tmp_path):
@@ -213,7 +214,7 @@ class TestFind:
     def test_two_of_one_name(self, tmp_path):
         picture(tmp_path, "x/a.png")
         picture(tmp_path, "x/a.bmp")
-        with pytest.raises(DataError, match=r"a\.bmp and a\.png would have masks of one name"):
+        with pytest.raises(DataError, match=r"a\.bmp and a\.png would have masks of the same name"):
             ImagePredictionIO(LESION, GRAY).find(tmp_path)
 
     def test_links(self, tmp_path):
@@ -260,7 +261,7 @@ class TestRead:
 
 def test_sources_have_readers(tmp_path):
     form = MaskFormat(["background", "a"], label_map={255: 1})
-    reader = FolderSource(tmp_path / "nowhere", form, channels=1).reader
+    reader = folder_source(tmp_path / "nowhere", form, channels=1).reader
     assert reader == ImagePredictionIO(form, GRAY)
     drawn = SyntheticSource(size=(32, 32)).reader
     assert drawn == ImagePredictionIO(MaskFormat(["object"], "sigmoid"), GRAY)

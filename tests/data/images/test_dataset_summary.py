@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_dice.data import DataError, FolderSource, MaskFormat
+from lightning_dice.data import DataError, MaskFormat
 from lightning_dice.data.errors import DataErrors
-from lightning_dice.data.interfaces import Surveyed
+from lightning_dice.data.interfaces import InspectableSource
+from tests.data.image_sources import folder_source
 
 TWO = MaskFormat(["background", "lesion"])
 
@@ -43,15 +44,15 @@ def refused(source) -> DataErrors:
 def test_an_image_and_its_mask_exchanged(tmp_path, channels):
     folder(tmp_path, channels)
     exchange(tmp_path, "train/c2.png")
-    (problem,) = refused(FolderSource(tmp_path, TWO, channels=channels if channels == 1 else 3)).problems
+    (problem,) = refused(folder_source(tmp_path, TWO, channels=channels if channels == 1 else 3)).problems
     assert problem.where == str(tmp_path / "masks/train/c2.png")
-    assert problem.what == "looks like a picture, and its image c2.png like a mask: it holds 2 values"
+    assert problem.what == "looks like a photograph, and its image c2.png like a mask: it holds 2 values"
     assert "Exchange the two files" in problem.remedy
 
 
 def test_all_of_them_exchanged(tmp_path):
     folder(tmp_path)
-    problems = refused(FolderSource(tmp_path, TWO, channels=1, images="masks", masks="images")).problems
+    problems = refused(folder_source(tmp_path, TWO, channels=1, images="masks", masks="images")).problems
     assert len(problems) == 8
     assert all("like a mask" in problem.what for problem in problems)
 
@@ -61,8 +62,8 @@ def test_a_picture_among_the_masks_does_not_spoil_the_advice_for_the_others(tmp_
     for path in tmp_path.glob("masks/*/*.png"):
         Image.fromarray(np.asarray(Image.open(path)) * 200).save(path)
     (tmp_path / "masks/train/c5.png").write_bytes((tmp_path / "images/train/c5.png").read_bytes())
-    problems = refused(FolderSource(tmp_path, TWO, channels=1)).problems
-    (picture,) = [problem for problem in problems if "looks like a picture" in problem.what]
+    problems = refused(folder_source(tmp_path, TWO, channels=1)).problems
+    (picture,) = [problem for problem in problems if "looks like a photograph" in problem.what]
     assert "like a mask" not in picture.what
     rest = [problem for problem in problems if problem is not picture]
     assert len(rest) == 7
@@ -73,8 +74,8 @@ def test_the_rest_can_be_read(tmp_path):
     folder(tmp_path)
     (tmp_path / "masks/train/c1.png").unlink()
     (tmp_path / "images/train/c3.png").write_bytes(b"")
-    source = FolderSource(tmp_path, TWO, channels=1)
-    assert isinstance(source, Surveyed)
+    source = folder_source(tmp_path, TWO, channels=1)
+    assert isinstance(source, InspectableSource)
     assert len(refused(source).problems) == 2
     with pytest.raises(DataError):
         source.split("train")

@@ -9,10 +9,11 @@ import pytest
 import tifffile
 import torch
 
-from lightning_dice.data import FolderSource, MaskFormat
+from lightning_dice.data import MaskFormat
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import read_picture, read_size
+from lightning_dice.data.images.image_reader import read_image, read_size
+from tests.data.image_sources import folder_source
 
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(0, 4000, (6, 9, 5)).astype(np.uint16)  # (height, width, bands)
@@ -50,17 +51,17 @@ def test_bands_of_every_kind_of_file(tmp_path, how, dtype, settings, white):
     name = "a.npy" if how.startswith("npy") else "a.tif"
     path = save(tmp_path / name, pixels, how)
     assert read_size(path) == (6, 9)
-    picture = read_picture(path)
+    picture = read_image(path)
     expected = torch.from_numpy(pixels[..., [3, 2, 1]].astype(np.float32)).permute(2, 0, 1) / white
-    image = ImageFormat(channels=3, bands=[4, 3, 2], **settings).image(picture)
+    image = ImageFormat(channels=3, bands=[4, 3, 2], **settings).to_tensor(picture)
     assert torch.equal(image, expected)
-    assert ImageFormat(channels=5, **settings).image(picture).shape == (5, 6, 9)
+    assert ImageFormat(channels=5, **settings).to_tensor(picture).shape == (5, 6, 9)
 
 
 def test_what_bands_cannot_be(tmp_path):
-    picture = read_picture(save(tmp_path / "a.tif", BANDS, "planar"))
+    picture = read_image(save(tmp_path / "a.tif", BANDS, "planar"))
     with pytest.raises(DataError, match=r"a\.tif: has 5 channels .*data\.bands=\[6\] was asked for.*counted from 1"):
-        ImageFormat(channels=1, bands=[6]).image(picture)
+        ImageFormat(channels=1, bands=[6]).to_tensor(picture)
     with pytest.raises(ValueError, match=r"bands must be as many as channels, 3, got \[1\]; set data\.channels=1"):
         ImageFormat(channels=3, bands=[1])
     with pytest.raises(ValueError, match="counted from 1"):
@@ -77,7 +78,7 @@ def test_arrays_that_are_no_image(tmp_path, how):
     if how == "npy-truncated":
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"a\.npy: (has the shape|holds object|cannot be decoded)"):
-        read_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize(("nodata", "dtype"), [(np.nan, np.float32), (-9999, np.int16), (0, np.uint8)])
@@ -90,7 +91,7 @@ def test_pixels_that_show_nothing_are_ignored(tmp_path, nodata, dtype):
     mask = RNG.integers(0, 2, (4, 5)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "masks/a.tif", mask)
     settings = {"channels": 2, "max_value": 10, "nodata": nodata, "fractions": (1, 0, 0)}
-    source = FolderSource(tmp_path, MaskFormat(["background", "cloud"]), **settings)
+    source = folder_source(tmp_path, MaskFormat(["background", "cloud"]), **settings)
     source.check()
     sample = source.split("train")[0]
     holes = np.zeros((4, 5), bool)
@@ -99,14 +100,14 @@ def test_pixels_that_show_nothing_are_ignored(tmp_path, nodata, dtype):
     assert torch.equal(sample.image[:, ~holes], torch.from_numpy(pixels[~holes].T.astype(np.float32) / 10))
     means = [pixels[~holes, channel].mean(dtype=np.float64).astype(dtype) / 10 for channel in range(2)]
     assert sample.image[:, 0, 1].tolist() == pytest.approx(means)
-    planes = FolderSource(tmp_path, MaskFormat(["cloud"], "sigmoid"), **settings).split("train")[0].mask
+    planes = folder_source(tmp_path, MaskFormat(["cloud"], "sigmoid"), **settings).split("train")[0].mask
     assert torch.equal(planes[0], torch.from_numpy(np.where(holes, 255, mask)))
 
 
 def test_a_white_does_not_let_nan_pass(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.array([[1, np.nan]], np.float32))
     with pytest.raises(DataError, match="holds 1 values that are not finite"):
-        ImageFormat(channels=1, max_value=100).image(read_picture(tmp_path / "a.tif"))
+        ImageFormat(channels=1, max_value=100).to_tensor(read_image(tmp_path / "a.tif"))
 
 
 @pytest.mark.parametrize("text", [".nan", ".NaN", "nan", "-9999"])

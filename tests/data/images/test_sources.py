@@ -18,6 +18,7 @@ from PIL import Image
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.images.mask_format import MaskFormat
 from lightning_dice.data.images.sources import FolderSource
+from tests.data.image_sources import folder_source
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 TWO = MaskFormat(["background", "lesion"])
@@ -49,7 +50,7 @@ def refusal(source: FolderSource) -> str:
 def test_a_case(tmp_path):
     pairs(tmp_path, "a", split="train")
     pairs(tmp_path, "b", split="val")
-    source = FolderSource(tmp_path, TWO)
+    source = folder_source(tmp_path, TWO)
     cases = pickle.loads(pickle.dumps(source.split("train")))  # as a data loader's worker gets it
     sample = cases[0]
     with Image.open(tmp_path / "images/train/a.png") as image:
@@ -67,8 +68,8 @@ def test_hydras_containers(tmp_path):
     """As from the command line: lists and maps are OmegaConf's, keys may be strings."""
     pairs(tmp_path, "a", "b", mask=MASK * 255)
     given = OmegaConf.create({"classes": ["background", "lesion"], "label_map": {255: 1}, "fractions": [0.5, 0.5, 0]})
-    mask_format = MaskFormat(given.classes, values=given["label_map"])
-    source = FolderSource(str(tmp_path), mask_format, fractions=given.fractions)
+    mask_format = MaskFormat(given.classes, label_map=given["label_map"])
+    source = folder_source(str(tmp_path), mask_format, fractions=given.fractions)
     report = source.check()
     assert "lesion" in report
     assert "Warning" not in report
@@ -88,7 +89,7 @@ def planes(root: Path, *classes: str) -> None:
 
 def test_a_folder_for_each_class(tmp_path):
     planes(tmp_path, "vein", "artery")
-    source = FolderSource(tmp_path, MaskFormat(["artery", "vein"], "sigmoid"), fractions=(1, 0, 0))
+    source = folder_source(tmp_path, MaskFormat(["artery", "vein"], "sigmoid"), fractions=(1, 0, 0))
     assert torch.equal(source.split("train")[0].mask, torch.from_numpy(np.stack([MASK, np.ones_like(MASK)])))
     shares = source.survey().shares(["train"])
     assert (shares["artery"].fraction, shares["vein"].fraction, shares[None].fraction) == (0.5, 1, 0)
@@ -97,9 +98,9 @@ def test_a_folder_for_each_class(tmp_path):
 def test_a_class_without_its_mask(tmp_path):
     planes(tmp_path, "vein", "artery")
     (tmp_path / "masks/train/vein/b.png").unlink()
-    source = FolderSource(tmp_path, MaskFormat(["artery", "vein"], "sigmoid"))
+    source = folder_source(tmp_path, MaskFormat(["artery", "vein"], "sigmoid"))
     assert "images/train/b.png: has no mask in masks/train/vein" in refusal(source)
-    source = FolderSource(tmp_path, MaskFormat(["artery", "vein", "nerve"], "sigmoid"))
+    source = folder_source(tmp_path, MaskFormat(["artery", "vein", "nerve"], "sigmoid"))
     assert "masks/train: has folders for the classes artery, vein, but none for nerve" in refusal(source)
 
 
@@ -107,11 +108,11 @@ def test_a_class_in_0_and_255(tmp_path):
     planes(tmp_path, "vein", "artery")
     for case in "ab":
         write(tmp_path, f"masks/train/vein/{case}.png", mask=MASK * 255)
-    text = refusal(FolderSource(tmp_path, MaskFormat(["artery", "vein"], "sigmoid")))
+    text = refusal(folder_source(tmp_path, MaskFormat(["artery", "vein"], "sigmoid")))
     assert "masks/train/vein: all masks hold 0 and 255 alone" in text
     for case in "ab":  # not annotated at all: nothing to learn, but the other class can be
         write(tmp_path, f"masks/train/vein/{case}.png", mask=np.full_like(MASK, 255))
-    report = FolderSource(tmp_path, MaskFormat(["artery", "vein"], "sigmoid")).check()
+    report = folder_source(tmp_path, MaskFormat(["artery", "vein"], "sigmoid")).check()
     assert "class 'vein' never occurs" in report
     assert "(ignored)       50% (1)" in report
 
@@ -129,7 +130,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
     (tmp_path / "images/broken.png").write_bytes(data[: len(data) - 30])
     write(tmp_path, "masks/orphan.png", "images/alone.png")
     (tmp_path / "masks/good.png").write_bytes(b"")
-    text = refusal(FolderSource(tmp_path, TWO))
+    text = refusal(folder_source(tmp_path, TWO))
     assert text.startswith(f"8 problems in {tmp_path}:\n")
     for line in [
         "masks/small.png: is 1x2 (height x width), but its image small.png is 2x3",
@@ -147,7 +148,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
 def test_long_lists_are_cut_and_hide_no_other_kind(tmp_path):
     pairs(tmp_path, *(f"case{i}" for i in range(30)), mask=[[0, 1]])
     write(tmp_path, "images/alone.png")
-    text = refusal(FolderSource(tmp_path, TWO))
+    text = refusal(folder_source(tmp_path, TWO))
     assert text.startswith("31 problems")
     assert "- images/alone.png: has no mask" in text
     assert "- and 11 more of this kind\n  Give the mask the image's size" in text
@@ -169,7 +170,10 @@ FAULTS = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot be decoded"),
     "text": (lambda path: path.write_text("not found"), "is not a PNG, JPEG, BMP, TIFF or NumPy image"),
     "bomb": (bomb, "may be a decompression bomb"),
-    "broken-link": (lambda path: (path.unlink(), path.symlink_to("nowhere.png")), "is a link to nowhere.png, which is"),
+    "broken-link": (
+        lambda path: (path.unlink(), path.symlink_to("nowhere.png")),
+        "is a link to nowhere.png, which does not exist",
+    ),
     "circle": (lambda path: (path.unlink(), path.symlink_to(path.name)), "is a link to|cannot be opened"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), None),
 }
@@ -181,7 +185,7 @@ def test_bad_files_are_all_in_one_report(tmp_path, kind):
     pairs(tmp_path, "good", "other", *names.values(), split="train")
     for name, stem in names.items():
         FAULTS[name][0](tmp_path / kind / "train" / f"{stem}.png")
-    text = refusal(FolderSource(tmp_path, TWO))
+    text = refusal(folder_source(tmp_path, TWO))
     assert text.startswith(f"{len(names)} problems in {tmp_path}:")
     for name, stem in names.items():
         assert re.search(rf"- {kind}/train/{re.escape(stem)}\.png: ({FAULTS[name][1]})", text), name
@@ -193,7 +197,7 @@ def test_what_a_file_is_counts_and_not_its_name(tmp_path):
     pairs(tmp_path / "elsewhere", "c")
     for kind in ("images", "masks"):  # Links are followed, out of the folder too.
         (tmp_path / kind / "c.png").symlink_to(tmp_path / "elsewhere" / kind / "c.png")
-    source = FolderSource(tmp_path, TWO, fractions=(1, 0, 0), masks="images/../masks")
+    source = folder_source(tmp_path, TWO, fractions=(1, 0, 0), masks="images/../masks")
     source.check()
     assert [sample.case for sample in source.split("train")] == ["a", "b", "c"]
 
@@ -202,7 +206,7 @@ def test_what_a_file_is_counts_and_not_its_name(tmp_path):
 @pytest.mark.parametrize("fault", ["empty", "truncated", "folder", "broken-link"])
 def test_a_file_that_changes_after_the_check_is_named(tmp_path, kind, fault):
     pairs(tmp_path, "a", "b")
-    source = FolderSource(tmp_path, TWO, fractions=(1, 0, 0))
+    source = folder_source(tmp_path, TWO, fractions=(1, 0, 0))
     source.check()
     cases = source.split("train")
     FAULTS[fault][0](tmp_path / kind / "a.png")
@@ -213,7 +217,7 @@ def test_a_file_that_changes_after_the_check_is_named(tmp_path, kind, fault):
 
 def test_a_mask_of_another_size_after_the_check_is_named(tmp_path):
     pairs(tmp_path, "a")
-    cases = FolderSource(tmp_path, TWO).split("train")
+    cases = folder_source(tmp_path, TWO).split("train")
     write(tmp_path, "masks/a.png", mask=[[0, 1]])
     with pytest.raises(DataError, match=r"masks/a\.png: is 1x2 .*but its image a\.png is 2x3"):
         cases[0]
@@ -230,7 +234,7 @@ def test_channels_that_are_classes(tmp_path):
     np.save(tmp_path / "masks/a.npy", stacked)
     tifffile.imwrite(tmp_path / "masks/b.tif", stacked[1:], photometric="minisblack")
     form = MaskFormat(["artery", "vein"], "softmax", multichannel_masks=True)
-    source = FolderSource(tmp_path, form, fractions=(1, 0, 0))
+    source = folder_source(tmp_path, form, fractions=(1, 0, 0))
     report = source.check()
     assert "2 cases, one mask for each class, softmax" in report
     assert [sample.mask.tolist() for sample in source.split("train")] == [(1 - MASK).tolist()] * 2
@@ -241,14 +245,14 @@ def test_channels_that_are_classes(tmp_path):
 
 def test_a_folder_for_each_class_of_a_softmax(tmp_path):
     planes(tmp_path, "vein", "artery")
-    source = FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
+    source = folder_source(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
     text = refusal(source)
     assert "2 problems" in text
     assert "masks/train/artery/a.png: holds 3 pixels of several classes" in text
     for case in "ab":
         write(tmp_path, f"masks/train/vein/{case}.png", mask=[[1, 0, 0], [0, 0, 0]])
     write(tmp_path, "masks/train/artery/b.png", mask=MASK)
-    source = FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
+    source = folder_source(tmp_path, MaskFormat(["background", "artery", "vein"]), fractions=(1, 0, 0))
     source.check()
     expected = MASK.copy()
     expected[0, 0] = 2
@@ -260,7 +264,7 @@ def test_a_folder_for_each_class_of_a_softmax(tmp_path):
 def test_a_class_of_a_softmax_that_holds_no_ids(tmp_path):
     planes(tmp_path, "vein", "artery")
     write(tmp_path, "masks/train/vein/a.png", mask=MASK * 7)
-    text = refusal(FolderSource(tmp_path, MaskFormat(["background", "artery", "vein"])))
+    text = refusal(folder_source(tmp_path, MaskFormat(["background", "artery", "vein"])))
     assert "masks/train/vein/a.png: holds the values 7 (3 pixels), which are not ids: required 0 to 1" in text
 
 
@@ -279,19 +283,19 @@ def test_a_class_of_a_softmax_that_holds_no_ids(tmp_path):
 def test_masks_of_0_and_255_are_refused(tmp_path, activation, classes, values, expected):
     pairs(tmp_path, "a", "b", mask=np.resize(values, (2, 3)))
     pairs(tmp_path, "c", mask=np.zeros((2, 3)) + values[0])
-    assert expected in refusal(FolderSource(tmp_path, MaskFormat(classes, activation)))
+    assert expected in refusal(folder_source(tmp_path, MaskFormat(classes, activation)))
 
 
 def test_masks_of_0_and_255_without_an_ignored_label(tmp_path):
     pairs(tmp_path, "a", mask=MASK * 255)
-    text = refusal(FolderSource(tmp_path, MaskFormat(["background", "lesion"], ignore_index=None)))
+    text = refusal(folder_source(tmp_path, MaskFormat(["background", "lesion"], ignore_index=None)))
     assert "holds the values 255 (3 pixels), which are not ids: required 0 to 1" in text
     assert "Set 'data.label_map={255:1}'." in text
 
 
 def test_the_remedies_for_0_and_255_work(tmp_path):
     pairs(tmp_path, "a", "b", mask=MASK * 255)
-    source = FolderSource(tmp_path, MaskFormat(["background", "lesion"], label_map={255: 1}))
+    source = folder_source(tmp_path, MaskFormat(["background", "lesion"], label_map={255: 1}))
     source.check()
     assert torch.equal(source.split("train")[0].mask, torch.from_numpy(MASK))
 
@@ -303,7 +307,7 @@ def test_the_remedies_for_0_and_255_work(tmp_path):
 )
 def test_a_case_that_changed_after_the_check_is_refused_by_name(tmp_path, mask, settings):
     pairs(tmp_path, "a", mask=mask)
-    cases = FolderSource(tmp_path, TWO, **settings).split("train")
+    cases = folder_source(tmp_path, TWO, **settings).split("train")
     with pytest.raises(DataError, match=r"a\.png"):
         cases[0]
 
@@ -314,16 +318,16 @@ def test_a_turned_photograph_must_match_its_mask(tmp_path):
     pairs(tmp_path, "a", "b")
     (tmp_path / "images/a.png").unlink()
     Image.new("RGB", (3, 2)).save(tmp_path / "images/a.jpg", exif=exif)
-    source = FolderSource(tmp_path, TWO)
+    source = folder_source(tmp_path, TWO)
     assert "a.jpg is 3x2 after the turn that its orientation tag asks for, transposed" in refusal(source)
     write(tmp_path, "masks/a.png", mask=MASK.T)
     sizes = {
         pair.case: size
         for split in ("train", "val")
-        for pair, size in zip(FolderSource(tmp_path, TWO).split(split).pairs, source.split(split).sizes, strict=True)
+        for pair, size in zip(folder_source(tmp_path, TWO).split(split).pairs, source.split(split).sizes, strict=True)
     }
     assert sizes == {"a": (3, 2), "b": (2, 3)}
-    assert FolderSource(tmp_path, TWO).check()
+    assert folder_source(tmp_path, TWO).check()
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,7 @@ def test_a_turned_photograph_must_match_its_mask(tmp_path):
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        FolderSource(**{"root": "data", "mask_format": TWO, **settings})
+        folder_source(**{"root": "data", "mask_format": TWO, **settings})
 
 
 # The report
@@ -354,7 +358,7 @@ def test_report(tmp_path):
     pairs(tmp_path, "d", split="val", mask=[[0, 255, 255], [0, 0, 255]])
     (tmp_path / "images/val/c.png").write_bytes((tmp_path / "images/train/a.png").read_bytes())
     Image.new("L", (3, 2)).save(tmp_path / "images/val/d.png")
-    report = FolderSource(tmp_path, MaskFormat(["background", "cell", "nucleus"])).check()
+    report = folder_source(tmp_path, MaskFormat(["background", "cell", "nucleus"])).check()
     assert report == "\n".join(
         [
             f"{tmp_path}: 4 cases, masks of ids, softmax",
@@ -372,7 +376,7 @@ def test_report(tmp_path):
             "Warning: class 'nucleus' never occurs in the train split",
             "Warning: no foreground but ignored pixels (255) in 1 masks: val/d; "
             "if 255 is foreground there, set 'data.label_map={255:1}'",
-            "Warning: 1 images stand in more than one split: train/a = val/c",
+            "Warning: 1 image is in more than one split: train/a = val/c",
         ]
     )
 
@@ -420,7 +424,7 @@ def test_real_images(folder, mask_format, settings, splits, fractions, ignored):
     """The fractions are those of each folder's README, over all splits, to its last digit."""
     if not (REAL / folder).is_dir():
         pytest.skip(f"no real images here ({folder})")
-    source = FolderSource(REAL / folder, mask_format, workers=1, **settings)
+    source = folder_source(REAL / folder, mask_format, workers=1, **settings)
     survey = source.survey()
     shares = survey.shares(["train", "val", "test"])
     assert [shares[name].fraction for name in mask_format.classes] == pytest.approx(fractions, abs=6e-6)

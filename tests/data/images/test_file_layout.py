@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.images.file_layout import scan
+from lightning_dice.data.images.file_layout import Layout, find_pairs
 from lightning_dice.data.images.mask_format import MaskFormat
-from lightning_dice.data.images.sources import FolderSource
+from lightning_dice.data.splits import SplitSettings
+from tests.data.image_sources import folder_source
 
 TWO = MaskFormat(["background", "lesion"])
 
@@ -25,7 +26,7 @@ def pairs(root: Path, *stems: str, split: str = "") -> None:
 
 
 def names(root: Path, images="images", masks="masks", fractions=(0.7, 0.15, 0.15), seed=0) -> dict[str, list[str]]:
-    layout = scan(root, images, masks, (), fractions, seed)
+    layout = find_pairs(root, images, masks, SplitSettings(fractions, seed))
     assert not layout.problems
     return {split: [pair.case for pair in part] for split, part in layout.pairs.items()}
 
@@ -209,7 +210,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(("make", "expected"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_what_does_not_fit_together(tmp_path, make, expected):
     make(tmp_path / "data")
-    source = FolderSource(tmp_path / "data", TWO)
+    source = folder_source(tmp_path / "data", TWO)
     with pytest.raises(DataError) as caught:
         source.split("train")
     for part in expected:
@@ -221,10 +222,13 @@ def test_what_does_not_fit_together(tmp_path, make, expected):
 # Patterns, lists, names of splits
 
 
-def pairing(root: Path, *, planes=(), **settings) -> dict[str, dict[str, list[str]]]:
+def layout_of(root: Path, *, images="images", masks="masks", splits=None, split_files=None, **settings) -> Layout:
+    return find_pairs(root, images, masks, SplitSettings((1, 0, 0), 0, splits, split_files), **settings)
+
+
+def pairing(root: Path, **settings) -> dict[str, dict[str, list[str]]]:
     """The files of each case of each split, below the root."""
-    arguments = {"images": "images", "masks": "masks", "fractions": (1, 0, 0), "seed": 0, **settings}
-    layout = scan(root, planes=planes, **arguments)
+    layout = layout_of(root, **settings)
     assert not layout.problems
     return {
         split: {pair.case: [path.relative_to(root).as_posix() for path in (pair.image, *pair.masks)] for pair in part}
@@ -327,14 +331,14 @@ def test_lists_of_cases(tmp_path):
 
 def test_what_is_wrong_with_lists(tmp_path):
     voc(tmp_path, train="a\nb c\nmissing\na", val="a\nd")
-    problems = scan(tmp_path, **VOC, planes=(), fractions=(1, 0, 0), seed=0).problems
+    problems = layout_of(tmp_path, **VOC).problems
     text = "\n".join(map(str, problems))
     assert len(problems) == 3
     assert "train.txt: names 'missing', of which there is no image" in text
     assert "train.txt: names 'a', twice" in text
     assert "val.txt: names 'a', which the list of train names too" in text
     (tmp_path / "Masks/d.png").unlink()
-    problems = scan(tmp_path, **VOC, planes=(), fractions=(1, 0, 0), seed=0).problems
+    problems = layout_of(tmp_path, **VOC).problems
     assert any("d.jpg: has no mask in" in str(problem) for problem in problems)
 
 
@@ -395,7 +399,7 @@ MISFITS = {
 @pytest.mark.parametrize(("files", "settings", "expected"), MISFITS.values(), ids=MISFITS.keys())
 def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
     write(tmp_path, *files)
-    source = FolderSource(tmp_path, **{"mask_format": TWO, **settings})
+    source = folder_source(tmp_path, **{"mask_format": TWO, **settings})
     with pytest.raises(DataError) as caught:
         source.split("train")
     for part in expected:
@@ -407,11 +411,11 @@ def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
     [
         ({"masks": "masks/{spilt}"}, r"masks must be a place .*\{split\}, \{case\}, .*got 'masks/\{spilt\}'"),
         ({"images": "images/*"}, r"with \* in it, it must name files by \{case\}"),
-        ({"masks": "masks/{rater}"}, "raters must name who"),
+        ({"masks": "masks/{rater}"}, "raters must list the names for"),
         ({"masks": "masks/{case}", "raters": ["a", "b"]}, r"masks must have \{rater\} in it"),
         ({"split_files": "train.txt"}, r"split_files must have \{split\} in it"),
-        ({"splits": {"training": "x"}}, "splits must say what stands for train, val and test"),
-        ({"splits": {"val": "x"}}, "at least for train"),
+        ({"splits": {"training": "x"}}, "splits must map train, and perhaps val and test, to their names"),
+        ({"splits": {"val": "x"}}, "splits must map train, and perhaps val and test"),
         ({"raters": ["a"]}, "raters must be a list of at least two names"),
         ({"raters": ["a", "mean"]}, "must differ from each other and from mean"),
         ({"raters": ["a", "b"], "fusion": "vote"}, "fusion must be mean, majority, random or one of"),
@@ -423,10 +427,10 @@ def test_patterns_that_do_not_fit(tmp_path, files, settings, expected):
         ({"nodata": 0, "mask_format": MaskFormat(["x"], "sigmoid", None)}, "nodata needs an ignore_index"),
         (
             {"masks": "m/{case}_{class}", "mask_format": MaskFormat(["a", "b"], multichannel_masks=True)},
-            "leave {class} out",
+            "masks must not have {class} in it",
         ),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
-        FolderSource(**{"root": "data", "mask_format": TWO, **settings})
+        folder_source(**{"root": "data", "mask_format": TWO, **settings})

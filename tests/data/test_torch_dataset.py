@@ -13,7 +13,8 @@ from PIL import Image
 
 from lightning_dice.data import DatasetSource, FolderSource, MaskFormat
 from lightning_dice.data.errors import DataError
-from lightning_dice.data.torch_dataset import as_picture
+from lightning_dice.data.torch_dataset import to_decoded_image
+from tests.data.image_sources import dataset_source
 from tests.test_configs import composed
 
 SIZE = (6, 8)
@@ -83,7 +84,7 @@ def test_torchvisions_pets(tmp_path):
 def test_torchvisions_voc_is_vocs_layout(tmp_path):
     base = voc(tmp_path)
     form = {"classes": ["background", "aeroplane"], "activation": "softmax"}
-    wrapped = DatasetSource(
+    wrapped = dataset_source(
         torchvision.datasets.VOCSegmentation,
         tmp_path,
         MaskFormat(**form),
@@ -115,7 +116,7 @@ def test_cityscapes_layout_against_torchvisions_table(tmp_path):
     assert sample.case == "ulm_000000_000019"
     assert source.split("test") is None
     theirs = torchvision.datasets.Cityscapes(str(tmp_path), "train", target_type="semantic")
-    wrapped = DatasetSource(
+    wrapped = dataset_source(
         lambda root, download=None: theirs, tmp_path, source.mask_format, train={}, fractions=(1, 0, 0)
     )
     assert torch.equal(wrapped.split("train")[0].mask, source.split("train")[0].mask)
@@ -143,7 +144,7 @@ class Listed:
 
 def listed(*pairs: tuple[object, object], **settings: object) -> DatasetSource:
     given = {"channels": 1, "train": {"pairs": list(pairs)}, "download": None, "fractions": (1, 0, 0), **settings}
-    return DatasetSource(Listed, "somewhere", MaskFormat(["a", "b", "c"]), **given)
+    return dataset_source(Listed, "somewhere", MaskFormat(["a", "b", "c"]), **given)
 
 
 def test_every_form_of_a_pair():
@@ -174,7 +175,7 @@ def test_every_problem_is_listed_at_once():
         "the mask of train-1: holds the values 5 (16 pixels), 6 (16 pixels), 7 (16 pixels)",
         "the mask of train-2: is 5x8 (height x width), but its image train-2 is 6x8",
         "train-3: must be a pair of image and mask, got tuple",
-        "train-4: must be a picture, an array or a tensor, got str",
+        "train-4: must be a Pillow image, an array or a tensor, got str",
         "train-5: must be numbers of two space axes, got uint8 of the shape (8,)",
     ]:
         assert f"- {line}" in str(caught.value)
@@ -192,7 +193,7 @@ def test_every_problem_is_listed_at_once():
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        DatasetSource(
+        dataset_source(
             **{"dataset": Listed, "root": "x", "mask_format": MaskFormat(["a", "b"]), "train": {}, **settings}
         )
 
@@ -207,7 +208,7 @@ def test_arguments_that_the_data_set_does_not_know():
 def test_colours_of_a_palette():
     image = Image.fromarray(IDS)
     image.putpalette([0, 0, 0, 200, 10, 10, 10, 200, 10])
-    picture = as_picture(image, "a")
-    assert picture.colors()[0, :3].tolist() == [[0, 0, 0], [200, 10, 10], [10, 200, 10]]
+    picture = to_decoded_image(image, "a")
+    assert picture.apply_palette()[0, :3].tolist() == [[0, 0, 0], [200, 10, 10], [10, 200, 10]]
     with pytest.raises(DataError, match="has the colours CMYK"):
-        as_picture(Image.new("CMYK", (2, 2)), "a")
+        to_decoded_image(Image.new("CMYK", (2, 2)), "a")

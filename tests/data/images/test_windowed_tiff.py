@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 from lightning_dice.data import Standardize
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_format import ImageFormat
-from lightning_dice.data.images.image_reader import read_picture, to_image
-from lightning_dice.data.images.windowed_tiff import LargeImage, normalized, open_large
+from lightning_dice.data.images.image_reader import read_image, to_tensor
+from lightning_dice.data.images.windowed_tiff import LargeImage, open_large_image
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (150, 203), dtype=np.uint8)
@@ -58,7 +58,7 @@ def stored(folder, pixels, **how):
 def test_windows_are_those_of_the_whole_picture(name, tmp_path):
     pixels, channels, how = FILES[name]
     path = stored(tmp_path, pixels, **how)
-    whole = to_image(read_picture(path), channels)
+    whole = to_tensor(read_image(path), channels)
     with LargeImage(path, ImageFormat(channels)) as image:
         assert image.shape == whole.shape
         # Down the rows as a sliding window goes, then back up, then all.
@@ -74,32 +74,32 @@ def test_jpeg_whose_tiles_share_their_tables(tmp_path):
     with tifffile.TiffFile(path) as tiff:
         assert tiff.pages.first.jpegtables
     with LargeImage(path, ImageFormat(3)) as image:
-        assert torch.equal(image[..., 20:60, 30:80], to_image(read_picture(path), 3)[:, 20:60, 30:80])
+        assert torch.equal(image[..., 20:60, 30:80], to_tensor(read_image(path), 3)[:, 20:60, 30:80])
 
 
 def counted(picture, monkeypatch) -> list[tuple[int, int, int]]:
     """Each tile, as plane, row and column, that a picture decodes from now on."""
     decoded = []
-    read = picture._read
-    monkeypatch.setattr(picture, "_read", lambda file, *place: decoded.append(place) or read(file, *place))
+    read = picture._decode_tile
+    monkeypatch.setattr(picture, "_decode_tile", lambda file, *place: decoded.append(place) or read(file, *place))
     return decoded
 
 
 def test_tiles_are_decoded_once_by_overlapping_windows_and_not_kept(tmp_path, monkeypatch):
     path = stored(tmp_path, GRAY, tile=(16, 16), compression="zlib")
     with LargeImage(path, ImageFormat(1)) as image:
-        decoded = counted(image.picture, monkeypatch)
+        decoded = counted(image.tiff, monkeypatch)
         for top in range(0, 150, 20):
             for left in range(0, 200, 20):
                 _ = image[:, top : top + 40, left : left + 40]
         assert sorted(decoded) == [(0, row, column) for row in range(10) for column in range(13)]
-        assert len(image.picture._tiles) <= 4 * 13
+        assert len(image.tiff._tiles) <= 4 * 13
 
 
 def test_a_window_decodes_the_tiles_it_touches(tmp_path, monkeypatch):
     path = stored(tmp_path, GRAY, tile=(16, 16), compression="zlib")
     with LargeImage(path, ImageFormat(1)) as image:
-        decoded = counted(image.picture, monkeypatch)
+        decoded = counted(image.tiff, monkeypatch)
         _ = image[:, 20:40, 100:112]
         assert decoded == [(0, 1, 6), (0, 2, 6)]
 
@@ -113,17 +113,17 @@ def test_other_indices_are_refused(index, tmp_path):
 class TestNormalized:
     @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["wide", "narrow"])
     def test_standardized_windows_equal_the_whole(self, scale, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK", 203 * 13)
+        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.BLOCK_PIXELS", 203 * 13)
         # An offset much larger than the deviation is where sums of squares lose their digits.
         pixels = np.stack([BANDS[0] * scale + 10, BANDS[1] * 7, np.full_like(BANDS[0], 0.1)], axis=2)
         path = stored(tmp_path, pixels.astype(np.float32), photometric="rgb", tile=(32, 32))
-        whole = to_image(read_picture(path), 3)
+        whole = to_tensor(read_image(path), 3)
         exact = whole.double()
         center = exact.mean((1, 2), keepdim=True)
         width = (exact - center).square().mean((1, 2), keepdim=True).sqrt()
         expected = ((exact - center) / width)[:2]
         with LargeImage(path, ImageFormat(3)) as image:
-            seen = normalized(image, Standardize())[..., 40:90, 10:99]
+            seen = image.normalized(Standardize())[..., 40:90, 10:99]
         tolerance = 4 * torch.finfo(torch.float32).eps * float(10 / scale)  # of a float32 mean
         assert torch.allclose(seen[:2].double(), expected[..., 40:90, 10:99], atol=tolerance, rtol=1e-6)
         assert (seen[2] == 0).all()
@@ -132,21 +132,21 @@ class TestNormalized:
     def test_fixed_and_composed(self, tmp_path):
         path = stored(tmp_path, RGB, photometric="rgb", tile=(32, 32))
         fixed = v2.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
-        whole = to_image(read_picture(path), 3)
+        whole = to_tensor(read_image(path), 3)
         with LargeImage(path, ImageFormat(3)) as image:
-            assert torch.equal(normalized(image, fixed)[..., 5:50, :], fixed(whole)[:, 5:50])
+            assert torch.equal(image.normalized(fixed)[..., 5:50, :], fixed(whole)[:, 5:50])
         both = v2.Compose([fixed, Standardize()])
         with LargeImage(path, ImageFormat(3)) as image:
-            assert torch.allclose(normalized(image, both)[..., 5:50, :], both(whole)[:, 5:50], atol=1e-5)
+            assert torch.allclose(image.normalized(both)[..., 5:50, :], both(whole)[:, 5:50], atol=1e-5)
         with LargeImage(path, ImageFormat(3)) as image:
-            assert normalized(image, None) is image
+            assert image.normalized(None) is image
 
     def test_another_is_refused(self, tmp_path):
         with (
             LargeImage(stored(tmp_path, GRAY), ImageFormat(1)) as image,
             pytest.raises(DataProblem, match="normalization by function"),
         ):
-            normalized(image, lambda x: x - x.amin())
+            image.normalized(lambda x: x - x.amin())
 
 
 class TestRefused:
@@ -169,7 +169,7 @@ class TestRefused:
                 _ = image[..., 120:, :]
 
     def test_one_piece(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.PIECE", 20000)
+        monkeypatch.setattr("lightning_dice.data.images.windowed_tiff.MAX_CHUNK_BYTES", 20000)
         path = stored(tmp_path, GRAY, rowsperstrip=150, compression="zlib")
         with pytest.raises(DataProblem, match=r"compressed in pieces of 150 rows.*Save it in tiles"):
             LargeImage(path, ImageFormat(1))
@@ -188,7 +188,7 @@ class TestRefused:
         with tifffile.TiffWriter(path) as writer:
             writer.write(GRAY)
             writer.write(GRAY)
-        with pytest.raises(DataProblem, match="holds 2 pictures"):
+        with pytest.raises(DataProblem, match="holds 2 images"):
             LargeImage(path, ImageFormat(1))
 
     def test_turned(self, tmp_path):
@@ -208,8 +208,8 @@ class TestRefused:
 class TestOpenLarge:
     def test_only_what_is_beyond_the_limit(self, tmp_path):
         path = stored(tmp_path, GRAY)
-        assert open_large(path, ImageFormat(1), limit=GRAY.size) is None
-        image = open_large(path, ImageFormat(1), limit=GRAY.size - 1)
+        assert open_large_image(path, ImageFormat(1), limit=GRAY.size) is None
+        image = open_large_image(path, ImageFormat(1), limit=GRAY.size - 1)
         assert isinstance(image, LargeImage)
         image.close()
 
@@ -217,8 +217,8 @@ class TestOpenLarge:
         path = stored(tmp_path, GRAY, tile=(32, 32))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(DataProblem, match="bomb"):
-            read_picture(path)
-        image = open_large(path, ImageFormat(1))
+            read_image(path)
+        image = open_large_image(path, ImageFormat(1))
         assert image is not None
         image.close()
 
@@ -226,7 +226,7 @@ class TestOpenLarge:
         Image.fromarray(GRAY).save(tmp_path / "a.png")
         (tmp_path / "b.tif").write_bytes(b"II*\0rest")
         for name in ("a.png", "b.tif", "missing.tif"):
-            assert open_large(tmp_path / name, ImageFormat(1), limit=1) is None
+            assert open_large_image(tmp_path / name, ImageFormat(1), limit=1) is None
 
 
 def test_a_preview_is_every_nth_pixel(tmp_path):
@@ -234,4 +234,4 @@ def test_a_preview_is_every_nth_pixel(tmp_path):
     with LargeImage(path, ImageFormat(3)) as image:
         small, step = image.preview(longest=60)
     assert step == 4
-    assert torch.equal(small, to_image(read_picture(path), 3)[:, ::4, ::4])
+    assert torch.equal(small, to_tensor(read_image(path), 3)[:, ::4, ::4])
