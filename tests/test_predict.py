@@ -316,7 +316,7 @@ class TestBadInput:
             "empty.png": "is empty (0 bytes)",
             "text.png": "is not a PNG, JPEG",
             "rgb.png": "has 3 channels",
-            "gone.png": "which is not there",
+            "gone.png": "which does not exist",
             "out.png": "is a link out of the folder",
         }.items():
             for text in (at_once, at_the_end):
