@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lightning_dice.checkpoints import newest_readable, remove_parts
+from lightning_dice.checkpoints import newest_readable, remove_partial_files
 from lightning_dice.cli.config import apply_overrides, instantiate, resolve_from_files
 from lightning_dice.cli.errors import UserError
 from lightning_dice.inference import find_postprocessing
@@ -205,7 +205,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
         UserError: all checkpoints are damaged.
     """
     checkpoints = Path(folder).expanduser() / CHECKPOINTS
-    remove_parts(checkpoints)
+    remove_partial_files(checkpoints)
     try:
         return newest_readable(checkpoints)
     except ValueError as error:

@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, capfd):
     assert code == 130
     # The step was not made.
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
-    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert "Ctrl-C again stops now" in capfd.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
