@@ -69,17 +69,17 @@ def check_shapes(
             f"softmax needs at least 2 classes, logits have {classes}: a softmax over one channel is always 1; "
             'use activation="sigmoid" for a binary task'
         )
-    came = tuple(target.shape)
-    as_planes = came == shape
-    as_ids = came == ids_shape and classes > 1
+    received = tuple(target.shape)
+    as_planes = received == shape
+    as_ids = received == ids_shape and classes > 1
     if activation == "sigmoid" and not as_planes:
-        hint = f"; {_FLAT_TARGET if classes == 1 else _IDS_TARGET}" if came == ids_shape else ""
-        raise ValueError(f"target must have the shape of logits, {shape}, got {came}{hint}")
+        hint = f"; {_FLAT_TARGET if classes == 1 else _IDS_TARGET}" if received == ids_shape else ""
+        raise ValueError(f"target must have the shape of logits, {shape}, got {received}{hint}")
     if not (as_planes or as_ids):
-        hint = f"; {_PLANE_TARGET}" if came == (shape[0], 1, *shape[2:]) else ""
+        hint = f"; {_PLANE_TARGET}" if received == (shape[0], 1, *shape[2:]) else ""
         raise ValueError(
             f"target must be class ids with the batch and space axes of logits, {ids_shape}, "
-            f"or soft labels of the shape of logits, {shape}, got {came}{hint}"
+            f"or soft labels of the shape of logits, {shape}, got {received}{hint}"
         )
     if as_ids and not as_planes and (target.is_floating_point() or target.dtype == torch.bool):
         raise ValueError(

@@ -60,8 +60,8 @@ def run(backend, logits, target, required, *, weight=None, seed=0, **options):
 
 def assert_same(backend, logits, target, required, rtol=1e-9, **options):
     expected, expected_gradient = run("reference", logits, target, required, **options)
-    came, gradient = run(backend, logits, target, required, **options)
-    torch.testing.assert_close(came, expected, rtol=rtol, atol=rtol)
+    result, gradient = run(backend, logits, target, required, **options)
+    torch.testing.assert_close(result, expected, rtol=rtol, atol=rtol)
     torch.testing.assert_close(gradient, expected_gradient, rtol=rtol, atol=rtol)
     assert gradient.dtype == logits.dtype
     return gradient
@@ -159,10 +159,10 @@ def test_any_layout_in_memory(backend, layout):
                 change(target) if target.ndim == 4 else target.transpose(1, 2).contiguous().transpose(1, 2),
             ]
             for mask in masks:
-                came = run(backend, moved, mask, SUPPORTED[backend], activation=activation, ignore_index=255)
-                torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-9)
+                result = run(backend, moved, mask, SUPPORTED[backend], activation=activation, ignore_index=255)
+                torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
                 # The strides that the operator promises to torch.compile.
-                assert came[1].stride() == torch.empty_like(moved).stride()
+                assert result[1].stride() == torch.empty_like(moved).stride()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,9 +184,9 @@ def test_targets_of_any_dtype(backend, dtype):
             continue
         logits, target = case(4, activation, 2, 3, (9, 5), kind=kind, ignored=0.0)
         expected = run(backend, logits, target, SUPPORTED[backend], activation=activation)
-        came = run(backend, logits, target.to(dtype), SUPPORTED[backend], activation=activation)
-        assert torch.equal(came[0], expected[0])
-        assert torch.equal(came[1], expected[1])
+        result = run(backend, logits, target.to(dtype), SUPPORTED[backend], activation=activation)
+        assert torch.equal(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,10 +198,10 @@ def test_ignored_pixels_may_hold_anything(backend):
         options = {"activation": activation, "ignore_index": 255}
         expected = run(backend, logits, target, SUPPORTED[backend], **options)
         for anything in (math.nan, math.inf, -math.inf):
-            came = run(backend, logits.masked_fill(ignored, anything), target, SUPPORTED[backend], **options)
-            assert torch.equal(came[0], expected[0])
-            assert torch.equal(came[1], expected[1])
-            assert (came[1][ignored] == 0).all()
+            result = run(backend, logits.masked_fill(ignored, anything), target, SUPPORTED[backend], **options)
+            assert torch.equal(result[0], expected[0])
+            assert torch.equal(result[1], expected[1])
+            assert (result[1][ignored] == 0).all()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -272,10 +272,10 @@ def test_a_certain_pixel_has_its_own_small_gradient(backend):
     for activation in ("softmax", "sigmoid"):
         target = torch.tensor([[0, 1]]) if activation == "softmax" else torch.tensor([[[1, 0], [0, 1]]])
         exact = run("reference", logits.double(), target, DICE_AND_CE, activation=activation)
-        came = run(backend, logits, target, DICE_AND_CE, activation=activation)
-        torch.testing.assert_close(came[0], exact[0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(came[1].double(), exact[1], rtol=1e-5, atol=0)
-        assert (came[1] != 0).all()
+        result = run(backend, logits, target, DICE_AND_CE, activation=activation)
+        torch.testing.assert_close(result[0], exact[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(result[1].double(), exact[1], rtol=1e-5, atol=0)
+        assert (result[1] != 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -317,8 +317,8 @@ def test_a_class_that_is_masked_out(backend):
         RequiredSums(nll=True, squares=backend == "native"),
     ):
         expected = run("reference", logits, target, replace(required, all_nll=False), activation="softmax")
-        came = run(backend, logits, target, replace(required, all_nll=False), activation="softmax")
-        torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-9)
+        result = run(backend, logits, target, replace(required, all_nll=False), activation="softmax")
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -358,8 +358,8 @@ def test_a_gradient_in_half_precision_is_the_nearest(backend, dtype):
     for activation, kind in (("softmax", "ids"), ("sigmoid", "hard")):
         logits, target = case(14, activation, 2, 5, (9, 13), kind=kind, ignored=0.0, dtype=dtype)
         _, exact = run(backend, logits.float(), target, DICE_AND_CE, activation=activation)
-        _, came = run(backend, logits, target, DICE_AND_CE, activation=activation)
-        assert torch.equal(came, exact.to(dtype))
+        _, result = run(backend, logits, target, DICE_AND_CE, activation=activation)
+        assert torch.equal(result, exact.to(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
