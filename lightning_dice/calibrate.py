@@ -54,7 +54,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     from lightning_dice.cli.errors import as_user_errors
     from lightning_dice.cli.experiment import Experiment, print_line
     from lightning_dice.inference import CALIBRATION
-    from lightning_dice.inference.postprocessing import digest
+    from lightning_dice.inference.postprocessing import sha256
 
     run = run_folder.reopen(config.run, overrides)
     path = Path(config.output or Path(config.run) / CALIBRATION).expanduser().absolute()
@@ -91,7 +91,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     about = {
         "checkpoint": {
             "file": str(checkpoint.absolute()),
-            "sha256": digest(checkpoint),
+            "sha256": sha256(checkpoint),
             "epoch": saved.get("epoch"),
             "global_step": saved.get("global_step"),
         },
@@ -125,7 +125,7 @@ def collect(module: SegmentationModule, loader: Any, device: Any, calibrator: Ca
 
     for batch in track(loader, description="calibrating"):
         image, mask = batch.image.to(device), batch.mask.to(device)
-        logits = module.evaluated(image, tuple(mask.shape[mask.ndim - image.ndim + 2 :]))
+        logits = module.eval_logits(image, tuple(mask.shape[mask.ndim - image.ndim + 2 :]))
         for case, one, target in zip(batch.case, logits, mask, strict=True):
             try:
                 calibrator.add(one, target)

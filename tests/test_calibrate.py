@@ -27,7 +27,13 @@ from lightning_dice.inference.calibrator import Calibrator, Scores
 from lightning_dice.scoring import reliability
 
 # Small enough for seconds; few epochs leave a network that is far from calibrated.
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 def command(name, *arguments, cwd, status=0):
@@ -130,7 +136,7 @@ def test_a_module_of_the_run_decides_by_it(run):
     assert module.inference.postprocessing == decision
     image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        probs = (module.evaluated(image) / decision.temperature).sigmoid()
+        probs = (module.eval_logits(image) / decision.temperature).sigmoid()
         assert torch.equal(module.predict_step(image), probs > decision.thresholds[0])
 
 
@@ -178,7 +184,10 @@ def test_another_checkpoint_is_not_decided_by_it(home, run):
     with pytest.raises(ValueError, match="was made for another checkpoint than"):
         SegmentationModule.from_run(run, other)
     assert SegmentationModule.from_run(run, other, calibration="none").inference.postprocessing == PostProcessing()
-    assert SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.postprocessing != PostProcessing()
+    assert (
+        SegmentationModule.from_run(run, other, calibration=run / CALIBRATION).inference.postprocessing
+        != PostProcessing()
+    )
     with pytest.raises(UserError, match="calibrate again"):
         run_folder.calibrate(SegmentationModule.from_run(run, calibration="none"), run, "auto", other)
 
@@ -290,7 +299,7 @@ class TestSettings:
     def test_of_the_data_where_there_is_none(self, monkeypatch):
         found = self.made(monkeypatch, "sigmoid", MeanMetric(), threshold=0.25)
         assert (found.classes, found.exclude_classes, found.ignore_index) == (3, (0,), 7)
-        assert found.present == pytest.approx(math.log(0.25 / 0.75))
+        assert found.threshold_logit == pytest.approx(math.log(0.25 / 0.75))
 
 
 def test_logits_that_say_nothing_have_no_temperature():

@@ -24,20 +24,23 @@ from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.data import Standardize
-from lightning_dice.data.images.image_reader import read_picture, to_image
+from lightning_dice.data.images.image_reader import read_image, to_tensor
 from lightning_dice.exporting import (
     FORMATS,
     SCHEMA,
+    SCRIPT,
+    ExportSettings,
     ExportWrapper,
     MissingExtra,
     NotExportable,
+    OpenedFile,
     VerificationCase,
-    capture,
+    capture_graph,
     model_card,
-    script,
     verify,
 )
 from lightning_dice.exporting.formats import Onnx, Program, Weights
+from lightning_dice.exporting.run_onnx import takes_pictures
 from lightning_dice.inference import CALIBRATION, Inference, PostProcessing, Predictor
 from lightning_dice.io import write_csv
 from lightning_dice.loading import check_targets
@@ -144,7 +147,7 @@ import runpy
 script, folder, *pictures = sys.argv[1:]
 for picture in pictures:
     sys.argv = [script, picture, folder + "/" + picture.rpartition("/")[2]]
-    runpy.run_path(script)
+    runpy.run_path(script, run_name="__main__")
 """
     without_package(code, script, folder, *pictures)
 
@@ -168,8 +171,8 @@ class TestOnnx:
     def test_the_facts_lie_in_the_file_and_beside_it(self, shipped):
         folder, _ = shipped
         facts = json.loads((folder / "model.json").read_text())
-        assert Onnx().facts(folder / "model.onnx") == facts
-        assert (facts["name"], facts["license"], facts["graph"]) == ("cells", "CC-BY-4.0", "logits")
+        assert Onnx().read_metadata(folder / "model.onnx") == facts
+        assert (facts["name"], facts["license"], facts["output_type"]) == ("cells", "CC-BY-4.0", "logits")
         assert facts["input"]["dynamic"] == ["batch", "height", "width"]
         assert facts["classes"] == [{"name": "cell", "channel": 0, "value": 255, "scored": True}]
         assert facts["mirror_axes"] == [0]
@@ -212,7 +215,7 @@ class TestOnnx:
                 "(0 differ)",
                 "Not done",
                 "not measured",
-                "flips of the space axes",
+                "mirrored along the space axes",
             ),
         ):
             assert text in card, text
@@ -225,7 +228,7 @@ class TestOnnx:
         image[1] = 0.3  # A constant image has no standard deviation, and becomes zeros.
         module = SegmentationModule(nn.Identity())
         exact = torch.stack([Standardize()(one.double()) for one in image])
-        run, _ = opened(Onnx(), ExportWrapper(module, Standardize(), wide=True), 2)
+        run, _ = opened(Onnx(), ExportWrapper(module, Standardize(), float64_normalization=True), 2)
         found = run(image)
         assert (found - exact).abs().max() < 1e-5
         assert not found[1].any()
@@ -250,13 +253,13 @@ class Coarse(nn.Module):
 
 def opened(format, deployed: ExportWrapper, ndim: int, size=None):
     """A function of images of one channel, from a file, and the least size that it takes."""
-    captured = capture(deployed, 1, ndim, size, portable=isinstance(format, Onnx))
-    prepared = format.prepare(captured, SegmentationModule(deployed.net), deployed.graph)
+    captured = capture_graph(deployed, 1, ndim, size, portable=isinstance(format, Onnx))
+    prepared = format.prepare(captured, SegmentationModule(deployed.net), deployed.output_type)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{format.suffix}"
         format.write(prepared, path, {"versions": {"lightning-dice": "0"}, "name": "a"})
-        assert format.facts(path)["name"] == "a"
-        return format.open(path), captured.minimum
+        assert format.read_metadata(path)["name"] == "a"
+        return format.open(path), captured.input_shape.minimum
 
 
 class TestGraphs:
@@ -289,7 +292,7 @@ class TestGraphs:
         scaled = probs / torch.tensor([0.2, 0.5, 0.4]).view(1, 3, 1, 1)
         # Components are not removed: that is the business of whoever runs the file.
         labels = scaled.argmax(1) if activation == "softmax" else scaled > 1
-        run, _ = opened(Onnx(), ExportWrapper(module, graph=graph), 2)
+        run, _ = opened(Onnx(), ExportWrapper(module, output_type=graph), 2)
         found = run(image)
         if graph == "labels":
             assert found.dtype == torch.uint8
@@ -300,7 +303,7 @@ class TestGraphs:
     def test_a_program_runs_without_the_package(self, tmp_path):
         torch.manual_seed(0)
         module = SegmentationModule(Coarse(2, 1), size_divisor=4).eval()
-        captured = capture(ExportWrapper(module, Standardize()), 1, 2)
+        captured = capture_graph(ExportWrapper(module, Standardize()), 1, 2)
         image = torch.rand(3, 1, 9, 14)
         with torch.no_grad():
             expected = module(torch.stack([Standardize()(one) for one in image]))
@@ -329,7 +332,7 @@ print(json.loads(facts["model.json"])["name"])
 
         deployed = ExportWrapper(SegmentationModule(Positions()))
         with pytest.raises(NotExportable, match="size"):
-            capture(deployed, 1, 2)
+            capture_graph(deployed, 1, 2)
         run, _ = opened(Onnx(), deployed, 2, [8, 12])
         image = torch.randn(2, 1, 8, 12)
         assert torch.equal(run(image), image + deployed.net.values)
@@ -345,7 +348,7 @@ print(json.loads(facts["model.json"])["name"])
                 return image
 
         with pytest.raises(NotExportable):
-            capture(ExportWrapper(SegmentationModule(Counted(), size_divisor=2)), 1, 2, portable=portable)
+            capture_graph(ExportWrapper(SegmentationModule(Counted(), size_divisor=2)), 1, 2, portable=portable)
 
     def test_a_network_that_asks_for_values(self):
         class Asking(nn.Module):
@@ -353,10 +356,9 @@ print(json.loads(facts["model.json"])["name"])
                 return image if image.sum() > 0 else -image
 
         with pytest.raises(NotExportable, match=r"^\w+: .*data-dependent") as told:
-            capture(ExportWrapper(SegmentationModule(Asking())), 1, 2)
+            capture_graph(ExportWrapper(SegmentationModule(Asking())), 1, 2)
         assert "\n" not in str(told.value)
-        config = composed("export", "run=a")
-        message = str(command.not_exportable(SegmentationModule(Asking()), config, told.value))
+        message = ExportSettings().explain(told.value, Asking())
         for text in ("Asking cannot be exported as onnx", "size=[...]", "format=torch_export", "format=safetensors"):
             assert text in message
 
@@ -381,7 +383,7 @@ class TestSafetensors:
         assert torch.equal(one.segment(images), other.segment(images))
         assert not torch.equal(one.segment(images), one.predict_step(images / 255))
         assert not one.training
-        assert json.loads(weights.with_suffix(".json").read_text()) == Weights().facts(weights)
+        assert json.loads(weights.with_suffix(".json").read_text()) == Weights().read_metadata(weights)
         assert "before the calibration" in (weights.parent / "MODEL_CARD.md").read_text()
 
     def test_calls_nothing_but_what_is_trusted(self, weights, tmp_path):
@@ -424,19 +426,21 @@ def test_scripts_decide_as_the_module(tmp_path, activation, graph):
     """For every graph and activation, with thresholds, a temperature and values of the masks' own."""
     jsonschema = pytest.importorskip("jsonschema")
     overrides = [*SOFTMAX, "normalize=fixed", "data.channels=1"] if activation == "softmax" else ["data.classes=[a,b]"]
-    folder = make_run(tmp_path / "run", "data=folder", f'data.root="{tmp_path}"', "data.label_map={90:1,40:2}", *overrides)
+    folder = make_run(
+        tmp_path / "run", "data=folder", f'data.root="{tmp_path}"', "data.label_map={90:1,40:2}", *overrides
+    )
     thresholds = [0.5, 0.2, 0.4] if activation == "softmax" else [0.3, 0.6]
     PostProcessing(temperature=0.7, thresholds=thresholds).save(folder / CALIBRATION)
     export(folder, f"output_type={graph}", f'output="{tmp_path / "out"}"', "normalization=outside")
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     jsonschema.validate(facts, json.loads(SCHEMA.read_text()))
-    assert facts["verification"]["data"].endswith("as the data were not at hand")
+    assert facts["verification"]["data"].endswith("as the data were not available")
 
     image = np.random.default_rng(0).integers(0, 256, (21, 30), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "picture.png")
     run_script(tmp_path / "out" / "run_onnx.py", [tmp_path / "picture.png"], tmp_path / "masks")
     module = trained(folder)
-    pixels = to_image(read_picture(tmp_path / "picture.png"), 1 if activation == "softmax" else 3)
+    pixels = to_tensor(read_image(tmp_path / "picture.png"), 1 if activation == "softmax" else 3)
     pixels = (pixels - 0.5) / 0.25 if activation == "softmax" else Standardize()(pixels)
     labels = module.predict_step(pixels[None])[0]
     if activation == "softmax":
@@ -466,8 +470,37 @@ class TestCommand:
         assert facts["verification"]["different_pixels"] == 0
         assert facts["scores"] is None
         assert "Not measured for these weights and settings" in (tmp_path / "MODEL_CARD.md").read_text()
-        assert "np.load(sys.argv[1])" in script(facts, "a.onnx")
+        assert not takes_pictures(facts)
         assert not (tmp_path / "run_onnx.py").exists()
+
+    def test_a_script_takes_arrays_where_the_model_does_not_take_whole_pictures(self, run, tmp_path):
+        import onnxruntime
+
+        settings = [f'output="{tmp_path / "tiles.onnx"}"', "cases=1"]
+        assert export(run, *settings, overrides=("inference.size=[16,16]",)) is None
+        script = tmp_path / "run_onnx.py"
+        assert script.read_bytes() == SCRIPT.read_bytes()
+        image = np.random.default_rng(0).random((2, 3, 16, 16))
+        np.save(tmp_path / "image.npy", image)
+        code = "import runpy\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        shown = json.loads(without_package(code, script, tmp_path / "image.npy", tmp_path / "output.npy"))
+        assert list(shown) == ["input", "normalization", "output", "window"]
+        assert shown["window"]["size"] == [16, 16]
+        net = onnxruntime.InferenceSession(tmp_path / "tiles.onnx", providers=["CPUExecutionProvider"])
+        (expected,) = net.run(None, {"image": image.astype(np.float32)})
+        assert np.array_equal(np.load(tmp_path / "output.npy"), expected)
+        # A second model beside it must be chosen.
+        for suffix in (".onnx", ".json"):
+            (tmp_path / f"other{suffix}").write_bytes((tmp_path / f"tiles{suffix}").read_bytes())
+        line = [sys.executable, script, tmp_path / "image.npy", tmp_path / "again.npy"]
+        result = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert "there must be one model beside" in result.stderr
+        assert "other.json, tiles.json" in result.stderr
+        subprocess.run([*line, tmp_path / "tiles.json"], capture_output=True, check=True)
+        assert np.array_equal(np.load(tmp_path / "again.npy"), expected)
+        (tmp_path / "other.json").unlink()
+        usage = subprocess.run(line[:2], capture_output=True, text=True, check=False)
+        assert usage.stderr == "usage: python run_onnx.py image.npy output.npy\n"
 
     def test_writes_nothing_that_says_otherwise(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(Program, "open", lambda self, path: lambda image: image[:, :1] - image[:, 1:2])
@@ -497,12 +530,12 @@ class TestCommand:
         [
             (["format=onxx"], "format must be one of onnx, torch_export, safetensors, got onxx"),
             (["cases=-1"], "cases must be an integer of at least 0, got -1"),
-            (["tolerance=2"], r"tolerance must be a share of the labels in \[0, 1\], got 2"),
-            (["format=torch_export", "opset=18"], "opset is of ONNX"),
+            (["tolerance=2"], r"tolerance must be a fraction of the labels in \[0, 1\], got 2"),
+            (["format=torch_export", "opset=18"], "opset is a setting of ONNX"),
             (["format=safetensors", "output_type=labels"], "leave output_type=labels out"),
             (["output_type=labels", "size=[8,8]"], "output_type=labels needs size=null"),
             (["size=[8]"], "size must be a number of pixels for each of 2 space axes"),
-            (["normalization=inside", "size=[8,8]"], "the model is run by windows"),
+            (["normalization=inside", "size=[8,8]"], "the model is run in windows"),
             (["format=torch_export", "output=a.onnx"], "output a.onnx must end in .pt2"),
             (["checkpoint=last"], "the run has no last.ckpt"),
             (["calibration=nowhere.json"], "there is no calibration file nowhere.json"),
@@ -524,17 +557,16 @@ class TestCompare:
         wrong[0, 0, :2], wrong[0, 2, 3] = -1, 2
         predictor = Predictor([lambda image: image], activation="sigmoid")
         found = verify(
-            lambda image: wrong[None],
+            OpenedFile(lambda image: wrong[None], "logits"),
             predictor,
             [VerificationCase("a", logits, (logits > 0).long())],
             data="a case",
-            graph="logits",
             scoring=Scoring(["a"], "sigmoid", surfaces=False, lesions=False),
         )
         assert (found.cases, found.pixels, found.different) == (1, 12, 3)
         assert found.largest_difference == 7
         assert (found.dice, found.exported_dice) == (1.0, pytest.approx(4 / 7))
-        assert found.share == 0.25
+        assert found.different_fraction == 0.25
 
     def test_masks_of_another_size(self):
         image = torch.tensor([[[4.0, 4, -4, -4]] * 2])
@@ -543,18 +575,17 @@ class TestCompare:
         predictor = Predictor([lambda batch: batch], activation="sigmoid")
         for graph, run in (("logits", lambda x: x), ("labels", lambda x: (x > 0).to(torch.uint8))):
             case = VerificationCase("a", image, mask)
-            found = verify(run, predictor, [case], data="", graph=graph, scoring=scoring)
+            found = verify(OpenedFile(run, graph), predictor, [case], data="", scoring=scoring)
             assert (found.dice, found.exported_dice, found.different) == (1.0, 1.0, 0)
 
     def test_what_is_not_finite(self):
         predictor = Predictor([lambda batch: batch], activation="sigmoid")
         with pytest.raises(ValueError, match="the file's logits of a are not finite"):
             verify(
-                lambda image: image * math.nan,
+                OpenedFile(lambda image: image * math.nan, "logits"),
                 predictor,
                 [VerificationCase("a", torch.zeros(1, 2, 2))],
                 data="",
-                graph="logits",
                 scoring=Scoring(["a"], "sigmoid"),
             )
 
@@ -566,5 +597,10 @@ def test_a_card_says_what_it_does_not_know(shipped):
         "verification": None,
     }
     card = model_card(facts, files=[Path("model.onnx")])
-    for text in ("Licence: not stated", "cases: not at hand", "Not measured for these weights", "Not measured."):
+    for text in (
+        "Licence: not stated",
+        "the data were not available",
+        "Not measured for these weights",
+        "Not measured.",
+    ):
         assert text in card

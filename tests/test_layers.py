@@ -19,7 +19,7 @@ BELOW = {
     "library_internals": set(),
     "text": set(),
     "schedules": set(),
-    "losses": {"functional", "kernels", "argument_checks"},
+    "losses": {"functional", "kernels", "argument_checks", "data"},
     "metrics": {"functional", "kernels", "argument_checks"},
     "inference": {"functional", "kernels", "io", "argument_checks"},
     "loading": {"data", "inference", "renamed_settings"},
@@ -38,7 +38,7 @@ BELOW = {
     "renamed_settings": set(),
     "io": set(),
     "trials": {"io"},
-    "data": {"io", "library_internals"},
+    "data": {"io", "library_internals", "text"},
     "scoring": {"functional", "kernels", "argument_checks", "io"},
     "plotting": {"data", "io", "scoring", "trials"},
     "callbacks": {
@@ -47,7 +47,9 @@ BELOW = {
     },
     "checkpoints": {"io"},
     "report": {"scoring", "callbacks", "data", "io", "plotting", "trials"},
-    "exporting": {"functional", "inference", "io", "module", "scoring", "argument_checks", "library_internals"},
+    "exporting": {
+        *("argument_checks", "data", "functional", "inference", "io", "library_internals", "module", "scoring"),
+    },
     "data_check": {"data", "functional", "io", "plotting", "report"},
     "cli": {
         *("argument_checks", "callbacks", "checkpoints", "data", "inference", "io", "kernels", "loading", "module"),

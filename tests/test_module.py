@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.data import Batch, SegmentationData, SyntheticSource
 from lightning_dice.losses import BoundaryLoss, CompoundLoss, DeepSupervision, DiceCELoss, FocalLoss, SegmentationLoss
-from lightning_dice.module import Given
+from lightning_dice.losses.batch_loss import deep_supervision_loss
 
 # Some tests train without validation.
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
@@ -336,7 +336,9 @@ def test_a_data_module_of_ones_own_keeps_its_maps():
 def test_torch_losses_take_masks_as_they_are_stored(size_divisor, size):
     image = torch.randn(2, 1, size, 16, generator=torch.Generator().manual_seed(0))
     mask = (image > 1).to(torch.uint8)
-    module = silent(SegmentationModule(Net("list"), nn.BCEWithLogitsLoss(), activation="sigmoid", size_divisor=size_divisor))
+    module = silent(
+        SegmentationModule(Net("list"), nn.BCEWithLogitsLoss(), activation="sigmoid", size_divisor=size_divisor)
+    )
     module.training_step((image, mask), 0).backward()
     loss = module.validation_step((image, mask), 0)["loss"]
     torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(module(image), mask.float()))
@@ -352,8 +354,10 @@ def test_soft_labels_are_not_padded_with_an_ignored_label():
 
     image = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     soft = torch.full((1, 2, 12, 12), 0.5)
-    module = silent(SegmentationModule(Levels(), nn.CrossEntropyLoss(), DiceScore(2), activation="softmax", size_divisor=8))
-    assert module._loss_of_levels(module.levels(image), Given(image, soft)) > 0.5
+    module = silent(
+        SegmentationModule(Levels(), nn.CrossEntropyLoss(), DiceScore(2), activation="softmax", size_divisor=8)
+    )
+    assert deep_supervision_loss(module.loss, module.levels(image), Batch(image, soft)) > 0.5
 
 
 def test_every_term_of_a_loss_is_logged():

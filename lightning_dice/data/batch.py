@@ -1,9 +1,9 @@
-"""What travels between a data set, a network and a loss."""
+"""What data sets return, and what networks and losses are trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -11,34 +11,34 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Whole(Protocol):
-    """The image that a sample is a part of."""
+class WholeImage(Protocol):
+    """The image that a sample was cut from."""
 
     def normalization(self, normalize: Callable[[Tensor], Tensor], /) -> Callable[[Tensor], Tensor]:
-        """What `normalize` does to all of it, as a function for its parts."""
+        """Return what `normalize` does to the whole image, as a function of its parts."""
         ...
 
 
 class Sample(NamedTuple):
-    """One case, as a data set returns it.
+    """A case of a data set.
+
+    For training, image and mask have the same space axes. For evaluation the mask is the case's own: where the image
+    was resampled, their sizes differ, and logits are resized to the mask.
 
     Attributes:
         image: float32, `(channels, *space)`.
         mask: integers. With `activation="softmax"` the class id of each pixel, `(*space)`; with `"sigmoid"`
             one 0/1 plane for each class, `(classes, *space)`. Pixels to be ignored hold the ignored label.
-        case: the name by which scores and files know it, unique in its split.
-        spacing: distance between neighbouring pixels of the mask along each axis, in mm; `None` where it is not known.
-        whole: what this is a window of, and is normalized by; `None`: of nothing.
-
-    For training, image and mask have the same space axes. For evaluation the mask is the case's own: where the image
-    was resampled, their sizes differ, and logits are resized to the mask.
+        case: its name in scores and files, unique in its split.
+        spacing: distance between neighbouring pixels of the mask along each axis, in mm; `None` if unknown.
+        whole: the image that this is a window of, by whose values it is normalized; `None` if it is no window.
     """
 
     image: Tensor
     mask: Tensor
     case: str
     spacing: tuple[float, ...] | None = None
-    whole: Whole | None = None
+    whole: WholeImage | None = None
 
 
 class _Batch(NamedTuple):
@@ -46,33 +46,130 @@ class _Batch(NamedTuple):
     mask: Tensor
     case: list[str]
     maps: dict[str, Tensor]
-    spacing: list[tuple[float, ...] | None]
+    spacing: list[Sequence[float] | None]
+    weight: Tensor | None
+    annotated: Tensor | None
 
 
 class Batch(_Batch):
-    """Samples of one size, stacked.
+    """Images of one size with their masks and names, and whatever else the loss takes.
 
     Attributes:
         image: float32, `(batch, channels, *space)`.
         mask: `(batch, *space)` class ids or `(batch, classes, *space)` planes, as in `Sample`.
-        case: one name for each image.
-        maps: what `SegmentationData.maps` says of the masks, by name, stacked; empty by default.
-        spacing: that of each case, as in `Sample`; all unknown by default.
+        case: one name for each image; `"0 of the batch"`, `"1 of the batch"` ... by default.
+        maps: the target maps that `SegmentationData.maps` computes from the masks, stacked, by name; empty by default.
+        spacing: of each case, as in `Sample`; all unknown by default.
+        weight: of pixels, `(batch, *space)` or `(batch, classes, *space)`; `None` by default. See
+            `SegmentationLoss.forward`, also for `annotated`.
+        annotated: which classes each image has been annotated for, bool `(batch, classes)`; `None`: all.
+
+    >>> import torch
+    >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8), ["a", "b"])
+    >>> batch.spacing
+    [None, None]
+    >>> batch.image_at(1).case
+    ['b']
     """
 
     __slots__ = ()
 
-    # A default of the class would be one dict for all batches.
+    # Defaults of the fields would be one dict and one list for all batches.
     def __new__(
         cls,
         image: Tensor,
         mask: Tensor,
-        case: list[str],
+        case: Sequence[str] | None = None,
         maps: Mapping[str, Tensor] | None = None,
-        spacing: Sequence[tuple[float, ...] | None] | None = None,
+        spacing: Sequence[Sequence[float] | None] | None = None,
+        weight: Tensor | None = None,
+        annotated: Tensor | None = None,
     ) -> Self:
-        """A dict of its own for each."""
-        known: list[tuple[float, ...] | None] = [None] * len(case)
-        if spacing is not None:
-            known = list(spacing)
-        return super().__new__(cls, image, mask, case, dict(maps or {}), known)
+        """Fill in the defaults."""
+        names = [f"{index} of the batch" for index in range(len(image))] if case is None else list(case)
+        spacings: list[Sequence[float] | None] = [None] * len(names) if spacing is None else list(spacing)
+        return super().__new__(cls, image, mask, names, dict(maps or {}), spacings, weight, annotated)
+
+    def select(self, images: slice) -> Batch:
+        """Return a batch of some of the images.
+
+        >>> import torch
+        >>> Batch(torch.zeros(3, 1, 8, 8), torch.zeros(3, 8, 8), ["a", "b", "c"]).select(slice(1, None)).case
+        ['b', 'c']
+        """
+        return Batch(
+            self.image[images],
+            self.mask[images],
+            self.case[images],
+            {name: values[images] for name, values in self.maps.items()},
+            self.spacing[images],
+            None if self.weight is None else self.weight[images],
+            None if self.annotated is None else self.annotated[images],
+        )
+
+    def image_at(self, index: int) -> Batch:
+        """Return the batch of one image."""
+        return self.select(slice(index, index + 1))
+
+    def spacing_of_image(self) -> list[list[float] | None]:
+        """Return the spacing of each image's pixels, in mm: where images were resampled, that of the masks differs.
+
+        >>> import torch
+        >>> Batch(torch.zeros(1, 1, 4, 8), torch.zeros(1, 8, 8), ["a"], spacing=[(0.5, 0.5)]).spacing_of_image()
+        [[1.0, 0.5]]
+        """
+        space = self.image.shape[2:]
+        if all(steps is None for steps in self.spacing):
+            return [None] * len(self.spacing)
+        factors = [new / old for new, old in zip(self.mask.shape[-len(space) :], space, strict=True)]
+        return [
+            None if steps is None else [step * factor for step, factor in zip(steps, factors, strict=True)]
+            for steps in self.spacing
+        ]
+
+
+def read_batch(batch: Any) -> Batch:
+    """Return a batch of any usual form as a `Batch`.
+
+    Args:
+        batch: a `Batch`, a pair or triple `(image, mask[, case])`, or a mapping or named tuple with `image`, `mask` and
+            perhaps other fields of a `Batch`. Names that are not one for each image are replaced by the default ones.
+
+    Raises:
+        ValueError: another form, or an image that is not a tensor.
+
+    >>> import torch
+    >>> read_batch({"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 4, 4)}).case
+    ['0 of the batch']
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, tuple) and "image" in getattr(batch, "_fields", ()):
+        batch = batch._asdict()  # type: ignore[attr-defined]
+    if isinstance(batch, Mapping) and "image" in batch and "mask" in batch:
+        fields = {name: batch[name] for name in Batch._fields if name in batch}
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        fields = dict(zip(Batch._fields, batch, strict=False))
+    else:
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch must be (image, mask[, case]) or a mapping with image and mask, got {found}")
+    if not isinstance(fields["image"], Tensor):
+        raise ValueError(f"the image of a batch must be a tensor, got {type(fields['image']).__name__}")
+    case = fields.pop("case", None)
+    if isinstance(case, (list, tuple)) and len(case) == len(fields["image"]):
+        fields["case"] = [str(name) for name in case]
+    return Batch(**fields)
+
+
+def find_batch(batch: Any) -> Batch | None:
+    """Return what `read_batch` does, or `None` if that would raise or the mask is not a tensor.
+
+    >>> import torch
+    >>> find_batch(torch.zeros(2, 3, 4, 4)) is None
+    True
+    """
+    try:
+        found = read_batch(batch)
+    except ValueError:
+        return None
+    return found if isinstance(found.mask, Tensor) else None

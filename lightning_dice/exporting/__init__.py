@@ -1,32 +1,48 @@
-"""From a trained module to files that run without this package: the graph, its facts, their check, the card.
+"""Export of trained modules to files that run without this package.
 
-`capture` makes a graph of a module, `FORMATS` are the files that hold it, `describe` says what a user of such a file
-must know, `compare` runs the file on real cases beside the module, and `model_card` and `script` write it down.
+`capture_graph` traces the graph of a module, `FORMATS` write it to a file, `model_metadata` describes it, `verify`
+compares the file with the module on real cases, and `model_card` writes all of this down. `SCRIPT` runs an ONNX file.
 """
 
 from lightning_dice.exporting.formats import FORMATS, Format, MissingExtra
-from lightning_dice.exporting.graph import ExportedGraph, ExportWrapper, Graph, NotExportable, capture, takes_batches
-from lightning_dice.exporting.metadata import SCHEMA, SCHEMA_VERSION, describe
+from lightning_dice.exporting.graph import (
+    ExportedGraph,
+    ExportWrapper,
+    InputShape,
+    NotExportable,
+    OutputType,
+    capture_graph,
+    is_exportable,
+)
+from lightning_dice.exporting.metadata import SCHEMA, SCHEMA_VERSION, ExportedFile, TrainedRun, model_metadata
 from lightning_dice.exporting.model_card import model_card
-from lightning_dice.exporting.onnx_script import script
-from lightning_dice.exporting.verification import Agreement, VerificationCase, verify
+from lightning_dice.exporting.output_files import SCRIPT, OutputFiles, output_files
+from lightning_dice.exporting.settings import ExportSettings
+from lightning_dice.exporting.verification import Agreement, OpenedFile, VerificationCase, verify
 
 __all__ = [
     "FORMATS",
     "SCHEMA",
     "SCHEMA_VERSION",
+    "SCRIPT",
     "Agreement",
+    "ExportSettings",
     "ExportWrapper",
+    "ExportedFile",
     "ExportedGraph",
     "Format",
-    "Graph",
+    "InputShape",
     "MissingExtra",
     "NotExportable",
+    "OpenedFile",
+    "OutputFiles",
+    "OutputType",
+    "TrainedRun",
     "VerificationCase",
-    "capture",
-    "describe",
+    "capture_graph",
+    "is_exportable",
     "model_card",
-    "script",
-    "takes_batches",
+    "model_metadata",
+    "output_files",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The files that hold an exported model: made, opened again and run, as their users will."""
+"""File formats of exported models: writing, reading their metadata, and running them as their users will."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from lightning_dice.module import SegmentationModule
 
-KEY = "lightning_dice"  # under which a file holds its facts
-EXTRA = "model.json"  # the same, in a program of torch.export
-_PROTOBUF_BYTES = 2**31  # what one ONNX file can hold
+KEY = "lightning_dice"  # of the metadata in a file
+EXTRA_FILE = "model.json"  # of the metadata in a program of torch.export
+_PROTOBUF_BYTES = 2**31  # the largest ONNX file
 
 
 class MissingExtra(ImportError):
@@ -31,180 +31,179 @@ class MissingExtra(ImportError):
 
 
 class Format(Protocol):
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        suffix: of its name.
-        graphs: whether it holds a graph, which `capture` makes; else weights alone.
-        opset: of ONNX; `None`: the exporter's own.
+        suffix: of the file's name.
+        has_graph: whether it holds a graph, made by `capture_graph`; else weights only.
     """
 
     suffix: str
-    graphs: bool
+    has_graph: bool
 
     def require(self) -> None:
-        """See that what it needs is installed.
+        """Check that the packages that it needs are installed.
 
         Raises:
-            MissingExtra: says what to install.
+            MissingExtra: one is not; the message tells how to install it.
         """
         ...
 
-    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
-        """What `write` writes: the slow part, done once."""
+    def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
+        """Return the content that `write` writes: the slow part, done once."""
         ...
 
-    def write(self, prepared: Any, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the file, with the facts in it."""
+    def write(self, content: Any, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the file, with the metadata in it."""
         ...
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
-        """The file's function of images `(batch, channels, *space)`, as it runs on the CPU."""
+        """Return the file's function of images `(batch, channels, *space)`, run on the CPU."""
         ...
 
-    def facts(self, path: Path) -> dict[str, Any]:
-        """The facts in a file."""
+    def read_metadata(self, path: Path) -> dict[str, Any]:
+        """Return the metadata in a file."""
         ...
 
 
 class Onnx:
-    """An ONNX model: any runtime of that standard, without Python.
+    """An ONNX model, for any runtime of that standard, without Python.
 
     Args:
         opset: the version of ONNX's operators; `None`: the one that torch's exporter prefers.
     """
 
     suffix = ".onnx"
-    graphs = True
+    has_graph = True
 
     def __init__(self, opset: int | None = None) -> None:
         self.opset = opset
 
     def require(self) -> None:
-        """onnx, onnxscript and onnxruntime."""
+        """Check for onnx, onnxscript and onnxruntime."""
         _require("onnx", "onnxscript", "onnxruntime", extra="export")
 
-    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
-        """A model in memory."""
-        if captured is None:
-            raise ValueError("captured must be a graph, got None")
-        size = sum(value.nbytes for value in captured.program.state_dict.values())
+    def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
+        """Convert the graph to a model in memory."""
+        if graph is None:
+            raise ValueError("graph must be an ExportedGraph, got None")
+        size = sum(value.nbytes for value in graph.program.state_dict.values())
         if size > _PROTOBUF_BYTES * 0.98:
             raise NotExportable(f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds 2 GiB")
         try:
             with _quiet():
-                made = torch.onnx.export(
-                    captured.program,
+                exported = torch.onnx.export(
+                    graph.program,
                     dynamo=True,
                     input_names=["image"],
-                    output_names=[output],
+                    output_names=[output_type],
                     opset_version=self.opset,
                     verbose=False,
                 )
-        except Exception as error:  # Whatever the exporter brings up for an operator that ONNX lacks.
+        except Exception as error:  # Of any type, for an operator that ONNX lacks.
             cause = error.__cause__ or error
             raise NotExportable(f"{type(cause).__name__}: {' '.join(str(cause).strip().splitlines()[:1])}") from error
-        if made is None:
+        if exported is None:
             raise NotExportable("torch.onnx.export returned nothing")
-        model = made.model_proto
-        _strip(model)
-        _name_axes(model, captured)
+        model = exported.model_proto
+        _remove_notes(model)
+        _name_axes(model, graph)
         return model
 
-    def write(self, prepared: Any, path: Path, facts: Mapping[str, Any]) -> None:
-        """Facts are an entry of the model's `metadata_props`."""
+    def write(self, content: Any, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the model; the metadata are an entry of its `metadata_props`."""
         import onnx
 
-        del prepared.metadata_props[:]
-        onnx.helper.set_model_props(prepared, {KEY: json.dumps(facts, ensure_ascii=False, allow_nan=False)})
-        prepared.producer_name = "lightning-dice"
-        prepared.producer_version = str(facts["versions"]["lightning-dice"])
-        prepared.doc_string = str(facts["name"])
-        path.write_bytes(prepared.SerializeToString())
+        del content.metadata_props[:]
+        onnx.helper.set_model_props(content, {KEY: json.dumps(metadata, ensure_ascii=False, allow_nan=False)})
+        content.producer_name = "lightning-dice"
+        content.producer_version = str(metadata["versions"]["lightning-dice"])
+        content.doc_string = str(metadata["name"])
+        path.write_bytes(content.SerializeToString())
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
-        """By ONNX Runtime, on the CPU."""
+        """Return the model's function, run by ONNX Runtime on the CPU."""
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
 
-    def facts(self, path: Path) -> dict[str, Any]:
-        """From the model's metadata."""
+    def read_metadata(self, path: Path) -> dict[str, Any]:
+        """Return the entry of `metadata_props`."""
         import onnx
 
         model = onnx.load(path, load_external_data=False)
-        found = {entry.key: entry.value for entry in model.metadata_props}
-        result: dict[str, Any] = json.loads(found[KEY])
+        entries = {entry.key: entry.value for entry in model.metadata_props}
+        result: dict[str, Any] = json.loads(entries[KEY])
         return result
 
 
 class Program:
-    """A program of `torch.export`: torch alone, in Python, or compiled ahead of time from there."""
+    """A program of `torch.export`, for torch in Python, or to be compiled ahead of time."""
 
     suffix = ".pt2"
-    graphs = True
+    has_graph = True
 
     def require(self) -> None:
-        """Nothing but torch."""
+        """Check for nothing: torch is enough."""
 
-    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
-        """The program itself."""
-        if captured is None:
-            raise ValueError("captured must be a graph, got None")
-        return captured.program
+    def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
+        """Return the program itself."""
+        if graph is None:
+            raise ValueError("graph must be an ExportedGraph, got None")
+        return graph.program
 
-    def write(self, prepared: Any, path: Path, facts: Mapping[str, Any]) -> None:
-        """Facts are an extra file, `model.json`."""
-        text = json.dumps(facts, ensure_ascii=False, allow_nan=False)
+    def write(self, content: Any, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the program; the metadata are its extra file `model.json`."""
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
         with _quiet():
-            torch.export.save(prepared, path, extra_files={EXTRA: text})
+            torch.export.save(content, path, extra_files={EXTRA_FILE: text})
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
-        """By torch, on the CPU."""
+        """Return the program's function, run by torch on the CPU."""
         with _quiet():
             return _without_gradients(torch.export.load(path).module())
 
-    def facts(self, path: Path) -> dict[str, Any]:
-        """From the extra file."""
-        found = {EXTRA: ""}
+    def read_metadata(self, path: Path) -> dict[str, Any]:
+        """Return the extra file."""
+        files = {EXTRA_FILE: ""}
         with _quiet():
-            torch.export.load(path, extra_files=found)
-        result: dict[str, Any] = json.loads(found[EXTRA])
+            torch.export.load(path, extra_files=files)
+        result: dict[str, Any] = json.loads(files[EXTRA_FILE])
         return result
 
 
 class Weights:
-    """The weights as safetensors, with the module's config in the header: no pickle, and nothing to run.
+    """Weights as safetensors, with the module's config in the header: no pickle, and no code.
 
-    `SegmentationModule.from_safetensors` makes the module again.
+    `SegmentationModule.from_safetensors` loads the module.
     """
 
     suffix = ".safetensors"
-    graphs = False
+    has_graph = False
 
     def require(self) -> None:
-        """safetensors, which comes with segmentation-models-pytorch."""
+        """Check for safetensors, which comes with segmentation-models-pytorch."""
         _require("safetensors")
 
-    def prepare(self, captured: ExportedGraph | None, module: SegmentationModule, output: str) -> Any:
-        """Copies: the format has neither shared memory nor strides."""
+    def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
+        """Return copies of the weights: the format has neither shared memory nor strides."""
         return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
 
-    def write(self, prepared: Any, path: Path, facts: Mapping[str, Any]) -> None:
-        """Facts are an entry of the header."""
+    def write(self, content: Any, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the weights; the metadata are an entry of the header."""
         from safetensors.torch import save_file
 
-        save_file(prepared, path, {"format": "pt", KEY: json.dumps(facts, ensure_ascii=False, allow_nan=False)})
+        save_file(content, path, {"format": "pt", KEY: json.dumps(metadata, ensure_ascii=False, allow_nan=False)})
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
-        """By the module that is made of the file."""
+        """Return the module that is loaded from the file."""
         from lightning_dice.module import SegmentationModule
 
         return _without_gradients(SegmentationModule.from_safetensors(path))
 
-    def facts(self, path: Path) -> dict[str, Any]:
-        """From the header."""
+    def read_metadata(self, path: Path) -> dict[str, Any]:
+        """Return the entry of the header."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
@@ -229,12 +228,12 @@ def _require(*packages: str, extra: str | None = None) -> None:
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        what = f"'lightning-dice[{extra}]'" if extra else " ".join(missing)
-        raise MissingExtra(f"{', '.join(missing)} is not installed: pip install {what}", name=missing[0])
+        packages_to_install = f"'lightning-dice[{extra}]'" if extra else " ".join(missing)
+        raise MissingExtra(f"{', '.join(missing)} is not installed: pip install {packages_to_install}", name=missing[0])
 
 
-def _strip(model: Any) -> None:
-    """Take out what the exporter notes of the code on this machine, and of its own workings."""
+def _remove_notes(model: Any) -> None:
+    """Remove the exporter's notes on the code on this machine and on its own work."""
     graph = model.graph
     parts = [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, *model.functions]
     parts += [node for function in model.functions for node in function.node]
@@ -243,13 +242,13 @@ def _strip(model: Any) -> None:
             part.ClearField(name)
 
 
-def _name_axes(model: Any, captured: ExportedGraph) -> None:
-    """Call the open axes of the graph by their names: `batch`, `height`, instead of `s77`."""
+def _name_axes(model: Any, graph: ExportedGraph) -> None:
+    """Name the open axes of the graph `batch`, `height` ... instead of `s77`."""
     shape = model.graph.input[0].type.tensor_type.shape.dim
     names = {
         dim.dim_param: name
         for dim, name in zip(shape, axes(len(shape) - 2), strict=True)
-        if dim.dim_param and name in captured.dynamic
+        if dim.dim_param and name in graph.input_shape.dynamic
     }
     if not names:
         return
@@ -262,7 +261,7 @@ def _name_axes(model: Any, captured: ExportedGraph) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say of their own progress and of names that torch deprecates."""
+    """Silence the exporters' progress reports and warnings about deprecated names."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""An exported file beside the module that it was made of, on real cases."""
+"""Comparison of an exported file with the module that it was made from, on real cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.exporting.graph import Graph
+from lightning_dice.exporting.graph import OutputType
 from lightning_dice.functional.model_outputs import resize_to
 from lightning_dice.scoring import Scoring, score_case
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class VerificationCase(NamedTuple):
-    """What both are run on.
+    """A case that both the file and the module predict.
 
     Attributes:
         name: of the case.
-        image: `(channels, *space)`, as the data set has it.
-        mask: the truth, as in `lightning_dice.data.Sample`; `None` if there is none.
+        image: `(channels, *space)`, as the data set returns it.
+        mask: the reference, as in `lightning_dice.data.Sample`; `None` if there is none.
     """
 
     name: str
@@ -33,18 +33,34 @@ class VerificationCase(NamedTuple):
     mask: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far they agree.
+class OpenedFile(NamedTuple):
+    """An exported file, opened to be run.
 
     Attributes:
-        data: what they were run on, in words.
-        cases: how many.
-        pixels: how many labels were compared; those of each class's plane count by themselves.
-        different: how many of them differ.
-        largest_difference: of the file's own output: logits or probabilities; `None` of labels.
-        dice: that of the module: the mean over the cases of each class, then over the classes; `None` without a truth.
-        exported_dice: that of the file.
+        run: its function of images `(batch, channels, *space)`.
+        output_type: what `run` returns.
+        normalizes: whether `run` normalizes the images.
+        batch_size: the number of images that `run` takes; `None`: any.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    output_type: OutputType
+    normalizes: bool = False
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an exported file and its module agree.
+
+    Attributes:
+        data: a description of the cases.
+        cases: their number.
+        pixels: number of compared labels; each class's plane counts by itself.
+        different: number of labels that differ.
+        largest_difference: of the file's logits or probabilities; `None` for labels.
+        dice: the module's: the mean over the cases for each class, then over the classes; `None` without references.
+        exported_dice: the file's.
     """
 
     data: str
@@ -56,17 +72,21 @@ class Agreement:
     exported_dice: float | None
 
     @property
-    def share(self) -> float:
-        """Of labels that differ, in [0, 1]."""
+    def different_fraction(self) -> float:
+        """The fraction of labels that differ, in [0, 1]."""
         return self.different / self.pixels if self.pixels else 0.0
 
-    def facts(self, tolerance: float) -> dict[str, Any]:
-        """As plain values, for the facts of a file."""
+    def metadata(self, tolerance: float) -> dict[str, Any]:
+        """Return plain values for the metadata of the file.
+
+        Args:
+            tolerance: the fraction of labels that may differ.
+        """
         return {
             "data": self.data,
             "cases": self.cases,
             "pixels": self.pixels,
-            "equal": 1 - self.share,
+            "equal": 1 - self.different_fraction,
             "different_pixels": self.different,
             "tolerance": tolerance,
             "largest_difference": self.largest_difference,
@@ -76,129 +96,123 @@ class Agreement:
 
 
 def verify(
-    run: Callable[[Tensor], Tensor],
+    file: OpenedFile,
     predictor: Predictor,
     cases: Iterable[VerificationCase],
     *,
     data: str,
-    graph: Graph,
     scoring: Scoring,
     normalize: Callable[[Tensor], Tensor] | None = None,
-    inside: bool = False,
     window: SlidingWindow | None = None,
-    batch: int | None = None,
 ) -> Agreement:
-    """Run an exported file and the module on some cases, one after the other.
+    """Predict cases with an exported file and with its module, and compare.
 
-    Labels are compared at the size of the image, as each pixel's logits decide, before any removal of small components,
-    which could hide a difference; Dice is that of the masks at their own size, of whole images.
+    Labels are compared at the size of the image and before small components are removed, which could hide a difference.
+    Dice is that of the masks at their own size.
 
     Args:
-        run: the file's function of images `(batch, channels, *space)`.
+        file: the exported one.
         predictor: of the module, in evaluation mode on the CPU.
-        cases: what to run on.
-        data: these, in words.
-        graph: what `run` returns.
+        cases: predicted one after the other.
+        data: a description of them.
         scoring: the classes; surfaces and lesions are not scored.
         normalize: of an image; `None`: none.
-        inside: whether the file normalizes.
-        window: both are run by windows and logits put together; for files that take one size, or whose module does.
-        batch: images that the file takes at once, where that is fixed.
+        window: of the module and the file; `None`: whole images.
 
     Raises:
-        ValueError: what the file returns is not of the shape that its graph has, or not finite.
+        ValueError: the file's outputs have the wrong shape, or are not finite.
     """
-    from lightning_dice.inference import Predictor
-
-    module = Predictor(
-        predictor.nets,
-        window,
-        postprocessing=predictor.postprocessing,
-        activation=predictor.activation,
-        threshold=predictor.threshold,
-    )
-    exported = Predictor(
-        [_in_batches(run, batch)],
-        window,
-        postprocessing=predictor.postprocessing,
-        activation=predictor.activation,
-        threshold=predictor.threshold,
+    module, exported = (
+        _pixelwise_predictor(predictor, nets, window)
+        for nets in (predictor.nets, [_in_batches(file.run, file.batch_size)])
     )
     count = pixels = different = 0
     largest: float | None = None
     scores: list[list[tuple[float, float]]] = []
     for case in cases:
-        prepared = case.image if normalize is None else normalize(case.image)
-        given = case.image if inside else prepared
-        logits = module.logits(prepared)
+        normalized = case.image if normalize is None else normalize(case.image)
+        image = case.image if file.normalizes else normalized
+        logits = module.logits(normalized)
         expected = _pixelwise(module, logits)
-        output = exported.logits(given) if graph == "logits" else run(given.unsqueeze(0))[0]
+        output = exported.logits(image) if file.output_type == "logits" else file.run(image.unsqueeze(0))[0]
         if output.is_floating_point() and not bool(output.isfinite().all()):
-            raise ValueError(f"the file's {graph} of {case.name} are not finite")
-        found = labels_of(exported, output, graph)
-        if found.shape != expected.shape:
-            raise ValueError(f"the labels of {case.name} must be {tuple(expected.shape)}, got {tuple(found.shape)}")
+            raise ValueError(f"the file's {file.output_type} of {case.name} are not finite")
+        labels = labels_of_output(exported, output, file.output_type)
+        if labels.shape != expected.shape:
+            raise ValueError(f"the labels of {case.name} must be {tuple(expected.shape)}, got {tuple(labels.shape)}")
         count, pixels = count + 1, pixels + expected.numel()
-        different += int((found != expected).sum())
-        if graph != "labels":
-            own = logits if graph == "logits" else module.probabilities(logits)
-            largest = max(largest or 0.0, float((output - own).abs().max()))
+        different += int((labels != expected).sum())
+        if file.output_type != "labels":
+            reference = logits if file.output_type == "logits" else module.probabilities(logits)
+            largest = max(largest or 0.0, float((output - reference).abs().max()))
         if case.mask is not None:
             space = tuple(case.mask.shape[case.mask.ndim - (case.image.ndim - 1) :])
-            masks = (
-                _labels_at(module, logits, "logits", space),
-                _labels_at(exported, output, graph, space),
-            )
-            each = [score_case(mask, case.mask, scoring).classes for mask in masks]
-            scores.append([(one.dice, other.dice) for one, other in zip(*each, strict=True)])
-    return Agreement(data, count, pixels, different, largest, *_means(scores, scoring.scored))
+            masks = _labels_at(module, logits, "logits", space), _labels_at(exported, output, file.output_type, space)
+            both = [score_case(mask, case.mask, scoring).classes for mask in masks]
+            scores.append([(one.dice, other.dice) for one, other in zip(*both, strict=True)])
+    dice, exported_dice = (_mean_dice(scores, side, scoring.scored) for side in range(2))
+    return Agreement(data, count, pixels, different, largest, dice, exported_dice)
 
 
-def labels_of(predictor: Predictor, output: Tensor, graph: Graph) -> Tensor:
-    """The labels that one image's output of a graph stands for: ids `(*space)` or bool planes `(classes, *space)`."""
-    if graph == "labels":
+def labels_of_output(predictor: Predictor, output: Tensor, output_type: OutputType) -> Tensor:
+    """Return the labels of a file's output for one image: ids `(*space)` or bool planes `(classes, *space)`."""
+    if output_type == "labels":
         return output if predictor.activation == "softmax" else output.bool()
-    if graph == "logits":
+    if output_type == "logits":
         return _pixelwise(predictor, output)
-    decision = predictor.postprocessing
+    thresholds = predictor.postprocessing.thresholds
+    column = (-1, *[1] * (output.ndim - 1))
     if predictor.activation == "softmax":
-        scale = torch.tensor(decision.thresholds or [1.0] * len(output), dtype=output.dtype)
-        ids = (output / scale.view(-1, *[1] * (output.ndim - 1))).argmax(0)
+        divisors = torch.tensor(thresholds or [1.0] * len(output), dtype=output.dtype)
+        ids = (output / divisors.view(column)).argmax(0)
         return ids.to(torch.uint8 if len(output) <= 256 else torch.int32)
-    limits = torch.tensor(decision.thresholds or [predictor.threshold] * len(output), dtype=output.dtype)
-    return output > limits.view(-1, *[1] * (output.ndim - 1))
+    limits = torch.tensor(thresholds or [predictor.threshold] * len(output), dtype=output.dtype)
+    return output > limits.view(column)
+
+
+def _pixelwise_predictor(
+    predictor: Predictor, nets: Sequence[Callable[[Tensor], Any]], window: SlidingWindow | None
+) -> Predictor:
+    """Return a predictor with the same post-processing, but without mirroring."""
+    from lightning_dice.inference import Predictor
+
+    return Predictor(
+        nets,
+        window,
+        postprocessing=predictor.postprocessing,
+        activation=predictor.activation,
+        threshold=predictor.threshold,
+    )
 
 
 def _pixelwise(predictor: Predictor, logits: Tensor) -> Tensor:
     return predictor.postprocessing.pixelwise(logits, activation=predictor.activation, threshold=predictor.threshold)
 
 
-def _labels_at(predictor: Predictor, output: Tensor, graph: Graph, space: tuple[int, ...]) -> Tensor:
-    """Labels at the size of a mask: of logits and probabilities by linear interpolation, of labels by the nearest."""
-    ids = graph == "labels" and predictor.activation == "softmax"
+def _labels_at(predictor: Predictor, output: Tensor, output_type: OutputType, space: tuple[int, ...]) -> Tensor:
+    """Return labels at the size of a mask; logits and probabilities are interpolated, labels are the nearest."""
+    ids = output_type == "labels" and predictor.activation == "softmax"
     if tuple(output.shape[0 if ids else 1 :]) == space:
-        return labels_of(predictor, output, graph)
-    if graph != "labels":
-        return labels_of(predictor, resize_to(output.unsqueeze(0), space)[0], graph)
+        return labels_of_output(predictor, output, output_type)
+    if output_type != "labels":
+        return labels_of_output(predictor, resize_to(output.unsqueeze(0), space)[0], output_type)
     planes = output[None, None] if ids else output[None]
     resized = F.interpolate(planes.float(), size=space, mode="nearest-exact")[0].to(output.dtype)
-    return labels_of(predictor, resized[0] if ids else resized, graph)
+    return labels_of_output(predictor, resized[0] if ids else resized, output_type)
 
 
 def _in_batches(run: Callable[[Tensor], Tensor], size: int | None) -> Callable[[Tensor], Tensor]:
-    """As `run`, for a file that takes a fixed number of images at once."""
+    """Return `run` for any number of images, where it takes a fixed number at once."""
     if size is None:
         return run
     return lambda images: torch.cat([run(images[start : start + size]) for start in range(0, len(images), size)])
 
 
-def _means(scores: Sequence[Sequence[tuple[float, float]]], scored: Sequence[int]) -> tuple[float | None, float | None]:
+def _mean_dice(scores: Sequence[Sequence[tuple[float, float]]], side: int, scored: Sequence[int]) -> float | None:
+    """Return the mean over the cases and then the classes, of the module (side 0) or the file (1)."""
     means = []
-    for side in range(2):
-        each = []
-        for index in scored:
-            known = [case[index][side] for case in scores if not math.isnan(case[index][side])]
-            if known:
-                each.append(sum(known) / len(known))
-        means.append(sum(each) / len(each) if each else None)
-    return means[0], means[1]
+    for index in scored:
+        known = [case[index][side] for case in scores if not math.isnan(case[index][side])]
+        if known:
+            means.append(sum(known) / len(known))
+    return sum(means) / len(means) if means else None

@@ -1,4 +1,4 @@
-"""From logits to labels: temperature, thresholds, the removal of what is too small; and the file that keeps them."""
+"""From logits to labels: temperature, thresholds and removal of small components, and the calibration file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_dice.argument_checks import check_choice, check_class_indices, check_label, check_number
 from lightning_dice.functional import hard_prediction
-from lightning_dice.inference.component_filter import clean_ids, clean_planes
+from lightning_dice.inference.component_filter import filter_ids, filter_planes
 from lightning_dice.io import write_atomically
 
 CALIBRATION = "calibration.json"
@@ -29,24 +29,23 @@ Unit = Literal["pixels", "mm"]
 class PostProcessing:
     r"""How logits become labels.
 
-    The logits of a class are divided by the temperature T. With sigmoid, a pixel has class c where
-    :math:`p_c > t_c`. With softmax it has the class of the greatest :math:`p_c / t_c`: of two classes the second where
-    :math:`p_1 > t_1`, if :math:`t_0 = 1 - t_1`; equal thresholds are the greatest probability. Then components that
-    are too small go.
+    Logits are divided by the temperature T. With sigmoid, a pixel is of class c where :math:`p_c > t_c`. With softmax
+    it is of the class with the largest :math:`p_c / t_c`; of two classes that is the second where :math:`p_1 > t_1`, if
+    :math:`t_0 = 1 - t_1`, and equal thresholds choose the largest probability. Components that are too small are then
+    removed.
 
-    What is `None` is not decided: that leaves the labels as `hard_prediction` makes them, by the threshold of the
-    module.
+    A setting that is `None` does nothing: labels are then those of `hard_prediction` with the module's threshold.
 
     Args:
         temperature: T, above 0; above 1 it makes probabilities less certain.
         thresholds: one for each class, in (0, 1); with softmax only their ratios matter.
-        min_size: the size of the smallest connected component that stays, one number or one for each class; 0 keeps
+        min_size: the size of the smallest connected component that is kept, one number or one for each class; 0 keeps
             all. Pixels that touch at a corner are connected.
         unit: of `min_size`: `"pixels"`, or `"mm"`: mm² or mm³ by the spacing of the image.
-        keep_largest: classes of which only the largest component stays.
-        background: with softmax, the class that removed pixels get, and whose own components are let be; `None`: the
-            class that is most common around the component.
-        origin: where this comes from, for messages.
+        keep_largest: classes of which only the largest component is kept.
+        background: with softmax, the class of removed pixels, whose own components are kept; `None`: the most common
+            class around the component.
+        origin: the file that this was read from, for messages.
 
     Raises:
         ValueError: a setting out of its range; in a call, another number of classes, or an unknown spacing.
@@ -75,13 +74,9 @@ class PostProcessing:
             each = [check_number("thresholds", value, 0, 1, open_ends=True) for value in self.thresholds]
             self._set("thresholds", tuple(each))
         if self.min_size is not None:
-            given: Any = self.min_size
-            several = isinstance(given, Sequence) and not isinstance(given, str)
-            size = (
-                tuple(check_number("min_size", value) for value in given)
-                if several
-                else check_number("min_size", given)
-            )
+            value: Any = self.min_size
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            size = tuple(check_number("min_size", one) for one in value) if several else check_number("min_size", value)
             self._set("min_size", size)
         check_choice("unit", self.unit, Unit)
         self._set("keep_largest", check_class_indices("keep_largest", self.keep_largest))
@@ -91,51 +86,55 @@ class PostProcessing:
         object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        said = [f"temperature {self.temperature:.4g}"] if self.temperature is not None else []
+        parts = [f"temperature {self.temperature:.4g}"] if self.temperature is not None else []
         if self.thresholds is not None:
-            said.append("thresholds " + ", ".join(f"{value:.3g}" for value in self.thresholds))
+            parts.append("thresholds " + ", ".join(f"{value:.3g}" for value in self.thresholds))
         if self.min_size:
-            given: Any = self.min_size
-            sizes = ", ".join(f"{size:g}" for size in (given if isinstance(given, tuple) else (given,)))
-            said.append(f"components of at least {sizes} {'pixels' if self.unit == 'pixels' else 'mm² or mm³'}")
+            value: Any = self.min_size
+            sizes = ", ".join(f"{size:g}" for size in (value if isinstance(value, tuple) else (value,)))
+            parts.append(f"components of at least {sizes} {'pixels' if self.unit == 'pixels' else 'mm² or mm³'}")
         if self.keep_largest:
-            said.append(f"the largest component of class {', '.join(map(str, self.keep_largest))}")
-        return ", ".join(said) or "the most probable class, or the module's threshold"
+            parts.append(f"the largest component of class {', '.join(map(str, self.keep_largest))}")
+        return ", ".join(parts) or "the most probable class, or the module's threshold"
 
     @property
     def scale(self) -> float:
-        """The temperature, 1 where there is none."""
+        """The temperature; 1 if there is none."""
         return 1.0 if self.temperature is None else self.temperature
 
     @property
-    def cleans(self) -> bool:
-        """Whether components may be removed, for which a whole image is needed."""
+    def removes_components(self) -> bool:
+        """Whether components may be removed, which takes the labels of a whole image."""
         return bool(np.any(self.min_size)) or bool(self.keep_largest)
 
-    def changes(self, activation: str, threshold: float = 0.5) -> bool:
+    def changes_labels(self, activation: str, threshold: float = 0.5) -> bool:
         """Whether labels can differ from those of `hard_prediction(logits, activation=..., threshold=...)`."""
         tempered = self.scale != 1 and activation == "sigmoid" and threshold != 0.5
-        return tempered or self.thresholds is not None or self.cleans
+        return tempered or self.thresholds is not None or self.removes_components
 
     def labels(
         self, logits: Tensor, *, activation: str, threshold: float = 0.5, spacing: Sequence[float] | None = None
     ) -> Tensor:
-        """The labels of one image.
+        """Return the labels of one image.
 
         Args:
             logits: `(classes, *space)`.
             activation: `"sigmoid"` or `"softmax"`.
-            threshold: of the module: where this has no thresholds of its own, with sigmoid.
-            spacing: between pixels along each axis, in mm; only for `unit="mm"`.
+            threshold: of the module; used with sigmoid if `thresholds` is `None`.
+            spacing: of the pixels along each axis, in mm; needed for `unit="mm"`.
 
         Returns:
             Softmax: class ids `(*space)`, uint8, or int32 of more than 256 classes; sigmoid: bool planes
             `(classes, *space)`.
         """
-        return self.clean(self.pixelwise(logits, activation=activation, threshold=threshold), spacing)
+        return self.remove_components(self.pixelwise(logits, activation=activation, threshold=threshold), spacing)
 
     def pixelwise(self, logits: Tensor, *, activation: str, threshold: float = 0.5) -> Tensor:
-        """`labels` before components are removed: each pixel by itself, so that parts of an image will do."""
+        """Return `labels` before components are removed: each pixel depends on its own logits only.
+
+        >>> PostProcessing(thresholds=[0.4], min_size=9).pixelwise(torch.tensor([[0.3, -3.0]]), activation="sigmoid")
+        tensor([[ True, False]])
+        """
         classes = len(logits)
         if self.thresholds is not None and len(self.thresholds) != classes:
             raise ValueError(
@@ -157,62 +156,69 @@ class PostProcessing:
     def _offsets(logits: Tensor, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=logits.dtype, device=logits.device).view(-1, *[1] * (logits.ndim - 1))
 
-    def clean(self, labels: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-        """Labels of a whole image without the components that are too small.
+    def remove_components(self, labels: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+        """Return the labels of a whole image without the components that are too small.
 
         Args:
-            labels: as `pixelwise` makes them.
+            labels: as returned by `pixelwise`.
             spacing: as in `labels`.
+
+        >>> PostProcessing(min_size=2).remove_components(torch.tensor([[True, False, True, True]]))
+        tensor([[False, False,  True,  True]])
         """
-        if not self.cleans:
+        if not self.removes_components:
             return labels
         planes = labels.dtype == torch.bool
-        size = 1.0
-        if self.unit == "mm" and self.min_size:
-            if spacing is None:
-                raise ValueError(
-                    'the smallest components are given in mm, and the spacing of the image is not known: unit="pixels"'
-                )
-            space = labels.shape[1:] if planes else labels.shape
-            if len(spacing) != len(space):
-                raise ValueError(f"spacing must have one number for each of the {len(space)} axes, got {list(spacing)}")
-            size = math.prod(spacing)
-        min_size: Any = self.min_size or 0.0
-        least = [value / size for value in min_size] if isinstance(min_size, tuple) else min_size / size
+        pixel = self._pixel_size(labels.shape[1:] if planes else labels.shape, spacing)
+        value: Any = self.min_size or 0.0
+        min_size = [size / pixel for size in value] if isinstance(value, tuple) else value / pixel
         array = labels.cpu().numpy().copy()
         if planes:
-            clean_planes(array, least, self.keep_largest)
+            filter_planes(array, min_size, self.keep_largest)
         else:
-            clean_ids(array, least, self.keep_largest, self.background)
+            filter_ids(array, min_size, self.keep_largest, self.background)
         return torch.from_numpy(array).to(labels.device)
 
-    def probabilities(self, logits: Tensor, *, activation: str) -> Tensor:
-        """Calibrated probabilities of logits `(classes, *space)`, float32 or better."""
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        tempered = logits if self.scale == 1 else logits / self.scale
-        return tempered.softmax(0) if activation == "softmax" else tempered.sigmoid()
+    def _pixel_size(self, space: Sequence[int], spacing: Sequence[float] | None) -> float:
+        """Return the size of a pixel in the unit of `min_size`."""
+        if self.unit == "pixels" or not self.min_size:
+            return 1.0
+        if spacing is None:
+            raise ValueError('min_size is in mm, and the spacing of the image is not known: unit="pixels" needs none')
+        if len(spacing) != len(space):
+            raise ValueError(f"spacing must have one number for each of the {len(space)} axes, got {list(spacing)}")
+        return math.prod(spacing)
 
-    def filled(self, other: PostProcessing) -> PostProcessing:
-        """This decision, with what it leaves open from another: the user's word first, then the calibration's."""
-        mine = dataclasses.asdict(self)
-        taken = {name: getattr(other, name) for name in ("temperature", "thresholds") if mine[name] is None}
+    def with_defaults(self, defaults: PostProcessing) -> PostProcessing:
+        """Return this with the settings that it lacks taken from another one, such as a calibration.
+
+        >>> print(PostProcessing(min_size=9).with_defaults(PostProcessing(temperature=1.5, min_size=4)))
+        temperature 1.5, components of at least 9 pixels
+        """
+        changes: dict[str, Any] = {
+            name: getattr(defaults, name) for name in ("temperature", "thresholds") if getattr(self, name) is None
+        }
         if self.min_size is None:
-            taken |= {"min_size": other.min_size, "unit": other.unit}
+            changes |= {"min_size": defaults.min_size, "unit": defaults.unit}
         if not self.keep_largest:
-            taken["keep_largest"] = other.keep_largest
-        return dataclasses.replace(self, **taken, origin=self.origin or other.origin)
+            changes["keep_largest"] = defaults.keep_largest
+        return dataclasses.replace(self, **changes, origin=self.origin or defaults.origin)
 
     def settings(self) -> dict[str, Any]:
-        """What is decided, as plain values: `PostProcessing(**settings)` is this again."""
+        """Return the settings as plain values: `PostProcessing(**settings)` is equal to this.
+
+        >>> PostProcessing(thresholds=[0.4]).settings()["thresholds"]
+        [0.4]
+        """
         plain = {name: value for name, value in dataclasses.asdict(self).items() if name != "origin"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write it to a JSON file, whole or not at all.
+        """Write the settings to a JSON file, atomically.
 
         Args:
             path: of the file.
-            about: plain values that are kept beside it, such as what it was made from.
+            about: plain values to keep in the file too, such as the checkpoint.
         """
         content = {"version": VERSION, "postprocessing": self.settings(), **(about or {})}
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -220,61 +226,63 @@ class PostProcessing:
 
     @classmethod
     def load(cls, path: Path) -> PostProcessing:
-        """What `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: names the file and what is wrong with it.
+            FileNotFoundError: the file does not exist.
+            ValueError: it was not written by `save`, or holds a wrong setting; the message names the file.
         """
         return cls(**_read(path)["postprocessing"], origin=str(path))
 
 
-def pooled(decisions: Sequence[PostProcessing], classes_threshold: float = 0.5) -> PostProcessing:
-    """The decision of an ensemble of networks that each have one.
+def combine_postprocessing(each: Sequence[PostProcessing], default_threshold: float = 0.5) -> PostProcessing:
+    """Return the post-processing of an ensemble.
 
-    Probabilities are averaged after each network's own temperature, so that none is left; thresholds are the mean of
-    the networks'; sizes of components must be the same.
+    Probabilities are averaged after each network's own temperature, so the combined one has none, unless all are equal;
+    its thresholds are the mean of the networks'.
 
     Args:
-        decisions: one for each network.
-        classes_threshold: the threshold of a network that has none of its own.
+        each: one for each network.
+        default_threshold: the threshold of a network that has none of its own.
 
     Raises:
         ValueError: they remove different components, or have thresholds for different numbers of classes.
+
+    >>> print(combine_postprocessing([PostProcessing(2.0, [0.2]), PostProcessing(1.0, [0.4])]))
+    thresholds 0.3
     """
-    first = decisions[0]
-    if len(decisions) == 1 or all(decision == first for decision in decisions):
+    first = each[0]
+    if all(one == first for one in each):
         return first
-    kinds = {(d.min_size, d.unit, tuple(d.keep_largest), d.background) for d in decisions}
-    if len(kinds) > 1:
+    if len({(one.min_size, one.unit, tuple(one.keep_largest), one.background) for one in each}) > 1:
         raise ValueError("the networks of an ensemble must remove the same components: min_size, keep_largest ...")
-    given = [decision.thresholds for decision in decisions if decision.thresholds is not None]
+    counts = {len(one.thresholds) for one in each if one.thresholds is not None}
     thresholds = None
-    if given:
-        if len({len(each) for each in given}) > 1:
+    if counts:
+        if len(counts) > 1:
             raise ValueError("the networks of an ensemble have thresholds for different numbers of classes")
-        default = (classes_threshold,) * len(given[0])
-        each = [decision.thresholds or default for decision in decisions]
-        thresholds = [sum(values) / len(values) for values in zip(*each, strict=True)]
-    origins = ", ".join(decision.origin for decision in decisions if decision.origin) or None
+        default = (default_threshold,) * counts.pop()
+        columns = zip(*(one.thresholds or default for one in each), strict=True)
+        thresholds = [sum(values) / len(values) for values in columns]
+    origins = ", ".join(one.origin for one in each if one.origin) or None
     return dataclasses.replace(first, temperature=None, thresholds=thresholds, origin=origins)
 
 
 def find_postprocessing(run: str | Path, choice: str | Path = "auto", checkpoint: Path | None = None) -> PostProcessing:
-    """What calibration a run's predictions are to be made with.
+    """Read the calibration for a run's predictions.
 
     Args:
         run: its folder.
-        choice: `"auto"`: `<run>/calibration.json` if it is there and was made for this checkpoint; `"none"`; or the
-            path of such a file, for whatever checkpoint it was made.
-        checkpoint: the file whose weights are used.
+        choice: `"auto"`: `<run>/calibration.json`, if it exists; `"none"`; or the path of such a file, whichever
+            checkpoint it was made for.
+        checkpoint: the file of the weights, which `"auto"` compares with the calibration's.
 
     Returns:
-        A `PostProcessing` with `origin`, the file; `PostProcessing()` where there is none.
+        A `PostProcessing` whose `origin` is the file; `PostProcessing()` if there is none.
 
     Raises:
-        FileNotFoundError: the file that was named is not there.
-        ValueError: the file is not one that `PostProcessing.save` has written; or, with `"auto"`, was made for another
+        FileNotFoundError: the file does not exist.
+        ValueError: the file was not written by `PostProcessing.save`; or, with `"auto"`, was made for another
             checkpoint.
     """
     if choice == "none":
@@ -283,22 +291,22 @@ def find_postprocessing(run: str | Path, choice: str | Path = "auto", checkpoint
     if choice == "auto":
         if not path.is_file():
             return PostProcessing()
-        made_for = (_read(path).get("checkpoint") or {}).get("sha256")
-        if checkpoint is not None and made_for is not None and made_for != digest(checkpoint):
+        calibrated = (_read(path).get("checkpoint") or {}).get("sha256")
+        if checkpoint is not None and calibrated is not None and calibrated != sha256(checkpoint):
             raise ValueError(
-                f"{path} was made for another checkpoint than {checkpoint}: calibrate again (overwrite=true), or "
-                f"choose calibration=none, or calibration={path} to use it all the same"
+                f"{path} was made for another checkpoint than {checkpoint}: calibrate again (overwrite=true), or set "
+                f"calibration=none, or calibration={path} to use it nevertheless"
             )
     return PostProcessing.load(path)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    found = hashlib.sha256()
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    result = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
-            found.update(block)
-    return found.hexdigest()
+            result.update(block)
+    return result.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -314,7 +322,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has version {content.get('version')!r}, and this package reads {VERSION}")
     known = {entry.name for entry in dataclasses.fields(PostProcessing)} - {"origin"}
     if unknown := sorted(set(content["postprocessing"]) - known):
-        raise ValueError(f"{path}: a decision has no {', '.join(unknown)}, only {', '.join(sorted(known))}")
+        raise ValueError(f"{path}: post-processing has no {', '.join(unknown)}, only {', '.join(sorted(known))}")
     try:
         PostProcessing(**content["postprocessing"])
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Logits and labels of images, by one network or several: the arithmetic that evaluation and prediction share."""
+"""Logits and labels of single images, by one network or an ensemble; evaluation and prediction share them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from lightning_dice.argument_checks import check_choice, check_number
 from lightning_dice.functional.activations import probabilities
 from lightning_dice.functional.model_outputs import read_logits, resize_to
-from lightning_dice.inference.logit_resampling import resized
-from lightning_dice.inference.postprocessing import PostProcessing, pooled
-from lightning_dice.inference.sliding_window import Net, Slab, Sliceable, SlidingWindow, ImportanceMap
-from lightning_dice.inference.test_time_augmentation import Mirroring, flipped, mean_logits
+from lightning_dice.inference.logit_resampling import resample_chunks
+from lightning_dice.inference.postprocessing import PostProcessing, combine_postprocessing
+from lightning_dice.inference.sliding_window import Chunk, ImportanceMap, Net, Sliceable, SlidingWindow
+from lightning_dice.inference.test_time_augmentation import Mirroring, mean_logits, mirror
 
 
 class Inference:
-    """The settings of a module's evaluation and prediction; the object of the config group `inference`.
+    """Settings of a module's evaluation and prediction: windows, mirroring and post-processing.
 
     Args:
-        size: of windows, in pixels, for each space axis, as in `SlidingWindow`; `None`: the whole image at once.
-        overlap: of windows; this and the following two as in `SlidingWindow`, and without windows of no account.
-        importance_map: of windows.
-        batch_size: windows that go through the network at once.
-        mirror_axes: space axes of `Mirroring`: 2 of them make 4 predictions of each image, and their mean.
-        postprocessing: how labels are made; by default as `hard_prediction` does.
+        size: of windows, in pixels, for each space axis; `None`: the whole image at once.
+        overlap: passed to `SlidingWindow`, like the next two; ignored if `size` is `None`.
+        importance_map: see `SlidingWindow`.
+        batch_size: see `SlidingWindow`.
+        mirror_axes: passed to `Mirroring`; with 2 axes, the mean of 4 predictions of each image.
+        postprocessing: how logits become labels; by default as in `hard_prediction`.
 
     Raises:
         ValueError: a setting out of its range.
@@ -44,39 +44,44 @@ class Inference:
         mirror_axes: Iterable[int] = (),
         postprocessing: PostProcessing | None = None,
     ) -> None:
-        # Made in any case, so that a mistake in a setting is told before it is of account.
+        # Constructed even without a size, so that invalid settings fail early.
         window = SlidingWindow(size if size is not None else [1], overlap, importance_map, batch_size)
         self.window = window if size is not None else None
         self.mirroring = Mirroring(mirror_axes)
         self.postprocessing = postprocessing if postprocessing is not None else PostProcessing()
 
     def __repr__(self) -> str:
-        return f"Inference(window={self.window}, mirror_axes={list(self.mirroring.axes)}, postprocessing={self.postprocessing})"
+        return (
+            f"Inference(window={self.window}, mirror_axes={list(self.mirroring.axes)}, "
+            f"postprocessing={self.postprocessing})"
+        )
 
     @property
-    def plain(self) -> bool:
-        """Whether logits are what the network makes of the whole image."""
+    def is_single_pass(self) -> bool:
+        """Whether logits come from one pass of the whole image through the network."""
         return self.window is None and not self.mirroring.axes
 
 
 class Predictor:
-    """Logits and labels of one image at a time.
+    """Predict one image at a time.
 
-    A window, or the whole image, goes through a network, mirrored in each way, and the probabilities are averaged;
-    those of several networks, after the temperature of each, are averaged too. The logits of that mean are put
-    together, resized and decided on: a calibration sees what its temperature will be applied to. One network without
-    flips has its own logits, untouched. All of it in slabs along the first space axis: `labels` needs memory for the
-    sums of one window's depth, whatever the length of that axis, and `logits` makes the same numbers.
+    Each network predicts the image, or each window of it, and its mirror images; their probabilities are averaged. In
+    an ensemble, these means are divided by each network's temperature and averaged once more. The logits of the mean
+    are assembled from the windows, resized and post-processed, so that a calibration sees the logits that its
+    temperature will be applied to. A single network without mirroring keeps its own logits unchanged.
+
+    Images are processed in chunks along the first space axis: `labels` needs memory for the sums of one window's
+    depth, however long that axis is. `logits` computes the same numbers for the whole image.
 
     Args:
-        nets: each takes images `(batch, channels, *space)` on `device`, in evaluation mode, and returns their logits in
-            any of the forms that `lightning_dice.functional.read_logits` knows; a `SegmentationModule` is one.
+        nets: each takes images `(batch, channels, *space)` on `device`, in evaluation mode, and returns logits in any
+            of the forms that `lightning_dice.functional.read_logits` reads; a `SegmentationModule` is one.
         window: `None`: the whole image at once.
-        mirroring: `None`: no mirrored predictions.
-        postprocessing: how logits become labels; for several networks one, or one for each, whose temperatures are then
-            applied before the mean (see `lightning_dice.inference.pooled`).
+        mirroring: by default none.
+        postprocessing: how logits become labels. For several networks one, or one for each, whose temperatures are
+            then applied before the mean; see `combine_postprocessing`.
         activation: of the logits, `"sigmoid"` or `"softmax"`.
-        threshold: a probability, where the decision has no thresholds and the activation is a sigmoid.
+        threshold: a probability, for a sigmoid without thresholds in `postprocessing`.
         device: where the networks are.
 
     Raises:
@@ -115,18 +120,19 @@ class Predictor:
                 f"postprocessing must be one, or one for each of the {len(self.nets)} nets, got {len(each)}"
             )
         self.postprocessing_per_net = each
-        self.postprocessing = pooled(each, self.threshold)
+        self.postprocessing = combine_postprocessing(each, self.threshold)
 
     @classmethod
     def ensemble(cls, predictors: Sequence[Predictor]) -> Predictor:
-        """All networks of several predictors as one; window and flips are those of the first.
+        """Return a predictor with the networks of several; windows and mirroring are those of the first.
 
         Raises:
-            ValueError: their activations, devices or thresholds differ, or decisions that cannot be pooled.
+            ValueError: their activations, devices or thresholds differ, or their post-processing cannot be combined.
         """
         first = predictors[0]
-        undecided = any(d.thresholds is None for predictor in predictors for d in predictor.postprocessing_per_net)
-        for name in ("activation", "device", *(["threshold"] if undecided and first.activation == "sigmoid" else [])):
+        postprocessing = [each for predictor in predictors for each in predictor.postprocessing_per_net]
+        needs_threshold = first.activation == "sigmoid" and any(each.thresholds is None for each in postprocessing)
+        for name in ("activation", "device", *(["threshold"] if needs_threshold else [])):
             values = {str(getattr(predictor, name)) for predictor in predictors}
             if len(values) > 1:
                 raise ValueError(f"the networks of an ensemble must have one {name}, got {', '.join(sorted(values))}")
@@ -134,41 +140,44 @@ class Predictor:
             [net for predictor in predictors for net in predictor.nets],
             first.window,
             first.mirroring,
-            [decision for predictor in predictors for decision in predictor.postprocessing_per_net],
+            postprocessing,
             activation=first.activation,
             threshold=first.threshold,
             device=first.device,
         )
 
-    def slabs(self, image: Sliceable, size: Sequence[int] | None = None) -> Iterator[Slab]:
-        """Logits of an image, by and by along the first space axis.
+    def chunks(self, image: Sliceable, size: Sequence[int] | None = None) -> Iterator[Chunk]:
+        """Yield the logits of an image in chunks of rows along the first space axis.
 
         Args:
-            image: `(channels, *space)`, normalized; a tensor, or what reads parts of a file, see `Sliceable`.
-            size: the space axes that the logits are to have, by linear interpolation; those of the image by default.
+            image: `(channels, *space)`, normalized: a tensor, or a reader of parts of a file, see `Sliceable`.
+            size: the space axes of the logits, which are interpolated linearly; by default those of the image.
 
         Yields:
-            The rows `start` to `stop` and their logits `(classes, stop - start, *rest)`; with a window float32 on the
+            The rows `start` to `stop` and their logits `(classes, stop - start, *rest)`: with a window float32 on the
             host, else on the device.
         """
         space = tuple(image.shape[1:])
-        wanted = space if size is None else tuple(int(length) for length in size)
-        if len(wanted) != len(space) or min(wanted, default=1) < 1:
-            raise ValueError(f"size must be one number of pixels >= 1 for each of the axes {space}, got {size!r}")
+        size = space if size is None else tuple(int(length) for length in size)
+        if len(size) != len(space) or min(size, default=1) < 1:
+            raise ValueError(f"size must be one number of pixels >= 1 for each of the axes {space}, got {list(size)}")
         self.mirroring.check(len(space))
-        slabs = self._whole(image) if self.window is None else self.window.slabs(image, self._together, self.device)
-        return resized(slabs, space, wanted)
+        if self.window is None:
+            chunks = self._whole_image(image)
+        else:
+            chunks = self.window.chunks(image, self._ensemble_logits, self.device)
+        return resample_chunks(chunks, space, size)
 
     def logits(self, image: Sliceable, size: Sequence[int] | None = None) -> Tensor:
-        """Logits `(classes, *size)` of an image; see `slabs`."""
+        """Return the logits `(classes, *size)` of an image; see `chunks`."""
         result: Tensor | None = None
-        wanted = tuple(size) if size is not None else tuple(image.shape[1:])
-        for start, stop, part in self.slabs(image, size):
-            if stop - start == wanted[0]:
-                return part
+        shape = tuple(size) if size is not None else tuple(image.shape[1:])
+        for start, stop, logits in self.chunks(image, size):
+            if stop - start == shape[0]:
+                return logits
             if result is None:
-                result = part.new_empty(part.shape[0], *wanted)
-            result[:, start:stop] = part
+                result = logits.new_empty(logits.shape[0], *shape)
+            result[:, start:stop] = logits
         if result is None:
             raise ValueError(f"the image must have pixels, got {tuple(image.shape)}")
         return result
@@ -176,74 +185,78 @@ class Predictor:
     def labels(
         self, image: Sliceable, size: Sequence[int] | None = None, spacing: Sequence[float] | None = None
     ) -> Tensor:
-        """Labels of an image, on the host, without ever holding the logits of all of it.
+        """Return the labels of an image, on the host, without holding all of its logits in memory.
 
         Args:
-            image: this and size as for `slabs`.
-            size: of the labels.
-            spacing: between pixels of the labels along each axis, in mm, for a decision that measures components.
+            image: as for `chunks`.
+            size: the space axes of the labels; by default those of the image.
+            spacing: of the labels' pixels along each axis, in mm, for post-processing that measures components.
 
         Returns:
             As `PostProcessing.labels`: class ids `(*size)` or bool planes `(classes, *size)`.
 
         Raises:
-            ValueError: the network's logits are not numbers, which no label stands for; in `decide` too.
+            ValueError: the network's logits are NaN.
         """
         result: Tensor | None = None
-        wanted = tuple(size) if size is not None else tuple(image.shape[1:])
+        shape = tuple(size) if size is not None else tuple(image.shape[1:])
         ids = self.activation == "softmax"
-        for start, stop, part in self.slabs(image, size):
-            labels = self.postprocessing.pixelwise(_numbers(part), activation=self.activation, threshold=self.threshold)
+        for start, stop, logits in self.chunks(image, size):
+            _check_numbers(logits)
+            labels = self.postprocessing.pixelwise(logits, activation=self.activation, threshold=self.threshold)
             if result is None:
-                result = torch.empty(wanted if ids else (len(part), *wanted), dtype=labels.dtype)
+                result = torch.empty(shape if ids else (len(logits), *shape), dtype=labels.dtype)
             result[(slice(start, stop) if ids else (slice(None), slice(start, stop)))] = labels.cpu()
         if result is None:
             raise ValueError(f"the image must have pixels, got {tuple(image.shape)}")
-        return self.postprocessing.clean(result, spacing)
+        return self.postprocessing.remove_components(result, spacing)
 
-    def decide(self, logits: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
-        """The labels of logits that `logits` made: what `labels` returns, on their device."""
-        logits = _numbers(logits)
+    def labels_from_logits(self, logits: Tensor, spacing: Sequence[float] | None = None) -> Tensor:
+        """Return the labels of logits that `logits` returned, on their device; equal to those of `labels`.
+
+        Raises:
+            ValueError: the logits are NaN.
+        """
+        _check_numbers(logits)
         return self.postprocessing.labels(logits, activation=self.activation, threshold=self.threshold, spacing=spacing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The probabilities, after the temperature, of logits that `logits` made."""
+        """Return the probabilities, after the temperature, of logits that `logits` returned."""
         return probabilities(logits, self.activation, self.postprocessing.scale)
 
-    def _whole(self, image: Sliceable) -> Iterator[Slab]:
+    def _whole_image(self, image: Sliceable) -> Iterator[Chunk]:
         batch = torch.as_tensor(image[(slice(None),) * len(image.shape)]).unsqueeze(0).to(self.device)
         with torch.no_grad():
-            logits = read_logits(self._together(batch))[0]
+            logits = read_logits(self._ensemble_logits(batch))[0]
             logits = resize_to(logits, tuple(batch.shape[2:]))[0]
         yield 0, logits.shape[1], logits
 
-    def _together(self, batch: Tensor) -> Tensor:
-        """Logits of a batch of windows: of the one network, or of the mean over networks."""
+    def _ensemble_logits(self, batch: Tensor) -> Tensor:
+        """Return the logits of a batch of windows, by the network or the mean over networks."""
         if len(self.nets) == 1:
-            return self._mean_of_flips(self.nets[0], batch)
-        scales = [decision.scale for decision in self.postprocessing_per_net]
-        each = (self._mean_of_flips(net, batch) for net in self.nets)
-        tempered = (z if scale == 1 else z / scale for z, scale in zip(each, scales, strict=True))
+            return self._mirrored_logits(self.nets[0], batch)
+        scales = [each.scale for each in self.postprocessing_per_net]
+        predictions = (self._mirrored_logits(net, batch) for net in self.nets)
+        tempered = (z if scale == 1 else z / scale for z, scale in zip(predictions, scales, strict=True))
         mean = mean_logits(tempered, self.activation)
-        # The decision divides by its temperature, which it has if all networks share it, again.
+        # A temperature that all networks share remains in the combined post-processing, which divides by it again.
         return mean if self.postprocessing.scale == 1 else mean * self.postprocessing.scale
 
-    def _mean_of_flips(self, net: Net, batch: Tensor) -> Tensor:
-        """Logits of the mean over flips of one network's probabilities, before the temperature."""
+    def _mirrored_logits(self, net: Net, batch: Tensor) -> Tensor:
+        """Return the logits of one network's mean probabilities over mirror images, before the temperature."""
         if not self.mirroring.axes:
             return read_logits(net(batch))[0]
         space = tuple(batch.shape[2:])
         return mean_logits(
             (
-                flipped(resize_to(read_logits(net(flipped(batch, axes)))[0], space), axes)
+                mirror(resize_to(read_logits(net(mirror(batch, axes)))[0], space), axes)
                 for axes in self.mirroring.combinations
             ),
             self.activation,
         )
 
 
-def _numbers(logits: Tensor) -> Tensor:
-    # The greatest of NaN and numbers would be NaN, and its class a label like any other.
+def _check_numbers(logits: Tensor) -> None:
+    # The argmax of NaN and numbers is NaN's index, a class like any other.
     if bool(logits.isnan().any()):
         raise ValueError("the network's logits are NaN: its weights are, or the precision is too low for it")
-    return logits

@@ -1,4 +1,4 @@
-"""Images of any size through a network of windows, with a memory that does not grow with the image's first axis."""
+"""Predict images of any size window by window, in memory that does not grow with the image's first axis."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_dice.argument_checks import check_choice, check_count, check_numb
 from lightning_dice.functional.model_outputs import read_logits, resize_to
 
 ImportanceMap = Literal["gaussian", "constant"]
-Slab = tuple[int, int, Tensor]
+Chunk = tuple[int, int, Tensor]  # rows `start` to `stop` of an image along its first space axis, and their logits
 Net = Callable[[Tensor], Any]
 
-# Of logits, that one step of the arithmetic on finished rows touches.
+# The most bytes of logits that a chunk holds, or one step of resampling computes.
 CHUNK_BYTES = 2**26
 
 
 class Sliceable(Protocol):
-    """An image `(channels, *space)`: a tensor, or what reads parts of a file as they are asked for.
+    """An image `(channels, *space)`: a tensor, or a reader that decodes parts of a file on demand.
 
-    It is indexed by a tuple of slices, one for each axis, the channels' being `slice(None)`, and returns a tensor.
+    Indexed by a tuple of slices, one for each axis and `slice(None)` for the channels, it returns a tensor.
     """
 
     @property
@@ -37,22 +37,22 @@ class Sliceable(Protocol):
 
 
 class SlidingWindow:
-    r"""Logits of an image as the weighted mean of those of windows that overlap.
+    r"""Predict overlapping windows of an image and average their logits.
 
     Windows, weights and their order are those of `monai.inferers.sliding_window_inference`: the stride along an axis is
     `int(size * (1 - overlap))` pixels, the last window is moved back to end with the image, and an image smaller than
-    the window is padded with zeros on both sides and the logits are cropped. The Gaussian has a standard deviation of
-    1/8 of the window along each axis (as in nnU-Net), and at least 1/1000 of its maximum everywhere.
+    the window is padded with zeros on both sides and its logits are cropped. The Gaussian has a standard deviation of
+    1/8 of the window along each axis (as in nnU-Net), and is at least 1/1000 of its maximum everywhere.
 
-    What is more, the sums are kept on the host, in float32, for one window's depth along the first space axis, and
-    rows are handed on as soon as no further window touches them.
+    Unlike MONAI, it keeps sums for one window's depth along the first space axis only, in float32 on the host, and
+    yields rows as soon as no further window covers them.
 
     Args:
-        size: of a window, in pixels, for each space axis. A multiple of the network's size_divisor, or the network pads each
-            window, as `SegmentationModule` does: that costs time and makes edges within the image.
-        overlap: of neighbouring windows, as a share of their size, in [0, 1).
-        importance_map: `"gaussian"`: a window's logits count for less towards its edge, where the network sees less;
-            `"constant"`: equally.
+        size: of a window, in pixels, for each space axis; best a multiple of the module's `size_divisor`, as it pads
+            every window to one, which costs time and makes edges within the image.
+        overlap: of neighbouring windows, as a fraction of their size, in [0, 1).
+        importance_map: weights of a window's logits: `"gaussian"`, lower towards its edge, where the network sees less
+            of the surroundings; or `"constant"`.
         batch_size: windows that go through the network at once.
 
     Raises:
@@ -60,10 +60,10 @@ class SlidingWindow:
 
     >>> window = SlidingWindow([4, 4], overlap=0.25)
     >>> image = torch.arange(70.0).view(1, 7, 10)
-    >>> slabs = list(window.slabs(image, lambda batch: batch * 2))
-    >>> [(start, stop, tuple(logits.shape)) for start, stop, logits in slabs]
+    >>> chunks = list(window.chunks(image, lambda batch: batch * 2))
+    >>> [(start, stop, tuple(logits.shape)) for start, stop, logits in chunks]
     [(0, 3, (1, 3, 10)), (3, 4, (1, 1, 10)), (4, 7, (1, 3, 10))]
-    >>> torch.allclose(torch.cat([logits for *_, logits in slabs], 1), image * 2)
+    >>> torch.allclose(torch.cat([logits for *_, logits in chunks], 1), image * 2)
     True
     """
 
@@ -90,39 +90,43 @@ class SlidingWindow:
         )
 
     def starts(self, space: Sequence[int]) -> list[list[int]]:
-        """Where the windows of an image begin along each axis, in pixels of the padded image.
+        """Return where the windows of an image begin along each axis, in pixels of the padded image.
 
         >>> SlidingWindow([4, 8]).starts([7, 5])
         [[0, 2, 3], [0]]
         """
-        from monai.data.utils import dense_patch_slices  # Here, as importing MONAI takes seconds.
+        from monai.data.utils import dense_patch_slices  # Imported here, as MONAI takes seconds.
 
-        found = []
+        starts = []
         for length, window in zip(space, self.size, strict=True):
             stride = window if length <= window else max(1, int(window * (1 - self.overlap)))
             patches = dense_patch_slices((max(length, window),), (window,), (stride,))
-            found.append([int(start.start) for (start,) in patches])
-        return found
+            starts.append([int(patch.start) for (patch,) in patches])
+        return starts
 
     def weights(self) -> Tensor:
-        """What the logits of a window count, float32 `(*size)`."""
+        """Return the weights of a window's logits, float32 `(*size)`."""
         from monai.data.utils import compute_importance_map
 
         weights: Tensor = compute_importance_map(self.size, mode=self.importance_map, sigma_scale=0.125)
         return weights
 
-    def slabs(self, image: Sliceable, net: Net, device: torch.device | str = "cpu") -> Iterator[Slab]:
-        """Logits of the image, by and by along the first space axis.
+    def chunks(self, image: Sliceable, net: Net, device: torch.device | str = "cpu") -> Iterator[Chunk]:
+        """Yield the logits of an image in chunks of rows along the first space axis.
 
         Args:
-            image: `(channels, *space)`, on any device or none.
-            net: takes windows `(batch, channels, *size)` on `device`, in evaluation mode, and returns their logits in
-                any of the forms that `lightning_dice.functional.read_logits` knows; coarser ones are resized.
+            image: `(channels, *space)`, on any device or in a file.
+            net: takes windows `(batch, channels, *size)` on `device`, in evaluation mode, and returns logits in any of
+                the forms that `lightning_dice.functional.read_logits` reads; coarser ones are resized.
             device: where the network is.
 
         Yields:
-            The rows `start` to `stop` and their logits, float32 `(classes, stop - start, *rest)` on the host; together
-            the whole image, each row once. Rows that are finished at once may come in parts.
+            The rows `start` to `stop` and their logits, float32 `(classes, stop - start, *rest)` on the host. The
+            chunks follow each other without gaps; rows that are finished at the same time may come in several chunks.
+
+        Raises:
+            ValueError: the image has other axes than the window, or none of its pixels; or the network returns
+                something else than logits.
         """
         space = tuple(image.shape[1:])
         if len(space) != len(self.size):
@@ -132,31 +136,33 @@ class SlidingWindow:
             )
         if not all(space):
             raise ValueError(f"the image must have pixels along each axis, got {tuple(image.shape)}")
-        rows: _Rows | None = None
+        rows: _RowBuffer | None = None
         for origin, logits in self._windows(image, net, torch.device(device)):
             if rows is None:
-                rows = _Rows(len(logits), space, self.size, self.weights())
-            # No window to come begins above this one.
+                rows = _RowBuffer(len(logits), space, self.size, self.weights())
+            # No later window begins above this one.
             yield from rows.finished(origin[0])
             rows.add(origin, logits)
         if rows is not None:
             yield from rows.finished(max(space[0], self.size[0]))
 
     def _windows(self, image: Sliceable, net: Net, device: torch.device) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """Where each window begins in the padded image, and its logits on the host."""
-        # On a GPU a batch is computed while the one before it is added up.
+        """Yield where each window begins in the padded image, and its logits on the host."""
+        # On a GPU, a batch is computed while the one before it is added up.
         ahead = 1 if device.type == "cuda" else 0
-        under_way: deque[_Flight] = deque()
+        pending: deque[_PendingLogits] = deque()
         origins = list(product(*self.starts(image.shape[1:])))
         for first in range(0, len(origins), self.batch_size):
             batch = origins[first : first + self.batch_size]
-            under_way.append(self._launch(batch, image, net, device))
-            if len(under_way) > ahead:
-                yield from under_way.popleft().landed()
-        while under_way:
-            yield from under_way.popleft().landed()
+            pending.append(self._launch(batch, image, net, device))
+            if len(pending) > ahead:
+                yield from pending.popleft().wait()
+        while pending:
+            yield from pending.popleft().wait()
 
-    def _launch(self, origins: list[tuple[int, ...]], image: Sliceable, net: Net, device: torch.device) -> _Flight:
+    def _launch(
+        self, origins: list[tuple[int, ...]], image: Sliceable, net: Net, device: torch.device
+    ) -> _PendingLogits:
         windows = torch.stack([self._cut(image, origin) for origin in origins])
         if device.type == "cuda" and windows.device.type == "cpu":
             windows = windows.pin_memory()
@@ -169,12 +175,12 @@ class SlidingWindow:
                 )
             logits = resize_to(logits, self.size)
             if logits.device.type != "cuda":
-                return _Flight(origins, logits.cpu(), None)
+                return _PendingLogits(origins, logits.cpu(), None)
             host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
             host.copy_(logits, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(logits.device))
-            return _Flight(origins, host, event)
+            return _PendingLogits(origins, host, event)
 
     def _cut(self, image: Sliceable, origin: tuple[int, ...]) -> Tensor:
         space = tuple(image.shape[1:])
@@ -189,24 +195,24 @@ class SlidingWindow:
         return F.pad(window, padding) if any(padding) else window
 
 
-class _Flight(NamedTuple):
-    """Logits of some windows, which may still be on their way to the host."""
+class _PendingLogits(NamedTuple):
+    """Logits of some windows, which are perhaps still being copied to the host."""
 
     origins: list[tuple[int, ...]]
     logits: Tensor
     event: Any
 
-    def landed(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    def wait(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         if self.event is not None:
             self.event.synchronize()
         yield from zip(self.origins, self.logits, strict=True)
 
 
-class _Rows:
-    """The weighted sums of windows, for the rows that windows still touch.
+class _RowBuffer:
+    """Weighted sums of logits, for the rows of the padded image that windows still cover.
 
-    Row r of the padded image lies at r modulo the window's depth: every window covers all places, those of rows that
-    are finished being free again.
+    A ring: row r is at place r modulo the window's depth. Every window covers all places, as those of finished rows are
+    free again.
     """
 
     def __init__(self, classes: int, space: tuple[int, ...], size: tuple[int, ...], weights: Tensor) -> None:
@@ -215,37 +221,37 @@ class _Rows:
         self.sums = torch.zeros(classes, self.depth, *rest)
         self.weights = torch.zeros(self.depth, *rest)
         (before, _), *others = _padding(space, size)
-        # The image within the padded one.
+        # Where the image is in the padded one.
         self.before, self.length = before, space[0]
         self.crop = tuple(slice(start, start + length) for (start, _), length in zip(others, space[1:], strict=True))
         self.chunk = max(1, CHUNK_BYTES // max(1, 4 * classes * self.weights[0].numel()))
 
     def add(self, origin: tuple[int, ...], logits: Tensor) -> None:
-        """Add a window's logits, `(classes, *size)`."""
+        """Add the logits of a window, `(classes, *size)`, that begins at `origin`."""
         rest = tuple(slice(start, start + size) for start, size in zip(origin[1:], self.weight.shape[1:], strict=True))
-        turn = origin[0] % self.depth  # The place of the window's first row; the last ones may lie before it.
-        for here, there in (
-            (slice(turn, None), slice(0, self.depth - turn)),
-            (slice(0, turn), slice(self.depth - turn, None)),
+        first = origin[0] % self.depth  # The place of the window's first row; its last rows may be before it.
+        for places, rows in (
+            (slice(first, None), slice(0, self.depth - first)),
+            (slice(0, first), slice(self.depth - first, None)),
         ):
-            self.sums[(slice(None), here, *rest)].addcmul_(logits[:, there], self.weight[there])
-            self.weights[(here, *rest)].add_(self.weight[there])
+            self.sums[(slice(None), places, *rest)].addcmul_(logits[:, rows], self.weight[rows])
+            self.weights[(places, *rest)].add_(self.weight[rows])
 
-    def finished(self, stop: int) -> Iterator[Slab]:
-        """The rows of the padded image up to `stop` that are not yet handed on, as far as they are of the image."""
+    def finished(self, stop: int) -> Iterator[Chunk]:
+        """Yield the logits of the next rows of the padded image, up to `stop`, without the padding."""
         while self.done < stop:
             place = self.done % self.depth
-            here = slice(place, place + min(self.chunk, stop - self.done, self.depth - place))
-            first, last = self.done - self.before, self.done + here.stop - here.start - self.before
+            places = slice(place, place + min(self.chunk, stop - self.done, self.depth - place))
+            first, last = self.done - self.before, self.done + places.stop - places.start - self.before
             self.done = last + self.before
             low, high = max(first, 0), min(last, self.length)
             if low < high:
                 inner = slice(place + low - first, place + high - first)
                 yield low, high, self.sums[(slice(None), inner, *self.crop)] / self.weights[(inner, *self.crop)]
-            self.sums[:, here], self.weights[here] = 0, 0
+            self.sums[:, places], self.weights[places] = 0, 0
 
 
 def _padding(space: tuple[int, ...], size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Pixels before and after each axis of an image smaller than the window."""
+    """Return the pixels to add before and after each axis of an image smaller than the window."""
     missing = [max(window - length, 0) for length, window in zip(space, size, strict=True)]
     return [(short // 2, short - short // 2) for short in missing]

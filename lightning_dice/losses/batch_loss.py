@@ -25,8 +25,8 @@ def batch_loss(loss: nn.Module, logits: Any, batch: Batch) -> Tensor:
         ValueError: the batch has a weight or annotated classes, and the loss is not a `SegmentationLoss`.
 
     >>> batch = Batch(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
-    >>> batch_loss(nn.BCEWithLogitsLoss(), torch.full((1, 1, 2, 2), 50.0), batch)
-    tensor(0.)
+    >>> batch_loss(nn.BCEWithLogitsLoss(), torch.zeros(1, 1, 2, 2), batch)
+    tensor(0.6931)
     """
     if isinstance(loss, SegmentationLoss):
         result: Tensor = loss(logits, batch.mask, batch.weight, annotated=batch.annotated, maps=batch.maps)

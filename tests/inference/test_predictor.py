@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_dice.inference import Mirroring, Inference, PostProcessing, Predictor, SlidingWindow
+from lightning_dice.inference import Inference, Mirroring, PostProcessing, Predictor, SlidingWindow
 from lightning_dice.inference import sliding_window as windows_file
 
 SPACE, SIZE = (19, 23), (26, 15)
@@ -43,7 +43,7 @@ def test_labels_are_those_of_the_logits(window, postprocessing, size, activation
     assert logits.shape == (3, *space)
     assert labels.shape == (space if activation == "softmax" else (3, *space))
     assert labels.dtype == (torch.uint8 if activation == "softmax" else torch.bool)
-    assert torch.equal(predictor.decide(logits), labels)
+    assert torch.equal(predictor.labels_from_logits(logits), labels)
 
 
 def test_one_network_has_its_own_logits():
@@ -101,7 +101,7 @@ def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
     torch.testing.assert_close(predictor.probabilities(logits), mean)
     limit = 0.2 * 3.5 / 3
     expected = mean.argmax(0) if activation == "softmax" else mean > limit
-    assert torch.equal(predictor.decide(logits).long(), expected.long())
+    assert torch.equal(predictor.labels_from_logits(logits).long(), expected.long())
 
 
 def test_equal_temperatures_stay_with_the_decision():
@@ -160,9 +160,9 @@ def test_refuses_calls(size, mirror_axes, message):
 
 
 def test_settings_of_a_module_are_checked_at_once():
-    assert Inference().plain
-    assert not Inference(mirror_axes=[0]).plain
-    assert not Inference([4, 4]).plain
+    assert Inference().is_single_pass
+    assert not Inference(mirror_axes=[0]).is_single_pass
+    assert not Inference([4, 4]).is_single_pass
     with pytest.raises(ValueError, match="overlap must be"):
         Inference(overlap=2)
     with pytest.raises(ValueError, match="importance_map must be one of"):
@@ -181,4 +181,4 @@ def test_logits_that_are_no_numbers_are_refused(activation):
         with pytest.raises(ValueError, match="the network's logits are NaN"):
             predictor.labels(image())
         with pytest.raises(ValueError, match="the network's logits are NaN"):
-            predictor.decide(predictor.logits(image()))
+            predictor.labels_from_logits(predictor.logits(image()))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_dice.functional import hard_prediction
-from lightning_dice.inference import CALIBRATION, PostProcessing, find_postprocessing, pooled
+from lightning_dice.functional.activations import probabilities
+from lightning_dice.inference import CALIBRATION, PostProcessing, combine_postprocessing, find_postprocessing
 
 
 def logits(classes, *space):
@@ -21,7 +22,7 @@ def test_without_settings_labels_are_those_of_the_module(activation, threshold):
     expected = hard_prediction(z[None], activation=activation, threshold=threshold)[0]
     found = PostProcessing().labels(z, activation=activation, threshold=threshold)
     assert torch.equal(found.long(), expected.long())
-    assert not PostProcessing().changes(activation, threshold)
+    assert not PostProcessing().changes_labels(activation, threshold)
     assert found.dtype == (torch.uint8 if activation == "softmax" else torch.bool)
 
 
@@ -31,7 +32,7 @@ def test_planes_by_probabilities(temperature, thresholds):
     z = logits(3, 40).double()
     decision = PostProcessing(temperature, thresholds)
     found = decision.labels(z, activation="sigmoid", threshold=0.3)
-    probs = decision.probabilities(z, activation="sigmoid")
+    probs = probabilities(z, "sigmoid", temperature or 1.0)
     for c in range(3):
         limit = 0.3 if thresholds is None else thresholds[c]
         for pixel in range(40):
@@ -48,7 +49,7 @@ def test_ids_by_probabilities(temperature):
     for pixel in range(60):
         each = [math.exp(value / (temperature or 1)) for value in z[:, pixel].tolist()]
         p = [value / sum(each) for value in each]
-        assert decision.probabilities(z, activation="softmax")[:, pixel].tolist() == pytest.approx(p)
+        assert probabilities(z, "softmax", temperature or 1.0)[:, pixel].tolist() == pytest.approx(p)
         ratios = [a / b for a, b in zip(p, thresholds, strict=True)]
         assert int(found[pixel]) == ratios.index(max(ratios))
 
@@ -75,7 +76,7 @@ def test_the_threshold_of_two_classes_is_a_probability():
     ],
 )
 def test_whether_labels_change(postprocessing, activation, threshold, changes):
-    assert postprocessing.changes(activation, threshold) is changes
+    assert postprocessing.changes_labels(activation, threshold) is changes
 
 
 def test_components_go_by_pixels_or_millimetres():
@@ -101,9 +102,9 @@ def test_what_the_user_says_goes_first():
     calibration = PostProcessing(1.5, [0.4], min_size=3, unit="mm", origin="file")
     own = PostProcessing(min_size=7, keep_largest=[1], background=None)
     expected = PostProcessing(1.5, [0.4], min_size=7, keep_largest=[1], background=None)
-    assert own.filled(calibration) == expected
-    assert own.filled(calibration).origin == "file"
-    assert PostProcessing(2.0, [0.9]).filled(calibration) == PostProcessing(2.0, [0.9], min_size=3, unit="mm")
+    assert own.with_defaults(calibration) == expected
+    assert own.with_defaults(calibration).origin == "file"
+    assert PostProcessing(2.0, [0.9]).with_defaults(calibration) == PostProcessing(2.0, [0.9], min_size=3, unit="mm")
 
 
 @pytest.mark.parametrize(
@@ -131,19 +132,21 @@ def test_refuses_another_number_of_classes():
 
 class TestPooled:
     def test_equal_ones_are_one(self):
-        assert pooled([PostProcessing(2.0, [0.5])] * 3) == PostProcessing(2.0, [0.5])
+        assert combine_postprocessing([PostProcessing(2.0, [0.5])] * 3) == PostProcessing(2.0, [0.5])
 
     def test_thresholds_are_averaged_and_temperatures_gone(self):
-        found = pooled([PostProcessing(2.0, [0.2, 0.4], min_size=3), PostProcessing(None, None, min_size=3)], 0.5)
+        found = combine_postprocessing(
+            [PostProcessing(2.0, [0.2, 0.4], min_size=3), PostProcessing(None, None, min_size=3)], 0.5
+        )
         assert found.temperature is None
         assert found.thresholds == pytest.approx([0.35, 0.45])
         assert found.min_size == 3
 
     def test_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="must remove the same components"):
-            pooled([PostProcessing(min_size=2), PostProcessing(min_size=3)])
+            combine_postprocessing([PostProcessing(min_size=2), PostProcessing(min_size=3)])
         with pytest.raises(ValueError, match="different numbers of classes"):
-            pooled([PostProcessing(thresholds=[0.2]), PostProcessing(thresholds=[0.2, 0.3])])
+            combine_postprocessing([PostProcessing(thresholds=[0.2]), PostProcessing(thresholds=[0.2, 0.3])])
 
 
 class TestFile:
@@ -180,7 +183,7 @@ class TestFile:
             ("[]", 'it holds no "postprocessing"'),
             ('{"version": 1}', 'it holds no "postprocessing"'),
             ('{"version": 9, "postprocessing": {}}', "has version 9, and this package reads 2"),
-            ('{"version": 2, "postprocessing": {"treshold": 1}}', "a decision has no treshold, only background, "),
+            ('{"version": 2, "postprocessing": {"treshold": 1}}', "post-processing has no treshold, only background, "),
             ('{"version": 2, "postprocessing": {"temperature": -1}}', "temperature must be a number > 0"),
         ],
     )

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lightning_dice.inference.component_filter import clean_ids, clean_planes
+from lightning_dice.inference.component_filter import filter_ids, filter_planes
 
 
 def components(mask):
@@ -49,7 +49,7 @@ def test_planes_by_flooding(space):
             for component in going(plane, least, largest=largest):
                 for place in component:
                     plane[place] = False
-        clean_planes(planes, [4, 0, 2], keep_largest=[2])
+        filter_planes(planes, [4, 0, 2], keep_largest=[2])
         assert np.array_equal(planes, expected)
 
 
@@ -77,19 +77,19 @@ def test_ids_by_flooding(space, background):
                 most = min(around, key=lambda label: (-around[label], label))
                 for place in component:
                     expected[place] = most if background is None else background
-        clean_ids(ids, 3, keep_largest=[1], background=background)
+        filter_ids(ids, 3, keep_largest=[1], background=background)
         assert np.array_equal(ids, expected)
         assert ids.dtype == np.uint8
 
 
 def test_a_component_that_fills_the_image_stays():
     ids = np.full((2, 2), 1)
-    clean_ids(ids, 9, background=None)
+    filter_ids(ids, 9, background=None)
     assert (ids == 1).all()
 
 
 def test_sizes_must_fit_the_classes():
     with pytest.raises(ValueError, match="one for each of the 3 classes, got 2"):
-        clean_planes(np.zeros((3, 4), bool), [1, 2])
+        filter_planes(np.zeros((3, 4), bool), [1, 2])
     with pytest.raises(ValueError, match="one for each class, got 2 and a class 3"):
-        clean_ids(np.array([0, 3]), [1.0, 2.0])
+        filter_ids(np.array([0, 3]), [1.0, 2.0])

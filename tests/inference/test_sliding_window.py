@@ -28,10 +28,10 @@ def net(axes):
     return CONVOLUTIONS[axes](2, 3, 3, padding=1)
 
 
-def joined(slabs):
-    """The logits of slabs that follow each other without a gap."""
+def joined(chunks):
+    """The logits of chunks that follow each other without a gap."""
     parts, rows = [], 0
-    for start, stop, logits in slabs:
+    for start, stop, logits in chunks:
         assert start == rows < stop
         assert logits.shape[1] == stop - start
         assert logits.dtype == torch.float32
@@ -48,7 +48,7 @@ def test_equals_monai(space, size, overlap, importance_map):
     convolution = net(len(space))
     with torch.no_grad():
         expected = sliding_window_inference(image[None], size, 4, convolution, overlap=overlap, mode=importance_map)[0]
-    found = joined(SlidingWindow(size, overlap, importance_map).slabs(image, convolution))
+    found = joined(SlidingWindow(size, overlap, importance_map).chunks(image, convolution))
     torch.testing.assert_close(found, expected)
 
 
@@ -56,9 +56,9 @@ def test_equals_monai(space, size, overlap, importance_map):
 def test_rows_come_the_same_in_any_parts(space, size, monkeypatch):
     image = torch.randn(2, *space, generator=torch.Generator().manual_seed(1))
     window, convolution = SlidingWindow(size, 0.7), net(len(space))
-    whole = joined(window.slabs(image, convolution))
+    whole = joined(window.chunks(image, convolution))
     monkeypatch.setattr(sliding_window, "CHUNK_BYTES", 1)
-    parts = list(window.slabs(image, convolution))
+    parts = list(window.chunks(image, convolution))
     assert len(parts) == space[0]
     assert torch.equal(joined(parts), whole)
 
@@ -70,11 +70,11 @@ def test_rows_are_handed_on_as_soon_as_they_are_finished():
         asked.append(len(batch))
         return batch
 
-    slabs = SlidingWindow([4, 4], overlap=0.5, batch_size=3).slabs(torch.zeros(1, 40, 10), recorded)
-    _, stop, _ = next(slabs)
+    chunks = SlidingWindow([4, 4], overlap=0.5, batch_size=3).chunks(torch.zeros(1, 40, 10), recorded)
+    _, stop, _ = next(chunks)
     # Four windows in a row: the first two rows are finished once the second batch brings the first of the next row.
     assert (stop, asked) == (2, [3, 3])
-    for _ in slabs:
+    for _ in chunks:
         pass
     assert asked == [3] * 25 + [1]  # 19 rows of 4 windows
 
@@ -94,7 +94,7 @@ def test_an_image_is_read_by_windows_alone():
             return image[index]
 
     window = SlidingWindow([8, 8])
-    assert torch.equal(joined(window.slabs(File(), net(2))), joined(window.slabs(image, net(2))))
+    assert torch.equal(joined(window.chunks(File(), net(2))), joined(window.chunks(image, net(2))))
     assert set(read) == {(8, 7)}
 
 
@@ -110,17 +110,17 @@ def test_networks_may_return_what_a_module_takes(form):
         }[form]
 
     image = torch.ones(1, 9, 11)
-    torch.testing.assert_close(joined(SlidingWindow([4, 4]).slabs(image, returned)), image)
+    torch.testing.assert_close(joined(SlidingWindow([4, 4]).chunks(image, returned)), image)
 
 
 def test_half_precision_is_added_up_in_single():
     image = torch.full((1, 30, 30), 0.1)
-    found = joined(SlidingWindow([8, 8], 0.8).slabs(image, lambda batch: batch.half()))
+    found = joined(SlidingWindow([8, 8], 0.8).chunks(image, lambda batch: batch.half()))
     torch.testing.assert_close(found, image.half().float())
 
 
 def test_gradients_are_not_kept():
-    assert not joined(SlidingWindow([4, 4]).slabs(torch.zeros(2, 9, 9), net(2))).requires_grad
+    assert not joined(SlidingWindow([4, 4]).chunks(torch.zeros(2, 9, 9), net(2))).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_refuses_settings(settings, message):
 )
 def test_refuses_images_and_networks(shape, function, message):
     with pytest.raises(ValueError, match=message):
-        list(SlidingWindow([4, 4]).slabs(torch.zeros(shape), function))
+        list(SlidingWindow([4, 4]).chunks(torch.zeros(shape), function))

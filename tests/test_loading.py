@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 from lightning_dice import SegmentationModule
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.data import Standardize
+from lightning_dice.inference.input_normalization import InputNormalization
 from lightning_dice.loading import build, locate, without_pretrained
 
 
@@ -65,12 +67,11 @@ class TestFromRun:
         assert not torch.equal(module.predict_step(stored.float() / 255), expected)
         with pytest.raises(ValueError, match=r"floats, uint8 or uint16, got \(3, 1, 32, 40\) of torch.int32"):
             module.segment(stored.int())
-        module._white = 100.0
+        module.input_normalization = replace(module.input_normalization, max_value=100.0)
         assert torch.equal(module.segment(stored), module.segment(stored.float() / 100))
-        module._white = None
-        module._normalize = ["CT"]
+        module.input_normalization = InputNormalization(unavailable=["CT"])
         with pytest.raises(
-            ValueError, match=r"normalized by \['CT'\], which this module has no part of: use the command predict"
+            ValueError, match=r"normalized by \['CT'\], which the module cannot compute: use the command predict"
         ):
             module.segment(stored)
 
@@ -93,7 +94,7 @@ class TestFromRun:
         assert isinstance(optimizer, torch.optim.AdamW)
 
     def test_a_checkpoint_that_is_not_there(self, run):
-        with pytest.raises(FileNotFoundError, match=r"there is no .*fist\.ckpt; in .* there is best\.ckpt, last\.ckpt"):
+        with pytest.raises(FileNotFoundError, match=r"fist\.ckpt does not exist; .* holds best\.ckpt, last\.ckpt"):
             SegmentationModule.from_run(run, "fist.ckpt")
 
     def test_a_folder_that_is_not_there(self, tmp_path):
@@ -109,7 +110,7 @@ class TestFromRun:
         class Mine(SegmentationModule):
             pass
 
-        with pytest.raises(ValueError, match="is of a SegmentationModule, not of a Mine"):
+        with pytest.raises(ValueError, match="holds a SegmentationModule, not a Mine"):
             Mine.from_run(run)
 
     def test_runs_no_code_of_a_checkpoint(self, run, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_dice.inference import Mirroring, mean_logits
-from lightning_dice.inference.test_time_augmentation import flipped
+from lightning_dice.inference.test_time_augmentation import mirror
 
 
 def softmax(values):
@@ -52,9 +52,9 @@ def test_flips():
     assert Mirroring([0, 2]).combinations == [(), (0,), (2,), (0, 2)]
     assert Mirroring().combinations == [()]
     image = torch.arange(6).view(1, 1, 2, 3)
-    assert flipped(image, (1,)).tolist() == [[[[2, 1, 0], [5, 4, 3]]]]
-    assert flipped(image, (0, 1)).tolist() == [[[[5, 4, 3], [2, 1, 0]]]]
-    assert flipped(image, ()) is image
+    assert mirror(image, (1,)).tolist() == [[[[2, 1, 0], [5, 4, 3]]]]
+    assert mirror(image, (0, 1)).tolist() == [[[[5, 4, 3], [2, 1, 0]]]]
+    assert mirror(image, ()) is image
     with pytest.raises(ValueError, match=r"mirror_axes must be distinct space axes from 0 on, .* got \[0, 0\]"):
         Mirroring([0, 0])
     with pytest.raises(ValueError, match=r"from 0 to 1, got \[2\]"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_dice.inference import logit_resampling
-from lightning_dice.inference.logit_resampling import resized
+from lightning_dice.inference.logit_resampling import resample_chunks
 
 SIZES = [
     ((7,), (19,)),
@@ -23,13 +23,13 @@ SIZES = [
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def slabs(logits, cuts):
+def chunks(logits, cuts):
     edges = [0, *cuts, logits.shape[1]]
     return [(a, b, logits[:, a:b]) for a, b in pairwise(edges)]
 
 
 @pytest.mark.parametrize(("space", "size"), SIZES)
-def test_equals_torch_in_any_slabs(space, size, monkeypatch):
+def test_equals_torch_in_any_chunks(space, size, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, *space, generator=generator)
     expected = F.interpolate(logits[None], size=size, mode=MODES[len(space)], align_corners=False)[0]
@@ -37,7 +37,7 @@ def test_equals_torch_in_any_slabs(space, size, monkeypatch):
         monkeypatch.setattr(logit_resampling, "CHUNK_BYTES", chunk)
         for cuts in ([], range(1, space[0]), range(2, space[0], 3)):
             rows, parts = 0, []
-            for start, stop, part in resized(slabs(logits, cuts), space, size):
+            for start, stop, part in resample_chunks(chunks(logits, cuts), space, size):
                 assert start == rows
                 rows = stop
                 parts.append(part)
@@ -48,19 +48,19 @@ def test_rows_come_as_soon_as_they_can():
     taken = []
 
     def counted():
-        for slab in slabs(torch.randn(2, 10, 4), range(1, 10)):
-            taken.append(slab[0])
-            yield slab
+        for chunk in chunks(torch.randn(2, 10, 4), range(1, 10)):
+            taken.append(chunk[0])
+            yield chunk
 
-    first = next(resized(counted(), (10, 4), (20, 4)))
+    first = next(resample_chunks(counted(), (10, 4), (20, 4)))
     # Row 0 of the new image lies above the centre of the old one's, and row 1 between rows 0 and 1.
     assert first[:2] == (0, 3)
     assert taken == [0, 1]
 
 
 def test_what_has_the_size_is_not_touched():
-    given = slabs(torch.randn(2, 6, 4), [3])
-    for (*_, mine), (*_, theirs) in zip(resized(given, (6, 4), (6, 4)), given, strict=True):
+    given = chunks(torch.randn(2, 6, 4), [3])
+    for (*_, mine), (*_, theirs) in zip(resample_chunks(given, (6, 4), (6, 4)), given, strict=True):
         assert mine is theirs
 
 
@@ -73,7 +73,7 @@ def test_rows_that_are_done_with_are_let_go(monkeypatch):
         return concatenate(tensors, dim)
 
     monkeypatch.setattr(logit_resampling.torch, "cat", recorded)
-    for _ in resized(slabs(torch.randn(2, 40, 4), range(1, 40)), (40, 4), (50, 4)):
+    for _ in resample_chunks(chunks(torch.randn(2, 40, 4), range(1, 40)), (40, 4), (50, 4)):
         pass
     assert len(kept) == 39
     assert max(kept) <= 2

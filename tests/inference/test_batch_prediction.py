@@ -69,7 +69,7 @@ def test_without_settings_nothing_is_different():
     tested = module()
     for batch in batches():
         with torch.no_grad():
-            assert torch.equal(tested.evaluated(batch.image), tested.net(batch.image))
+            assert torch.equal(tested.eval_logits(batch.image), tested.net(batch.image))
             expected = hard_prediction(tested.net(batch.image), activation="softmax")
             assert torch.equal(tested.predict_step(batch), expected)
 
@@ -174,7 +174,7 @@ def test_windows_are_padded_to_the_divisor():
 
     tested = SegmentationModule(Seeing(), size_divisor=16, inference=Inference([12, 20]))
     image = torch.randn(1, 1, 19, 33)
-    torch.testing.assert_close(tested.evaluated(image), image)
+    torch.testing.assert_close(tested.eval_logits(image), image)
     assert set(seen) == {(16, 32)}
 
 
@@ -190,7 +190,7 @@ def test_flips_are_averaged():
     tested, image = module(Inference(mirror_axes=[1])), batches()[0].image
     with torch.no_grad():
         mean = (tested.net(image).softmax(1) + tested.net(image.flip(3)).flip(3).softmax(1)) / 2
-        torch.testing.assert_close(tested.evaluated(image).softmax(1), mean)
+        torch.testing.assert_close(tested.eval_logits(image).softmax(1), mean)
 
 
 def test_a_temperature_goes_before_the_threshold_and_is_told():
@@ -221,4 +221,4 @@ def test_an_ensemble_has_the_windows_and_flips_of_its_first():
     image = batches()[0].image[0]
     with torch.no_grad():
         twice = Predictor.ensemble([first.predictor(), first.predictor()])
-        torch.testing.assert_close(twice.logits(image).softmax(0), first.evaluated(image[None])[0].softmax(0))
+        torch.testing.assert_close(twice.logits(image).softmax(0), first.eval_logits(image[None])[0].softmax(0))
