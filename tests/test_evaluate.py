@@ -264,7 +264,7 @@ def test_volumes_must_lie_where_their_images_do(tmp_path, capsys):
     files = [f"predictions={tmp_path / 'lost'}", "split=val"]
     for index, affine in enumerate((np.eye(4), AFFINES["LPS"])):
         write(tmp_path / f"lost/val{index}.nii.gz", blob(100 + index)[1], affine)
-    with pytest.raises(UserError, match=r"lost/val0.nii.gz: lies elsewhere than val0.nii.gz: .*check_affine=false"):
+    with pytest.raises(UserError, match=r"lost/val0.nii.gz: is not aligned with val0.nii.gz: .*check_affine=false"):
         run(tmp_path, *files, *data)
     # Nor is it missing, whatever its suffix.
     (tmp_path / "lost/val1.nii.gz").rename(tmp_path / "lost/val1.nii.gz.part")
