@@ -80,7 +80,11 @@ def count_kinds(kinds: Iterable[str], limit: int | None = None) -> str:
 
 
 def warn_of_absent_classes(train: Shares) -> list[str]:
-    """Return a warning for each class that no training case contains."""
+    """Return a warning for each class that no training case contains.
+
+    >>> warn_of_absent_classes({"lesion": ClassShare(0.0, 0), None: ClassShare(0.0, 0)})
+    ["class 'lesion' never occurs in the train split"]
+    """
     absent = [name for name, share in train.items() if name is not None and not share.cases]
     return [f"class {name!r} never occurs in the train split" for name in absent]
 

@@ -38,6 +38,11 @@ class DatasetCases:
         image_format: what the network sees of an image.
         mask_format: how masks are stored.
         workers: threads that read sizes.
+
+    >>> items = [(np.zeros((4, 4), np.uint8), np.eye(4, dtype=np.uint8))]
+    >>> cases = DatasetCases(items, [0], ["a"], ImageFormat(channels=1), MaskFormat(["background", "line"]))
+    >>> cases.sizes, cases[0].mask.sum()
+    ([(4, 4)], tensor(4))
     """
 
     dataset: Any

@@ -21,7 +21,7 @@ SIZE = (6, 8)
 IDS = np.arange(48).reshape(SIZE).astype(np.uint8) % 3
 
 
-def picture(path: Path, array: np.ndarray, mode: str | None = None) -> np.ndarray:
+def save_image(path: Path, array: np.ndarray, mode: str | None = None) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     if mode == "P":
@@ -34,8 +34,8 @@ def pets(root: Path, **splits: list[str]) -> None:
     for split, names in splits.items():
         for name in names:
             image = np.full((*SIZE, 3), len(name), np.uint8)
-            picture(root / "oxford-iiit-pet/images" / f"{name}.jpg", image)
-            picture(root / "oxford-iiit-pet/annotations/trimaps" / f"{name}.png", IDS + 1)
+            save_image(root / "oxford-iiit-pet/images" / f"{name}.jpg", image)
+            save_image(root / "oxford-iiit-pet/annotations/trimaps" / f"{name}.png", IDS + 1)
         lines = [f"{name} 1 1 1\n" for name in names]
         (root / f"oxford-iiit-pet/annotations/{split}.txt").write_text("".join(lines))
 
@@ -43,8 +43,8 @@ def pets(root: Path, **splits: list[str]) -> None:
 def voc(root: Path) -> Path:
     base = root / "VOCdevkit/VOC2012"
     for number, name in enumerate(("2007_1", "2007_2", "2007_3")):
-        picture(base / f"JPEGImages/{name}.jpg", np.full((*SIZE, 3), 40 * number, np.uint8))
-        picture(base / f"SegmentationClass/{name}.png", np.where(IDS == 2, 255, IDS).astype(np.uint8), "P")
+        save_image(base / f"JPEGImages/{name}.jpg", np.full((*SIZE, 3), 40 * number, np.uint8))
+        save_image(base / f"SegmentationClass/{name}.png", np.where(IDS == 2, 255, IDS).astype(np.uint8), "P")
     (base / "ImageSets/Segmentation").mkdir(parents=True)
     (base / "ImageSets/Segmentation/train.txt").write_text("2007_1\n2007_2\n")
     (base / "ImageSets/Segmentation/val.txt").write_text("2007_3\n")
@@ -54,11 +54,13 @@ def voc(root: Path) -> Path:
 def cityscapes(root: Path) -> None:
     for split, city in (("train", "bonn"), ("val", "ulm"), ("test", "kiel")):
         name = f"{city}_000000_000019"
-        picture(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", np.full((*SIZE, 3), len(split), np.uint8))
+        save_image(
+            root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", np.full((*SIZE, 3), len(split), np.uint8)
+        )
         labels = np.arange(48).reshape(SIZE).astype(np.uint8) % 34
-        picture(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", labels)
-        picture(root / f"gtFine/{split}/{city}/{name}_gtFine_color.png", np.zeros((*SIZE, 4), np.uint8))
-        picture(root / f"gtFine/{split}/{city}/{name}_gtFine_instanceIds.png", labels)
+        save_image(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", labels)
+        save_image(root / f"gtFine/{split}/{city}/{name}_gtFine_color.png", np.zeros((*SIZE, 4), np.uint8))
+        save_image(root / f"gtFine/{split}/{city}/{name}_gtFine_instanceIds.png", labels)
 
 
 def source_of(*overrides: str) -> DatasetSource | FolderSource:
@@ -123,14 +125,14 @@ def test_cityscapes_layout_against_torchvisions_table(tmp_path):
     assert wrapped.split("train")[0].case == "bonn_000000_000019_leftImg8bit"
 
 
-def test_what_is_not_there_says_how_to_get_it(tmp_path):
+def test_missing_data_name_the_remedy(tmp_path):
     source = source_of("data=torchvision", f"data.root={tmp_path}")
     with pytest.raises(DataError, match=r"OxfordIIITPet cannot be read there.*set data\.download=true, once"):
         source.check()
 
 
 class Listed:
-    """Pairs by their position, as anyone's data set has them."""
+    """Pairs by their position, as in any data set."""
 
     def __init__(self, root: str, pairs: list[tuple[object, object]]) -> None:
         self.pairs = pairs
@@ -208,7 +210,7 @@ def test_arguments_that_the_data_set_does_not_know():
 def test_colours_of_a_palette():
     image = Image.fromarray(IDS)
     image.putpalette([0, 0, 0, 200, 10, 10, 10, 200, 10])
-    picture = to_decoded_image(image, "a")
-    assert picture.apply_palette()[0, :3].tolist() == [[0, 0, 0], [200, 10, 10], [10, 200, 10]]
+    decoded = to_decoded_image(image, "a")
+    assert decoded.apply_palette()[0, :3].tolist() == [[0, 0, 0], [200, 10, 10], [10, 200, 10]]
     with pytest.raises(DataError, match="has the colours CMYK"):
         to_decoded_image(Image.new("CMYK", (2, 2)), "a")

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.data.errors import DataProblem
-from lightning_dice.data.images.file_layout import Layout, Pair, describe_contents, root_problem
+from lightning_dice.data.images.file_layout import Layout, Pair
 from lightning_dice.data.images.file_patterns import check_pattern
+from lightning_dice.data.images.image_folders import describe_contents, root_problem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat, SizedImage, check_size
 from lightning_dice.data.images.sources import ImageFileSource
@@ -54,6 +55,14 @@ class InstanceMask:
         image: the image's name there.
         size: height and width, as annotated.
         objects: the objects of the image.
+
+    >>> vessel = Instance(1, (np.array([[0, 0], [2, 0], [2, 1], [0, 1]], np.float32),), area=2, crowd=False)
+    >>> mask = InstanceMask(Path("train.json"), "a.png", (2, 3), (vessel,))
+    >>> from lightning_dice.data.images.image_reader import DecodedImage
+    >>> image = DecodedImage(np.zeros((2, 3, 1), np.uint8), Path("a.png"), max_value=255)
+    >>> mask.values(image, MaskFormat(["background", "vessel"]), slice(0, 2), slice(0, 3))
+    [array([[1, 1, 0],
+           [0, 0, 0]], dtype=uint8)]
     """
 
     file: Path

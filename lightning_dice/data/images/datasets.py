@@ -39,6 +39,17 @@ class FolderCases:
         planes: the classes of a mask's planes; empty for masks of ids.
         raters: who made the masks, if each image has several.
         fusion: how their masks are combined: `fusion` or `reference` of `Raters`.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     image, mask = Path(folder) / "a.png", Path(folder) / "a_mask.png"
+    ...     Image.new("L", (3, 2), 51).save(image)
+    ...     Image.new("L", (3, 2), 1).save(mask)
+    ...     pairs, classes = [Pair("a", image, (mask,))], MaskFormat(["background", "lesion"])
+    ...     sample = FolderCases(pairs, [(2, 3)], ImageFormat(channels=1), classes)[0]
+    >>> sample.case, sample.image.shape, sample.mask.tolist()
+    ('a', torch.Size([1, 2, 3]), [[1, 1, 1], [1, 1, 1]])
     """
 
     pairs: Sequence[Pair]
@@ -195,6 +206,13 @@ class TiledCases:
     Args:
         cases: whole images.
         tile: pixels; images with more rows or columns are cut.
+
+    >>> from pathlib import Path
+    >>> pairs = [Pair("scene", Path("scene.tif"), (Path("scene_mask.tif"),))]
+    >>> cases = FolderCases(pairs, [(300, 100)], ImageFormat(), MaskFormat(["background", "road"]))
+    >>> tiles = TiledCases(cases, tile=200)
+    >>> tiles.sizes, tiles.locate("scene@150-0")
+    ([(150, 100), (150, 100)], ('scene', (300, 100), (slice(150, 300, None), slice(0, 100, None))))
     """
 
     def __init__(self, cases: FolderCases, tile: int) -> None:

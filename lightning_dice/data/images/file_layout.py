@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning_dice.data.errors import DataProblem
-from lightning_dice.data.file_names import EXTENSIONS, IMAGE_SUFFIXES, MASK_SUFFIXES, file_stem, strip_suffix
-from lightning_dice.data.images.file_patterns import find_files, is_file_or_broken_link, is_file_pattern
+from lightning_dice.data.file_names import IMAGE_SUFFIXES, MASK_SUFFIXES, file_stem, strip_suffix
+from lightning_dice.data.images.file_patterns import find_files, is_file_pattern
+from lightning_dice.data.images.image_folders import (
+    NamedFile,
+    SplitNames,
+    describe_contents,
+    find_folders,
+    image_files,
+    no_files_problem,
+    root_problem,
+    split_of,
+)
+from lightning_dice.data.images.mask_finder import MaskFinder, MaskSet
 from lightning_dice.data.images.mask_format import MaskFile
 from lightning_dice.data.interfaces import Split
-from lightning_dice.data.splits import FOLDERS, SplitSettings, complete_splits, split_folders
-from lightning_dice.text import join_some
-
-SplitNames = Mapping[Split, Sequence[str]]
+from lightning_dice.data.splits import SplitSettings, complete_splits
 
 
 @dataclass(frozen=True)
@@ -54,26 +62,6 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-class NamedFile(NamedTuple):
-    """A file, and the name by which images and masks are matched."""
-
-    name: str
-    path: Path
-
-
-class _MaskSet(NamedTuple):
-    """The mask files of one rater and one class: one for each image.
-
-    `exact`: they have the image's name; otherwise they may have a customary suffix.
-    """
-
-    where: str
-    rater: str | None
-    plane: str | None
-    files: list[NamedFile]
-    exact: bool
-
-
 def find_pairs(
     root: Path,
     images: str,
@@ -95,6 +83,15 @@ def find_pairs(
         planes: classes that may have a mask file each, in folders of their names or by `{class}`.
         background: the one of `planes` that needs no files.
         raters: who made masks: in folders of their names, or by `{rater}`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("images/train/a.png", "masks/train/a_gt.png", "images/val/b.png", "masks/val/b_gt.png"):
+    ...         (Path(root) / name).parent.mkdir(parents=True, exist_ok=True)
+    ...         (Path(root) / name).touch()
+    ...     layout = find_pairs(Path(root), "images", "masks", SplitSettings())
+    >>> {split: [pair.case for pair in pairs] for split, pairs in layout.pairs.items()}, layout.problems
+    ({'train': ['a'], 'val': ['b']}, [])
     """
     layout = Layout(raters=tuple(raters))
     if (absent := root_problem(root)) is not None:
@@ -110,7 +107,7 @@ def find_pairs(
                 what = f"there is nothing for the split {wanted}, which data.splits calls {names[wanted][0]!r}"
                 where = root / (split_files or images)
                 layout.problems.append(DataProblem(what, where, "Correct data.splits."))
-        finder = _MaskFinder(root, masks, tuple(planes), background, tuple(raters), names)
+        finder = MaskFinder(root, masks, tuple(planes), background, tuple(raters), names)
     except DataProblem as problem:
         layout.problems.append(problem)
         return layout
@@ -136,33 +133,6 @@ def find_pairs(
         layout.problems += [DataProblem("has no image", mask, "Add the image, or remove the mask.") for mask in orphans]
     layout.pairs = complete_splits(parts, split_settings, layout.problems, root / images)
     return layout
-
-
-def root_problem(root: Path) -> DataProblem | None:
-    """Return what is wrong with a root that is not a folder."""
-    if root.is_dir():
-        return None
-    what = "is a file" if root.exists() else "does not exist"
-    return DataProblem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files of a folder, sorted, without hidden files and those of sub-folders."""
-    files = (path for path in folder.iterdir() if path.name.lower().endswith(EXTENSIONS))
-    return sorted(path for path in files if not path.name.startswith(".") and is_file_or_broken_link(path))
-
-
-def describe_contents(folder: Path) -> str:
-    """Describe the contents of a folder for a message.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as root:
-    ...     (Path(root) / "data" / "images").mkdir(parents=True)
-    ...     describe_contents(Path(root) / "data"), describe_contents(Path(root) / "data" / "images")
-    ('data holds images/', 'images is empty')
-    """
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    return f"{folder.name} holds {join_some(names)}" if names else f"{folder.name} is empty"
 
 
 def match_masks(
@@ -215,12 +185,12 @@ def match_masks(
 
 
 def _pair(
-    images: Sequence[NamedFile], folder: Path, mask_sets: Sequence[_MaskSet], layout: Layout
+    images: Sequence[NamedFile], folder: Path, mask_sets: Sequence[MaskSet], layout: Layout
 ) -> tuple[list[Pair], list[Path]]:
     """Return the pairs of one split, and its mask files but the ambiguous ones; add problems to `layout`."""
     if not images:
-        layout.problems.append(_no_files(folder, "image"))
-    layout.problems += [_no_files(Path(masks.where), "mask") for masks in mask_sets if not masks.files]
+        layout.problems.append(no_files_problem(folder, "image"))
+    layout.problems += [no_files_problem(Path(masks.where), "mask") for masks in mask_sets if not masks.files]
     if not images or not all(masks.files for masks in mask_sets):
         return [], []
     matched = [match_masks(images, masks.files, masks.exact) for masks in mask_sets]
@@ -240,7 +210,7 @@ def _pair(
     return pairs, [mask.path for masks in mask_sets for mask in masks.files if mask.path not in settled]
 
 
-def _check_raters_agree(mask_sets: Sequence[_MaskSet], raters: Sequence[str], folder: Path) -> None:
+def _check_raters_agree(mask_sets: Sequence[MaskSet], raters: Sequence[str], folder: Path) -> None:
     classes = {rater: [masks.plane for masks in mask_sets if masks.rater == rater] for rater in raters}
     if any(names != classes[raters[0]] for names in classes.values()):
         what = "; ".join(f"{rater}: {', '.join(map(str, names)) or 'none'}" for rater, names in classes.items())
@@ -256,11 +226,11 @@ class _ImageSet(NamedTuple):
 
 def _find_images(root: Path, pattern: str, names: SplitNames) -> dict[Split | None, _ImageSet]:
     if not is_file_pattern(pattern):
-        folders = _find_folders(root, pattern, "images", names)
-        return {split: _ImageSet(folder, _with_names(image_files(folder))) for split, folder in folders.items()}
+        folders = find_folders(root, pattern, "images", names)
+        return {split: _ImageSet(folder, image_files(folder)) for split, folder in folders.items()}
     parts: dict[Split | None, list[NamedFile]] = defaultdict(list)
     for matched, path in find_files(root, pattern, {"split": list(chain(*names.values()))}):
-        parts[_split_of(matched, names)].append(NamedFile(matched["case"], path))
+        parts[split_of(matched, names)].append(NamedFile(matched["case"], path))
     if not parts:
         remedy = "Set data.images; data.splits, if the splits have other names than train, val and test."
         raise DataProblem(f"no file has such a name; {describe_contents(root)}", root / pattern, remedy)
@@ -306,158 +276,3 @@ def _select_listed(
             f"there is no list of cases; looked for {wanted}", root, "Set data.split_files, or data.splits."
         )
     return parts
-
-
-class _MaskFinder:
-    """Finds the masks of each split, in folders or by a pattern."""
-
-    def __init__(
-        self,
-        root: Path,
-        pattern: str,
-        planes: tuple[str, ...],
-        background: str | None,
-        raters: tuple[str, ...],
-        names: SplitNames,
-    ) -> None:
-        self.root, self.pattern, self.names = root, pattern, names
-        self.planes, self.background, self.raters = planes, background, raters
-        self._files: list[tuple[dict[str, str], Path]] = []
-        self._folders: dict[tuple[str | None, str | None], dict[Split | None, Path]] = {}
-        # The raters and classes that the pattern has placeholders for.
-        self._in_pattern: list[tuple[str | None, str | None]] = list(
-            product(raters if "{rater}" in pattern else (None,), planes if "{class}" in pattern else (None,))
-        )
-        if is_file_pattern(pattern):
-            options = {"split": list(chain(*names.values())), "class": planes, "rater": raters}
-            self._files = list(find_files(root, pattern, options))
-            if not self._files:
-                what = f"no file has such a name; {describe_contents(root)}"
-                raise DataProblem(what, root / pattern, "Set data.masks.")
-            self.splits = sorted({str(_split_of(matched, names)) for matched, _ in self._files})
-            return
-        for rater, plane in self._in_pattern:
-            place = _fill_placeholders(pattern, rater=rater, plane=plane)
-            try:
-                self._folders[rater, plane] = _find_folders(root, place, "masks", names)
-            except DataProblem:
-                if plane is None or plane != background:
-                    raise
-        self.splits = list(dict.fromkeys(str(split) for part in self._folders.values() for split in part))
-
-    def mask_sets(self, split: Split | None, images: Path) -> list[_MaskSet]:
-        """Return the masks of a split, by rater and class.
-
-        Raises:
-            DataError: the split has no masks, or only some classes or raters have a folder.
-        """
-        found = self._sets_from_files(split) if self._files else self._sets_from_folders(split, images)
-        if found is None:
-            what = f"has no folder of masks beside it; masks found for: {', '.join(self.splits)}"
-            place = f"{self.pattern}/{split}"
-            if "{split}" in self.pattern:
-                place = self.pattern.replace("{split}", str(split))
-            raise DataProblem(what, images, f"Add {place}, or remove the images.")
-        return [masks for masks in found if masks.files or masks.plane is None or masks.plane != self.background]
-
-    def _sets_from_files(self, split: Split | None) -> list[_MaskSet] | None:
-        own = [(matched, path) for matched, path in self._files if _split_of(matched, self.names) in (split, None)]
-        if not own:
-            return None
-        word = next((matched["split"] for matched, _ in own if "split" in matched), "")
-        mask_sets = []
-        for rater, plane in self._in_pattern:
-            files = [
-                NamedFile(matched["case"], path)
-                for matched, path in own
-                if matched.get("rater") == rater and matched.get("class") == plane
-            ]
-            where = str(self.root / _fill_placeholders(self.pattern, rater=rater, plane=plane, split=word))
-            mask_sets.append(_MaskSet(where, rater, plane, files, exact=True))
-        return mask_sets
-
-    def _sets_from_folders(self, split: Split | None, images: Path) -> list[_MaskSet] | None:
-        mask_sets = []
-        for (rater, plane), folders in self._folders.items():
-            base = folders.get(split, folders.get(None))
-            if base is None:
-                return None
-            rater_folders = self._rater_folders(base) if rater is None and self.raters else [(base, rater)]
-            for rater_folder, whose in rater_folders:
-                class_folders = self._class_folders(rater_folder) if plane is None else []
-                for folder, name in class_folders or [(rater_folder, plane)]:
-                    among_images = folder.resolve() == images.resolve()
-                    files = _with_names(image_files(images if among_images else folder))
-                    if among_images:  # The suffix distinguishes masks from images.
-                        files = [file for file in files if strip_suffix(file.name, MASK_SUFFIXES) != file.name]
-                    mask_sets.append(_MaskSet(str(folder), whose, name, files, exact=False))
-        return mask_sets
-
-    def _rater_folders(self, base: Path) -> list[tuple[Path, str | None]]:
-        missing = [name for name in self.raters if not (base / name).is_dir()]
-        if missing:
-            raters = f"rater{'s' * (len(missing) > 1)} {', '.join(missing)}"
-            what = f"has no folder for the {raters}; {describe_contents(base)}"
-            raise DataProblem(what, base, "Set data.raters to folders that exist.")
-        return [(base / name, name) for name in self.raters]
-
-    def _class_folders(self, folder: Path) -> list[tuple[Path, str | None]]:
-        present = [name for name in self.planes if (folder / name).is_dir()]
-        missing = [name for name in self.planes if name not in present and name != self.background]
-        if present and missing:
-            what = f"has folders for the classes {', '.join(present)}, but none for {', '.join(missing)}"
-            raise DataProblem(what, folder, "Add them, or leave the classes out of data.classes.")
-        return [(folder / name, name) for name in present]
-
-
-def _with_names(paths: Iterable[Path]) -> list[NamedFile]:
-    return [NamedFile(file_stem(path), path) for path in paths]
-
-
-def _fill_placeholders(pattern: str, *, rater: str | None, plane: str | None, split: str = "") -> str:
-    for token, value in (("{rater}", rater), ("{class}", plane), ("{split}", split)):
-        pattern = pattern.replace(token, value) if value else pattern
-    return pattern
-
-
-def _split_of(matched: Mapping[str, str], names: SplitNames) -> Split | None:
-    return next((split for split, words in names.items() if matched.get("split") in words), None)
-
-
-def _find_folders(root: Path, pattern: str, setting: str, names: SplitNames) -> dict[Split | None, Path]:
-    """Return the folder of each split, or one under `None` if there are no split folders."""
-    base = root / pattern
-    if "{split}" in pattern:
-        folders = split_folders(root, setting, pattern, names)
-        if not folders:
-            raise _no_such_folder(root, base, setting)
-        return folders
-    if not base.is_dir():
-        raise _no_such_folder(root, base, setting)
-    folders = split_folders(base, setting, names=names)
-    loose = image_files(base)
-    if folders and loose:
-        present = ", ".join(sorted(path.name for path in folders.values()))
-        what = f"holds {len(loose)} images such as {loose[0].name} beside the folders {present}"
-        raise DataProblem(what, base, "Move them into the folders, or the folders elsewhere.")
-    return folders or {None: base}
-
-
-def _no_such_folder(root: Path, wanted: Path, setting: str) -> DataProblem:
-    remedy = f"Set data.{setting}=<sub-folder of data.root>."
-    if any((root / "train" / name).is_dir() for name in ("images", "masks")):
-        remedy = """Set 'data.images="{split}/images"' 'data.masks="{split}/masks"'."""
-    return DataProblem(f"there is no such folder; {describe_contents(root)}", wanted, remedy)
-
-
-def _no_files(place: Path, kind: str) -> DataProblem:
-    if not place.is_dir():
-        return DataProblem(f"no {kind} has such a name", place, f"Add the {kind}s, or set data.{kind}s.")
-    inner = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-    remedy = f"Put the {kind}s there."
-    if kind == "mask" and inner:
-        above = f"{place.parent.name}/{{split}}" if place.name in sum(FOLDERS.values(), ()) else place.name
-        remedy = f"""Choose one of its folders: 'data.masks="{above}/{inner[0]}"'."""
-        if len(inner) > 1:
-            remedy += f" If each is a rater's: 'data.raters=[{','.join(inner)}]'."
-    return DataProblem(f"holds no {kind} ({' '.join(EXTENSIONS)}); {describe_contents(place)}", place, remedy)

@@ -112,6 +112,14 @@ def read_image(path: Path, data: bytes | None = None) -> DecodedImage:
 
     Raises:
         DataError: naming the file: it is empty, truncated, of another kind, of several frames or too large.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.png"
+    ...     Image.new("RGB", (3, 2)).save(path)
+    ...     image = read_image(path)
+    ...     image.pixels.shape, image.kind, read_size(path)
+    ((2, 3, 3), '8-bit RGB', (2, 3))
     """
     data = read_bytes(path) if data is None else data
     read_size(path, data)  # Detect a decompression bomb before it is decoded.
@@ -349,7 +357,11 @@ def read_palette(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def with_channels(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Add an axis of channels to `(height, width)`."""
+    """Add an axis of channels to `(height, width)`.
+
+    >>> with_channels(np.zeros((2, 3))).shape, with_channels(np.zeros((2, 3, 4))).shape
+    ((2, 3, 1), (2, 3, 4))
+    """
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -346,6 +346,11 @@ def check_size(size: tuple[int, int], image: SizedImage, where: Path | str) -> N
 
     Raises:
         DataError: naming the mask.
+
+    >>> image = DecodedImage(np.zeros((2, 3, 1), np.uint8), Path("a.png"), max_value=255)
+    >>> check_size((3, 2), image, "a_mask.png")
+    Traceback (most recent call last):
+    lightning_dice.data.errors.DataProblem: a_mask.png: is 3x2 (height x width), but its image a.png is 2x3, ...
     """
     if size == image.size:
         return

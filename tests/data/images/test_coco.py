@@ -1,4 +1,4 @@
-"""Annotations in COCO's format become masks, or a list of everything that is wrong with them."""
+"""Annotations in COCO's format become masks, or a list of all their problems."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
     ],
     ids=["truncated", "list", "other"],
 )
-def test_what_is_no_annotation_file(tmp_path, given, message):
+def test_invalid_annotation_files_are_refused(tmp_path, given, message):
     write(tmp_path, given)
     with pytest.raises(DataError, match=message):
         coco_source(tmp_path, TWO).check()

@@ -1,4 +1,4 @@
-"""What a folder's survey tells beyond its report: files exchanged, and what can be read though something is wrong."""
+"""What a survey finds beyond its report: exchanged files, and cases that can be read although others are wrong."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def folder(root, channels=1, count=6):
     disc = (np.hypot(*np.mgrid[-16:16, -16:16]) < 9).astype(np.uint8)
     for split, number in (("train", count), ("val", 2)):
         for index in range(number):
-            picture = rng.integers(0, 256, (32, 32, 3) if channels == 3 else (32, 32), dtype=np.uint8)
-            Image.fromarray(picture).save(root / f"images/{split}/c{index}.png")
+            photo = rng.integers(0, 256, (32, 32, 3) if channels == 3 else (32, 32), dtype=np.uint8)
+            Image.fromarray(photo).save(root / f"images/{split}/c{index}.png")
             Image.fromarray(disc).save(root / f"masks/{split}/c{index}.png")
 
 
@@ -57,15 +57,15 @@ def test_all_of_them_exchanged(tmp_path):
     assert all("like a mask" in problem.what for problem in problems)
 
 
-def test_a_picture_among_the_masks_does_not_spoil_the_advice_for_the_others(tmp_path):
+def test_a_photograph_among_the_masks_does_not_spoil_the_advice_for_the_others(tmp_path):
     folder(tmp_path)
     for path in tmp_path.glob("masks/*/*.png"):
         Image.fromarray(np.asarray(Image.open(path)) * 200).save(path)
     (tmp_path / "masks/train/c5.png").write_bytes((tmp_path / "images/train/c5.png").read_bytes())
     problems = refused(folder_source(tmp_path, TWO, channels=1)).problems
-    (picture,) = [problem for problem in problems if "looks like a photograph" in problem.what]
-    assert "like a mask" not in picture.what
-    rest = [problem for problem in problems if problem is not picture]
+    (photo,) = [problem for problem in problems if "looks like a photograph" in problem.what]
+    assert "like a mask" not in photo.what
+    rest = [problem for problem in problems if problem is not photo]
     assert len(rest) == 7
     assert all("data.label_map={200:1}" in problem.remedy for problem in rest)
 

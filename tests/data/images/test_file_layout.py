@@ -1,4 +1,4 @@
-"""Which files belong together is known from their names alone: the files of these tests are empty."""
+"""Files are matched by their names: the files of these tests are empty."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_numbered_frames_are_not_stripped_into_one(tmp_path):
     assert names(tmp_path) == {"train": ["frame_0001"], "val": ["frame_0000"]}
 
 
-def test_other_files_are_passed_over(tmp_path):
+def test_other_files_are_ignored(tmp_path):
     pairs(tmp_path, "a", "b")
     for name in ("Thumbs.db", ".DS_Store", "._a.png", "notes.txt"):
         (tmp_path / "images" / name).write_bytes(b"?")
@@ -208,7 +208,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("make", "expected"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_what_does_not_fit_together(tmp_path, make, expected):
+def test_files_that_do_not_match(tmp_path, make, expected):
     make(tmp_path / "data")
     source = folder_source(tmp_path / "data", TWO)
     with pytest.raises(DataError) as caught:
@@ -321,7 +321,7 @@ def voc(root: Path, **lists: str) -> None:
 VOC = {"images": "JPEGImages", "masks": "Masks", "split_files": "Sets/{split}.txt"}
 
 
-def test_lists_of_cases(tmp_path):
+def test_split_files(tmp_path):
     voc(tmp_path, train="a\nb c\n\n", val="# names\n/some/where/d.jpg /masks/d.png 1\n", trainval="a\nb c\nd")
     found = pairing(tmp_path, **VOC)
     assert {split: list(part) for split, part in found.items()} == {"train": ["a", "b c"], "val": ["d"]}
@@ -329,7 +329,7 @@ def test_lists_of_cases(tmp_path):
     assert list(found["train"]) == ["a", "b c", "d"]
 
 
-def test_what_is_wrong_with_lists(tmp_path):
+def test_problems_of_split_files(tmp_path):
     voc(tmp_path, train="a\nb c\nmissing\na", val="a\nd")
     problems = layout_of(tmp_path, **VOC).problems
     text = "\n".join(map(str, problems))

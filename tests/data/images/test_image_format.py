@@ -1,4 +1,4 @@
-"""Which channels, which white, which pixels show nothing."""
+"""Channels, the value that becomes 1, and pixels that show nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save(path: Path, pixels: np.ndarray, how: str) -> Path:
 
 @pytest.mark.parametrize("how", ["contiguous", "planar", "pages", "npy", "npy-first"])
 @pytest.mark.parametrize(
-    ("dtype", "settings", "white"),
+    ("dtype", "settings", "max_value"),
     [
         (np.uint16, {}, 65535),
         (np.uint16, {"max_value": 4000}, 4000),
@@ -44,24 +44,24 @@ def save(path: Path, pixels: np.ndarray, how: str) -> Path:
         (np.int16, {"max_value": 1000}, 1000),
     ],
 )
-def test_bands_of_every_kind_of_file(tmp_path, how, dtype, settings, white):
+def test_bands_of_every_kind_of_file(tmp_path, how, dtype, settings, max_value):
     if how == "pages" and dtype == np.int16:
         pytest.skip("ImageJ's TIFF has no int16")
     pixels = (BANDS % 250).astype(dtype) - (np.int16(100) if dtype == np.int16 else dtype(0))
     name = "a.npy" if how.startswith("npy") else "a.tif"
     path = save(tmp_path / name, pixels, how)
     assert read_size(path) == (6, 9)
-    picture = read_image(path)
-    expected = torch.from_numpy(pixels[..., [3, 2, 1]].astype(np.float32)).permute(2, 0, 1) / white
-    image = ImageFormat(channels=3, bands=[4, 3, 2], **settings).to_tensor(picture)
+    decoded = read_image(path)
+    expected = torch.from_numpy(pixels[..., [3, 2, 1]].astype(np.float32)).permute(2, 0, 1) / max_value
+    image = ImageFormat(channels=3, bands=[4, 3, 2], **settings).to_tensor(decoded)
     assert torch.equal(image, expected)
-    assert ImageFormat(channels=5, **settings).to_tensor(picture).shape == (5, 6, 9)
+    assert ImageFormat(channels=5, **settings).to_tensor(decoded).shape == (5, 6, 9)
 
 
-def test_what_bands_cannot_be(tmp_path):
-    picture = read_image(save(tmp_path / "a.tif", BANDS, "planar"))
+def test_invalid_bands_are_refused(tmp_path):
+    decoded = read_image(save(tmp_path / "a.tif", BANDS, "planar"))
     with pytest.raises(DataError, match=r"a\.tif: has 5 channels .*data\.bands=\[6\] was asked for.*counted from 1"):
-        ImageFormat(channels=1, bands=[6]).to_tensor(picture)
+        ImageFormat(channels=1, bands=[6]).to_tensor(decoded)
     with pytest.raises(ValueError, match=r"bands must be as many as channels, 3, got \[1\]; set data\.channels=1"):
         ImageFormat(channels=3, bands=[1])
     with pytest.raises(ValueError, match="counted from 1"):
@@ -104,7 +104,7 @@ def test_pixels_that_show_nothing_are_ignored(tmp_path, nodata, dtype):
     assert torch.equal(planes[0], torch.from_numpy(np.where(holes, 255, mask)))
 
 
-def test_a_white_does_not_let_nan_pass(tmp_path):
+def test_max_value_does_not_let_nan_pass(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.array([[1, np.nan]], np.float32))
     with pytest.raises(DataError, match="holds 1 values that are not finite"):
         ImageFormat(channels=1, max_value=100).to_tensor(read_image(tmp_path / "a.tif"))

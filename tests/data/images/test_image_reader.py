@@ -31,7 +31,7 @@ def with_channels(array: np.ndarray, *channels: int) -> np.ndarray:
 
 
 def write(path: Path, array: np.ndarray, **settings: object) -> Path:
-    """8 bit by Pillow, the rest by what writes it."""
+    """Write 8 bit by Pillow, the rest by tifffile or imagecodecs."""
     if path.suffix == ".tif":
         tifffile.imwrite(path, array, **{"photometric": "minisblack" if array.ndim == 2 else "rgb", **settings})
     elif array.dtype == np.uint16:
@@ -55,10 +55,10 @@ def packed_png(path: Path, bits: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("source", "channels", "white", "kind", "extension"),
+    ("source", "channels", "max_value", "kind", "extension"),
     [
-        pytest.param(with_channels(array, *range(channels)), channels, white, f"{depth} {color}", extension)
-        for array, white, depth, extensions in [
+        pytest.param(with_channels(array, *range(channels)), channels, max_value, f"{depth} {color}", extension)
+        for array, max_value, depth, extensions in [
             (RAMP, 255, "8-bit", ["png", "tif", "bmp"]),
             (DEEP, 65535, "16-bit", ["png", "tif"]),
             (REAL, 1, "float32", ["tif"]),
@@ -68,15 +68,15 @@ def packed_png(path: Path, bits: int) -> Path:
     ],
     ids=lambda value: "" if isinstance(value, np.ndarray) else str(value),
 )
-def test_an_image_keeps_every_bit(tmp_path, source, channels, white, kind, extension):
-    picture = read_image(write(tmp_path / f"a.{extension}", source))
-    expected = torch.from_numpy(source.astype(np.float32) / white).reshape(4, 6, channels).permute(2, 0, 1)
-    image = to_tensor(picture, channels)
-    assert picture.kind == kind
+def test_an_image_keeps_every_bit(tmp_path, source, channels, max_value, kind, extension):
+    decoded = read_image(write(tmp_path / f"a.{extension}", source))
+    expected = torch.from_numpy(source.astype(np.float32) / max_value).reshape(4, 6, channels).permute(2, 0, 1)
+    image = to_tensor(decoded, channels)
+    assert decoded.kind == kind
     assert image.dtype == torch.float32
     assert image.is_contiguous()
     assert torch.equal(image, expected)
-    assert read_size(picture.path) == (4, 6)
+    assert read_size(decoded.path) == (4, 6)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["8-bit", "16-bit"])
@@ -86,17 +86,17 @@ def test_alpha_is_dropped(tmp_path, stored, channels, deep, extension):
     source = with_channels(DEEP if deep else RAMP, *range(stored))
     photometric = "minisblack" if stored == 2 else "rgb"
     settings = {"extrasamples": ["unassalpha"], "photometric": photometric} if extension == "tif" else {}
-    picture = read_image(write(tmp_path / f"a.{extension}", source, **settings))
-    image = to_tensor(picture, channels)
-    white = 65535 if deep else 255
-    expected = torch.from_numpy(source[..., : stored - 1].astype(np.float32) / white).permute(2, 0, 1)
-    assert picture.alpha
+    decoded = read_image(write(tmp_path / f"a.{extension}", source, **settings))
+    image = to_tensor(decoded, channels)
+    max_value = 65535 if deep else 255
+    expected = torch.from_numpy(source[..., : stored - 1].astype(np.float32) / max_value).permute(2, 0, 1)
+    assert decoded.alpha
     assert torch.equal(image, expected.expand(channels, -1, -1))
 
 
 def test_alpha_is_kept_where_it_makes_up_the_channels(tmp_path):
-    picture = read_image(write(tmp_path / "a.png", RAMP))
-    assert torch.equal(to_tensor(picture, 4)[3], torch.from_numpy(RAMP[..., 3]) / 255)
+    decoded = read_image(write(tmp_path / "a.png", RAMP))
+    assert torch.equal(to_tensor(decoded, 4)[3], torch.from_numpy(RAMP[..., 3]) / 255)
 
 
 def test_gray_is_repeated(tmp_path):
@@ -122,41 +122,41 @@ FAX = pytest.param("a.tif", marks=pytest.mark.skipif(sys.version_info < (3, 11),
 def test_one_bit(tmp_path, name):
     bits = Image.fromarray(np.array([[0, 255, 255]], np.uint8)).convert("1")
     bits.save(tmp_path / name, **({"compression": "group4"} if name == "a.tif" else {}))
-    picture = read_image(tmp_path / name)
-    assert to_tensor(picture, 1).tolist() == [[[0, 1, 1]]]
-    assert MaskFormat(["background", "lesion"]).read(picture).tolist() == [[0, 1, 1]]
-    assert picture.kind == "1-bit gray"
+    decoded = read_image(tmp_path / name)
+    assert to_tensor(decoded, 1).tolist() == [[[0, 1, 1]]]
+    assert MaskFormat(["background", "lesion"]).read(decoded).tolist() == [[0, 1, 1]]
+    assert decoded.kind == "1-bit gray"
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_few_bits_keep_their_ids(tmp_path, bits):
-    picture = read_image(packed_png(tmp_path / "a.png", bits))
-    assert picture.pixels[..., 0].tolist() == [[0, 1, 2, 3]]
-    assert to_tensor(picture, 1).flatten().tolist() == pytest.approx([i / (2**bits - 1) for i in range(4)])
+    decoded = read_image(packed_png(tmp_path / "a.png", bits))
+    assert decoded.pixels[..., 0].tolist() == [[0, 1, 2, 3]]
+    assert to_tensor(decoded, 1).flatten().tolist() == pytest.approx([i / (2**bits - 1) for i in range(4)])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "gif.png"])
 def test_palette(tmp_path, name):
-    """An image has its colours, a mask its indices; a GIF by the name of PNG is known by its content."""
+    """An image has its colours, a mask its indices; a GIF named PNG is recognized by its content."""
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 200, 0, 0, 0, 100, 0])
     palette.putdata([0, 2, 1])
     palette.save(tmp_path / name, format="GIF" if name == "gif.png" else None)
-    picture = read_image(tmp_path / name)
+    decoded = read_image(tmp_path / name)
     colors = torch.tensor([[10, 20, 30], [0, 100, 0], [200, 0, 0]]).T.reshape(3, 1, 3) / 255
-    assert torch.equal(to_tensor(picture, 3), colors)
+    assert torch.equal(to_tensor(decoded, 3), colors)
     if name != "gif.png":  # which sorts its palette
-        assert MaskFormat(["a", "b", "c"]).read(picture).tolist() == [[0, 2, 1]]
+        assert MaskFormat(["a", "b", "c"]).read(decoded).tolist() == [[0, 2, 1]]
     colored = MaskFormat(["a", "b", "c"], colors=[[10, 20, 30], [200, 0, 0], [0, 100, 0]])
-    assert colored.read(picture).tolist() == [[0, 2, 1]]
+    assert colored.read(decoded).tolist() == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize("quality", [{"lossless": True}, {"quality": 80}], ids=["lossless", "lossy"])
 def test_webp_by_another_name(tmp_path, quality):
     Image.fromarray(NOISE).save(tmp_path / "a.png", format="WEBP", **quality)
-    picture = read_image(tmp_path / "a.png")
-    assert to_tensor(picture, 3).shape == (3, 64, 64)
-    assert picture.lossy  # which of the two it is, the header does not say
+    decoded = read_image(tmp_path / "a.png")
+    assert to_tensor(decoded, 3).shape == (3, 64, 64)
+    assert decoded.lossy  # which of the two it is, the header does not say
 
 
 def test_palette_of_grays_is_gray(tmp_path):
@@ -178,10 +178,10 @@ def test_orientation(tmp_path, name, orientation):
         image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / ("a.png" if name == "a.tif" else name)) as stored:
         upright = np.asarray(ImageOps.exif_transpose(stored))
-    picture = read_image(tmp_path / name)
-    np.testing.assert_array_equal(picture.pixels[..., 0], upright)
+    decoded = read_image(tmp_path / name)
+    np.testing.assert_array_equal(decoded.pixels[..., 0], upright)
     assert read_size(tmp_path / name) == upright.shape
-    assert picture.turned == (orientation != 1)
+    assert decoded.turned == (orientation != 1)
 
 
 def test_white_is_zero(tmp_path):
@@ -197,7 +197,7 @@ def test_overviews_are_no_frames(tmp_path):
     assert read_image(tmp_path / "a.tif").size == (4, 6)
 
 
-def test_a_cameras_jpeg_with_a_preview_is_one_picture(tmp_path):
+def test_a_cameras_jpeg_with_a_preview_is_one_image(tmp_path):
     image = Image.fromarray(with_channels(RAMP, 0, 1, 2))
     image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image.resize((3, 2))])
     assert read_image(tmp_path / "a.jpg").size == (4, 6)
@@ -238,7 +238,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("name", "make", "message"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_what_cannot_be_read_is_named(tmp_path, name, make, message):
+def test_unreadable_files_are_named(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}.*({message})"):
         read_image(tmp_path / name)
@@ -268,13 +268,13 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
     ],
     ids=["rgb-for-gray", "rgb-for-four", "gray-for-two", "int32", "uint32", "nan", "float64-overflow"],
 )
-def test_what_is_no_image_for_the_net_is_refused(tmp_path, source, channels, message):
-    picture = read_image(write(tmp_path / "a.tif", np.ascontiguousarray(source)))
+def test_images_that_do_not_fit_the_network_are_refused(tmp_path, source, channels, message):
+    decoded = read_image(write(tmp_path / "a.tif", np.ascontiguousarray(source)))
     with pytest.raises(DataError, match=f"a.tif: {message}"):
-        to_tensor(picture, channels)
+        to_tensor(decoded, channels)
 
 
 def test_a_problem_survives_a_worker():
-    """The data loader makes an error anew from its text alone."""
+    """A data loader rebuilds an error from its text."""
     problem = DataProblem("is empty", where="a.png", remedy="Copy it again.")
     assert str(type(problem)(str(problem))) == str(problem)

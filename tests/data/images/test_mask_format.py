@@ -1,4 +1,4 @@
-"""Stored values become ids or planes, or are refused with the setting that would mend them."""
+"""Stored values become ids or planes, or are refused with the setting that would fix them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dice.data.label_map import suggest_label_map
 TWO = ["background", "lesion"]
 
 
-def picture_of(values: object, dtype: type = np.uint8, **settings: object) -> DecodedImage:
+def decoded_of(values: object, dtype: type = np.uint8, **settings: object) -> DecodedImage:
     pixels = np.asarray(values, dtype)
     return DecodedImage(pixels[..., None] if pixels.ndim == 2 else pixels, Path("m.png"), 255, **settings)
 
@@ -39,7 +39,7 @@ def picture_of(values: object, dtype: type = np.uint8, **settings: object) -> De
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 def test_masks_become_ids_or_planes(settings, stored, expected, dtype):
     mask_format = MaskFormat(**settings)
-    mask = mask_format.encode([mask_format.read(picture_of(stored, dtype))])
+    mask = mask_format.encode([mask_format.read(decoded_of(stored, dtype))])
     assert mask.tolist() == expected
     assert mask.dtype == (torch.int32 if mask_format.ignore_index == -100 else torch.uint8)
 
@@ -63,7 +63,7 @@ def test_planes_of_their_own():
 def test_equal_channels_are_ids(alpha):
     values = np.array([[0, 1, 1]], np.uint8)
     pixels = np.stack([values] * 3 + [values * 0 + 9] * alpha, -1)
-    assert MaskFormat(TWO).read(picture_of(pixels, alpha=alpha)).tolist() == [[0, 1, 1]]
+    assert MaskFormat(TWO).read(decoded_of(pixels, alpha=alpha)).tolist() == [[0, 1, 1]]
 
 
 RED, BLACK, BLUE = [255, 0, 0], [0, 0, 0], [0, 0, 255]
@@ -81,29 +81,29 @@ RED, BLACK, BLUE = [255, 0, 0], [0, 0, 0], [0, 0, 255]
 )
 def test_colors(settings, expected):
     mask_format = MaskFormat(**settings)
-    assert mask_format.encode([mask_format.read(picture_of([[BLACK, RED, BLUE]]))]).tolist() == expected
+    assert mask_format.encode([mask_format.read(decoded_of([[BLACK, RED, BLUE]]))]).tolist() == expected
 
 
 CHECKER = np.kron(np.array([[0, 1], [1, 0]], np.uint8), np.ones((5, 5), np.uint8))
 
 
 @pytest.mark.parametrize(
-    ("settings", "picture", "message"),
+    ("settings", "decoded", "message"),
     [
-        ({}, picture_of([[BLACK, RED]]), r"painted in colours.*\[255,0,0\] 1 pixels.*'data.colors=\[\[0,0,0\]"),
-        ({"colors": [BLACK, RED]}, picture_of([[BLUE, BLUE]]), r"data.colors does not list: \[0,0,255\] 2 pixels"),
-        ({"colors": [BLACK, RED]}, picture_of([[1]], np.uint16), "data.colors needs 8-bit RGB"),
-        ({}, picture_of([[0, 0.5]], np.float32), "holds fractions.*Threshold"),
-        ({}, picture_of([[0, np.nan]], np.float32), "holds fractions"),
-        ({}, picture_of([[0, 1]], lossy=True), "JPEG.*Save masks as PNG"),
-        ({"label_map": {255: 1}}, picture_of([[0, 3, 252, 255]], lossy=True), r"JPEG.*\(0, 3, 252, 255 \.\.\.\)"),
-        ({}, picture_of([[BLACK, RED]], lossy=True), "JPEG"),
+        ({}, decoded_of([[BLACK, RED]]), r"painted in colours.*\[255,0,0\] 1 pixels.*'data.colors=\[\[0,0,0\]"),
+        ({"colors": [BLACK, RED]}, decoded_of([[BLUE, BLUE]]), r"data.colors does not list: \[0,0,255\] 2 pixels"),
+        ({"colors": [BLACK, RED]}, decoded_of([[1]], np.uint16), "data.colors needs 8-bit RGB"),
+        ({}, decoded_of([[0, 0.5]], np.float32), "holds fractions.*Threshold"),
+        ({}, decoded_of([[0, np.nan]], np.float32), "holds fractions"),
+        ({}, decoded_of([[0, 1]], lossy=True), "JPEG.*Save masks as PNG"),
+        ({"label_map": {255: 1}}, decoded_of([[0, 3, 252, 255]], lossy=True), r"JPEG.*\(0, 3, 252, 255 \.\.\.\)"),
+        ({}, decoded_of([[BLACK, RED]], lossy=True), "JPEG"),
     ],
     ids=["colours", "unlisted", "colours-16", "fractions", "nan", "jpeg-ids", "jpeg-blurred", "jpeg-colours"],
 )
-def test_masks_that_are_refused(settings, picture, message):
+def test_masks_that_are_refused(settings, decoded, message):
     with pytest.raises(DataError, match=f"m.png.*{message}"):
-        MaskFormat(TWO, **settings).read(picture)
+        MaskFormat(TWO, **settings).read(decoded)
 
 
 def test_clean_jpeg_masks_are_read(tmp_path):
@@ -165,7 +165,7 @@ def test_settings_that_contradict(settings, message):
         ),
     ],
 )
-def test_suggestions(values, ids, expected):
+def test_suggested_label_maps(values, ids, expected):
     assert expected in suggest_label_map(values, range(ids), 255)
 
 
@@ -207,21 +207,21 @@ def test_planes_that_overlap_or_leave_holes_are_refused():
 def test_channels_that_are_classes(activation):
     mask_format = MaskFormat(["a", "b", "c"], activation, label_map={255: 1}, multichannel_masks=True)
     pixels = np.eye(3, dtype=np.uint8)[np.array([[0, 1, 2, 2]])] * 255
-    stored = mask_format.read_planes(picture_of(pixels))
+    stored = mask_format.read_planes(decoded_of(pixels))
     expected = [[[1, 0, 0, 0]], [[0, 1, 0, 0]], [[0, 0, 1, 1]]] if activation == "sigmoid" else [[0, 1, 2, 2]]
     assert mask_format.encode(stored, planes=True).tolist() == expected
     if activation == "softmax":
-        assert mask_format.encode(mask_format.read_planes(picture_of(pixels[..., 1:])), True).tolist() == expected
+        assert mask_format.encode(mask_format.read_planes(decoded_of(pixels[..., 1:])), True).tolist() == expected
     with pytest.raises(DataError, match=r"has 1 channels .*needs one for each of 3 classes"):
-        mask_format.read_planes(picture_of(pixels[..., :1]))
+        mask_format.read_planes(decoded_of(pixels[..., :1]))
 
 
 def test_alpha_may_be_a_class():
     mask_format = MaskFormat(["a", "b", "c", "d"], "sigmoid", multichannel_masks=True)
-    stored = mask_format.read_planes(picture_of(np.ones((1, 1, 4)), alpha=True))
+    stored = mask_format.read_planes(decoded_of(np.ones((1, 1, 4)), alpha=True))
     assert mask_format.encode(stored, planes=True).tolist() == [[[1]]] * 4
 
 
-def test_stacked_masks_have_no_colors():
+def test_multichannel_masks_have_no_colors():
     with pytest.raises(ValueError, match="multichannel_masks=true needs masks without colors"):
         MaskFormat(TWO, multichannel_masks=True, colors=[[0, 0, 0], [1, 1, 1]])

@@ -37,11 +37,11 @@ FORMATS = {
         COLORS,
     ),
     "one-class": (MaskFormat(["lesion"], "sigmoid", label_map={255: 1}), [0, 255]),
-    "stacked": (MaskFormat(["background", "a", "b"], multichannel_masks=True), [0, 1, 2]),
+    "multichannel": (MaskFormat(["background", "a", "b"], multichannel_masks=True), [0, 1, 2]),
 }
 
 
-def picture(folder: Path, name: str = "a.png", size: tuple[int, int] = (6, 9), **how: object) -> Path:
+def save_image(folder: Path, name: str = "a.png", size: tuple[int, int] = (6, 9), **how: object) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
@@ -67,7 +67,7 @@ class TestWritten:
         form, values = FORMATS[name]
         reader = ImagePredictionIO(form, GRAY)
         labels = labels_of(form)
-        reader.write(tmp_path / "out", "sub/a", labels, scan_of(reader, picture(tmp_path)), format)
+        reader.write(tmp_path / "out", "sub/a", labels, scan_of(reader, save_image(tmp_path)), format)
         (file,) = reader.names("sub/a", format)
         stored = (
             tifffile.imread(tmp_path / "out" / file)
@@ -84,15 +84,15 @@ class TestWritten:
         form = MaskFormat(["ma/EX", "he"], "sigmoid", label_map={255: 1})
         reader = ImagePredictionIO(form, GRAY)
         labels = torch.rand(2, 6, 9) < 0.5
-        reader.write(tmp_path, "x", labels, scan_of(reader, picture(tmp_path)))
+        reader.write(tmp_path, "x", labels, scan_of(reader, save_image(tmp_path)))
         for name, plane in zip(("ma_EX", "he"), labels, strict=True):
             assert np.array_equal(np.asarray(Image.open(tmp_path / name / "x.png")), plane.numpy() * np.uint8(255))
         assert torch.equal(reader.load(tmp_path, "x").bool(), labels)
 
-    def test_what_png_cannot_hold_is_told(self, tmp_path):
+    def test_values_that_png_cannot_hold_are_refused(self, tmp_path):
         form = MaskFormat(["background", "a"], label_map={70000: 1, -3: 0, 0: 255})
         reader = ImagePredictionIO(form, GRAY)
-        scan, labels = scan_of(reader, picture(tmp_path)), labels_of(form)
+        scan, labels = scan_of(reader, save_image(tmp_path)), labels_of(form)
         with pytest.raises(DataError, match=r"PNG cannot hold the values -3 to 70000.*format=tiff"):
             reader.write(tmp_path / "out", "a", labels, scan)
         assert not list((tmp_path / "out").iterdir())
@@ -100,14 +100,14 @@ class TestWritten:
         assert set(np.unique(tifffile.imread(tmp_path / "out" / "a.tif"))) == {-3, 70000}
         assert torch.equal(reader.load(tmp_path / "out", "a"), labels)
 
-    def test_a_class_without_a_value_is_told_at_once(self):
+    def test_a_class_without_a_value_is_refused_at_once(self):
         with pytest.raises(DataError, match=r"no value of the masks means 'b' \(id 2\).*data\.label_map"):
             ImagePredictionIO(MaskFormat(["background", "a", "b"], label_map={2: 1}), GRAY)
 
-    def test_lies_on_the_picture_as_it_is_shown(self, tmp_path):
+    def test_fits_the_image_as_displayed(self, tmp_path):
         exif = Image.Exif()
         exif[274] = 6
-        path = picture(tmp_path, "turned.jpg", exif=exif)
+        path = save_image(tmp_path, "turned.jpg", exif=exif)
         reader = ImagePredictionIO(LESION, GRAY)
         scan = scan_of(reader, path)
         assert scan.size == (9, 6)
@@ -144,7 +144,7 @@ class TestWritten:
     def test_probabilities(self, classes, size, tmp_path):
         reader = ImagePredictionIO(MaskFormat(["c0", "c1", "c2"][:classes], "sigmoid"), GRAY)
         probs = torch.rand(classes, *size)
-        scan = scan_of(reader, picture(tmp_path, size=size))
+        scan = scan_of(reader, save_image(tmp_path, size=size))
         assert reader.write_probabilities(tmp_path / "p", "sub/a", probs, scan) == [tmp_path / "p" / "sub" / "a.tif"]
         with tifffile.TiffFile(tmp_path / "p" / "sub" / "a.tif") as tiff:
             assert len(tiff.pages) == 1
@@ -171,11 +171,11 @@ class TestWritten:
 
 
 class TestLoad:
-    def test_what_is_not_there_or_twice(self, tmp_path):
+    def test_missing_and_duplicate_masks(self, tmp_path):
         reader = ImagePredictionIO(LESION, GRAY)
         with pytest.raises(DataError, match=r"the mask of the case a does not exist: a\.png or a\.tif"):
             reader.load(tmp_path, "a")
-        scan = scan_of(reader, picture(tmp_path, "image.png"))
+        scan = scan_of(reader, save_image(tmp_path, "image.png"))
         for format in ("png", "tiff"):
             reader.write(tmp_path, "a", torch.zeros(1, 6, 9, dtype=torch.bool), scan, format)
         with pytest.raises(DataError, match="exists twice"):
@@ -201,38 +201,38 @@ class TestLoad:
 class TestFind:
     def test_sub_folders_unicode_and_hidden_files(self, tmp_path):
         for name in ("b.png", "a c.jpg", "sub/ü.tif", "sub/deeper/a.BMP", ".hidden.png", ".git/x.png", "sub/.x.png"):
-            picture(tmp_path, name)
+            save_image(tmp_path, name)
         (tmp_path / "notes.txt").write_text("no image")
         found = ImagePredictionIO(LESION, GRAY).find(tmp_path)
         assert [item.case for item in found] == ["a c", "b", "sub/deeper/a", "sub/ü"]
         assert [item.files for item in found][3] == (tmp_path / "sub" / "ü.tif",)
 
     def test_a_file(self, tmp_path):
-        path = picture(tmp_path, "sub/a.png")
+        path = save_image(tmp_path, "sub/a.png")
         assert ImagePredictionIO(LESION, GRAY).find(path) == [PredictionItem("a", (path,))]
 
     def test_two_of_one_name(self, tmp_path):
-        picture(tmp_path, "x/a.png")
-        picture(tmp_path, "x/a.bmp")
+        save_image(tmp_path, "x/a.png")
+        save_image(tmp_path, "x/a.bmp")
         with pytest.raises(DataError, match=r"a\.bmp and a\.png would have masks of the same name"):
             ImagePredictionIO(LESION, GRAY).find(tmp_path)
 
     def test_links(self, tmp_path):
         home, away = tmp_path / "home", tmp_path / "away"
-        picture(home, "a.png")
-        picture(away, "b.png")
-        picture(away, "c.png")
+        save_image(home, "a.png")
+        save_image(away, "b.png")
+        save_image(away, "c.png")
         (home / "twin.png").symlink_to(home / "a.png")
         (home / "out.png").symlink_to(away / "b.png")
         (home / "gone.png").symlink_to(home / "missing.png")
         (home / "self.png").symlink_to(home / "self.png")
         (home / "loop").symlink_to(home)
         (home / "outside").symlink_to(away)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = ImagePredictionIO(LESION, GRAY).find(home)
         assert [item.case for item in found] == ["a", "gone", "self", "twin"]
-        texts = {str(warning.message).split(": ")[0].rsplit("/")[-1]: warning.category for warning in told}
+        texts = {str(warning.message).split(": ")[0].rsplit("/")[-1]: warning.category for warning in caught}
         assert texts == {"loop": FileWarning, "out.png": SkippedWarning, "outside": SkippedWarning}
         for name in ("gone", "self"):
             with pytest.raises(DataError, match=rf"{name}\.png: "):
@@ -243,15 +243,15 @@ class TestFind:
 
 
 class TestRead:
-    def test_a_gif_named_png_is_read_and_told(self, tmp_path):
-        picture(tmp_path, "a.gif").rename(tmp_path / "a.png")
+    def test_a_gif_named_png_is_read_with_a_warning(self, tmp_path):
+        save_image(tmp_path, "a.gif").rename(tmp_path / "a.png")
         reader = ImagePredictionIO(LESION, GRAY)
         with pytest.warns(FileWarning, match=r"a\.png: is a GIF file by its content, and was read as one"):
             assert scan_of(reader, tmp_path / "a.png").image.shape == (1, 6, 9)
 
     @pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg", "a.bmp", "a.tif", "a.TIFF"])
     def test_others_are_not(self, name, tmp_path):
-        assert scan_of(ImagePredictionIO(LESION, GRAY), picture(tmp_path, name)).size == (6, 9)
+        assert scan_of(ImagePredictionIO(LESION, GRAY), save_image(tmp_path, name)).size == (6, 9)
 
     def test_an_array_is_read_as_training_does(self, tmp_path):
         pixels = np.random.default_rng(0).random((6, 9), dtype=np.float32)

@@ -66,7 +66,7 @@ def test_without_an_ignored_label():
 
 
 def write(root: Path, raters: dict[str, int], splits: tuple[str, ...] = ("train", "val")) -> None:
-    """Each rater's mask has as many columns of foreground as said."""
+    """Each rater's mask has the requested number of columns of foreground."""
     for split in splits:
         for case in "abcd":
             image = Path(root / "images" / split / f"{split}_{case}.png")
@@ -144,7 +144,7 @@ def test_names_are_checked():
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_soft_labels_survive_augmentation(activation):
-    """What a transform fills is ignored; what it moves keeps its value; the loss counts what is left."""
+    """Pixels that a transform fills are ignored, moved ones keep their values, and the loss counts the rest."""
     masks = [torch.tensor([[0, 1, 1], [1, 1, 255]]), torch.tensor([[0, 0, 1], [1, 0, 255]]), torch.ones(2, 3).long()]
     form = MaskFormat(["background", "cell"] if activation == "softmax" else ["cell"], activation)
     masks = masks if activation == "softmax" else [mask.unsqueeze(0) for mask in masks]

@@ -1,4 +1,4 @@
-"""Folders as people have them: what is found in the files, and everything that is refused."""
+"""Folders as people have them: the contents of their files, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MASK = np.array([[0, 0, 1], [0, 1, 1]], np.uint8)
 
 
 def write(root: Path, *names: str, mask: object = MASK, size: tuple[int, int] = (2, 3)) -> None:
-    """Files by their place under `root`: what stands below `masks` is a mask, the others are images."""
+    """Files by their place under `root`: files below `masks` are masks, others are images."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def test_bad_files_are_all_in_one_report(tmp_path, kind):
         assert re.search(rf"- {kind}/train/{re.escape(stem)}\.png: ({FAULTS[name][1]})", text), name
 
 
-def test_what_a_file_is_counts_and_not_its_name(tmp_path):
+def test_files_are_recognized_by_content_not_name(tmp_path):
     pairs(tmp_path, "a", "b")
     gif(tmp_path / "images/a.png")
     pairs(tmp_path / "elsewhere", "c")
@@ -228,11 +228,11 @@ def test_a_mask_of_another_size_after_the_check_is_named(tmp_path):
 
 def test_channels_that_are_classes(tmp_path):
     pairs(tmp_path, "a", "b")
-    stacked = np.stack([MASK, 1 - MASK])
+    channels = np.stack([MASK, 1 - MASK])
     for case in "ab":
         (tmp_path / f"masks/{case}.png").unlink()
-    np.save(tmp_path / "masks/a.npy", stacked)
-    tifffile.imwrite(tmp_path / "masks/b.tif", stacked[1:], photometric="minisblack")
+    np.save(tmp_path / "masks/a.npy", channels)
+    tifffile.imwrite(tmp_path / "masks/b.tif", channels[1:], photometric="minisblack")
     form = MaskFormat(["artery", "vein"], "softmax", multichannel_masks=True)
     source = folder_source(tmp_path, form, fractions=(1, 0, 0))
     report = source.check()

@@ -55,7 +55,7 @@ def stored(folder, pixels, **how):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_windows_are_those_of_the_whole_picture(name, tmp_path):
+def test_windows_are_those_of_the_whole_image(name, tmp_path):
     pixels, channels, how = FILES[name]
     path = stored(tmp_path, pixels, **how)
     whole = to_tensor(read_image(path), channels)
@@ -77,11 +77,11 @@ def test_jpeg_whose_tiles_share_their_tables(tmp_path):
         assert torch.equal(image[..., 20:60, 30:80], to_tensor(read_image(path), 3)[:, 20:60, 30:80])
 
 
-def counted(picture, monkeypatch) -> list[tuple[int, int, int]]:
-    """Each tile, as plane, row and column, that a picture decodes from now on."""
+def counted(tiff, monkeypatch) -> list[tuple[int, int, int]]:
+    """Each tile, as plane, row and column, that a TIFF decodes from now on."""
     decoded = []
-    read = picture._decode_tile
-    monkeypatch.setattr(picture, "_decode_tile", lambda file, *place: decoded.append(place) or read(file, *place))
+    read = tiff._decode_tile
+    monkeypatch.setattr(tiff, "_decode_tile", lambda file, *place: decoded.append(place) or read(file, *place))
     return decoded
 
 
@@ -156,7 +156,7 @@ class TestRefused:
         with pytest.raises(DataProblem, match=r"is truncated: .* bytes expected"):
             LargeImage(path, ImageFormat(1))
 
-    def test_a_damaged_tile_is_told_when_it_is_read(self, tmp_path):
+    def test_a_damaged_tile_is_reported_when_it_is_read(self, tmp_path):
         path = stored(tmp_path, GRAY, tile=(32, 32), compression="zlib")
         with tifffile.TiffFile(path) as tiff:
             place = tiff.pages.first.dataoffsets[-1]
@@ -183,7 +183,7 @@ class TestRefused:
         with pytest.raises(DataProblem, match=r"has 3 channels .*data\.channels=5 was asked for"):
             LargeImage(stored(tmp_path, RGB, photometric="rgb"), ImageFormat(5))
 
-    def test_two_pictures(self, tmp_path):
+    def test_two_images(self, tmp_path):
         path = tmp_path / "a.tif"
         with tifffile.TiffWriter(path) as writer:
             writer.write(GRAY)
@@ -213,7 +213,7 @@ class TestOpenLarge:
         assert isinstance(image, LargeImage)
         image.close()
 
-    def test_what_pillow_would_call_a_bomb(self, tmp_path, monkeypatch):
+    def test_images_beyond_pillows_limit(self, tmp_path, monkeypatch):
         path = stored(tmp_path, GRAY, tile=(32, 32))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(DataProblem, match="bomb"):
