@@ -144,7 +144,7 @@ class TestMasks:
             (["module.threshold=0.3"], "threshold"),
         ):
             other = made_run(tmp_path / overrides[0], *overrides)
-            assert f"must have one {name}, got" in refused(f"run=[{run},'{other}']".replace("'", '"'), *where)
+            assert f"must have the same {name}, got" in refused(f"run=[{run},'{other}']".replace("'", '"'), *where)
         several = [made_run(tmp_path / str(bands), *FILES, f"data.bands={bands}") for bands in ([1], [2])]
         assert "must preprocess images alike" in (told := refused(f"run=[{several[0]},{several[1]}]", *where))
         assert told.endswith("differ bands.0: 1 there, 2 now")
@@ -154,7 +154,7 @@ class TestMasks:
     def test_are_decided_by_the_calibration(self, run, pictures, tmp_path, capsys):
         calibrated = tmp_path / "calibrated"
         shutil.copytree(run, calibrated)
-        decision = {"version": 1, "postprocessing": {"thresholds": [0.4]}}
+        decision = {"version": 2, "postprocessing": {"thresholds": [0.4]}}
         (calibrated / "calibration.json").write_text(json.dumps(decision))
         for choice, threshold in (("auto", 0.4), ("none", 0.5)):
             output = tmp_path / choice
@@ -399,7 +399,7 @@ class TestOutput:
 
         monkeypatch.setattr(ImagePredictionIO, "write", full)
         told = refused(f"run={run}", f"input={pictures}", f"output={output}")
-        assert f"cannot write the mask of b to {output}: No space left on device; what is written stays" in told
+        assert f"cannot write the mask of b to {output}: No space left on device; finished masks are kept" in told
         monkeypatch.undo()
         assert [path.name for path in output.glob("*.png")] == ["a.png"]
         assert run_predict(f"run={run}", f"input={pictures}", f"output={output}") == 0
