@@ -270,7 +270,7 @@ class _AnnotationReader:
         for entry in content["annotations"]:
             name = f"annotation {entry.get('id', '?')}"
             if "id" in entry and entry["id"] in seen:
-                self._refuse(f"{name} is there twice", "Keep one of them.")
+                self._refuse(f"{name} is listed twice", "Keep one of them.")
                 continue
             seen.add(entry.get("id"))
             if entry.get("image_id") not in images:
@@ -303,7 +303,7 @@ class _AnnotationReader:
         cases = Counter(pair.case for pair in pairs)
         for pair in pairs:
             if cases[pair.case] > 1:
-                self._refuse_image(pair.image, "has the name of another image, but for the suffix")
+                self._refuse_image(pair.image, "has the name of another image, except for the suffix")
                 cases[pair.case] = 1
         blank = sum(not objects.get(key) for key in images)
         if blank:
@@ -338,9 +338,9 @@ class _AnnotationReader:
         for entry in content["images"]:
             name, size = str(entry.get("file_name", "")), (entry.get("height"), entry.get("width"))
             if entry.get("id") in images or name in files:
-                self._refuse(f"the image {name!r} (id {entry.get('id')!r}) is there twice", "Keep one of them.")
+                self._refuse(f"the image {name!r} (id {entry.get('id')!r}) is listed twice", "Keep one of them.")
             elif not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                self._refuse(f"the file_name {name!r} does not lie below {self.folder.name}", "Set data.images, or it.")
+                self._refuse(f"the file_name {name!r} is not below {self.folder.name}", "Correct it, or data.images.")
             elif not all(isinstance(length, int) and length > 0 for length in size):
                 self._refuse(f"the image {name!r} has the height and width {size}", "Correct them.")
             else:

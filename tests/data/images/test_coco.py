@@ -215,13 +215,13 @@ def test_every_problem_is_listed_at_once(tmp_path):
     text = refusal(coco_source(tmp_path, TWO, fractions=(1, 0, 0)))
     file = "annotations/instances_train.json"
     for line in [
-        f"{file}: the image 'a.jpg' (id 2) is there twice",
-        f"{file}: the file_name '../out.jpg' does not lie below train",
+        f"{file}: the image 'a.jpg' (id 2) is listed twice",
+        f"{file}: the file_name '../out.jpg' is not below train",
         f"{file}: the image 'no-size.jpg' has the height and width (None, None)",
         "train/gone.jpg: does not exist, and instances_train.json lists it",
-        "train/a.jpg: has the name of another image, but for the suffix",
+        "train/a.jpg: has the name of another image, except for the suffix",
         f"{file}: small.jpg: is 6x8 (height x width), but its image small.jpg is 3x3",
-        f"{file}: annotation 1 is there twice",
+        f"{file}: annotation 1 is listed twice",
         f"{file}: 1 annotations are of an image that is not listed, such as annotation 2 of the image 77",
         f"{file}: 1 annotations are of a category that is not listed, such as annotation 3 of 99",
         f"{file}: annotation 4 has an outline that is not [x, y, x, y ...] of at least three points",
