@@ -117,9 +117,9 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert waits == [1.0, 2.0, 4.0]
     assert step(path) == 1
-    told = capsys.readouterr().err
-    assert told.count("last.ckpt could not be written: ") == 3
-    assert "The training waits, and tries again for 600 s." in told
+    message = capsys.readouterr().err
+    assert message.count("last.ckpt could not be written: ") == 3
+    assert "The training waits, and tries again for 600 s." in message
 
 
 def test_not_for_ever(naps, capsys):

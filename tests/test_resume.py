@@ -1,4 +1,4 @@
-"""What was broken off and resumed equals what was not, bit for bit."""
+"""An interrupted and resumed training equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -102,18 +102,19 @@ def test_on_two_ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
-    told = subprocess.run(
+    result = subprocess.run(
         [*run, str(tmp_path), str(Path(__file__).parent)], capture_output=True, text=True, timeout=300, check=False
     )
-    assert told.returncode == 0, told.stderr
+    assert result.returncode == 0, result.stderr
     # Two batches, a validation and an epoch's end in each of two epochs.
-    assert told.stdout.count("the same from") == 8
+    assert result.stdout.count("the same from") == 8
 
 
 KILLED = """
 import os, random, signal, sys, time
-# Imported once: what is killed begins in no time.
-import lightning_dice.fit, lightning_dice.cli.experiment, lightning_dice.plotting.curves, lightning_dice.callbacks.overlays
+# Imported once, so that the killed processes start quickly.
+import lightning_dice.fit, lightning_dice.cli.experiment
+import lightning_dice.plotting.curves, lightning_dice.callbacks.overlays
 import torchmetrics, matplotlib.backends.backend_agg, segmentation_models_pytorch, torchvision.transforms.v2
 
 folder, kills = sys.argv[1], int(sys.argv[2])
@@ -183,9 +184,9 @@ def test_killed_at_random_moments(tmp_path):
     script.write_text(KILLED)
     for name, kills in (("whole", 0), ("killed", 20)):
         line = [sys.executable, str(script), str(tmp_path / name), str(kills), *RUN]
-        told = subprocess.run(line, capture_output=True, text=True, timeout=550, check=False)
-        assert told.returncode == 0, told.stderr
-    assert "20 times killed" in told.stdout
+        result = subprocess.run(line, capture_output=True, text=True, timeout=550, check=False)
+        assert result.returncode == 0, result.stderr
+    assert "20 times killed" in result.stdout
     paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("whole", "killed")]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     for key, value in one["state_dict"].items():

@@ -155,5 +155,5 @@ def test_a_resumed_run_follows_the_curve_of_its_new_length(tmp_path):
     fit("resume=run", "trainer.max_epochs=6", "scheduler.start_factor=0.4", cwd=tmp_path)
     expected = [0.01 * rising(epoch, 3, 0.1) for epoch in (0, 1)] + [0.01 * rising(2, 3, 0.4)]
     expected += [cosine(epoch, 3, 1e-6, 0.01) for epoch in range(3)]
-    # Six digits stand in the table.
+    # The table has six digits.
     assert learned_rates(tmp_path / "run") == pytest.approx(expected, rel=1e-5)

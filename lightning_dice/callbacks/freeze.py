@@ -32,7 +32,7 @@ class FreezeSchedule(Callback):
         parts: what to freeze, and when. A key is the path of a module of `net`, such as `encoder` or `encoder.layer1`,
             or of a parameter; if there is no such path, a prefix of parameter names. A value is the first epoch in
             which the part is trained, counted from 0, or a pair `[first, end]`: frozen in epochs `first` to `end` - 1,
-            with `end` None for the rest of the training. A part named by several keys is frozen if any of them says so.
+            with `end` None for the rest of the training. A part that several keys name is frozen if any of them is.
 
     Raises:
         ValueError: a key or a value of another form; before training starts: no parts, a part that `net` does not

@@ -255,7 +255,7 @@ def _check_by_constructor(owner: Any, argument: str, value: Any, path: str) -> N
         except ValueError as error:
             raise ValueError(f"setting {path!r}: {error}") from error
         except Exception:
-            # Says nothing about the value: the constructor of a loss that is not ours may require more.
+            # Not necessarily because of the value: the constructor of a loss that is not ours may require more.
             return
         return
 

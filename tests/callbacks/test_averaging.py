@@ -13,7 +13,13 @@ from torch import nn
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import SaveOnInterrupt, WeightEMA
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 def module():

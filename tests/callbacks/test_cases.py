@@ -31,7 +31,7 @@ def batches(*items):
 
 
 def ids(*values):
-    """Logits of three classes that stand for the ids, one row of pixels."""
+    """Logits of three classes that predict the ids, one row of pixels."""
     return torch.nn.functional.one_hot(torch.tensor([values]), 3).permute(2, 0, 1).float()
 
 
@@ -71,9 +71,11 @@ def test_table_of_cases(tmp_path, trainer):
 
 
 def test_distances_are_in_the_unit_of_the_spacing(tmp_path, trainer):
-    there, said = torch.zeros(2, 1, 8, 8)
-    there[0, 2:6, 2:6], said[0, 2:6, 4:8] = 1, 1
-    batch = Batch((said * 2 - 1)[None].repeat(2, 1, 1, 1), there.byte()[None].repeat(2, 1, 1, 1), ["mm", "pixels"])
+    actual, predicted = torch.zeros(2, 1, 8, 8)
+    actual[0, 2:6, 2:6], predicted[0, 2:6, 4:8] = 1, 1
+    batch = Batch(
+        (predicted * 2 - 1)[None].repeat(2, 1, 1, 1), actual.byte()[None].repeat(2, 1, 1, 1), ["mm", "pixels"]
+    )
     batch.spacing[0] = (3.0, 0.5)
     callback = CaseTable(tmp_path, ["object"], "sigmoid", tolerance=1.0)
     trainer(callback).test(Answers(), DataLoader([batch], batch_size=None), verbose=False)

@@ -334,8 +334,8 @@ def test_classes_that_do_not_occur_are_named_once(trainer, masks, kwargs, messag
         good = [ids(1, 2)]
     with pytest.warns(UserWarning, match=message.format(split=split)) as warned:
         watched(trainer, *((masks, good) if split == "training" else (good, masks)), **kwargs)
-    (told,) = of_masks(warned)
-    assert f"epoch of {split}" in told
+    (message,) = of_masks(warned)
+    assert f"epoch of {split}" in message
 
 
 def test_a_class_that_is_ignored_is_not_to_occur(trainer):

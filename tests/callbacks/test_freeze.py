@@ -12,7 +12,13 @@ from torch import nn
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import FreezeSchedule, GradientGuard
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 class Net(nn.Module):
@@ -61,7 +67,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(trainer, loader, optimizer):
     watch, model = Watch(), module(optimizer)
     schedule = FreezeSchedule({"encoder": 2, "head": [3, None], "decoder": [1, 2]})
     trainer(watch, schedule, max_epochs=5).fit(model, loader(), loader())
-    # Momentum of the head goes on after epoch 2, and would move it.
+    # Momentum of the head remains after epoch 2, and would move it.
     assert [watch.changed(epoch) for epoch in range(4)] == [
         {"decoder", "head"}, {"head"}, {"encoder", "decoder", "head"}, {"encoder", "decoder"},
     ]  # fmt: skip
@@ -318,8 +324,8 @@ def command(name, *arguments, cwd, status=0):
 
 def test_as_a_command(tmp_path):
     few = [*SMALL, "logger=none", "test=false", "callbacks=freeze", "trainer.max_epochs=1"]
-    told = command("fit", *few, "callbacks.freeze.parts={bias: 2, weight: [2, null]}", "folder=run", cwd=tmp_path)
-    assert "freeze  bias in epochs 0 to 1, weight from epoch 2 on" in told.stdout
-    told = command("fit", *few, "callbacks.freeze.parts={head: 1}", "folder=b", cwd=tmp_path, status=2).stderr
-    assert "net, a Conv2d, has no parameters in 'head', only in weight, bias" in told
-    assert "Traceback" not in told
+    result = command("fit", *few, "callbacks.freeze.parts={bias: 2, weight: [2, null]}", "folder=run", cwd=tmp_path)
+    assert "freeze  bias in epochs 0 to 1, weight from epoch 2 on" in result.stdout
+    result = command("fit", *few, "callbacks.freeze.parts={head: 1}", "folder=b", cwd=tmp_path, status=2).stderr
+    assert "net, a Conv2d, has no parameters in 'head', only in weight, bias" in result
+    assert "Traceback" not in result

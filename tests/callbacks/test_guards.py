@@ -23,7 +23,13 @@ from lightning_dice.callbacks import (
 )
 from lightning_dice.data.batch import Batch, Sample
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 class Cases(Dataset):
@@ -116,11 +122,11 @@ def test_it_stops_before_the_weights_change_and_names_the_cases(tmp_path, traine
     fit = trainer(steps, GradientGuard(tmp_path), SaveOnInterrupt(tmp_path), max_epochs=2)
     with pytest.raises(NonFiniteError) as caught:
         fit.fit(model, cases(broken=[5], value=value), cases())
-    told = str(caught.value)
-    assert "the loss and the gradients of epoch 0, step 2 are not finite" in told
-    assert "cases case04, case05 with images that are not finite: case05" in told
+    message = str(caught.value)
+    assert "the loss and the gradients of epoch 0, step 2 are not finite" in message
+    assert "cases case04, case05 with images that are not finite: case05" in message
     for word in ("optimizer.lr", "trainer.gradient_clip_val=1", "bf16-mixed", "callbacks.gradient_guard.action=skip"):
-        assert word in told
+        assert word in message
     assert equal(steps.states[1], model.state_dict())
     assert files(tmp_path) == ["epoch_0_step_2_rank0.pt"]
     saved = torch.load(tmp_path / "non_finite/epoch_0_step_2_rank0.pt", weights_only=True)
@@ -318,10 +324,10 @@ def test_a_run_that_diverges_ends_with_one_message_and_keeps_its_checkpoint(tmp_
     command("fit", *few, "trainer.max_epochs=1", "folder=run", cwd=tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     before = last.read_bytes()
-    told = command("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path, status=2).stderr
-    assert "Traceback" not in told
-    assert "are not finite (NaN or infinite): cases train" in told
-    assert "last.ckpt is unchanged" in told
+    message = command("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path, status=2).stderr
+    assert "Traceback" not in message
+    assert "are not finite (NaN or infinite): cases train" in message
+    assert "last.ckpt is unchanged" in message
     assert last.read_bytes() == before
     assert len(files(tmp_path / "run")) == 1
 
@@ -359,8 +365,8 @@ class TestCollapse:
     )
     def test_table(self, activation, excluded, predicted, actual, count, expected):
         guard = CollapseGuard(["a", "b", "c"][: len(count)], activation, exclude_classes=excluded)
-        told = guard.describe_collapse(predicted, actual, count)
-        assert told is None if expected is None else told.startswith(expected)
+        message = guard.describe_collapse(predicted, actual, count)
+        assert message is None if expected is None else message.startswith(expected)
 
     @staticmethod
     def still(net, bias, **kwargs):
@@ -372,13 +378,13 @@ class TestCollapse:
         return model
 
     @pytest.mark.parametrize(
-        ("bias", "told"),
+        ("bias", "description"),
         [
             (-3.0, "no pixel has been predicted as 'a', though the masks hold 132"),
             (3.0, "every pixel has been predicted"),
         ],
     )
-    def test_it_is_said_once_why_and_what_to_try(self, trainer, net, loader, bias, told):
+    def test_it_warns_once_with_causes_and_remedies(self, trainer, net, loader, bias, description):
         def fit(epochs):
             trainer(CollapseGuard(["a"], "sigmoid"), max_epochs=epochs).fit(self.still(net, [bias]), loader(), loader())
 
@@ -386,7 +392,7 @@ class TestCollapse:
         with pytest.warns(UserWarning, match="in a row") as caught:
             fit(6)
         (message,) = [str(one.message) for one in caught if "in a row" in str(one.message)]
-        assert message.startswith(f"for 3 validations in a row {told}")
+        assert message.startswith(f"for 3 validations in a row {description}")
         for word in ("loss=dice_ce", "loss.absent=penalize", "optimizer.lr", "warmup_cosine", "normalize=image"):
             assert word in message
 
@@ -495,12 +501,12 @@ if __name__ == "__main__":
         enable_progress_bar=False, callbacks=[*guards, weights], num_sanity_val_steps=0,
     )
     loader = DataLoader(Cases(8), 2, collate_fn=collate)
-    told = None
+    message = None
     try:
         trainer.fit(Odd(), loader, loader)
     except (NonFiniteError, CollapseError) as error:
-        told = str(error)
-    result = {{"told": told, "weights": weights.seen}}
+        message = str(error)
+    result = {{"message": message, "weights": weights.seen}}
     (folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -524,23 +530,23 @@ def test_two_processes_stop_together_and_the_one_that_knows_saves(tmp_path, requ
     assert "case05" in saved["case"]
     assert "loss" in saved["not_finite"]
     for result in results:
-        assert f"cases {', '.join(saved['case'])} on rank 1 (saved" in result["told"]
-        assert "rank 0" not in result["told"]
+        assert f"cases {', '.join(saved['case'])} on rank 1 (saved" in result["message"]
+        assert "rank 0" not in result["message"]
         assert len(result["weights"]) == 1
 
 
 def test_two_processes_skip_together(tmp_path, request):
-    results, told = two_processes(tmp_path, request.path.parent, "skip", "case03")
-    assert told.count("The step is skipped, number 1 of 3") == 1
+    results, output = two_processes(tmp_path, request.path.parent, "skip", "case03")
+    assert output.count("The step is skipped, number 1 of 3") == 1
     first, second = (result["weights"] for result in results)
     assert first == second
     assert first[0] == first[1]
-    assert [result["told"] for result in results] == [None, None]
+    assert [result["message"] for result in results] == [None, None]
 
 
 def test_two_processes_judge_all_predictions(tmp_path, request):
     results, _ = two_processes(tmp_path, request.path.parent, "skip", "none")
     for result in results:
-        assert result["told"].startswith("for 1 validation in a row no pixel has been predicted as 'a'")
+        assert result["message"].startswith("for 1 validation in a row no pixel has been predicted as 'a'")
         pixels = sum(int(sample.mask.sum()) for sample in Cases(8))
-        assert f"though the masks hold {pixels}" in result["told"]
+        assert f"though the masks hold {pixels}" in result["message"]

@@ -52,7 +52,7 @@ def test_comet(picture):
     logger.experiment.log_image.assert_called_once_with(image_data=str(picture), name="curves", step=7)
 
 
-def test_loggers_without_pictures_are_passed_over(picture):
+def test_loggers_without_pictures_are_skipped(picture):
     last = MagicMock(spec=["log_image"])
     log_picture(on(SimpleNamespace(experiment=object()), object(), last), "curves", picture)
     last.log_image.assert_called_once()

@@ -1,4 +1,4 @@
-"""Signals end a training after a step, on all ranks, from where it goes on exactly."""
+"""Signals end a training after a step, on all ranks, and it resumes exactly."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def test_workers_leave_signals_to_the_training(tmp_path):
                         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
 
     whole = train(workers=2)
-    told = ToWorkers()
-    assert not differences(whole, train(workers=2, callbacks=(told,)))
-    assert len(told.workers) == 4, "two of training, two of validation"
+    callback = ToWorkers()
+    assert not differences(whole, train(workers=2, callbacks=(callback,)))
+    assert len(callback.workers) == 4, "two of training, two of validation"
 
 
 def test_signals_are_lightnings_own_in_an_evaluation(tmp_path):
@@ -171,12 +171,12 @@ def test_all_ranks_stop_when_one_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29519", str(script)]
-    told = subprocess.run(
+    result = subprocess.run(
         [*run, str(tmp_path), str(Path(__file__).parents[1])], capture_output=True, text=True, timeout=200, check=False
     )
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("exact on") == 2
-    assert told.stderr.count("Stopped by SIGTERM in epoch 1, step 3: saved") == 1
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("exact on") == 2
+    assert result.stderr.count("Stopped by SIGTERM in epoch 1, step 3: saved") == 1
 
 
 def test_the_error_tells_its_status(tmp_path):

@@ -14,7 +14,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_dice.callbacks import History, throughput
 from lightning_dice.callbacks.throughput import EpochThroughput, batch_size, peak_memory
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 def rows(path):
@@ -23,7 +29,7 @@ def rows(path):
 
 
 class Clock:
-    """A time that passes only when it is told to."""
+    """A clock that the test sets."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
