@@ -1,6 +1,6 @@
 """Data sets and the datamodule.
 
-- `datamodule`: `SegmentationData`, which makes the batches; `samplers` and `batch` are its parts.
+- `datamodule`: `SegmentationData`, which makes the batches; `samplers`, `batching` and `batch` are its parts.
 - `interfaces`: what a data source must offer. Start here to write your own.
 - Sources: `images` (files of images and masks, COCO), `volumes` (NIfTI, nnU-Net), `torch_dataset` (any torch or
   torchvision data set), `synthetic` (drawn from a seed).

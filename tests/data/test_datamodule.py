@@ -17,7 +17,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from lightning_dice.data.batch import Batch, Sample
-from lightning_dice.data.datamodule import SegmentationData, apply_augment
+from lightning_dice.data.batching import apply_augment
+from lightning_dice.data.datamodule import SegmentationData
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.samplers import EvalSampler, TrainSampler
 from lightning_dice.data.synthetic import SyntheticSource

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from lightning_dice.data.synthetic import LOOKS, SyntheticSource
+from lightning_dice.data.synthetic import SyntheticSource
+from lightning_dice.data.synthetic_scene import LOOKS
 
 NAMES = tuple(f"c{k}" for k in range(9))
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lightning_dice.data.datamodule import apply_augment
+from lightning_dice.data.batching import apply_augment
 from lightning_dice.data.transforms import RandomIntensity, Standardize, fit_normalization
 
 FLIPS = """

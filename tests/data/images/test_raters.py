@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from lightning_dice import DiceLoss
 from lightning_dice.data import MaskFormat, SegmentationData
-from lightning_dice.data.datamodule import apply_augment
+from lightning_dice.data.batching import apply_augment
 from lightning_dice.data.images.raters import Raters, fuse
 from tests.data.image_sources import folder_source
 
