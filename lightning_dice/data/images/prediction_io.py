@@ -40,8 +40,8 @@ from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionIO, Pre
 from lightning_dice.io import write_atomically
 from lightning_dice.text import join_some
 
-MASK_SUFFIXES = {"png": ".png", "tiff": ".tif"}
-FORMAT_SUFFIXES = {
+WRITTEN_EXTENSIONS = {"png": ".png", "tiff": ".tif"}
+EXTENSIONS_OF_FORMAT = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),
@@ -175,9 +175,9 @@ class ImagePredictionIO(PredictionIO):
         Raises:
             DataError: a file would be outside the folder, or the format is unknown.
         """
-        if format is not None and format not in MASK_SUFFIXES:
+        if format is not None and format not in WRITTEN_EXTENSIONS:
             raise DataError(f"format must be png or tiff for images, got {format}")
-        file = _file_of_case(case, MASK_SUFFIXES[format or "png"])
+        file = _file_of_case(case, WRITTEN_EXTENSIONS[format or "png"])
         # A class may be named `a/b`; its folder is a single one all the same.
         folders = [name.replace("/", "_").replace("\\", "_") for name in self.mask_format.classes]
         return [folder / file for folder in map(Path, folders)] if self.planes else [file]
@@ -254,9 +254,11 @@ class ImagePredictionIO(PredictionIO):
         Raises:
             DataError: it does not exist, exists in two formats, or holds values of no class.
         """
-        found = [self.names(case, name) for name in MASK_SUFFIXES if (folder / self.names(case, name)[0]).is_file()]
+        found = [
+            self.names(case, name) for name in WRITTEN_EXTENSIONS if (folder / self.names(case, name)[0]).is_file()
+        ]
         if len(found) != 1:
-            wanted = " or ".join(str(self.names(case, name)[0]) for name in MASK_SUFFIXES)
+            wanted = " or ".join(str(self.names(case, name)[0]) for name in WRITTEN_EXTENSIONS)
             what = "exists twice" if found else "does not exist"
             raise DataProblem(f"the mask of the case {case} {what}: {wanted}", folder)
         paths = [folder / name for name in found[0]]
@@ -355,7 +357,7 @@ def _warn_if_misnamed(path: Path, data: bytes) -> None:
     else:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             kind = image.format or "?"
-    if path.suffix.lower() not in FORMAT_SUFFIXES.get(kind, ()):
+    if path.suffix.lower() not in EXTENSIONS_OF_FORMAT.get(kind, ()):
         what = f"is a {kind} file by its content, and was read as one"
         warnings.warn(FileWarning(str(DataProblem(what, path, "Rename it."))), stacklevel=3)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dice.data.errors import DataError, DataProblem, SkippedWarning, combined_error
 from lightning_dice.data.file_names import file_stem
-from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionItem
+from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionIO, PredictionItem
 from lightning_dice.data.label_map import LabelMap
 from lightning_dice.data.volumes.file_layout import group_channels
 from lightning_dice.data.volumes.nifti import (
@@ -35,7 +35,7 @@ def _read_any_mask(case: str, path: Path) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class VolumePredictionIO:
+class VolumePredictionIO(PredictionIO):
     """Reads NIfTI files as training does, and writes masks that match them in any viewer.
 
     Arrays in memory are in canonical orientation (RAS+). Written files have the axes, the affine and the header of the
