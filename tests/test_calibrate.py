@@ -14,7 +14,14 @@ from omegaconf import OmegaConf
 from torchmetrics import MeanMetric
 
 from lightning_dice import DiceLoss, DiceScore, SegmentationModule
-from lightning_dice.calibrate import _calibrator, calibrate, calibration_error, collect, decide, table
+from lightning_dice.calibrate import (
+    calibrate,
+    calibration_error,
+    collect,
+    find_calibration,
+    make_calibrator,
+    score_table,
+)
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError
@@ -67,7 +74,7 @@ def run(home):
 
 
 @pytest.fixture(scope="module")
-def told(home, run):
+def printed(home, run):
     """What the command prints."""
     return command("calibrate", f"run={run}", "device=cpu", cwd=home).stdout
 
@@ -83,7 +90,7 @@ def test_a_training_by_windows_keeps_them(run):
     assert (run / "cases.csv").is_file()
 
 
-def test_writes_what_it_found_and_from_what(run, told):
+def test_writes_what_it_found_and_from_what(run, printed):
     found = content(run / CALIBRATION)
     checkpoint = run / "checkpoints" / "best.ckpt"
     assert found["checkpoint"]["file"] == str(checkpoint)
@@ -94,11 +101,11 @@ def test_writes_what_it_found_and_from_what(run, told):
     assert after["nll"] < before["nll"]
     assert after["dice"] > before["dice"]
     for text in (f"{before['dice']:.4f}", f"{after['nll']:.4f}", "temperature", str(run / CALIBRATION)):
-        assert text in told
-    assert "thresholds are not sought" not in told
+        assert text in printed
+    assert "no thresholds for a softmax" not in printed
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("printed")
 def test_the_scores_are_those_of_an_evaluation(run):
     register_resolvers()
     scores = content(run / CALIBRATION)["scores"]
@@ -111,7 +118,7 @@ def test_the_scores_are_those_of_an_evaluation(run):
         assert logged["val/dice"] == pytest.approx(scores[when]["dice"], rel=1e-6)
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("printed")
 def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
     monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
     register_resolvers()
@@ -123,13 +130,13 @@ def test_the_command_evaluate_decides_by_it(home, run, monkeypatch):
             evaluate(compose("evaluate", overrides=[*given, *chosen]), [])
             (line, *_) = content(home / choice / "summary.json")["scores"]
             assert line["mean"] == pytest.approx(scores[when]["dice"], rel=1e-5)
-        # A mistake is told before anything is written.
-        with pytest.raises(UserError, match="of another architecture"):
+        # A mistake is reported before anything is written.
+        with pytest.raises(UserError, match="has another architecture"):
             evaluate(compose("evaluate", overrides=[*given, f"output={home / 'none-made'}"]), ["model.kernel_size=5"])
     assert not (home / "none-made").exists()
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("printed")
 def test_a_module_of_the_run_decides_by_it(run):
     module = SegmentationModule.from_run(run)
     decision = PostProcessing.load(run / CALIBRATION)
@@ -140,7 +147,7 @@ def test_a_module_of_the_run_decides_by_it(run):
         assert torch.equal(module.predict_step(image), probs > decision.thresholds[0])
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("printed")
 def test_nothing_is_overwritten(home, run):
     before = (run / CALIBRATION).read_bytes()
     with pytest.raises(UserError, match=r"calibration\.json exists.*overwrite=true"):
@@ -171,12 +178,12 @@ def test_the_network_is_in_evaluation_mode(home, run, monkeypatch):
 
 def test_what_has_no_score_is_null(home, run, monkeypatch):
     scores = {when: {"dice": math.nan, "nll": 0.5} for when in ("before", "after")}
-    monkeypatch.setattr("lightning_dice.calibrate.decide", lambda *_, **__: (PostProcessing(2.0), scores))
+    monkeypatch.setattr("lightning_dice.calibrate.find_calibration", lambda *_, **__: (PostProcessing(2.0), scores))
     calibrated(run, output=home / "null.json")
     assert content(home / "null.json")["scores"]["after"] == {"dice": None, "nll": 0.5}
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("printed")
 def test_another_checkpoint_is_not_decided_by_it(home, run):
     saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     other = home / "other.ckpt"
@@ -219,14 +226,14 @@ def test_a_softmax_of_more_classes_has_a_temperature_alone():
     calibrator = Calibrator(3, "softmax", exclude_classes=(0,), ignore_index=255)
     with torch.no_grad():
         collect(module, batches, "cpu", calibrator)
-    found, scores = decide(calibrator, ["background", "a", "b"], thresholds=True)
+    found, scores = find_calibration(calibrator, ["background", "a", "b"], thresholds=True)
     assert found.thresholds is None
     assert calibrator.drawn == 2 * 64
     assert scores["after"]["nll"] < scores["before"]["nll"]
     assert scores["after"]["ece"] < scores["before"]["ece"]
     assert scores["after"]["dice"] == scores["before"]["dice"]
     assert math.isnan(scores["after"]["dice/background"])
-    lines = [column._cells for column in table(scores, found, ["background", "a", "b"]).columns]
+    lines = [column._cells for column in score_table(scores, found, ["background", "a", "b"]).columns]
     assert lines[0] == ["dice", "dice/a", "dice/b", "nll", "ece", "temperature"]
     assert set(lines[3]) == {""}
     assert lines[1] == [*(f"{scores['before'][name]:.4f}" for name in lines[0][:-1]), "1"]
@@ -242,7 +249,7 @@ def test_a_case_that_cannot_be_is_named():
 
 
 def test_a_class_of_two_has_its_threshold_beside_its_dice():
-    shown = table(
+    shown = score_table(
         {when: {"dice": 0.5, "dice/a": math.nan, "dice/b": 0.5} for when in ("before", "after")},
         PostProcessing(2.0, [0.25, 0.125]),
         ["a", "b"],
@@ -284,7 +291,7 @@ class TestSettings:
         module = SegmentationModule(torch.nn.Conv2d(1, classes, 1), loss, metrics, **settings)
         config = OmegaConf.create({"pixels": pixels, "seed": 5})
         data = {"classes": list("abc"[:classes]), "exclude_classes": [0], "ignore_index": 7}
-        return _calibrator(module, config, OmegaConf.create({"data": data}), cases=10)
+        return make_calibrator(module, config, OmegaConf.create({"data": data}), cases=10)
 
     def test_of_the_first_dice_score(self, monkeypatch):
         policy = AbsentPolicy("skip")

@@ -20,7 +20,13 @@ from PIL import Image
 from lightning_dice.cli.config import instantiate
 
 # One convolution trains the whole pipeline in no time.
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 def command(name: str, *arguments: str, cwd: Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 
 TINY = [
-    *("model=custom", "data.patch_size=[16,16]", "data.batch_size=4", "data.num_workers=0", "data.channels=1", "device=cpu"),
+    *(
+        "model=custom",
+        "data.patch_size=[16,16]",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "data.channels=1",
+        "device=cpu",
+    ),
     *("trainer.max_epochs=1", "folder=run"),
 ]
 SIZE = (20, 24)

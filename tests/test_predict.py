@@ -29,7 +29,13 @@ from lightning_dice.cli.prediction_manifest import Manifest
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.predict import SETTINGS, predict
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 FILES = ["data=folder", "data.root=data", "data.classes=[object]", "data.channels=1", "data.nodata=nan"]
 
@@ -499,7 +505,10 @@ class TestProcesses:
             Image.fromarray(pixels).save(folder / f"{index:03}.png", compress_level=1)
         line = [sys.executable, "-m", "lightning_dice.predict", f"run={run}", f"input={folder}", f"output={output}"]
         process = subprocess.Popen(
-            [*line, "device=cpu", "inference.mirror_axes=[0,1]"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*line, "device=cpu", "inference.mirror_axes=[0,1]"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2000):
             if (output / "003.png").is_file():

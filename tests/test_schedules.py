@@ -21,7 +21,13 @@ from lightning_dice import SegmentationModule
 from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.schedules import warmup
 
-SMALL = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0", "device=cpu"]
+SMALL = [
+    "model=custom",
+    "data.patch_size=[32,32]",
+    "data.cases={train:16,val:4,test:4}",
+    "data.num_workers=0",
+    "device=cpu",
+]
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:

@@ -14,8 +14,8 @@ from PIL import Image
 from lightning_dice.data import DatasetSource, FolderSource, MaskFormat
 from lightning_dice.data.errors import DataError
 from lightning_dice.data.torch_dataset import to_decoded_image
+from tests.cli.test_config import composed
 from tests.data.image_sources import dataset_source
-from tests.test_configs import composed
 
 SIZE = (6, 8)
 IDS = np.arange(48).reshape(SIZE).astype(np.uint8) % 3

@@ -1,4 +1,4 @@
-"""A module that evaluates by windows, flips and decisions."""
+"""Evaluation of a module with windows, mirroring and post-processing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_without_settings_nothing_is_different():
         ("sigmoid", PostProcessing(2.0, [0.3, 0.7], min_size=3)),
     ],
 )
-def test_what_is_decided_is_what_is_scored_and_predicted(activation, postprocessing, mask_size):
+def test_post_processed_labels_are_scored_and_predicted(activation, postprocessing, mask_size):
     tested = module(Inference([8, 8], postprocessing=postprocessing), activation)
     given = batches(activation, mask_size=mask_size)
     score = DiceScore(3 if activation == "softmax" else 2, activation=activation)
@@ -116,7 +116,7 @@ def test_predicted_components_are_measured_at_the_size_of_the_image():
         assert not torch.equal(found, module().predict_step(given))
 
 
-def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
+def test_thresholds_of_a_metric_do_not_undo_post_processing():
     given = batches("sigmoid")
     tested = module(Inference(postprocessing=PostProcessing(thresholds=[0.4, 0.4])), "sigmoid")
     strict = SegmentationModule(
@@ -131,7 +131,7 @@ def test_other_thresholds_of_a_metric_do_not_undo_a_decision():
 @pytest.mark.parametrize(
     "inference", [SLIDING, Inference([8, 8], postprocessing=PostProcessing(thresholds=[0.2, 0.3, 0.4]))]
 )
-def test_training_knows_nothing_of_it(inference):
+def test_training_does_not_use_it(inference):
     batch = batches()[0]
     found = [silent(module(each)).train().training_step(batch, 0) for each in (None, inference)]
     assert torch.equal(*found)
@@ -145,13 +145,13 @@ def test_a_batch_of_no_image_runs_the_network_on_one_window():
             seen.append(tuple(image.shape))
             return super().forward(image)
 
-    decision = PostProcessing(min_size=3)
+    postprocessing = PostProcessing(min_size=3)
     tested = SegmentationModule(
         Seeing(1, 3, 1),
         DiceLoss(activation="softmax"),
         DiceScore(3, activation="softmax"),
         size_divisor=8,
-        inference=Inference([8, 8], mirror_axes=[0], postprocessing=decision),
+        inference=Inference([8, 8], mirror_axes=[0], postprocessing=postprocessing),
     )
     full = batches(mask_size=(25, 30))
     nothing = Batch(full[0].image[:0], full[0].mask[:0], [])
@@ -186,14 +186,14 @@ def test_calibrating_leaves_other_modules_alone():
     assert other.inference.postprocessing == PostProcessing(min_size=4)
 
 
-def test_flips_are_averaged():
+def test_mirrored_predictions_are_averaged():
     tested, image = module(Inference(mirror_axes=[1])), batches()[0].image
     with torch.no_grad():
         mean = (tested.net(image).softmax(1) + tested.net(image.flip(3)).flip(3).softmax(1)) / 2
         torch.testing.assert_close(tested.eval_logits(image).softmax(1), mean)
 
 
-def test_a_temperature_goes_before_the_threshold_and_is_told():
+def test_a_temperature_is_applied_before_the_threshold_and_returned():
     tested = silent(module(Inference(postprocessing=PostProcessing(temperature=2.0)), "sigmoid", threshold=0.3))
     given = batches("sigmoid")[0]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_several_modules_are_an_ensemble():
         torch.testing.assert_close(joined.probabilities(joined.logits(image)), mean)
 
 
-def test_an_ensemble_has_the_windows_and_flips_of_its_first():
+def test_an_ensemble_has_the_windows_and_mirroring_of_its_first():
     first, other = module(SLIDING), module(Inference([4, 4]))
     joined = Predictor.ensemble([each.predictor() for each in (first, other)])
     assert (joined.window, joined.mirroring) == (SLIDING.window, SLIDING.mirroring)

@@ -30,8 +30,8 @@ def test_without_settings_labels_are_those_of_the_module(activation, threshold):
 @pytest.mark.parametrize("thresholds", [None, [0.1, 0.5, 0.8]])
 def test_planes_by_probabilities(temperature, thresholds):
     z = logits(3, 40).double()
-    decision = PostProcessing(temperature, thresholds)
-    found = decision.labels(z, activation="sigmoid", threshold=0.3)
+    postprocessing = PostProcessing(temperature, thresholds)
+    found = postprocessing.labels(z, activation="sigmoid", threshold=0.3)
     probs = probabilities(z, "sigmoid", temperature or 1.0)
     for c in range(3):
         limit = 0.3 if thresholds is None else thresholds[c]
@@ -44,8 +44,8 @@ def test_planes_by_probabilities(temperature, thresholds):
 @pytest.mark.parametrize("temperature", [None, 0.5, 3.0])
 def test_ids_by_probabilities(temperature):
     z, thresholds = logits(3, 60).double(), [0.7, 0.2, 0.4]
-    decision = PostProcessing(temperature, thresholds)
-    found = decision.labels(z, activation="softmax")
+    postprocessing = PostProcessing(temperature, thresholds)
+    found = postprocessing.labels(z, activation="softmax")
     for pixel in range(60):
         each = [math.exp(value / (temperature or 1)) for value in z[:, pixel].tolist()]
         p = [value / sum(each) for value in each]
@@ -98,7 +98,7 @@ def test_many_classes_have_ids_that_fit():
     assert PostProcessing().labels(torch.eye(257), activation="softmax").tolist() == list(range(257))
 
 
-def test_what_the_user_says_goes_first():
+def test_own_settings_go_before_defaults():
     calibration = PostProcessing(1.5, [0.4], min_size=3, unit="mm", origin="file")
     own = PostProcessing(min_size=7, keep_largest=[1], background=None)
     expected = PostProcessing(1.5, [0.4], min_size=7, keep_largest=[1], background=None)
@@ -130,7 +130,7 @@ def test_refuses_another_number_of_classes():
         PostProcessing(thresholds=[0.5], origin="here").labels(logits(3, 4), activation="sigmoid")
 
 
-class TestPooled:
+class TestCombined:
     def test_equal_ones_are_one(self):
         assert combine_postprocessing([PostProcessing(2.0, [0.5])] * 3) == PostProcessing(2.0, [0.5])
 
@@ -191,6 +191,6 @@ class TestFile:
         path = tmp_path / CALIBRATION
         path.write_text(content)
         for read in (PostProcessing.load, lambda _: find_postprocessing(tmp_path)):
-            with pytest.raises(ValueError, match=message) as told:
+            with pytest.raises(ValueError, match=message) as error:
                 read(path)
-            assert str(path) in str(told.value)
+            assert str(path) in str(error.value)

@@ -64,7 +64,7 @@ def test_logits_at_another_size():
 
 @pytest.mark.parametrize("temperature", [None, 2.0])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
+def test_mirroring_averages_the_mirrored_predictions(activation, temperature):
     (net,) = nets(1)
     predictor = Predictor(
         [net], mirroring=Mirroring([0, 1]), postprocessing=PostProcessing(temperature), activation=activation
@@ -87,13 +87,13 @@ def test_flips_are_the_mean_of_mirrored_predictions(activation, temperature):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
     several = nets(3)
-    decisions = [PostProcessing(temperature, [0.2 * temperature] * 3) for temperature in (0.5, 1.0, 2.0)]
-    predictor = Predictor(several, window, postprocessing=decisions, activation=activation)
+    each = [PostProcessing(temperature, [0.2 * temperature] * 3) for temperature in (0.5, 1.0, 2.0)]
+    predictor = Predictor(several, window, postprocessing=each, activation=activation)
     probs = []
     padded = image() if window is None else F.pad(image(), (4, 5, 6, 7))
     with torch.no_grad():
-        for net, decision in zip(several, decisions, strict=True):
-            z = net(padded[None])[0] / decision.scale
+        for net, postprocessing in zip(several, each, strict=True):
+            z = net(padded[None])[0] / postprocessing.scale
             probs.append(z.softmax(0) if activation == "softmax" else z.sigmoid())
     mean = torch.stack(probs).mean(0)
     mean = mean if window is None else mean[:, 6:-7, 4:-5]
@@ -104,21 +104,21 @@ def test_an_ensemble_is_the_mean_after_each_temperature(activation, window):
     assert torch.equal(predictor.labels_from_logits(logits).long(), expected.long())
 
 
-def test_equal_temperatures_stay_with_the_decision():
-    several, decision = nets(2), PostProcessing(2.0, [0.3, 0.3, 0.3])
-    predictor = Predictor(several, postprocessing=decision, activation="softmax")
+def test_equal_temperatures_stay_with_the_post_processing():
+    several, postprocessing = nets(2), PostProcessing(2.0, [0.3, 0.3, 0.3])
+    predictor = Predictor(several, postprocessing=postprocessing, activation="softmax")
     with torch.no_grad():
         mean = torch.stack([(net(image()[None])[0] / 2).softmax(0) for net in several]).mean(0)
-    assert predictor.postprocessing == decision
+    assert predictor.postprocessing == postprocessing
     torch.testing.assert_close(predictor.probabilities(predictor.logits(image())), mean)
 
 
 def test_predictors_are_joined():
     several = nets(2)
-    decisions = [PostProcessing(1), PostProcessing(3)]
-    each = [Predictor([net], postprocessing=d, activation="softmax") for net, d in zip(several, decisions, strict=True)]
+    each = [PostProcessing(1), PostProcessing(3)]
+    each = [Predictor([net], postprocessing=d, activation="softmax") for net, d in zip(several, each, strict=True)]
     joined = Predictor.ensemble(each)
-    expected = Predictor(several, postprocessing=decisions, activation="softmax")
+    expected = Predictor(several, postprocessing=each, activation="softmax")
     assert torch.equal(joined.logits(image()), expected.logits(image()))
     with pytest.raises(ValueError, match="must have one activation, got sigmoid, softmax"):
         Predictor.ensemble([each[0], Predictor(several, activation="sigmoid")])
