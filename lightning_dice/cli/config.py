@@ -194,7 +194,7 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
         from lightning.fabric.utilities.exceptions import MisconfigurationException  # Here, as it slows the start down.
 
         cause = error.__cause__
-        # The target's own error, the innermost one, says more than Hydra's around it.
+        # The target's own error, the innermost one, is more helpful than Hydra's around it.
         while cause is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         headline = str(error).splitlines()[0].removesuffix(":")

@@ -1,4 +1,4 @@
-"""What a process of `fit` trains: a new run, a resumed one, the trials of a sweep, or what the first process says."""
+"""Launch `fit`: decide in the first process which runs to train, and train them on every process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Launcher:
                 rendezvous.leave_process_group()
 
     def launch_first(self) -> None:
-        """Decide, as the first process, what is trained, and train it."""
+        """Decide in the first process which runs to train, and train them."""
         refuse_renamed(self.arguments)
         own, overrides = split_arguments(self.arguments, ["resume", "retry_failed"])
         resumed = [argument.removeprefix("resume=") for argument in own if argument.startswith("resume=")]
@@ -220,7 +220,7 @@ class Launcher:
             return self._train_run(run, self.rendezvous.announce)
         finally:
             if self.rendezvous.alone:
-                # The next run of a sweep connects anew. A connection made from outside serves all runs.
+                # The next run of a sweep makes its own connection; one made by torchrun or srun serves all runs.
                 rendezvous.leave_process_group()
 
     def check_processes(self, trainer: DictConfig) -> None:

@@ -44,7 +44,7 @@ class Skipped(Exception):
 
 
 class Prediction(NamedTuple):
-    """What the networks say of an image.
+    """The prediction for an image.
 
     Attributes:
         labels: class ids `(*size)` or bool planes `(classes, *size)`.

@@ -118,7 +118,7 @@ class Rendezvous:
         self.process = process
         self._runs = 0
         self.announced: str | None = None  # the folder of the run that the other processes train
-        # torchrun keeps its store when it starts the processes anew.
+        # torchrun keeps its store when it restarts the processes.
         self.prefix = f"lightning_dice/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @property
