@@ -60,7 +60,7 @@ def load_run(
     if not isinstance(config, dict) or "module" not in config or "state_dict" not in saved:
         raise ValueError(f"{path} is not a checkpoint that fit has written: it holds no config of a module")
     refuse_old_config(config, path)
-    module = _build_module(config["module"], kind, path)
+    module = _build_kind(config["module"], kind, path)
     module.load_state_dict(saved["state_dict"])
     module.calibrate(find_postprocessing(folder, calibration, path))
     data = config.get("data", {})
@@ -104,7 +104,7 @@ def load_safetensors(
         check_targets(config, (*TRUSTED, *trusted))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; add what you trust with trusted=[...]") from error
-    module = _build_module(config, kind, path)
+    module = _build_kind(config, kind, path)
     module.load_state_dict(weights)
     names = {field.name for field in dataclasses.fields(PostProcessing)}
     settings = {name: value for name, value in metadata["postprocessing"].items() if name in names}
@@ -132,8 +132,17 @@ def _find_checkpoint(folder: Path, checkpoint: str) -> Path:
     return path
 
 
-def _build_module(config: Mapping[str, Any], kind: type, path: object) -> Any:
-    module = build(without_pretrained(config))
+def build_module(config: Mapping[str, Any]) -> Any:
+    """Return the module that the config of a trained one describes, without fetching pretrained weights.
+
+    Args:
+        config: plain values, the entry `module` of a run's config.
+    """
+    return build(without_pretrained(config))
+
+
+def _build_kind(config: Mapping[str, Any], kind: type, path: object) -> Any:
+    module = build_module(config)
     if not isinstance(module, kind):
         raise ValueError(f"{path} holds a {type(module).__name__}, not a {kind.__name__}")
     return module

@@ -18,7 +18,7 @@ from lightning_dice.cli.config import apply_overrides, instantiate, resolve_from
 from lightning_dice.cli.errors import UserError
 from lightning_dice.inference import find_postprocessing
 from lightning_dice.io import write_atomically
-from lightning_dice.loading import without_pretrained
+from lightning_dice.loading import build_module as build_trained_module
 from lightning_dice.renamed_settings import refuse_old_config
 
 if TYPE_CHECKING:
@@ -156,10 +156,14 @@ def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationMo
     Raises:
         UserError: a setting is refused.
     """
-    described: Any = config.module
-    if trained:
-        described = without_pretrained(OmegaConf.to_container(described, resolve=True))
-    module: SegmentationModule = instantiate(described, "module")
+    if not trained:
+        fresh: SegmentationModule = instantiate(config.module, "module")
+        return fresh
+    plain = cast("dict[str, Any]", OmegaConf.to_container(config.module, resolve=True))
+    try:
+        module: SegmentationModule = build_trained_module(plain)
+    except Exception as error:  # Of any type, by the classes that the config names.
+        raise UserError(f"module: {error}") from error
     return module
 
 

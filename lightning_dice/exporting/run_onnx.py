@@ -62,9 +62,9 @@ def find_metadata(named: list[str]) -> Path:
 
 def takes_pictures(metadata: Metadata) -> bool:
     """Return whether the model takes whole pictures that this script can read and normalize."""
-    given, normalization = metadata["input"], metadata["normalization"]
-    picture = len(given["axes"]) == 4 and given["channels"] in (1, 3) and given["range"] is not None
-    whole = metadata["window"] is None and given["size"] is None
+    images, normalization = metadata["input"], metadata["normalization"]
+    picture = len(images["axes"]) == 4 and images["channels"] in (1, 3) and images["range"] is not None
+    whole = metadata["window"] is None and images["size"] is None
     transform = str((normalization["transform"] or {}).get("_target_", ""))
     known = transform in (STANDARDIZE, NORMALIZE)
     needs_none = normalization["inside"] or (

@@ -115,10 +115,10 @@ def test_equal_temperatures_stay_with_the_post_processing():
 
 def test_predictors_are_joined():
     several = nets(2)
-    each = [PostProcessing(1), PostProcessing(3)]
-    each = [Predictor([net], postprocessing=d, activation="softmax") for net, d in zip(several, each, strict=True)]
+    settings = [PostProcessing(1), PostProcessing(3)]
+    each = [Predictor([net], postprocessing=p, activation="softmax") for net, p in zip(several, settings, strict=True)]
     joined = Predictor.ensemble(each)
-    expected = Predictor(several, postprocessing=each, activation="softmax")
+    expected = Predictor(several, postprocessing=settings, activation="softmax")
     assert torch.equal(joined.logits(image()), expected.logits(image()))
     with pytest.raises(ValueError, match="must have one activation, got sigmoid, softmax"):
         Predictor.ensemble([each[0], Predictor(several, activation="sigmoid")])
