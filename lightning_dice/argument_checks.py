@@ -1,4 +1,4 @@
-"""Checks of arguments, for constructors; each returns the value, or raises `ValueError`."""
+"""Argument checks for constructors: each returns the value, or raises `ValueError`."""
 
 from __future__ import annotations
 

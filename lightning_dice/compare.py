@@ -25,9 +25,9 @@ class Comparison(NamedTuple):
     """Several runs compared with the first one.
 
     Attributes:
-        names: of the runs, that of the first one first.
+        names: the runs' names, in order.
         baseline: table of the first run.
-        score: that is compared, a key of `SCORES`.
+        score: the score that is compared, a key of `SCORES`.
         groups: for each further run, its differences from the first one, class by class.
     """
 
@@ -47,7 +47,7 @@ def compare(config: DictConfig) -> None:
     """Compare tables of cases, each with the first, and write the differences and their plot to a new folder.
 
     Args:
-        config: of `conf/compare.yaml`.
+        config: the settings of `conf/compare.yaml`.
 
     Raises:
         UserError: a folder has no table, the cases or masks differ, or a setting is invalid.
@@ -71,7 +71,7 @@ def check_settings(folders: Sequence[Path], config: DictConfig) -> None:
     from lightning_dice.scoring.table import SCORES
 
     if len(folders) < 2:
-        raise UserError(f"runs must be the folders of two runs or more, got {len(folders)}")
+        raise UserError(f"runs must be the folders of two or more runs, got {len(folders)}")
     if config.split not in (None, "val", "test"):
         raise UserError(f"split must be val or test, got {config.split}")
     if config.cases not in ("same", "common"):
@@ -255,7 +255,7 @@ def table_path(folder: Path) -> Path:
 
 
 def keep_common_cases(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
-    """Return the tables with only the cases that all of them have.
+    """Return the tables, restricted to the cases they all have.
 
     Raises:
         ValueError: there are none.

@@ -44,11 +44,11 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
     data; nothing is written if their labels differ.
 
     Args:
-        config: of `conf/export.yaml`.
-        overrides: of the run's config, in Hydra's syntax: `module.threshold=0.3`.
+        config: the settings of `conf/export.yaml`.
+        overrides: applied to the run's config, in Hydra's syntax: `module.threshold=0.3`.
 
     Returns:
-        How the labels differ, if more do than the tolerance allows; nothing is written then. `None` otherwise.
+        How the labels differ, if more differ than the tolerance allows; nothing is written then. `None` otherwise.
 
     Raises:
         UserError: a wrong setting, run, checkpoint or output, a missing package, or a network without a graph.

@@ -43,13 +43,13 @@ def main() -> None:
 
 
 def inspect(config: DictConfig) -> list[Finding]:
-    """Read a data set once, print what was found, and write it to a new folder.
+    """Read a data set once, print the findings, and write them to a new folder.
 
     `inspection.html` has the findings, tables and thumbnails; `cases.csv` the measurements of each case;
     `findings.json` the findings for other programs.
 
     Args:
-        config: of `conf/inspect.yaml`.
+        config: the settings of `conf/inspect.yaml`.
 
     Returns:
         The findings; accepted ones are notes.

@@ -1,4 +1,4 @@
-"""Write files atomically: tables, figures, and any other."""
+"""Write tables, figures and other files atomically."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class SegmentationModule(L.LightningModule):
     logged as the mean over the classes that have a value, and each value as `val/dice/<class name>`. The terms of a
     compound loss are logged as `val/loss/<term>`.
 
-    In training, the loss is that of the batch, which is minimized. In evaluation, the loss of each image is computed by
-    itself, even if the loss pools images, and the mean over the images is logged: `val/loss` and `test/loss` depend
+    In training, the loss of the batch is minimized. In evaluation, the loss is computed for each image separately, even
+    if it pools images, and the mean over the images is logged: `val/loss` and `test/loss` depend
     neither on the batch size nor on the number of processes. An image without a pixel that counts has a loss of 0.
 
     Args:
@@ -148,7 +148,7 @@ class SegmentationModule(L.LightningModule):
         self.monitor = monitor
         self.lr_scaling: RateScaling | None = check_choice("lr_scaling", lr_scaling, ("linear", "sqrt", None))
         self.inference = inference if inference is not None else Inference()
-        # That of the run's images; set by `from_run` and `from_safetensors`.
+        # For the run's images; set by `from_run` and `from_safetensors`.
         self.input_normalization = InputNormalization()
         if channels_last:
             for parameter in net.parameters():
@@ -158,7 +158,7 @@ class SegmentationModule(L.LightningModule):
             metrics = DiceScore(average="none")
         if isinstance(metrics, Metric):
             metrics = {"dice": metrics}
-        # Without compute groups: metrics whose states are equal after the first batch would share a state for ever.
+        # Without compute groups: metrics whose states are equal after the first batch would share a state forever.
         collection = (
             metrics if isinstance(metrics, MetricCollection) else MetricCollection(dict(metrics), compute_groups=False)
         )
@@ -177,10 +177,10 @@ class SegmentationModule(L.LightningModule):
     ) -> Self:
         """Load the trained module of a run, in evaluation mode, from its checkpoint and calibration alone.
 
-        Code that a checkpoint may hold is not run; but the names in its config are imported and called.
+        Code in the checkpoint is not run, but the names in its config are imported and called.
 
         Args:
-            folder: of the run.
+            folder: the run's folder.
             checkpoint: `"best"`, `"last"`, or the path of a checkpoint file, absolute or below `folder`.
             map_location: the device of the weights, as in `torch.load`.
             calibration: `"auto"`: the run's `calibration.json`, if it has one; `"none"`; or the path of one. See
@@ -190,7 +190,7 @@ class SegmentationModule(L.LightningModule):
             FileNotFoundError: the folder, the checkpoint or the calibration does not exist; the message lists what
                 does.
             ValueError: the checkpoint was not written by a run, or holds a module of another class than `cls`; or the
-                calibration cannot be read, or is that of another checkpoint.
+                calibration cannot be read, or belongs to another checkpoint.
         """
         return load_run(folder, checkpoint, kind=cls, map_location=map_location, calibration=calibration)
 
@@ -202,9 +202,9 @@ class SegmentationModule(L.LightningModule):
         torchvision, torchmetrics, segmentation-models-pytorch and MONAI's networks, and those you trust.
 
         Args:
-            path: of the file.
+            path: the file.
             map_location: the device of the weights.
-            trusted: packages or modules whose classes may be called too, such as that of your own network.
+            trusted: packages or modules whose classes may be called too, such as your own network's.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -361,7 +361,7 @@ class SegmentationModule(L.LightningModule):
         """Return a `Predictor` of single images with this module's network and settings.
 
         Args:
-            device: where the module is; by default that of its parameters.
+            device: where the module is; by default its parameters' device.
 
         Raises:
             ValueError: there is no activation.
@@ -429,7 +429,7 @@ class SegmentationModule(L.LightningModule):
         if not any(metric.update_called for metric in metrics.values()):
             return  # A subclass's step may not update them.
         # The progress bar, on the first rank alone, reads the logged values, which are then reduced over all ranks. If
-        # that met the reduction of the metrics below on other ranks, both would wait for ever: so all ranks read first.
+        # that met the reduction of the metrics below on other ranks, both would wait forever: so all ranks read first.
         _ = self.trainer.callback_metrics
         for name, value in metrics.compute().items():
             # A metric's value is the same on every rank; reduced again only so that Lightning does not warn. By max, as

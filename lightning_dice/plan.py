@@ -27,10 +27,10 @@ class Plan(NamedTuple):
     """A proposal, and the data that it is for.
 
     Attributes:
-        spacing: to which images are resampled, in mm; `None` without resampling.
+        spacing: the spacing that images are resampled to, in mm; `None` without resampling.
         voxel_size: spacing of the median case, in mm.
         median_size: voxels of the median case, after resampling.
-        proposal: of the planner.
+        proposal: the planner's proposal.
     """
 
     spacing: tuple[float, ...] | None
@@ -52,8 +52,8 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
     """Read the data once, propose settings, print them and write them as an experiment.
 
     Args:
-        config: of `conf/plan.yaml`.
-        overrides: of a training's config: `data=nnunet data.root=...`.
+        config: the settings of `conf/plan.yaml`.
+        overrides: applied to a run's config: `data=nnunet data.root=...`.
 
     Returns:
         The path of the experiment.
@@ -65,7 +65,7 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
         raise UserError(f"memory must be GiB for a training step, more than 0, got {config.memory}")
     path = Path(config.output).expanduser().absolute() / "experiment" / "plan.yaml"
     if path.exists() and not config.overwrite:
-        raise UserError(f"{path} exists; choose another output, or overwrite=true")
+        raise UserError(f"{path} exists; choose another output, or set overwrite=true")
     run = compose_training(overrides)
     source = check_volumes(run)
     found = propose_plan(source, run, config.memory)
@@ -75,7 +75,7 @@ def plan(config: DictConfig, overrides: list[str]) -> Path:
 
 
 def compose_training(overrides: list[str]) -> DictConfig:
-    """Compose the config of a training.
+    """Compose the config of a run.
 
     Raises:
         UserError: a setting has no value.
@@ -112,8 +112,8 @@ def propose_plan(source: BaseVolumeSource, run: DictConfig, memory: float) -> Pl
     """Propose patch size, network and batch size.
 
     Args:
-        source: of the volumes.
-        run: config of a training.
+        source: the source of the volumes.
+        run: a run's config.
         memory: GiB for a training step.
 
     Raises:
@@ -134,7 +134,7 @@ def propose_plan(source: BaseVolumeSource, run: DictConfig, memory: float) -> Pl
 
 
 def build_network(run: DictConfig, topology: Topology) -> nn.Module:
-    """Build the DynUNet of a topology, for the channels and classes of a training."""
+    """Build the DynUNet of a topology, for the channels and classes of a run."""
     from lightning_dice.models import DynUNet
 
     return DynUNet(

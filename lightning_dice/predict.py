@@ -44,8 +44,8 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
     """Write a mask for each image as soon as it is predicted.
 
     Masks have the image's size and name, in the geometry and with the values of the training masks; classes that may
-    overlap (sigmoid, more than one) get a folder each. `predictions.json` beside the masks records what they were made
-    by; images that have a mask from the same networks and settings are left out. An image that cannot be read is
+    overlap (sigmoid, more than one) get a folder each. `predictions.json` beside the masks records the networks and
+    settings that made them; images that have a mask from the same ones are left out. An image that cannot be read is
     reported and skipped.
 
     Args:
@@ -189,7 +189,7 @@ def find_images(reader: PredictionIO, source: Path, output: Path) -> tuple[list[
 
     Raises:
         DataError: there are none.
-        UserError: the output folder is that of the images.
+        UserError: the output folder is the folder of the images.
     """
     from lightning_dice.data import DataError
     from lightning_dice.data.errors import FileWarning, SkippedWarning

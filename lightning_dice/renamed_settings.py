@@ -1,4 +1,4 @@
-"""Settings that were renamed in version 0.2, so that an old name gets an error that names the new one."""
+"""Settings that were renamed in version 0.2: an old name raises an error that gives the new one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def refuse_old_config(config: Mapping[str, object], origin: object) -> None:
     Raises:
         ValueError: names a setting that has another name now, and what to do.
     """
-    # The config of a run has `inference` twice: by itself, and in `module`.
+    # A run's config has `inference` twice: at the top level, and in `module`.
     for old, new in RENAMED.items():
         for path in (old, f"module.{old}"):
             value: object = config

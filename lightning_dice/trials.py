@@ -1,4 +1,4 @@
-"""The trials of a sweep: a record in the folder of each."""
+"""Records of a sweep's trials, one in each trial's folder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Trial:
         monitor: that metric.
         mode: `"max"` if its best value is the largest, `"min"` if it is the smallest.
         epochs: number of epochs trained.
-        seconds: duration, summed over the parts of an interrupted training.
+        seconds: duration, summed over the parts of an interrupted run.
         started: start of the last part, in seconds since 1970.
-        error: of a failed trial, in one line.
+        error: the error of a failed trial, in one line.
     """
 
     number: int
@@ -116,7 +116,7 @@ def best_first(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def record_outcome(folder: str | Path, status: Status, **changes: object) -> None:
-    """Record the end of the training in a folder, if it is a trial of a sweep.
+    """Record in a folder how training ended, if it is a trial of a sweep.
 
     Args:
         folder: the run's folder.

@@ -211,7 +211,7 @@ def test_refuses(tmp_path, second, settings, message):
 
 def test_runs_that_cannot_be_compared(tmp_path):
     one = write(tmp_path / "a", OLD)
-    with pytest.raises(UserError, match="runs must be the folders of two runs or more, got 1"):
+    with pytest.raises(UserError, match="runs must be the folders of two or more runs, got 1"):
         run(one)
     with pytest.raises(UserError, match="the same table is given twice"):
         run(one, one)

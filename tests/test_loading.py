@@ -71,7 +71,7 @@ class TestFromRun:
         assert torch.equal(module.segment(stored), module.segment(stored.float() / 100))
         module.input_normalization = InputNormalization(unavailable=["CT"])
         with pytest.raises(
-            ValueError, match=r"normalized by \['CT'\], which the module cannot compute: use the command predict"
+            ValueError, match=r"normalized by \['CT'\], which the module cannot compute: use the predict command"
         ):
             module.segment(stored)
 

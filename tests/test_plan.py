@@ -113,7 +113,7 @@ class TestCommand:
         net = instantiate(config.model, "model").eval()
         assert net(torch.zeros(1, 1, 20, 20, 9)).shape == (1, 3, 20, 20, 9)
         refused = self.run(tmp_path, *data, status=2).stderr
-        assert "plan.yaml exists; choose another output, or overwrite=true" in refused
+        assert "plan.yaml exists; choose another output, or set overwrite=true" in refused
 
     def test_a_typo_is_explained_as_in_fit(self, tmp_path):
         output = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr

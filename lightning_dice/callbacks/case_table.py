@@ -51,14 +51,14 @@ class CaseTable(Callback):
     Args:
         folder: for the files.
         classes: names of the logits' channels.
-        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        activation: for the logits, `"sigmoid"` or `"softmax"`.
         threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
         ignore_index: label of ignored pixels.
         exclude_classes: indices of classes that are not scored, such as the background.
         during_fit: record validations within a fit too, without surfaces, lesions and calibration; each replaces the
             one before.
         surfaces: passed to `lightning_dice.scoring.Scoring`, as are the following three.
-        tolerance: of surface Dice, in mm, or in pixels where the spacing is unknown.
+        tolerance: for surface Dice, in mm, or in pixels where the spacing is unknown.
         lesions: score connected components.
         lesion_iou: intersection over union that two lesions must exceed to match; with 0, any overlap is a match.
         calibration_bins: number of bins of the confidence; 0 for no calibration error.
@@ -137,8 +137,8 @@ class CaseTable(Callback):
         Args:
             case: name of the case.
             predicted: class ids `(*space)`, or planes `(classes, *space)`.
-            mask: of the same shape.
-            spacing: of the pixels, in mm.
+            mask: the true mask, in the same shape.
+            spacing: pixel spacing, in mm.
             logits: `(classes, *space)`, for the calibration error.
             temperature: divides the logits to calibrate their probabilities.
             probs: probabilities `(classes, *space)` instead of logits.
@@ -237,7 +237,7 @@ class CaseTable(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _calibration_errors(self, counts: Reliability | None) -> dict[int | None, float]:
-        """Return the calibration errors by class; that of the most probable class under `None`."""
+        """Return the calibration errors by class, with the most probable class's error under `None`."""
         if counts is None:
             return {}
         errors = counts.calibration_error()

@@ -36,13 +36,13 @@ class CollapseGuard(Callback):
     every pixel is predicted as one class (softmax), or as every included class (sigmoid), although not all pixels are.
     Pixels are counted over all cases and all processes; ignored ones are excluded.
 
-    After `patience` collapsed validations in a row the callback warns, once in a training, with possible causes and
+    After `patience` collapsed validations in a row the callback warns, once per run, with possible causes and
     remedies, or stops the training with `CollapseError`. The validation step must return
     `{"logits": (batch, classes, *space)}`. Masks of soft labels are not counted.
 
     Args:
         classes: names of the logits' channels.
-        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        activation: for the logits, `"sigmoid"` or `"softmax"`.
         threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
         ignore_index: label of ignored pixels.
         exclude_classes: indices of classes that are not included, such as the background.

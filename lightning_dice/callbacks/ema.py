@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is what is scored and kept."""
+"""Keep an exponential moving average of the weights, and score and save the average."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lightning_dice.library_internals.torch import foreach_copy_, foreach_lerp_
 
 
 class WeightEMA(AccessibleWeightAveraging):
-    r"""Keep an exponential moving average (EMA) of the weights, by Lightning's `WeightAveraging`.
+    r"""Keep an exponential moving average (EMA) of the weights, built on Lightning's `WeightAveraging`.
 
     .. math:: \bar w_n = d_n \bar w_{n-1} + (1 - d_n) w_n, \qquad d_n = \min\left(d, \frac{1 + n}{10 + n}\right)
 
     Validation scores the averaged weights. Checkpoints hold them as the module's `state_dict`, so that scoring,
     predicting and loading in a script need no EMA; the weights that the optimizer steps are saved beside them as
-    `current_model_state`, from which a resumed training continues exactly. When training ends, the module has the
+    `current_model_state`, from which a resumed run continues exactly. When training ends, the module has the
     averaged weights. Running statistics of batch norm are averaged in the same way.
 
     It departs from Lightning's `EMAWeightAveraging` 2.6, which
 
-    - uses d from the start, so that in a training of fewer than some 3/(1 - d) steps the average is mostly the initial
+    - uses d from the start, so that in a run of fewer than about 3/(1 - d) steps the average is mostly the initial
       weights;
-    - averages integer buffers too, such as the indices in a Swin transformer, and thereby truncates them downwards;
-    - keeps the average where the module was before it moved to the GPU: on the CPU;
+    - averages integer buffers too, such as the indices in a Swin transformer, which rounds them down;
+    - keeps the average on the CPU, where the module was before it moved to the GPU;
     - loads the optimizer's weights instead of the averaged ones when the same Trainer tests a checkpoint after `fit`;
-    - swaps the two in a checkpoint that is saved during validation, as after an exception;
-    - lacks the last step in a checkpoint that a callback before it saves at the end of a batch.
+    - swaps the two in a checkpoint saved during validation, for example after an exception;
+    - misses the last step in a checkpoint that an earlier callback saves at the end of a batch.
 
     Args:
-        decay: d, in [0, 1): 0.999 averages over some 1000 updates.
+        decay: d, in [0, 1): 0.999 averages over about 1000 updates.
         warmup: let d grow from 0.1 as above; otherwise it is `decay` from the second update on.
         update_every_n_steps: optimizer steps between updates.
-        device: of the average; by default that of the training. `"cpu"` saves GPU memory.
+        device: where the average is kept; by default the training device. `"cpu"` saves GPU memory.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -97,7 +97,7 @@ class WeightEMA(AccessibleWeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drop the average, so that the module is scored as it is."""
+        """Drop the average, so that the module is scored with its current weights."""
         self.drop_average_model()
 
     def _average(self, averaged: Any, current: Any, updates: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""Resume an interrupted training, bit for bit."""
+"""Resume an interrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def saving_on_this_rank_alone() -> Iterator[None]:
 
 
 class ExactResume(Callback):
-    """Make a resumed training give, bit for bit on the CPU, what it would have given uninterrupted.
+    """Make a resumed run give the results of an uninterrupted one: on the CPU, bit for bit.
 
     Lightning's checkpoints hold weights, optimizer, schedule and the number of batches done. This adds
 
@@ -171,7 +171,7 @@ class ExactResume(Callback):
 
 
 def _keep_pending_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Change the saved progress so that a resumed training runs the validation or the epoch's end due after this batch.
+    """Change the saved progress so that a resumed run runs the validation or the epoch's end due after this batch.
 
     Lightning considers a batch unfinished while callbacks save after it, counts it when resuming, and then skips the
     validation, or the end of the epoch, that would have followed. A validation saved as just begun is run; an epoch

@@ -57,12 +57,12 @@ class GradientGuard(Callback):
 
     In both cases, running statistics of batch norm that the batch has changed are restored.
 
-    All processes take the same decision, based on the reduced gradients: a process whose loss is not finite makes its
+    All processes make the same decision, based on the reduced gradients: a process whose loss is not finite makes its
     gradients so, and thereby everyone's. Mixed precision with float16 (`16-mixed`) produces infinite gradients
     regularly, and its scaler skips those steps; with it, only a loss that is not finite counts.
 
-    The cost is that of the norm of the gradients and, on a GPU, one read of a few numbers per optimizer step, for which
-    the CPU waits. Batches whose gradients accumulate are kept until the step. FSDP reduces one more number.
+    It costs one gradient norm per optimizer step and, on a GPU, one read of a few numbers, for which the CPU waits.
+    Batches whose gradients accumulate are kept until the step. FSDP reduces one more number.
 
     Args:
         folder: the run's folder.
@@ -249,7 +249,7 @@ class GradientGuard(Callback):
 
 
 class _Diagnosis(NamedTuple):
-    """A batch, and what of it is not finite."""
+    """A batch, and which parts of it are not finite."""
 
     image: Tensor | None
     mask: Tensor | None

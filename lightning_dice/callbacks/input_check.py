@@ -37,7 +37,7 @@ _NEUTRAL_OPERATIONS = (
 
 
 class InputCheck(Callback):
-    """Raise or warn on the first batches when data and network do not fit each other, or the loss.
+    """Check the first batches: raise or warn if the data, the network and the loss do not fit together.
 
     All values of the first batches of training and validation are checked. Those of later batches are not, because
     reading them would stall a GPU at each step. Which classes occur, and whether the masks fit the images' edges, is
@@ -338,7 +338,7 @@ _REMEDY = (
 
 
 class _MaskStatistics:
-    """Which classes occur in the masks of an epoch, and how the masks fit the images, kept on the device."""
+    """Statistics of an epoch's masks, kept on the device: the classes that occur, and how well masks fit images."""
 
     def __init__(self, classes: int, ignore_index: int | None, device: torch.device) -> None:
         self.classes, self.ignore_index = classes, ignore_index

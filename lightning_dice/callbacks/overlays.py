@@ -35,17 +35,17 @@ class Overlays(Callback):
     Args:
         folder: for the picture.
         classes: names of the logits' channels.
-        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        activation: for the logits, `"sigmoid"` or `"softmax"`.
         threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
         ignore_index: label of ignored pixels.
         exclude_classes: indices of classes that are neither scored nor painted, such as the background.
-        colors: of the classes, `"#RRGGBB"` or (red, green, blue), one for each; None for a palette.
-        mean: of each channel, if it was subtracted from the images; restores their colours.
-        std: of each channel, if the images were divided by it.
+        colors: one for each class, `"#RRGGBB"` or (red, green, blue); None for a palette.
+        mean: each channel's mean, if it was subtracted from the images; restores their colours.
+        std: each channel's standard deviation, if the images were divided by it.
         count: number of the worst cases.
         typical: number of cases next to the median.
         best: number of the best cases.
-        size: pixels on the longer side of what is kept of a case.
+        size: pixels on the longer side of a case as it is kept.
         during_fit: draw the validations within a fit too; each replaces the picture before.
 
     Raises:
@@ -136,7 +136,7 @@ class Overlays(Callback):
             case: name of the case; a name that was offered before is ignored.
             image: `(channels, *space)`, normalized or not.
             mask: class ids `(*space)`, or planes `(classes, *space)`.
-            predicted: of the same shape.
+            predicted: the predicted mask, in the same shape.
         """
         if case in self._scores:
             return

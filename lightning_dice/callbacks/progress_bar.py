@@ -39,7 +39,7 @@ class _UsageColumn(ProgressColumn):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, in one line of a terminal of 80 columns; a line of text per epoch if there is no terminal.
+    """Lightning's rich progress bar on one line of an 80-column terminal; without a terminal, a text line per epoch.
 
     Both show the images per second of the epoch so far, of this process times the number of processes, and the peak
     memory in GB (10⁹ bytes), of the GPU or of the process. In a narrow terminal these are short, as in `85/s 1.2G`, and

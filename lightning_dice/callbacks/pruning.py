@@ -20,10 +20,10 @@ class MedianPruner(Callback):
     This is Optuna's `MedianPruner`, for any sweeper and any launcher: the scores of the other trials are read from the
     `metrics.csv` in their folders. Pruned and failed trials are not considered, nor are epochs without validation. A
     trial whose scores have all been NaN is pruned too. A pruned training ends normally, and its best score becomes the
-    trial's value. In a run that is no trial of a sweep, the callback does nothing. Rank 0 decides for all ranks.
+    trial's value. In a run that is not a trial of a sweep, the callback does nothing. Rank 0 decides for all ranks.
 
     Args:
-        folder: the run's folder, beside those of the other trials.
+        folder: the run's folder, beside the other trials' folders.
         monitor: metric to compare.
         mode: `"max"` if its best value is the largest, `"min"` if it is the smallest.
         startup_trials: number of finished trials before any trial is pruned.

@@ -1,4 +1,4 @@
-"""Objects exchanged among the processes of a training."""
+"""Exchange objects among the processes of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Save a checkpoint, whatever ends the training."""
+"""Save a checkpoint, however the training ends."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def step_labels(outputs: Any, activation: Activation, threshold: float) -> Tenso
     """Return the predicted masks in the output of an evaluation step, or None if it has none.
 
     Args:
-        outputs: of the step. Its `"labels"` are returned if it has them; otherwise labels are computed from its logits.
-        activation: of the logits.
+        outputs: what the step returned. Its `"labels"` are used if present; otherwise they come from its logits.
+        activation: for the logits.
         threshold: probability above which a pixel is predicted as a class; unused with `"softmax"`.
 
     Returns:

@@ -50,7 +50,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class EpochThroughput:
-    """Count the images of an epoch and the seconds of training on them, without validations.
+    """Count the images of an epoch and the seconds of training on them, excluding validation.
 
     >>> throughput = EpochThroughput()
     >>> throughput.start()

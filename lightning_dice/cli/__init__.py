@@ -1,1 +1,1 @@
-"""Shared by the commands: configs, errors, run folders, training, sweeps, launching, prediction."""
+"""Code shared by the commands: configs, errors, run folders, training, sweeps, launching, prediction."""

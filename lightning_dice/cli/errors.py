@@ -1,4 +1,4 @@
-"""Errors of the user: one message instead of a traceback, and exit status 2."""
+"""User errors: shown as one message instead of a traceback, with exit status 2."""
 
 from __future__ import annotations
 

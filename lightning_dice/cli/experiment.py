@@ -1,4 +1,4 @@
-"""The objects of a run, made from its config: data, module, Trainer; and how they are trained, scored and shown."""
+"""Build a run's data, module and Trainer from its config, then train, score and summarize it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Experiment:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Turn the errors of a training into user errors, and an interrupt into the signal's exit status."""
+        """Turn errors in training into user errors, and an interrupt into the signal's exit status."""
         with exit_with_signal_status(), as_user_errors():
             yield
 
@@ -305,7 +305,7 @@ def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) 
     Args:
         config: the run's, or only its data.
         name: the name of the run or folder that was scored.
-        made_of: its paths, by name.
+        made_of: the paths of that run or folder, by name.
     """
     data = config.data
     source = str(data.datamodule.source.get("_target_", "")).rpartition(".")[2]
@@ -324,7 +324,7 @@ def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) 
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
-    """Create the objects of a group of named configs, without those that are `null`."""
+    """Instantiate each config of a named group, except those that are `null`."""
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
 
 

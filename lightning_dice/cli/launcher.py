@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Launcher:
-    """Train what a command line asks for, on this process.
+    """Run a `fit` command line in this process.
 
     The first process composes the config, makes the folder and finds the checkpoint; every other one, on this machine
     or another, gets all of it from the first.
@@ -143,7 +143,7 @@ class Launcher:
         """Resume a run from its last checkpoint.
 
         Args:
-            folder: the run's.
+            folder: the run's folder.
             overrides: in Hydra's syntax; they are kept in the run's config.
 
         Raises:
@@ -166,7 +166,7 @@ class Launcher:
         """Resume a sweep where it stopped.
 
         Args:
-            folder: the sweep's.
+            folder: the sweep's folder.
             arguments: `retry_failed=true`, another launcher, more trials.
 
         Raises:
@@ -189,7 +189,7 @@ class Launcher:
 
         Args:
             config: as the sweeper composed it.
-            folder: the trial's; it may hold a config and checkpoints.
+            folder: the trial's folder; it may hold a config and checkpoints.
 
         Raises:
             UserError: what is wrong with the trial.
@@ -239,7 +239,7 @@ class Launcher:
 
 
 def _fill_in(config: DictConfig, folder: Path) -> None:
-    """Fill in what the config of a new run leaves open: folder, facts of the data, seed."""
+    """Fill in the settings that a new run's config leaves open: folder, values read from the data, seed."""
     from lightning_dice.cli import run_folder
 
     config.folder = str(folder)

@@ -1,4 +1,4 @@
-"""From image files to masks on disk, by the networks of one or several runs."""
+"""Predict image files and write their masks, with the networks of one or more runs."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         labels: class ids `(*size)` or bool planes `(classes, *size)`.
-        probs: float32 `(classes, *size)`, if they are wanted.
-        overlay: RGB pixels of the image with its classes drawn over it, if they are wanted.
+        probs: float32 `(classes, *size)`; `None` unless requested.
+        overlay: RGB pixels of the image with its classes drawn over it; `None` unless requested.
     """
 
     labels: Tensor
@@ -58,11 +58,11 @@ class Prediction(NamedTuple):
 
 
 class PredictionPipeline:
-    """Reads, predicts and writes images by the settings of one or several runs.
+    """Reads images, predicts them and writes their masks, with the settings of one or more runs.
 
     Args:
-        config: the command's.
-        overrides: of the runs' configs.
+        config: the command's config.
+        overrides: applied to the runs' configs.
         folders: the runs; several are an ensemble.
         device: where the networks go.
 
@@ -71,7 +71,7 @@ class PredictionPipeline:
         settings: everything that influences a mask, as plain values.
         made_by: what else is recorded beside the masks: runs and checkpoints.
         notes: lines to print.
-        subfolders: in the output folder, for what is written besides the masks.
+        subfolders: folders in the output folder for files other than the masks.
 
     Raises:
         UserError: a run or a setting is wrong.
@@ -109,7 +109,7 @@ class PredictionPipeline:
         self.predictor.nets = [_in_dtype(net.to(dtype), dtype) for net in self.predictor.nets]  # type: ignore[attr-defined]
 
     def _load(self, config: DictConfig, folder: Path, run: DictConfig, device: torch.device) -> SegmentationModule:
-        """Load the trained module of a run, and note down what it is made of."""
+        """Load the trained module of a run, and record its checkpoint and settings."""
         from lightning_dice.cli import run_folder
         from lightning_dice.inference.postprocessing import sha256
 
@@ -219,7 +219,7 @@ class PredictionPipeline:
         return mask_overlay(image, labels, len(data.classes), data.activation, background)
 
     def _windowed_predictor(self) -> Predictor:
-        """Return the predictor, with windows of the training's patch size if it has none of its own."""
+        """Return the predictor; if it has no windows of its own, with windows of the training patch size."""
         from lightning_dice.inference import Predictor, SlidingWindow
 
         own = self.predictor
@@ -239,7 +239,7 @@ class PredictionPipeline:
 
 
 def precision_context(precision: str, device: torch.device) -> tuple[Callable[[], Any], torch.dtype]:
-    """Return what a Trainer's precision means on a device: a context for the network, and the type of its weights.
+    """Translate a Trainer's precision for a device: a context for the network, and the dtype of its weights.
 
     Float16 becomes float32 on a CPU, which hardly supports it.
 

@@ -1,4 +1,4 @@
-"""predictions.json in a folder of masks: the networks and settings that made them; which masks are finished."""
+"""`predictions.json`, the record of the networks and settings behind a folder of masks; and which are finished."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 8  # differences listed in one message
 
 @dataclass
 class Manifest:
-    """What made the masks of a folder, kept beside them as `predictions.json`.
+    """The networks and settings that made a folder's masks, kept beside them as `predictions.json`.
 
     All masks of a folder come from the same networks and settings. Their images may come from several folders.
 
@@ -44,7 +44,7 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): choose another output, or overwrite=true") from error
+            raise UserError(f"{path} cannot be read ({error}): choose another output, or set overwrite=true") from error
 
     def write(self, folder: Path) -> None:
         """Write the manifest, whole or not at all.
@@ -66,9 +66,9 @@ def prepare_folder(
 
     Args:
         folder: where the masks go.
-        manifest: of this command, with one input.
+        manifest: this command's manifest, with one input.
         files: for each case, the mask files that it may have; to overwrite, all files that it may have.
-        overwrite: delete those of these files that exist, whatever made them.
+        overwrite: delete any of these files that exist, whatever made them.
 
     Raises:
         UserError: the folder holds masks from other settings or images, or of unknown origin, or cannot be written to.
@@ -87,7 +87,7 @@ def prepare_folder(
     if old is None:
         if existing:
             raise UserError(
-                f"{len(existing)} masks exist, such as {existing[0]}; choose another output, or overwrite=true"
+                f"{len(existing)} masks exist, such as {existing[0]}; choose another output, or set overwrite=true"
             )
         manifest.write(folder)
         return
@@ -98,14 +98,15 @@ def prepare_folder(
     if changed:
         shown = "\n  ".join([*changed[:SHOWN], *([f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
         raise UserError(
-            f"the masks in {folder} were made with other settings; choose another output, or overwrite=true:\n  {shown}"
+            f"the masks in {folder} were made with other settings; choose another output, or set overwrite=true:\n"
+            f"  {shown}"
         )
     if manifest.inputs[0] in old.inputs:
         return
     if existing:
         raise UserError(
             f"{len(existing)} masks exist, such as {existing[0]}, of the images in {', '.join(old.inputs)} and not in "
-            f"{manifest.inputs[0]}; choose another output, or overwrite=true"
+            f"{manifest.inputs[0]}; choose another output, or set overwrite=true"
         )
     manifest.inputs = [*old.inputs, *manifest.inputs]
     manifest.write(folder)

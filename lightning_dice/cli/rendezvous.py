@@ -74,7 +74,7 @@ class ProcessInfo(NamedTuple):
     """The rank of this process among those that torchrun, srun or the user started.
 
     Attributes:
-        rank: from 0, the process that decides.
+        rank: counted from 0; process 0 decides.
         processes: their number; `None` if the user started one on each machine, so that it is not known.
         kind: `"torchrun"`, `"srun"`, `"node"` (by hand), or `""` for a single process.
     """

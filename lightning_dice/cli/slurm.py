@@ -1,4 +1,4 @@
-"""Jobs that SLURM requeues: where a job left its run."""
+"""Jobs that SLURM requeues: find the run that a job was training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class RequeuedJob:
-    """The job this process runs in, which SLURM may requeue under its number, with the same command line.
+    """The job this process runs in, which SLURM may requeue with the same number and command line.
 
     Outside SLURM it does nothing.
 

@@ -137,7 +137,7 @@ _current: Sweep | None = None
 
 
 class SweepFolder(Callback):
-    """Hydra callback that makes the folder of a sweep and writes what is swept."""
+    """Hydra callback that makes a sweep's folder and records the swept parameters."""
 
     def __init__(self) -> None:
         register_resolvers()

@@ -21,12 +21,12 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") i
 
 
 def run_in_own_process(folder: Path, pass_fds: tuple[int, ...] = ()) -> None:
-    """Train a trial in a process of its own, which starts those of the other devices.
+    """Train a trial in a process of its own, which starts the processes for the other devices.
 
     If one of a trial's processes fails, Lightning kills the one that started it; that must not be the sweep's process.
 
     Args:
-        folder: the trial's.
+        folder: the trial's folder.
         pass_fds: file descriptors that the process inherits: the sweep's lock.
 
     Raises:

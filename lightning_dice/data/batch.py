@@ -1,4 +1,4 @@
-"""What data sets return, and what networks and losses are trained on."""
+"""Samples, as data sets return them, and batches, as networks and losses take them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
             one 0/1 plane for each class, `(classes, *space)`. Pixels to be ignored hold the ignored label.
         case: its name in scores and files, unique in its split.
         spacing: distance between neighbouring pixels of the mask along each axis, in mm; `None` if unknown.
-        whole: the image that this is a window of, by whose values it is normalized; `None` if it is no window.
+        whole: the image that this was cut from, whose values normalize it; `None` if this is a whole image.
     """
 
     image: Tensor
@@ -59,8 +59,8 @@ class Batch(_Batch):
         mask: `(batch, *space)` class ids or `(batch, classes, *space)` planes, as in `Sample`.
         case: one name for each image; `"0 of the batch"`, `"1 of the batch"` ... by default.
         maps: the target maps that `SegmentationData.maps` computes from the masks, stacked, by name; empty by default.
-        spacing: of each case, as in `Sample`; all unknown by default.
-        weight: of pixels, `(batch, *space)` or `(batch, classes, *space)`; `None` by default. See
+        spacing: each case's spacing, as in `Sample`; all unknown by default.
+        weight: pixel weights, `(batch, *space)` or `(batch, classes, *space)`; `None` by default. See
             `SegmentationLoss.forward`, also for `annotated`.
         annotated: which classes each image has been annotated for, bool `(batch, classes)`; `None`: all.
 
@@ -112,7 +112,7 @@ class Batch(_Batch):
         return self.select(slice(index, index + 1))
 
     def spacing_of_image(self) -> list[list[float] | None]:
-        """Return the spacing of each image's pixels, in mm: where images were resampled, that of the masks differs.
+        """Return each image's pixel spacing, in mm, which differs from its mask's where images were resampled.
 
         >>> import torch
         >>> Batch(torch.zeros(1, 1, 4, 8), torch.zeros(1, 8, 8), ["a"], spacing=[(0.5, 0.5)]).spacing_of_image()
@@ -133,7 +133,7 @@ def read_batch(batch: Any) -> Batch:
 
     Args:
         batch: a `Batch`, a pair or triple `(image, mask[, case])`, or a mapping or named tuple with `image`, `mask` and
-            perhaps other fields of a `Batch`. Names that are not one for each image are replaced by the default ones.
+            perhaps other fields of a `Batch`. Unless there is one name for each image, the default names are used.
 
     Raises:
         ValueError: another form, or an image that is not a tensor.

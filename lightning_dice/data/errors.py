@@ -30,7 +30,7 @@ class DataProblem(DataError):
     """One problem with one file.
 
     Args:
-        what: what was required and what came.
+        what: the problem: what was required, and what was found.
         where: the file or folder.
         remedy: how to fix it, if known.
 

@@ -82,7 +82,7 @@ class InspectableSource(Protocol):
     """A `Source` whose good cases can be inspected although `check` refuses others."""
 
     def readable(self, name: Split) -> Cases | None:
-        """Return the cases of a split whose files match, whatever is wrong with others; reading one may still fail."""
+        """Return the cases of a split whose files match, even if others do not; reading one may still fail."""
         ...
 
     def kinds(self) -> Mapping[tuple[Split, str], str]:
@@ -176,10 +176,10 @@ class PredictionIO(Protocol):
     """Reads images and masks as a `Source` does, and writes masks that it can read; see `Source.reader`."""
 
     def with_options(self, *, follow_symlinks: bool, large: int) -> PredictionIO:
-        """Return a copy with the options of the command `predict` that apply.
+        """Return a copy with the applicable options of the `predict` command.
 
         Args:
-            follow_symlinks: read what symbolic links to places outside the input folder point to.
+            follow_symlinks: follow symbolic links that lead out of the input folder.
             large: pixels beyond which an image is read window by window, where its format allows that.
         """
         ...
@@ -193,7 +193,7 @@ class PredictionIO(Protocol):
         ...
 
     def find(self, path: Path) -> list[PredictionItem]:
-        """Find the images of a folder and its sub-folders, or take a file as the only one.
+        """Find the images in a folder and its sub-folders, or take a single file.
 
         Raises:
             DataError: there are none, or two would have masks of the same name.

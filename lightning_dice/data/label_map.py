@@ -1,4 +1,4 @@
-"""Which stored values of a mask make up which class, and back; `images.mask_format` does the same for 2D masks."""
+"""Map the stored values of a mask to classes, and back; `images.mask_format` does the same for 2D masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LabelMap:
         classes: names of the channels of the logits.
         values: the stored values of each class. With `activation="softmax"` a value belongs to one class at most, and
             the first class is the background; with `"sigmoid"` classes may share values (regions).
-        activation: of the logits: `"softmax"` makes a mask a map of ids, `"sigmoid"` a plane for each class.
+        activation: for the logits: `"softmax"` makes a mask a map of ids, `"sigmoid"` a plane for each class.
         background: with `"sigmoid"`, the stored values that belong to no class.
         ignored: stored values of voxels that neither loss nor score counts.
         ignore_index: the label that these get.
@@ -64,7 +64,7 @@ class LabelMap:
                 f"{', the first the background' if softmax else ''}, got {list(self.classes)}"
             )
         if len(self.values) != len(self.classes) or not all(self.values):
-            raise ValueError(f"values must hold some for each of the {len(self.classes)} classes, got {self.values}")
+            raise ValueError(f"values must have some for each of the {len(self.classes)} classes, got {self.values}")
         owners: dict[int, str] = dict.fromkeys(self.ignored, "the ignored label")
         parts = list(zip(self.classes, self.values, strict=True))
         parts = parts if softmax else [("background", self.background), ("foreground", tuple(sorted(self.foreground)))]
@@ -238,7 +238,7 @@ def look_up(
     Args:
         stored: integers of any shape.
         table: stored value -> label.
-        dtype: of the labels.
+        dtype: the labels' dtype.
         describe: describes the values without a label for the message, from how often each value is stored.
 
     Raises:

@@ -99,11 +99,11 @@ class PatchSampler:
     ) -> PatchSampler | None:
         """Return the sampler for `data.read_size` of 2D images, or `None` if images are read whole.
 
-        What it cuts are the regions to decode; `augment` then crops them to `data.patch_size`.
+        It cuts the regions to decode; `augment` then crops them to `data.patch_size`.
 
         Args:
             read_size: height and width of a region, or `None`.
-            patches_per_image: as for the class, as are the others.
+            patches_per_image: as for the class, like the arguments below.
             oversample_foreground: the same.
             ignore_index: the same.
             cache: the same.
@@ -140,7 +140,7 @@ class PatchSampler:
 class CaseReader(Protocol):
     """Reads parts of one case; see `Cases.open` in the module's docstring.
 
-    Random choices, such as that of an annotator, belong in `read_region` and must use torch's random state.
+    Random choices, such as which annotator to use, belong in `read_region` and must use torch's random state.
     """
 
     @property
@@ -172,13 +172,13 @@ class CaseReader(Protocol):
 
 @dataclass(frozen=True)
 class _DecodedCase:
-    """A `CaseReader` of a case in memory, or mapped to it.
+    """A `CaseReader` for a decoded case, in memory or memory-mapped.
 
     Attributes:
         case: its name.
         image: `(channels, *space)`.
         mask: `(*space)` or `(classes, *space)`.
-        spacing: of the mask.
+        spacing: the mask's pixel spacing.
         centers: from `_find_centers`, if known.
     """
 
@@ -234,7 +234,7 @@ class _DecodedCase:
 
 
 class PatchCases:
-    """Patches as a data set: `patches_per_image` of each case, drawn by torch's random state.
+    """Patches as a data set: `patches_per_image` of each case, drawn with torch's random state.
 
     Args:
         cases: whole images with masks of their size.
@@ -369,7 +369,7 @@ def _subsample(indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _pad(part: Tensor, margins: Sequence[tuple[int, int]], fill: int | None) -> Tensor:
-    """Pad the last axes with `fill`, or for `None` with the border's values."""
+    """Pad the last axes with `fill`, or with the border's values if it is `None`."""
     pairs = [(0, 0)] * (part.ndim - len(margins)) + list(margins)
     array = part.numpy()
     array = np.pad(array, pairs, "edge") if fill is None else np.pad(array, pairs, constant_values=fill)

@@ -16,7 +16,7 @@ class ClassShare(NamedTuple):
     """How common a class is.
 
     Attributes:
-        fraction: of all pixels, the ignored ones included.
+        fraction: its share of all pixels, ignored ones included.
         cases: how many cases it occurs in.
     """
 
@@ -35,7 +35,7 @@ def format_report(
     Args:
         heading: the first line.
         split_rows: the table of the splits, its header first.
-        shares: of each class in each split.
+        shares: the share of each class in each split.
         unit: what the shares count: `"pixels"` or `"voxels"`.
         notes: the last lines.
 

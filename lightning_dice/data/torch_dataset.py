@@ -34,8 +34,8 @@ class DatasetCases:
     Attributes:
         dataset: its items are pairs of image and mask.
         indices: the items.
-        names: of the cases, one for each item.
-        image_format: what the network sees of an image.
+        names: the cases' names, one for each item.
+        image_format: how an image becomes the network's input.
         mask_format: how masks are stored.
         workers: threads that read sizes.
 
@@ -99,11 +99,11 @@ class DatasetSource(ImageSource):
         dataset: makes a data set; called with `root`, `download` and the arguments of a split when the split is needed.
         root: the folder of its files.
         mask_format: the classes, and how masks are stored.
-        image_format: how images are stored, and what the network sees of them; by default three channels.
+        image_format: how images are stored, and how they become the network's input; by default three channels.
         train: arguments of `dataset` for the training split, such as `{"image_set": "train"}`.
         val: for validation; `None`: validation is drawn from train.
         test: for testing; `None`: there is no such split.
-        download: whether the data set shall fetch its files. `None`: it has no such argument.
+        download: whether the data set should fetch its files. `None`: it has no such argument.
         split_settings: `fractions` of train and val, and `seed`, with which val is drawn; the share of test is unused.
         workers: threads that `check` reads with; by default up to 8.
 

@@ -33,11 +33,11 @@ MISALIGNED_SHARE = 0.25  # of all masks, from which on the whole data set is in 
 
 
 class TurnedMasks(NamedTuple):
-    """Masks that fit in the same other orientation.
+    """Masks that fit their images in one other orientation.
 
     Attributes:
-        orientation: the one in which they fit.
-        cases: of the masks.
+        orientation: the orientation in which they fit.
+        cases: the masks' cases.
         as_group: whether it is a tendency of all cases together, rather than of each one.
     """
 
@@ -65,7 +65,7 @@ class Mismatch(NamedTuple):
 def find_turned_masks(cases: Sequence[CaseStatistics]) -> list[TurnedMasks]:
     """Find masks that fit their images clearly better when turned, flipped or transposed.
 
-    First all cases together, then each split; if neither has a common orientation, each case by itself.
+    First all cases together, then each split; if neither has a common orientation, each case on its own.
     """
     informative = [case for case in cases if case.has_alignment]
     splits = [[case for case in informative if case.split == split] for split in ("train", "val", "test")]
@@ -105,7 +105,7 @@ def _common_orientation(cases: Sequence[CaseStatistics]) -> Orientation | None:
 
 
 def orientation_margin(case: CaseStatistics) -> float:
-    """Return how much better a mask fits its image as it is than in any other orientation; NaN if unknown.
+    """Return how much better a mask fits its image unchanged than in any other orientation; NaN if unknown.
 
     >>> case = CaseStatistics("train", "a", 0, (64,), (64,), alignment=np.array([0.75, 0.5], np.float32))
     >>> orientation_margin(case)

@@ -34,7 +34,7 @@ def check_alignment(result: SurveyResult) -> Iterator[Finding]:
             "poorly-fitting-masks",
             "note",
             f"{pluralize(len(poor), 'mask')} much farther from the edges of the image than usual",
-            "Often the image is blurred or its objects are faint; sometimes the mask is shifted, or that of another "
+            "Often the image is blurred or its objects are faint; sometimes the mask is shifted, or belongs to another "
             "image.",
             "Look at them.",
             [case.key for case in poor],
@@ -47,7 +47,7 @@ def check_alignment(result: SurveyResult) -> Iterator[Finding]:
             "error",
             f"{100 * share:.0f} % of the masks do not fit the edges of their images",
             "They fit no better than the same image flipped or turned, where correct pairs do in 99 % of cases.",
-            "Look at the thumbnails: are images and masks paired correctly, of one geometry, and not shifted?",
+            "Look at the thumbnails: are images and masks paired correctly, in one geometry, and not shifted?",
             [case.key for case in result.cases if orientation_margin(case) < 0],
         )
 

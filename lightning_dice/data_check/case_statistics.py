@@ -1,4 +1,4 @@
-"""Measurements of one case: sizes, intensities, classes, and what is needed to compare it with other cases."""
+"""Measurements of one case: sizes, intensities, classes, and features for comparing it with other cases."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ class CaseStatistics:
     """Measurements of one case, without its pixels.
 
     Attributes:
-        split: of the data.
-        name: as in the table of scores.
-        index: in the split.
+        split: the case's split.
+        name: the case's name, as in the table of scores.
+        index: the case's position in its split.
         size: space axes of the image.
         mask_size: space axes of the mask; they differ if the image was resampled for evaluation.
-        spacing: of the mask, in mm along each axis.
+        spacing: the mask's spacing, in mm along each axis.
         kind: bit depth and colour of the file; empty if the source does not report them.
-        channels: of the image.
+        channels: number of channels of the image.
         range: minimum, 1st, 50th and 99th percentile and maximum of the image's finite values.
-        mean: of each channel.
-        std: of each channel.
+        mean: the mean of each channel.
+        std: the standard deviation of each channel.
         nonfinite: number of values of the image that are NaN or infinite.
         levels: number of distinct values of the image; `None` if more than `MAX_LEVELS`.
-        pixels: of the mask.
-        components: of each class.
+        pixels: number of pixels of the mask.
+        components: the connected components of each class.
         ignored: number of ignored pixels; for planes, the mean over the classes.
         unannotated: classes whose plane has only the ignored label.
         unknown_labels: number of pixels of each label of the mask that belongs to no class.
@@ -115,11 +115,11 @@ def measure(
 
     Args:
         sample: image `(channels, *space)`, mask `(*space)` or `(classes, *space)`.
-        split: of the data.
-        task: meaning of the mask.
-        index: in the split.
+        split: the case's split.
+        task: the meaning of the mask.
+        index: the case's position in its split.
         kind: bit depth and colour of the image's file.
-        thumbnail: whether to draw one.
+        thumbnail: whether to draw a thumbnail.
 
     >>> image = torch.zeros(1, 32, 32)
     >>> image[:, 8:16, 8:24] = 1

@@ -18,7 +18,7 @@ def run_checks(result: SurveyResult, accept: Sequence[str] = ()) -> list[Finding
     """Run all checks and return their findings, the most severe first.
 
     Args:
-        result: of the survey.
+        result: the survey's result.
         accept: kinds of findings that are known; they become notes.
 
     >>> from lightning_dice.data_check.task import Task

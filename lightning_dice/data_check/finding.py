@@ -23,10 +23,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem, or a remarkable property, of a data set.
+    """One problem or notable property of a data set.
 
     Attributes:
-        kind: short name, by which users accept it.
+        kind: short name, which users give to accept it.
         severity: `"error"`: training or its scores fail; `"warning"`: they may suffer; `"note"`: worth knowing.
         title: the finding in one line, with its count.
         why: why it matters, in a sentence or two.

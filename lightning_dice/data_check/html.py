@@ -34,9 +34,9 @@ def render_inspection(result: SurveyResult, findings: Sequence[Finding], title: 
     """Render the page of an inspection.
 
     Args:
-        result: what was measured; the cases of `illustrated_cases` should have thumbnails.
+        result: the measurements; the cases of `illustrated_cases` should have thumbnails.
         findings: most severe first.
-        title: of the page.
+        title: the page's title.
         details: the data and how they were read, in the order in which they are listed.
     """
     colors = _class_colors(result.task)

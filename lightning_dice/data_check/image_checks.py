@@ -42,7 +42,7 @@ def check_nonfinite_values(result: SurveyResult) -> Iterator[Finding]:
 
 
 def check_channels(result: SurveyResult) -> Iterator[Finding]:
-    """Check that all images have the same number of channels, that of the config if it is given."""
+    """Check that all images have the same number of channels, and the config's number if it gives one."""
     configured = result.facts.get("channels")
     counts = Counter(case.channels for case in result.cases)
     usual = configured or (counts.most_common(1)[0][0] if counts else None)

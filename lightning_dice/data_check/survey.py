@@ -102,8 +102,8 @@ def survey(
     of 4096 pixels along each axis, each as a case.
 
     Args:
-        source: of the cases.
-        task: meaning of the masks.
+        source: the source of the cases.
+        task: the meaning of the masks.
         workers: number of threads.
         thumbnails: how many cases to draw at most, evenly spaced over all of them.
         facts: as in `SurveyResult`.
@@ -183,7 +183,7 @@ def _open_splits(source: Source, result: SurveyResult) -> Readers:
 
 
 def _open_split(source: Source, split: Split) -> tuple[Cases | None, DataError | None]:
-    """Return the cases of a split, even of a source that is rejected as a whole, if it supports that; or the error."""
+    """Return the cases of a split and any error; some sources give their readable cases despite the error."""
     try:
         return source.split(split), None
     except DataError as error:

@@ -48,9 +48,9 @@ def class_plane(mask: Tensor, index: int, axes: int, task: Task) -> Tensor:
 
     Args:
         mask: ids `(*space)` or planes `(classes, *space)`.
-        index: of the class.
+        index: the class's index.
         axes: number of space axes.
-        task: meaning of the mask.
+        task: the meaning of the mask.
 
     >>> class_plane(torch.tensor([[0, 1], [1, 255]]), 1, 2, Task(["background", "cell"])).tolist()
     [[False, True], [True, False]]

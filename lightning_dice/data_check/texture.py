@@ -1,4 +1,4 @@
-"""The texture of an image on a small grid, by which duplicates are found."""
+"""The texture of an image on a small grid, used to find duplicates."""
 
 from __future__ import annotations
 

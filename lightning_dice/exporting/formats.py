@@ -34,7 +34,7 @@ class Format(Protocol):
     """A file format.
 
     Attributes:
-        suffix: of the file's name.
+        suffix: the suffix of the file's name.
         has_graph: whether it holds a graph, made by `capture_graph`; else weights only.
     """
 

@@ -25,11 +25,11 @@ SPACE = {1: ("length",), 2: ("height", "width"), 3: ("axis_0", "axis_1", "axis_2
 
 
 class NotExportable(ValueError):
-    """The network has no graph; the message holds the first line of the cause's."""
+    """The network cannot be exported as a graph; the message holds the first line of the cause."""
 
 
 class ExportWrapper(nn.Module):
-    """The function of images `(batch, channels, *space)` that an exported file computes.
+    """The function that an exported file computes, of images `(batch, channels, *space)`.
 
     The image is normalized, and padded to a multiple of the module's `size_divisor` by repeating its last rows and
     columns; the network runs; its finest logits are cropped to the image and, if asked for, become probabilities or
@@ -97,7 +97,7 @@ class ExportWrapper(nn.Module):
 
 
 class InputShape(NamedTuple):
-    """The shapes of images that an exported file takes.
+    """The shapes of images that an exported file accepts.
 
     Attributes:
         ndim: number of space axes.
@@ -122,11 +122,11 @@ class InputShape(NamedTuple):
 
 
 class ExportedGraph(NamedTuple):
-    """A graph, and the images that it takes.
+    """A graph, and the images that it accepts.
 
     Attributes:
-        program: of `torch.export`.
-        input_shape: of the images.
+        program: made by `torch.export`.
+        input_shape: the shapes of the images.
     """
 
     program: torch.export.ExportedProgram
@@ -148,11 +148,11 @@ def capture_graph(
     """Trace the graph of a module, for batches and images of any size where the network allows it.
 
     A network whose graph is right for the traced batch size only gets a batch of 1. One whose graph is right for some
-    image sizes only is refused; with a `size`, its graph is that of images of this size.
+    image sizes only is refused; with a `size`, its graph is for images of this size.
 
     Args:
         wrapper: computes the function to export.
-        channels: of an image.
+        channels: an image's channels.
         ndim: number of space axes of an image.
         size: the space axes of all images, if they are fixed.
         portable: whether the graph loses its conditions on sizes, as in ONNX, so that it must be right even where they

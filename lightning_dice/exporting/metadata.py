@@ -38,12 +38,12 @@ _VOLUME_VALUES = (
 
 
 class TrainedRun(NamedTuple):
-    """The run of a model.
+    """The run that trained a model.
 
     Attributes:
-        config: resolved to plain values.
-        folder: whose tables are read.
-        checkpoint: its content, without the weights.
+        config: the run's config, resolved to plain values.
+        folder: the run's folder, whose tables are read.
+        checkpoint: the checkpoint's content, without the weights.
         has_scores: whether the run's table of cases was made with these weights and settings.
     """
 
@@ -58,10 +58,10 @@ class ExportedFile(NamedTuple):
 
     Attributes:
         format: a key of `FORMATS`.
-        output_type: what its function returns.
-        input_shape: of the images that it takes.
+        output_type: what the file's function returns.
+        input_shape: the shapes of images that it accepts.
         normalizes: whether it normalizes the images.
-        license: of the model, in the user's words.
+        license: the model's license, in the user's words.
     """
 
     format: str
@@ -75,9 +75,9 @@ def model_metadata(run: TrainedRun, module: SegmentationModule, file: ExportedFi
     """Return the metadata of a model; `schema.json` explains each field.
 
     Args:
-        run: in which the module was trained.
-        module: trained and calibrated.
-        file: to be written.
+        run: the run that trained the module.
+        module: the trained and calibrated module.
+        file: the file to be written.
     """
     data, predictor = run.config["data"], module.predictor("cpu")
     window, size = predictor.window, file.input_shape.size

@@ -15,11 +15,11 @@ def model_card(
 ) -> str:
     """Return a card in the sections of Mitchell et al., "Model Cards for Model Reporting" (FAT* 2019).
 
-    What the run does not know is marked as not stated or not measured, for the author to fill in.
+    Anything the run does not know is marked as not stated or not measured, for the author to fill in.
 
     Args:
-        metadata: of the model, with its verification.
-        files: beside the card, the model first.
+        metadata: the model's metadata, with its verification.
+        files: the files beside the card, the model first.
         splits: number of cases in each split; `None` if the data were not available.
     """
     sections = [
@@ -100,7 +100,7 @@ def _output(metadata: Mapping[str, Any]) -> str:
         if ignored is None
         else f"\n\nPixels with label {ignored} were ignored in training; the model never predicts it."
     )
-    how = "the class with the largest value" if softmax else "each class by itself: a pixel may be of several, or none"
+    how = "the class with the largest value" if softmax else "each class on its own: a pixel may have several, or none"
     return f"`{output['name']}`: {output['dtype']} ({', '.join(output['axes'])}); {how}.\n\n{_table(rows)}{note}"
 
 

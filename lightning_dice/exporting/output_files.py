@@ -24,7 +24,7 @@ class OutputFiles(NamedTuple):
 
     Attributes:
         model: the exported model.
-        metadata: as JSON.
+        metadata: the metadata, as JSON.
         card: the model card.
         script: runs the model; `None` for a format without one.
     """
@@ -45,9 +45,9 @@ class OutputFiles(NamedTuple):
         """Write the files, each atomically.
 
         Args:
-            file_format: of the model.
+            file_format: the model's format.
             content: returned by `file_format.prepare`.
-            metadata: of the model.
+            metadata: the model's metadata.
             splits: number of cases in each split, for the card; `None` if unknown.
         """
         write_atomically(self.model, lambda path: file_format.write(content, path, metadata))
@@ -67,14 +67,14 @@ def output_files(
     Args:
         output: a folder, or the path of the model's file in one; `None`: `new_folder()`.
         new_folder: makes a folder.
-        suffix: of the model's file.
+        suffix: the suffix of the model's file.
         overwrite: whether existing files may be replaced.
 
     Yields:
         The paths of the files.
 
     Raises:
-        ValueError: a file exists, the output's suffix is not that of the format, or the folder cannot be written to.
+        ValueError: a file exists, the output's suffix does not fit the format, or the folder cannot be written to.
     """
     if output is None:
         folder, stem = new_folder(), "model"
@@ -95,7 +95,7 @@ def output_files(
         existing = [path for path in files.paths if path.exists()]
         if existing and not overwrite:
             raise ValueError(
-                f"{existing[0]} exists, and nothing is overwritten: choose another output, or overwrite=true"
+                f"{existing[0]} exists, and nothing is overwritten: choose another output, or set overwrite=true"
             )
         if not os.access(folder, os.W_OK):
             raise ValueError(f"the output folder {folder} cannot be written to; choose another output")

@@ -33,11 +33,11 @@ class ExportSettings:
         normalization: `"inside"`: the file normalizes images; `"outside"`: it takes normalized ones; `"auto"`: inside if
             it can, and the module does not predict in windows.
         size: pixels of the space axes of all images; `None`: any size.
-        opset: the version of ONNX's operators; `None`: that of torch's exporter.
+        opset: the version of ONNX's operators; `None`: the default of torch's exporter.
         split: whose cases file and module are compared on; `None`: the first of test, val and train that has cases.
         cases: the number of these cases.
         tolerance: the fraction of labels that may differ.
-        license: of the model.
+        license: the model's license.
 
     Raises:
         ValueError: a setting out of its range, or one that does not go with another or with the module.
@@ -150,7 +150,7 @@ class ExportSettings:
         Args:
             module: a trained module.
             normalize: part of the graph; `None`: images are normalized before.
-            channels: of an image.
+            channels: an image's channels.
             ndim: number of space axes.
 
         Raises:

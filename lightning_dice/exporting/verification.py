@@ -23,7 +23,7 @@ class VerificationCase(NamedTuple):
     """A case that both the file and the module predict.
 
     Attributes:
-        name: of the case.
+        name: the case's name.
         image: `(channels, *space)`, as the data set returns it.
         mask: the reference, as in `lightning_dice.data.Sample`; `None` if there is none.
     """
@@ -56,9 +56,9 @@ class Agreement:
     Attributes:
         data: a description of the cases.
         cases: their number.
-        pixels: number of compared labels; each class's plane counts by itself.
+        pixels: number of compared labels; each class's plane counts separately.
         different: number of labels that differ.
-        largest_difference: of the file's logits or probabilities; `None` for labels.
+        largest_difference: in the file's logits or probabilities; `None` for labels.
         dice: the module's: the mean over the cases for each class, then over the classes; `None` without references.
         exported_dice: the file's.
     """
@@ -108,16 +108,16 @@ def verify(
     """Predict cases with an exported file and with its module, and compare.
 
     Labels are compared at the size of the image and before small components are removed, which could hide a difference.
-    Dice is that of the masks at their own size.
+    Dice is computed at the masks' own size.
 
     Args:
-        file: the exported one.
-        predictor: of the module, in evaluation mode on the CPU.
+        file: the exported file.
+        predictor: the module's predictor, in evaluation mode on the CPU.
         cases: predicted one after the other.
         data: a description of them.
         scoring: the classes; surfaces and lesions are not scored.
-        normalize: of an image; `None`: none.
-        window: of the module and the file; `None`: whole images.
+        normalize: normalizes one image; `None`: it is left unchanged.
+        window: for both the module and the file; `None`: whole images.
 
     Raises:
         ValueError: the file's outputs have the wrong shape, or are not finite.

@@ -19,7 +19,7 @@ class CaseSelection(NamedTuple):
 
     Attributes:
         cases: an iterator.
-        description: of the cases, for messages and the model card.
+        description: describes the cases, for messages and the model card.
         splits: number of cases in each split of the data; `None` if the data are not available.
     """
 
@@ -49,7 +49,7 @@ def evenly_spaced(splits: Mapping[str, Cases | None], name: str | None, count: i
 
     Args:
         splits: the cases of each split; `None` for a split that the data do not have.
-        name: of the split; `None`: the first of test, val and train that has cases.
+        name: the split; `None`: the first of test, val and train that has cases.
         count: the most cases.
 
     Raises:

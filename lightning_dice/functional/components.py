@@ -60,7 +60,7 @@ class RegionMap(TargetReader):
     `(classes, *space)`. Ignored pixels belong to no component.
 
     Args:
-        activation: of the loss, see `TargetReader`.
+        activation: the loss's activation, see `TargetReader`.
         classes: number of classes; needed with class ids.
         ignore_index: label of the pixels to ignore.
         exclude_classes: indices of classes to skip; their regions are 0 everywhere.

@@ -128,7 +128,7 @@ def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_in
     """
     if predicted.shape != target.shape or predicted.ndim < 2:
         raise ValueError(
-            f"predicted and target must be class ids of one shape (batch, *space), got {tuple(predicted.shape)} and "
+            f"predicted and target must be class ids of equal shape (batch, *space), got {tuple(predicted.shape)} and "
             f"{tuple(target.shape)}"
         )
     for name, ids in (("predicted", predicted), ("target", target)):

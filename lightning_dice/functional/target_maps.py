@@ -127,7 +127,7 @@ class SignedDistance(TargetReader):
     `(classes, *space)`, 0 for a class that is nowhere or everywhere.
 
     Args:
-        activation: of the loss, see `TargetReader`.
+        activation: the loss's activation, see `TargetReader`.
         classes: number of classes; needed with class ids.
         ignore_index: label of the pixels to ignore.
         exclude_classes: indices of classes to skip; their distances are 0 everywhere.
@@ -167,7 +167,7 @@ class BoundaryWeight(TargetReader):
     so that it acts on narrow gaps between cells alone, and adds a weight that balances the classes.
 
     Args:
-        activation: of the loss, see `TargetReader`.
+        activation: the loss's activation, see `TargetReader`.
         classes: number of classes; needed with class ids if `activation` is `None`.
         ignore_index: label of the pixels to ignore; they have no boundary with other pixels.
         exclude_classes: not used.
@@ -212,11 +212,11 @@ class TubedSkeleton(TargetReader):
     background.
 
     Args:
-        activation: of the loss, see `TargetReader`.
+        activation: the loss's activation, see `TargetReader`.
         classes: number of classes; needed with class ids.
         ignore_index: label of the pixels to ignore.
         exclude_classes: indices of classes to skip; their skeletons are empty.
-        radius: in pixels.
+        radius: of the widening, in pixels.
 
     >>> mask = torch.tensor([[[0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]])
     >>> TubedSkeleton(radius=1)(mask)

@@ -24,7 +24,7 @@ class TargetReader:
     pixels are of no class.
 
     Args:
-        activation: of the loss.
+        activation: the loss's activation.
         classes: number of classes; needed with class ids.
         ignore_index: label of the pixels to ignore.
         exclude_classes: indices of classes to skip; their maps are 0 everywhere.

@@ -1,4 +1,4 @@
-"""Targets made coarser, for deep supervision, or padded, as the input of a network is."""
+"""Resize targets: make them coarser for deep supervision, or pad them like a network's input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def coarser_target(
     Args:
         target: class ids `(batch, *size)`, or planes or soft labels `(batch, classes, *size)`, 1 to 3 axes of size.
         space: the coarser size.
-        activation: of the loss. With `"softmax"` and soft labels, a pixel is ignored if any class holds the label.
+        activation: as in the loss. With `"softmax"` and soft labels, a pixel is ignored if any class holds the label.
         classes: number of channels of the logits.
         ignore_index: label of the pixels to ignore.
         reduce: `"area"`: planes and soft labels are averaged, and ids become soft labels, the fraction of the cell that

@@ -1,4 +1,4 @@
-"""Logits and labels of batches, by a module and its `Inference` settings."""
+"""Logits and labels of batches, from a module and its `Inference` settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batch_logits(module: PredictingModule, image: Tensor, size: tuple[int, ...] 
     With windows or mirroring, images are predicted one by one.
 
     Args:
-        module: in evaluation mode.
+        module: a module in evaluation mode.
         image: on the module's device, as are the logits.
         size: the space axes of the logits, which are interpolated linearly; by default those of the image.
     """
@@ -60,9 +60,9 @@ def batch_labels(
     """Return post-processed labels of a batch, or `None` where post-processing cannot change them.
 
     Args:
-        module: whose `inference.postprocessing` is applied.
+        module: the module whose `inference.postprocessing` is applied.
         logits: `(batch, classes, *space)`.
-        spacing: of each image's pixels along each axis, in mm; `None` if unknown, for an image or all.
+        spacing: each image's pixel spacing along each axis, in mm; `None` if unknown, for an image or all.
 
     Returns:
         Class ids, int64 `(batch, *space)` (softmax), or bool planes `(batch, classes, *space)` (sigmoid). `None` where

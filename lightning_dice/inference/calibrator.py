@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     """Scores of a temperature and thresholds on the cases of a `Calibrator`.
 
     Attributes:
-        dice: of each class, the mean over the cases that have a score; NaN for a class that has none or is excluded.
+        dice: for each class, the mean over the cases that have a score; NaN for a class that has none or is excluded.
         nll: mean negative log-likelihood of the pixels that were drawn, in nats.
 
     >>> Scores([0.5, math.nan, 0.75], nll=0.1).mean_dice
@@ -59,14 +59,14 @@ class Calibrator:
     Args:
         classes: number of channels of the logits.
         activation: `"sigmoid"` or `"softmax"`.
-        threshold: the present one, a probability; a softmax of two classes has 1/2.
+        threshold: the present threshold, a probability; a softmax of two classes has 1/2.
         ignore_index: the label of pixels that do not count.
         exclude_classes: classes that are not scored.
-        smooth: of the Dice score, in pixels.
+        smooth: smoothing of the Dice score, in pixels.
         absent: the score of a class that a case does not have.
         pool: `"image"`: the mean over cases; `"dataset"`: one ratio over all of them.
         pixels: the most pixels of each case that are drawn for the temperature.
-        seed: of drawing them.
+        seed: for drawing them.
 
     Raises:
         ValueError: a setting out of its range; in `add`, logits that are not finite or do not fit the target.
@@ -136,7 +136,9 @@ class Calibrator:
         if len(logits) != self.classes:
             raise ValueError(f"logits must be (classes, *space) of {self.classes} classes, got {tuple(logits.shape)}")
         if not bool(logits.isfinite().all()):
-            raise ValueError("logits must be finite: the network's are not, or it was not trained")
+            raise ValueError(
+                "logits must be finite, got NaN or infinite values: is the network trained, and are its weights finite?"
+            )
         # Counted as in the metric; this also checks shapes and labels.
         counts = hard_sums(
             logits.unsqueeze(0), target.unsqueeze(0), activation=self.activation, ignore_index=self.ignore_index

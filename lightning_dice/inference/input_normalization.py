@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputNormalization:
-    """Convert stored images to what a network was trained on.
+    """Convert stored images to the input that a network was trained on.
 
     Args:
         transform: normalizes one image `(channels, *space)` of floats; `None`: no normalization.
@@ -38,7 +38,7 @@ class InputNormalization:
         if self.unavailable:
             raise ValueError(
                 f"images of this run are normalized by {self.unavailable}, which the module cannot compute: use the "
-                "command predict, or normalize them and call predict_step"
+                "predict command, or normalize them and call predict_step"
             )
         if images.dtype in (torch.uint8, torch.uint16):
             images = images.float() / (self.max_value or torch.iinfo(images.dtype).max)

@@ -41,7 +41,7 @@ class PostProcessing:
         thresholds: one for each class, in (0, 1); with softmax only their ratios matter.
         min_size: the size of the smallest connected component that is kept, one number or one for each class; 0 keeps
             all. Pixels that touch at a corner are connected.
-        unit: of `min_size`: `"pixels"`, or `"mm"`: mm² or mm³ by the spacing of the image.
+        unit: the unit of `min_size`: `"pixels"`, or `"mm"`: mm² or mm³ by the spacing of the image.
         keep_largest: classes of which only the largest component is kept.
         background: with softmax, the class of removed pixels, whose own components are kept; `None`: the most common
             class around the component.
@@ -120,11 +120,11 @@ class PostProcessing:
         Args:
             logits: `(classes, *space)`.
             activation: `"sigmoid"` or `"softmax"`.
-            threshold: of the module; used with sigmoid if `thresholds` is `None`.
-            spacing: of the pixels along each axis, in mm; needed for `unit="mm"`.
+            threshold: the module's threshold; used with sigmoid if `thresholds` is `None`.
+            spacing: pixel spacing along each axis, in mm; needed for `unit="mm"`.
 
         Returns:
-            Softmax: class ids `(*space)`, uint8, or int32 of more than 256 classes; sigmoid: bool planes
+            Softmax: class ids `(*space)`, uint8, or int32 for more than 256 classes; sigmoid: bool planes
             `(classes, *space)`.
         """
         return self.remove_components(self.pixelwise(logits, activation=activation, threshold=threshold), spacing)
@@ -217,7 +217,7 @@ class PostProcessing:
         """Write the settings to a JSON file, atomically.
 
         Args:
-            path: of the file.
+            path: the file.
             about: plain values to keep in the file too, such as the checkpoint.
         """
         content = {"version": VERSION, "postprocessing": self.settings(), **(about or {})}
@@ -295,7 +295,7 @@ def find_postprocessing(run: str | Path, choice: str | Path = "auto", checkpoint
         if checkpoint is not None and calibrated is not None and calibrated != sha256(checkpoint):
             raise ValueError(
                 f"{path} was made for another checkpoint than {checkpoint}: calibrate again (overwrite=true), or set "
-                f"calibration=none, or calibration={path} to use it nevertheless"
+                f"calibration=none, or calibration={path} to use it anyway"
             )
     return PostProcessing.load(path)
 

@@ -1,4 +1,4 @@
-"""Logits and labels of single images, by one network or an ensemble; evaluation and prediction share them."""
+"""Logits and labels of single images, from one network or an ensemble, for evaluation and prediction alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Inference:
     """Settings of a module's evaluation and prediction: windows, mirroring and post-processing.
 
     Args:
-        size: of windows, in pixels, for each space axis; `None`: the whole image at once.
+        size: window size in pixels, for each space axis; `None`: the whole image at once.
         overlap: passed to `SlidingWindow`, like the next two; ignored if `size` is `None`.
         importance_map: see `SlidingWindow`.
         batch_size: see `SlidingWindow`.
@@ -80,7 +80,7 @@ class Predictor:
         mirroring: by default none.
         postprocessing: how logits become labels. For several networks one, or one for each, whose temperatures are
             then applied before the mean; see `combine_postprocessing`.
-        activation: of the logits, `"sigmoid"` or `"softmax"`.
+        activation: for the logits, `"sigmoid"` or `"softmax"`.
         threshold: a probability, for a sigmoid without thresholds in `postprocessing`.
         device: where the networks are.
 
@@ -190,7 +190,7 @@ class Predictor:
         Args:
             image: as for `chunks`.
             size: the space axes of the labels; by default those of the image.
-            spacing: of the labels' pixels along each axis, in mm, for post-processing that measures components.
+            spacing: the labels' pixel spacing along each axis, in mm, for post-processing that measures components.
 
         Returns:
             As `PostProcessing.labels`: class ids `(*size)` or bool planes `(classes, *size)`.

@@ -48,9 +48,9 @@ class SlidingWindow:
     yields rows as soon as no further window covers them.
 
     Args:
-        size: of a window, in pixels, for each space axis; best a multiple of the module's `size_divisor`, as it pads
+        size: window size in pixels, for each space axis; best a multiple of the module's `size_divisor`, as it pads
             every window to one, which costs time and makes edges within the image.
-        overlap: of neighbouring windows, as a fraction of their size, in [0, 1).
+        overlap: overlap of neighbouring windows, as a fraction of their size, in [0, 1).
         importance_map: weights of a window's logits: `"gaussian"`, lower towards its edge, where the network sees less
             of the surroundings; or `"constant"`.
         batch_size: windows that go through the network at once.
@@ -196,7 +196,7 @@ class SlidingWindow:
 
 
 class _PendingLogits(NamedTuple):
-    """Logits of some windows, which are perhaps still being copied to the host."""
+    """Logits of some windows, which may still be on their way to the host."""
 
     origins: list[tuple[int, ...]]
     logits: Tensor

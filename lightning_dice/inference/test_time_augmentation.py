@@ -31,7 +31,7 @@ class Mirroring:
             self.axes = check_class_indices("axes", axes)
         except ValueError:
             raise ValueError(
-                f"mirror_axes must be distinct space axes from 0 on, such as [0, 1], got {axes!r}"
+                f"mirror_axes must be distinct space axes, counted from 0, such as [0, 1], got {axes!r}"
             ) from None
 
     def __repr__(self) -> str:
@@ -39,7 +39,7 @@ class Mirroring:
 
     @property
     def combinations(self) -> list[tuple[int, ...]]:
-        """The axes of each prediction; those of the image itself, none, first."""
+        """The axes that each prediction mirrors, starting with none: the image itself."""
         return [axes for number in range(len(self.axes) + 1) for axes in combinations(self.axes, number)]
 
     def check(self, space_axes: int) -> None:

@@ -96,4 +96,4 @@ class Backend(Protocol):
         """Return the sums, float64 `(rows, images, classes)`. May raise `OutOfRange`."""
 
     def backward(self, spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the gradient of the logits, in their shape, dtype and memory format, from that of the sums."""
+        """Return the gradient of the logits, in their shape, dtype and memory format, from the gradient of the sums."""

@@ -85,7 +85,7 @@ def check_forced() -> None:
 
 
 def refuse_if_strict() -> None:
-    """Raise an error, before the reference computes sums, if another implementation is forced and `strict`.
+    """Raise an error instead of using the reference, if another implementation is forced with `strict=True`.
 
     Raises:
         ValueError: names that implementation.

@@ -99,7 +99,7 @@ def full_precision(logits: Tensor) -> torch.autocast:
     """Return a context without autocast, which would compute part of a loss in half precision.
 
     Raises:
-        ValueError: the logits are no tensor, such as those of a network with several outputs.
+        ValueError: the logits are not a tensor, as from a network with several outputs.
 
     >>> with full_precision(torch.zeros(1, 1, 4)):
     ...     torch.is_autocast_enabled("cpu")
@@ -125,7 +125,7 @@ def checked_pixels(
     weight: Tensor | None = None,
     annotated: Tensor | None = None,
 ) -> Pixels:
-    """Check and flatten logits and target, and blank ignored pixels. Arguments are those of `overlap_sums`.
+    """Check and flatten logits and target, and blank ignored pixels. Takes the arguments of `overlap_sums`.
 
     Raises:
         ValueError: a shape would broadcast, a dtype is wrong or, on the CPU, a value is outside its range.

@@ -132,7 +132,7 @@ def _merge_unannotated(z: Tensor, annotated: Tensor, *, exclusive: bool, activat
 
 
 class _Sigmoid(torch.autograd.Function):
-    """Sigmoid with the gradient p · sigmoid(-z). From a logit of 18, float32 rounds p to 1 and p (1 - p) to 0."""
+    """Sigmoid with the gradient p · sigmoid(-z). Above a logit of 18, float32 rounds p to 1 and p (1 - p) to 0."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -147,9 +147,9 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _Softmax(torch.autograd.Function):
-    """Softmax whose gradient stays exact if one class is almost certain: the part by p in `kernels.backend`.
+    """Softmax whose gradient stays exact if one class is almost certain: see "By p" in `kernels.backend`.
 
-    The class m is that with p > 1/2, if there is one. Only its own gradient needs the form without cancellation, with
+    The class m is the one with p > 1/2, if any. Only its own gradient needs the form without cancellation, with
     q as the sum of the other probabilities.
     """
 

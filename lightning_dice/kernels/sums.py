@@ -49,7 +49,7 @@ class RequiredSums:
             ValueError: both require a focal sum, with different factors. Check `agrees` first.
         """
         if not self.agrees(other):
-            raise ValueError(f"sums of one pass must share one focal factor, got {self.focal} and {other.focal}")
+            raise ValueError(f"sums from one pass must share one focal factor, got {self.focal} and {other.focal}")
         return RequiredSums(
             self.squares or other.squares,
             self.minimum or other.minimum,

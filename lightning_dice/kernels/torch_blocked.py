@@ -43,7 +43,7 @@ def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | Non
 
 
 def backward(spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the gradient of the logits, in their shape, dtype and memory format, from that of the sums."""
+    """Return the gradient of the logits, in their shape, dtype and memory format, from the gradient of the sums."""
     gradient = torch.empty_like(logits)
     advise_huge_pages(gradient)
     flat = gradient.flatten(2)

@@ -118,9 +118,9 @@ class _Launch:
         """Launch a kernel.
 
         Args:
-            kernel: from `triton_kernels`.
-            outputs: its first pointers.
-            strides: those of its output, if the kernel takes them.
+            kernel: one of `triton_kernels`.
+            outputs: the tensors it writes, its first pointers.
+            strides: the output's strides, if the kernel takes them.
             rows: constants that only this kernel takes.
         """
         tensors, plan = self.tensors, self.plan

@@ -173,7 +173,7 @@ class SegmentationLoss(nn.Module):
         return values
 
     def repr_settings(self) -> dict[str, object]:
-        """Return the settings that `print(loss)` shows: those of this class, and common ones that are not default."""
+        """Return the settings that `print(loss)` shows: this class's own, and common ones that are not the default."""
         own: dict[str, object] = {}
         common: dict[str, object] = {"activation": self.activation}
         for kind in type(self).__mro__:
@@ -299,7 +299,7 @@ class PixelMeanLoss(SumsLoss):
         class_weights: one for each class; only their ratios matter. Where classes are exclusive, a pixel has the weight
             of its class, and the sum is divided by the weights, as in `torch.nn.CrossEntropyLoss`.
         ignore_index: label of the pixels to ignore.
-        across_ranks: in a distributed training, compute the loss of all ranks together, as one process with the whole
+        across_ranks: in distributed training, compute the loss of all ranks together, as one process with the whole
             batch would; with False each rank takes the mean of its own batch and sends nothing, see `OverlapLoss`.
 
     Raises:

@@ -19,7 +19,7 @@ def batch_loss(loss: nn.Module, logits: Any, batch: Batch) -> Tensor:
     Args:
         loss: a `SegmentationLoss`, or any module of logits and mask.
         logits: `(batch, classes, *space)`, or those of each level for `DeepSupervision`.
-        batch: whose mask, weight, annotated classes and maps the loss gets.
+        batch: passes its mask, weight, annotated classes and maps to the loss.
 
     Raises:
         ValueError: the batch has a weight or annotated classes, and the loss is not a `SegmentationLoss`.
@@ -40,7 +40,7 @@ def batch_loss(loss: nn.Module, logits: Any, batch: Batch) -> Tensor:
 
 
 def mean_image_loss(loss: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean of the losses of single images, and of each of the loss's terms; 0 of no image.
+    """Return the mean of the losses of single images, and of each of the loss's terms; 0 without images.
 
     Args:
         loss: as in `batch_loss`.
@@ -67,7 +67,7 @@ def deep_supervision_loss(loss: nn.Module, levels: list[Tensor], batch: Batch) -
     """Return the loss of several levels, as `DeepSupervision` defines it, at the size of the padded image.
 
     Args:
-        loss: of each level, or a `DeepSupervision`.
+        loss: the loss of each level, or a `DeepSupervision`.
         levels: logits, finest first, the first at the size of the padded image.
         batch: as in `batch_loss`; its image is not padded.
     """

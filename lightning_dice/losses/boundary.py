@@ -47,7 +47,7 @@ class DistanceLoss(SegmentationLoss):
         spacing: size of a pixel along each axis, which sets the unit of distances; 1 by default.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         ignore_index: label of the pixels to ignore.
-        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
+        across_ranks: in distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
         ValueError: an invalid setting; in a call, a wrong number of classes, or a shape that would broadcast.
@@ -166,7 +166,7 @@ class HausdorffLoss(DistanceLoss):
     The distance transform form of Karimi and Salcudean (IEEE TMI 2020, "Reducing the Hausdorff Distance").
     :math:`d_t` is the distance to the boundary of the target, :math:`d_p` to that of the prediction: the pixels with
     p > 1/2, or with exclusive classes the most probable class. :math:`d_p` has no gradient and changes in every step,
-    so it is computed on the CPU in each call, which is slow for a training on GPUs. Without a boundary (nothing, or
+    so it is computed on the CPU in each call, which is slow when training on GPUs. Without a boundary (nothing, or
     everything) the distance is 0.
 
     Unlike in the paper and in MONAI's `HausdorffDTLoss`, distances are fractions of the image's diagonal, which keeps

@@ -341,7 +341,7 @@ def smp_focal(
     """Return the settings of `FocalLoss`, without `gamma` and `alpha`, for smp's arguments."""
     _check_smp(mode, eps, class_weights)
     if normalized or reduced_threshold is not None:
-        raise ValueError("normalized must be False and reduced_threshold None: these are other losses")
+        raise ValueError("normalized must be False and reduced_threshold None: other values define a different loss")
     if reduction != "mean":
         raise ValueError(f'reduction must be "mean", got {reduction!r}')
     if mode == "multiclass" and not from_logits:

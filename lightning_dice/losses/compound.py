@@ -183,7 +183,7 @@ class DiceCELoss(CompoundLoss):
     Args:
         dice_weight: weight of the `DiceLoss`, >= 0.
         ce_weight: weight of the `CrossEntropyLoss`, >= 0.
-        label_smoothing: of the cross-entropy, in [0, 1).
+        label_smoothing: for the cross-entropy, in [0, 1).
         **settings: settings of `OverlapLoss`, for the Dice loss. The cross-entropy shares `activation`, `ignore_index`,
             `class_weights` and `across_ranks`; it includes all classes, as a softmax must learn the background too, and
             averages over all pixels of the batch.
@@ -247,8 +247,8 @@ class DiceFocalLoss(CompoundLoss):
     Args:
         dice_weight: weight of the `DiceLoss`, >= 0.
         focal_weight: weight of the `FocalLoss`, >= 0.
-        gamma: of the focal loss, see `FocalLoss`.
-        alpha: of the focal loss, see `FocalLoss`.
+        gamma: for the focal loss, see `FocalLoss`.
+        alpha: for the focal loss, see `FocalLoss`.
         **settings: settings of `OverlapLoss`, for the Dice loss. The focal loss shares `activation`, `ignore_index`,
             `class_weights` and `across_ranks`; it includes all classes and averages over all pixels of the batch.
 

@@ -153,7 +153,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             weights, so that `k=1` is the `CrossEntropyLoss` of each image.
         activation: `"sigmoid"`, `"softmax"`, or `None` where the input is probabilities.
         ignore_index: label of the pixels to ignore.
-        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
+        across_ranks: in distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
         ValueError: as `CrossEntropyLoss`, or k outside its range.

@@ -75,7 +75,7 @@ class DeepSupervision(SegmentationLoss):
 
     @property
     def values(self) -> Mapping[str, Tensor]:
-        """The values of the terms of a `CompoundLoss`, at the finest level of the last call."""
+        """The term values of a `CompoundLoss`, from the finest level of the last call."""
         return cast("Mapping[str, Tensor]", getattr(self.loss, "values", {}))
 
     def deferred(
@@ -90,11 +90,11 @@ class DeepSupervision(SegmentationLoss):
         """Compute the loss up to the sums over the ranks, which are sent for all levels at once.
 
         Args:
-            logits: of each level, finest first, `(batch, classes, *space)`; one tensor is one level.
+            logits: each level's logits, finest first, `(batch, classes, *space)`; one tensor is one level.
             target: as in `SegmentationLoss.forward`, at the size of the finest level or larger.
             weight: as in `SegmentationLoss.forward`, at the size of the target; coarser levels get its means.
             annotated: as in `SegmentationLoss.forward`.
-            maps: of levels at the size of the target; coarser levels compute their own.
+            maps: for levels at the size of the target; coarser levels compute their own.
         """
         if not isinstance(logits, (Tensor, list, tuple)):
             raise ValueError(

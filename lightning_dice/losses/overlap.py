@@ -58,7 +58,7 @@ class OverlapLoss(SumsLoss):
             `lightning_dice.functional.AbsentPolicy`.
         reduction: `"mean"` over images and classes; `"sum"` over them; `"none"`: `(images, classes)`, with NaN for
             classes that are left out.
-        across_ranks: in a distributed training, compute the loss of all ranks together, as one process with the whole
+        across_ranks: in distributed training, compute the loss of all ranks together, as one process with the whole
             batch would; this costs one small all-reduce in each forward pass with a gradient. With False each rank
             takes the ratios (or the mean over images) of its own batch and sends nothing. DDP averages the gradients,
             so that the loss is the mean over the ranks, which depends on how the images are divided among them.

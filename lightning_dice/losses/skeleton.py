@@ -42,8 +42,8 @@ def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *
     Args:
         probs: `(images, classes, *space)`, two or three space axes, in [0, 1].
         iterations: number of erosions: the radius, in pixels, of the widest structure that gets a skeleton.
-        valid: bool, of a shape that broadcasts to that of probs. Invalid pixels are no neighbours of any pixel, as if
-            they were outside of the image.
+        valid: bool, of a shape that broadcasts to probs. Invalid pixels are not neighbours of any pixel, as if
+            they were outside the image.
         core: whether the pixels left after one more erosion belong to the skeleton. Without them, structures that are
             too wide for the iterations have no skeleton.
 
@@ -99,7 +99,7 @@ class ClDiceLoss(SegmentationLoss):
         class_weights: one for each class, excluded ones too; only their ratios matter.
         ignore_index: label of the pixels to ignore.
         absent: how to count a class that the target does not have: `"smooth"`: by the formula; `"skip"`: not at all.
-        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
+        across_ranks: in distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
         ValueError: an invalid setting; in a call, a shape that would broadcast, or not two or three space axes.
@@ -237,7 +237,7 @@ class SkeletonRecallLoss(SegmentationLoss):
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter.
         ignore_index: label of the pixels to ignore.
-        across_ranks: in a distributed training, compute the loss of all ranks together; see `OverlapLoss`.
+        across_ranks: in distributed training, compute the loss of all ranks together; see `OverlapLoss`.
 
     Raises:
         ValueError: an invalid setting; in a call, a wrong number of classes, not two or three space axes, or a shape

@@ -16,8 +16,8 @@ class DynUNet(_DynUNet):
     Weights have the same names as MONAI's, and can be loaded from either.
 
     Args:
-        upsample_kernel_size: of the transposed convolutions; by default those that undo `strides`.
-        settings: of MONAI's class.
+        upsample_kernel_size: kernel sizes of the transposed convolutions; by default those that undo `strides`.
+        settings: the settings of MONAI's class.
 
     >>> import torch
     >>> net = DynUNet(spatial_dims=2, in_channels=1, out_channels=2, kernel_size=[3, 3, 3], strides=[1, 2, 2],

@@ -31,9 +31,9 @@ class Topology:
     """The shape of a U-Net for patches of one size.
 
     Attributes:
-        size: of the patch; along each axis a multiple of the product of all strides.
-        strides: of each level, along each axis; those of the first level are 1.
-        kernels: of each level's convolutions; 1 along an axis that is still coarser than the others.
+        size: the patch size; along each axis a multiple of the product of all strides.
+        strides: each level's strides, along each axis; 1 at the first level.
+        kernels: the kernel sizes of each level's convolutions; 1 along an axis that is still coarser than the others.
 
     >>> shape = Topology((32, 32), ((1, 1), (2, 2), (2, 2)), ((3, 3), (3, 3), (3, 3)))
     >>> shape.features, shape.divisors
@@ -61,7 +61,7 @@ class Proposal:
     """The result of `propose`.
 
     Attributes:
-        topology: of the network.
+        topology: the network's topology.
         batch_size: patches in a batch.
         memory: estimate for a training step, in bytes.
     """
@@ -78,8 +78,8 @@ def plan_topology(spacing: Sequence[float], size: Sequence[int]) -> Topology:
     waits until the others are as coarse. Until then its kernels are 1.
 
     Args:
-        spacing: of voxels along each axis, in mm.
-        size: of the patch.
+        spacing: voxel spacing along each axis, in mm.
+        size: the patch size.
 
     >>> plan_topology((1.0, 1.0, 5.0), (32, 32, 8)).strides
     ((1, 1, 1), (2, 2, 1), (2, 2, 1), (2, 2, 2))
@@ -126,7 +126,7 @@ def step_memory(make: Callable[[], nn.Module], channels: int, size: Sequence[int
 
     Args:
         make: builds the network.
-        channels: of an image.
+        channels: an image's channels.
         size: space axes of an image, such that the network accepts it.
         batch_size: images in a step.
 
@@ -166,11 +166,11 @@ def propose(
     but at least two.
 
     Args:
-        spacing: of voxels along each axis, in mm.
-        median_size: of the training images at this spacing.
+        spacing: voxel spacing along each axis, in mm.
+        median_size: the median size of the training images at this spacing.
         cases: number of training cases.
         make: builds the network of a topology.
-        channels: of an image.
+        channels: an image's channels.
         budget: bytes for a training step.
 
     Raises:

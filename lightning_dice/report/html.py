@@ -34,9 +34,9 @@ def render_report(
     """Render the report of an evaluation.
 
     Args:
-        folder: of the evaluation; its `overlays.png` and `reliability.csv` are shown if they exist.
+        folder: the evaluation's folder; its `overlays.png` and `reliability.csv` are shown if they exist.
         table: scores of the cases.
-        summaries: of the table.
+        summaries: the table's summaries.
         provenance: what was evaluated.
     """
     bins = [row for row in read_csv(folder / "reliability.csv") if row.get("split") == table.split]

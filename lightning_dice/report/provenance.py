@@ -16,9 +16,9 @@ class ScoreProvenance(NamedTuple):
     """What was evaluated, and how.
 
     Attributes:
-        title: of the report.
+        title: the report's title.
         details: the run, the checkpoint, the data and so on, in the order in which they are listed.
-        settings: of the scores, by their names in `lightning_dice.scoring.Scoring`.
+        settings: the scores' settings, by their names in `lightning_dice.scoring.Scoring`.
 
     >>> ScoreProvenance("Evaluation of my_run", {"run": "runs/my_run"}, {"tolerance": 2.0, "lesion_iou": 0.0}).title
     'Evaluation of my_run'

@@ -1,4 +1,4 @@
-"""Rendering of the HTML pages, by jinja2 templates."""
+"""Render the HTML pages from jinja2 templates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def render_template(package: str, name: str, **context: Any) -> str:
     """Render a template; every value is escaped.
 
     Args:
-        package: whose folder `templates` has the template. It may extend and import those of this package.
-        name: of the template's file.
+        package: its folder `templates` has the template, which may extend and import others in this package.
+        name: the template's file name.
         context: the template's variables.
 
     >>> page = render_template("lightning_dice.report", "base.html.j2", title="a < b", subtitle="")

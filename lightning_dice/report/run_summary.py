@@ -21,7 +21,7 @@ def summary_table(
     """Return the table printed at the end of a run, with metrics above and files below.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         val: metrics of the best checkpoint on the validation split, named `val/dice` or `dice`.
         test: metrics on the test split, named `test/dice` or `dice`.
         files: paths by label. Paths inside `folder` are printed relative to it; files that do not exist are left out.

@@ -51,11 +51,11 @@ def score_predictions(
     names all problems. Write the scores with `table.write` afterwards.
 
     Args:
-        data: the data set, checked.
-        reader: of the predictions.
-        folder: of the predictions, laid out as by `predict`. If it has probabilities beside the masks, they are used
+        data: the data module; its data have been checked.
+        reader: reads the predictions.
+        folder: their folder, laid out as by `predict`. If it has probabilities beside the masks, they are used
             for the calibration error.
-        split: of the data.
+        split: the split to score.
         table: receives the scores.
         overlays: receives the cases to draw, if given.
         skip_missing: skip cases without a prediction instead of raising an error.

@@ -22,7 +22,7 @@ def write_report(folder: Path, split: str, provenance: ScoreProvenance) -> list[
     """Write `summary.csv`, `summary.json` and `report.html` beside the `cases.csv` of an evaluation.
 
     Args:
-        folder: of the evaluation; the report shows its `overlays.png` and `reliability.csv` if they exist.
+        folder: the evaluation's folder; the report shows its `overlays.png` and `reliability.csv` if they exist.
         split: the rows of the table to summarize.
         provenance: what was evaluated.
 

@@ -76,14 +76,14 @@ def summarize(
 
     Intervals are percentile bootstrap intervals (Efron & Tibshirani, 1993, ch. 13): cases are drawn with replacement,
     and the ends are percentiles of the means of these resamples. All scores and classes share the same resamples; one
-    in which a score is never defined is left out. Cases are treated as independent: if several are of one patient, the
-    intervals are too narrow.
+    in which a score is never defined is left out. Cases are treated as independent: if several come from one patient,
+    the intervals are too narrow.
 
     Args:
         table: the scores of the cases.
         n_resamples: number of resamples.
-        confidence: of the interval, in (0, 1).
-        seed: of the resamples.
+        confidence: confidence level of the intervals, in (0, 1).
+        seed: for drawing the resamples.
         worst: how many of the worst cases to name.
 
     >>> table = ScoreTable("test", ["a", "b"], ["cell"], {"dice/cell": np.array([0.5, 0.9])}, "mm")

@@ -78,12 +78,12 @@ def format_row(
     """Format the scores of a case as a row of the table.
 
     Args:
-        split: of the data.
+        split: the split of the data.
         case: name of the case.
-        score: its scores.
+        score: the case's scores.
         classes: names of all classes.
         scored: indices of the scored classes.
-        errors: calibration errors by class index; under `None`, that of the most probable class.
+        errors: calibration errors by class index; the most probable class's error is under `None`.
 
     Returns:
         Text by column; undefined values have no entry.
@@ -119,8 +119,8 @@ class ScoreTable:
     """The scores of many cases, as arrays.
 
     Attributes:
-        split: of the data.
-        names: of the cases, sorted.
+        split: the split of the data.
+        names: the cases' names, sorted.
         classes: names of the scored classes.
         values: by column, one value for each case; NaN for empty fields.
         unit: of distances: `"mm"`, `"pixels"`, or `"mixed"` if only some cases have a spacing.

@@ -119,7 +119,7 @@ class TestSplits:
         ]
         assert source.split("test") is None
         for fold, text in (
-            (2, r"has the folds 0 to 1, got 2.*data\.fold"),
+            (2, r"has folds 0 to 1, got 2.*data\.fold"),
             (0, "names 1 cases that imagesTr does not"),
         ):
             if fold == 0:
@@ -158,7 +158,7 @@ def test_what_is_missing_is_named(tmp_path):
     nnunet(tmp_path, cases=2, channels=2)
     (tmp_path / "imagesTr/c1_0001.nii.gz").unlink()
     with pytest.raises(
-        DataError, match=r"(?s)c1_0000\.nii\.gz: its case has the channel 0000, 2 channels are required"
+        DataError, match=r"(?s)c1_0000\.nii\.gz: its case has the channel 0000, but 2 channels are required"
     ):
         NnunetSource(tmp_path).check()
 

@@ -252,7 +252,7 @@ def test_every_bad_file_is_listed_at_once(tmp_path):
         "images/train/text.nii.gz: is named .gz but is not compressed: it begins with b'no volum'",
         "images/train/damaged.nii.gz: cannot be read as NIfTI (BadGzipFile: CRC check failed",
         "images/train/lfs.nii.gz: is a Git LFS pointer",
-        "images/train/movie.nii.gz: has 4 axes (4x4x4x3), a volume of 3 is required",
+        "images/train/movie.nii.gz: has 4 axes (4x4x4x3), but a volume of 3 is required",
         "images/train/slice.nii.gz: is a single slice (16x16x1)",
         "images/train/nan.nii.gz: holds 80 voxels that are not finite",
         "images/train/complex.nii.gz: holds complex64 values",

@@ -55,7 +55,7 @@ def test_flips():
     assert mirror(image, (1,)).tolist() == [[[[2, 1, 0], [5, 4, 3]]]]
     assert mirror(image, (0, 1)).tolist() == [[[[5, 4, 3], [2, 1, 0]]]]
     assert mirror(image, ()) is image
-    with pytest.raises(ValueError, match=r"mirror_axes must be distinct space axes from 0 on, .* got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"mirror_axes must be distinct space axes, counted from 0, .* got \[0, 0\]"):
         Mirroring([0, 0])
     with pytest.raises(ValueError, match=r"from 0 to 1, got \[2\]"):
         Mirroring([2]).check(2)

@@ -45,7 +45,7 @@ class Instance(NamedTuple):
 
 @dataclass(frozen=True)
 class InstanceMask:
-    """The objects of an image as its mask.
+    """The objects of an image, as a mask.
 
     With a softmax, a pixel that several objects claim belongs to the one of the smallest area. Crowds are ignored where
     there is no other object; without an ignored label they count as objects.
@@ -173,7 +173,7 @@ class CocoSource(ImageFileSource):
     Args:
         root: the folder.
         mask_format: the classes; without `label_map` and `colors`, since annotations hold no values.
-        image_format: how images are stored, and what the network sees of them; by default three channels.
+        image_format: how images are stored, and how they become the network's input; by default three channels.
         images: the folder below `root` that the annotations' `file_name` is relative to; `{split}` stands for the
             split.
         annotations: the file below `root`; without `{split}` it is one for all cases, and the splits are drawn.
@@ -400,7 +400,7 @@ def _parse_instance(entry: Mapping[str, Any], label: int, size: tuple[int, int])
         except (TypeError, ValueError, OverflowError) as wrong:
             raise ValueError(f"run lengths that cannot be read ({wrong})") from None
         if (shape < 0).any() or int(shape.sum()) != size[0] * size[1]:
-            raise ValueError(f"run lengths of {int(shape.sum())} pixels, {size[0] * size[1]} are required")
+            raise ValueError(f"run lengths of {int(shape.sum())} pixels, but {size[0] * size[1]} are required")
         own_area = float(shape[1::2].sum())
     else:
         raise ValueError("no segmentation: neither outlines nor run lengths (a box alone is none)")

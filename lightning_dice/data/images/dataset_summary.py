@@ -38,17 +38,17 @@ PHOTO_LEVELS = 64  # a mask with more values than this is a photograph, or numbe
 
 @dataclass
 class ImageFacts:
-    """What was found when a case was read.
+    """The findings from reading one case.
 
     Attributes:
         pair: the case.
         size: height and width.
         kind: the image's depth and colour.
         levels: number of values in the image; 0 if there are more than a mask may have.
-        digest: of the image file's content.
+        digest: hash of the image file's content.
         counts: how often each value is stored, for each mask: one of ids, or one for each plane; with several raters,
-            those of each in turn.
-        problems: what is wrong.
+            each rater's in turn.
+        problems: everything that is wrong.
     """
 
     pair: Pair
@@ -65,7 +65,7 @@ class Survey:
     """The findings of reading every case once.
 
     Attributes:
-        facts: of the cases of each split.
+        facts: the findings on each split's cases.
         planes: the classes of a mask's planes; empty for masks of ids.
         mask_format: how masks are stored.
         raters: who made the masks; empty if each image has one.
@@ -79,7 +79,7 @@ class Survey:
     notes: Sequence[str] = ()
 
     def shares(self, splits: Iterable[Split]) -> dict[str | None, ClassShare]:
-        """Return the share of each class in some splits, averaged over raters; under `None` that of ignored pixels."""
+        """Return the share of each class in some splits, averaged over raters; ignored pixels are under `None`."""
         pixels: Counter[str | None] = Counter()
         cases: Counter[str | None] = Counter()
         total = 0
@@ -155,7 +155,7 @@ class Survey:
         return ignored in values and ignored not in (mask_format.label_map or {}) and labels <= {0, ignored}
 
     def warnings(self) -> list[str]:
-        """Return what is suspicious, but valid."""
+        """Describe anything valid but suspicious."""
         everything = [(split, facts) for split, part in self.facts.items() for facts in part]
         ids = [] if self.planes else everything  # Planes of a rare class are often empty.
         doubtful = [f"{split}/{facts.pair.case}" for split, facts in ids if self._only_ignored_labels(facts.counts[0])]
@@ -316,7 +316,7 @@ def _too_many_values(facts: ImageFacts, position: int) -> DataProblem:
     if facts.levels > 1:
         return _swapped_files(facts, where)
     values = len(facts.counts[position])
-    what = f"looks like a photograph or a map of instances: it holds {values} values, ids are required"
+    what = f"looks like a photograph or a map of instances: it holds {values} values, but ids are required"
     return DataProblem(what, where, "Put a mask there; convert instances to classes.")
 
 

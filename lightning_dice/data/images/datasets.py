@@ -141,7 +141,7 @@ class OpenPair:
         return sample
 
     def normalization(self, normalize: Normalize) -> Normalize:
-        """Return what `normalize` does to the whole image; if it needs the image's statistics, by one pass, once."""
+        """Return what `normalize` does to the whole image; any statistics it needs take one pass, once."""
         if self._normalization is None or self._normalization[0] is not normalize:
             self._normalization = normalize, fit_normalization_to_blocks(normalize, self._blocks)
         return self._normalization[1]

@@ -48,7 +48,7 @@ class Layout:
     """The contents of a folder.
 
     Attributes:
-        pairs: of each split that exists.
+        pairs: the cases of each split that exists.
         planes: the classes that have a mask file each, in the order of a pair's masks; empty for masks of ids.
         raters: who made the masks, in the order of a pair's masks; empty if each image has one mask.
         problems: files that do not match, and the like.
@@ -187,7 +187,7 @@ def match_masks(
 def _pair(
     images: Sequence[NamedFile], folder: Path, mask_sets: Sequence[MaskSet], layout: Layout
 ) -> tuple[list[Pair], list[Path]]:
-    """Return the pairs of one split, and its mask files but the ambiguous ones; add problems to `layout`."""
+    """Return the pairs of one split, and its mask files except ambiguous ones; add problems to `layout`."""
     if not images:
         layout.problems.append(no_files_problem(folder, "image"))
     layout.problems += [no_files_problem(Path(masks.where), "mask") for masks in mask_sets if not masks.files]
@@ -233,7 +233,7 @@ def _find_images(root: Path, pattern: str, names: SplitNames) -> dict[Split | No
         parts[split_of(matched, names)].append(NamedFile(matched["case"], path))
     if not parts:
         remedy = "Set data.images; data.splits, if the splits have other names than train, val and test."
-        raise DataProblem(f"no file has such a name; {describe_contents(root)}", root / pattern, remedy)
+        raise DataProblem(f"no file matches; {describe_contents(root)}", root / pattern, remedy)
     return {split: _ImageSet(root / pattern, parts[split]) for split in (None, *names) if split in parts}
 
 

@@ -52,7 +52,7 @@ def find_files(
         root: the folder that the pattern is relative to.
         pattern: with `/` between folders.
         names: what each placeholder but `{case}` may match.
-        extensions: of the files, in lower case, if the pattern has none.
+        extensions: the files' extensions, in lower case, if the pattern has none.
 
     Yields:
         What the placeholders matched, and the file.

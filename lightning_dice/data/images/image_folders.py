@@ -28,7 +28,7 @@ def root_problem(root: Path) -> DataProblem | None:
     if root.is_dir():
         return None
     what = "is a file" if root.exists() else "does not exist"
-    return DataProblem(f"{what}, a folder is required", root, "Set data.root=/path/to/folder.")
+    return DataProblem(f"{what}, but a folder is required", root, "Set data.root=/path/to/folder.")
 
 
 def image_files(folder: Path) -> list[NamedFile]:
@@ -107,7 +107,7 @@ def _no_such_folder(root: Path, wanted: Path, setting: str) -> DataProblem:
 def no_files_problem(place: Path, kind: str) -> DataProblem:
     """Return the problem of a folder or pattern without files; `kind` is `image` or `mask`."""
     if not place.is_dir():
-        return DataProblem(f"no {kind} has such a name", place, f"Add the {kind}s, or set data.{kind}s.")
+        return DataProblem(f"no {kind} matches", place, f"Add the {kind}s, or set data.{kind}s.")
     inner = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     remedy = f"Put the {kind}s there."
     if kind == "mask" and inner:

@@ -29,10 +29,10 @@ class BlockwiseImage(Protocol):
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are stored, and what the network sees of them.
+    """How images are stored, and how they become the network's input.
 
     Args:
-        channels: of the network's input: 1 for gray, 3 for RGB (gray is repeated).
+        channels: the network's input channels: 1 for gray, 3 for RGB (gray is repeated).
         bands: the stored channels to use, in order, counted from 1 as GDAL does: `[4, 3, 2]` is true colour in
             Sentinel-2's numbering. `None`: all.
         max_value: the stored value that becomes 1; it need not be the greatest. `None`: 255 and 65535 for unsigned
@@ -74,7 +74,7 @@ class ImageFormat:
         if self.max_value is not None and not (self.max_value > 0 and math.isfinite(self.max_value)):
             raise ValueError(f"max_value must be a stored value above 0, got {self.max_value}")
         if self.nodata is not None:
-            # A YAML file's .nan is a number, that of a command line is text.
+            # In a YAML file .nan is a number; on the command line it is text.
             text = {".nan": "nan"}.get(str(self.nodata).lower(), str(self.nodata))
             try:
                 object.__setattr__(self, "nodata", float(text))
@@ -128,7 +128,7 @@ class ImageFormat:
         # Always three colours: `apply_palette` gives one channel for a window that shows only grays.
         pixels = image.pixels if image.palette is None else image.palette[image.pixels[..., 0]]
         if max(self.bands) > pixels.shape[2]:
-            what = f"has {pixels.shape[2]} channels ({image.kind}), data.bands={list(self.bands)} was asked for"
+            what = f"has {pixels.shape[2]} channels ({image.kind}), but data.bands={list(self.bands)} was asked for"
             raise DataProblem(what, image.path, "Bands are counted from 1.")
         chosen = pixels[..., [band - 1 for band in self.bands]]
         return replace(image, pixels=chosen, alpha=False, palette=None)

@@ -211,14 +211,14 @@ def to_tensor(image: DecodedImage, channels: int) -> Tensor:
     torch.Size([3, 1, 3])
     >>> to_tensor(image, channels=4)
     Traceback (most recent call last):
-    lightning_dice.data.errors.DataProblem: a.png: has 1 channel (8-bit gray), data.channels=4 was asked for. ...
+    lightning_dice.data.errors.DataProblem: a.png: has 1 channel (8-bit gray), but data.channels=4 was asked for. ...
     """
     pixels = image.apply_palette()
     if image.alpha and pixels.shape[2] != channels:
         pixels = pixels[..., :-1]
     found = pixels.shape[2]
     if found != channels and (found, channels) != (1, 3):
-        asked = f"has {found} channel{'s' * (found != 1)} ({image.kind}), data.channels={channels} was asked for"
+        asked = f"has {found} channel{'s' * (found != 1)} ({image.kind}), but data.channels={channels} was asked for"
         raise DataProblem(asked, image.path, f"Set data.channels={found}, or convert the file.")
     if image.max_value is None and pixels.dtype.kind != "f":
         remedy = "Set data.max_value to the stored value that becomes 1."
@@ -323,7 +323,7 @@ def _array_shape(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tu
     """Return whether channels come first, and height and width of an array."""
     form = "arrays must be (height, width), (height, width, channels) or (channels, height, width)"
     if dtype.kind not in "buif":
-        raise DataProblem(f"holds {dtype}, numbers are required", path, "Save it as integers or floats.")
+        raise DataProblem(f"holds {dtype}, but numbers are required", path, "Save it as integers or floats.")
     if len(shape) == 2:
         return False, shape[0], shape[1]
     if len(shape) != 3 or shape[0] == shape[2]:
@@ -415,7 +415,7 @@ def _possible_bomb(path: Path, reason: str) -> DataProblem:
 
 def _several_frames(path: Path, frames: int) -> DataProblem:
     remedy = "Save each frame as a file of its own; if they are channels, with tifffile's planarconfig='separate'."
-    return DataProblem(f"holds {frames} frames, one is required", path, remedy)
+    return DataProblem(f"holds {frames} frames, but one is required", path, remedy)
 
 
 def _unknown_colors(path: Path, found: str) -> DataProblem:

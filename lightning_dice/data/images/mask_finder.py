@@ -57,7 +57,7 @@ class MaskFinder:
             options = {"split": list(chain(*names.values())), "class": planes, "rater": raters}
             self._files = list(find_files(root, pattern, options))
             if not self._files:
-                what = f"no file has such a name; {describe_contents(root)}"
+                what = f"no file matches; {describe_contents(root)}"
                 raise DataProblem(what, root / pattern, "Set data.masks.")
             self.splits = sorted({str(split_of(matched, names)) for matched, _ in self._files})
             return

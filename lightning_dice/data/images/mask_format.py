@@ -23,7 +23,7 @@ CLEAN_GAP = 16  # JPEG shifts values by less than this in masks that survive it 
 
 
 class SizedImage(Protocol):
-    """What a mask needs to know of its image: a `DecodedImage` or a `WindowedTiff`."""
+    """The properties of an image that its mask needs: a `DecodedImage` or a `WindowedTiff`."""
 
     @property
     def path(self) -> Path:
@@ -62,7 +62,7 @@ MaskFile = Path | StoredMask
 
 @dataclass(frozen=True)
 class MaskFormat:
-    """How masks are stored, and what they become.
+    """How masks are stored, and how they become class ids or planes.
 
     The *values* of a mask are its samples as stored: gray levels, palette indices, or with `colors` the position of
     each colour in that list. `label_map` maps some values to ids; the others are ids already.
@@ -70,7 +70,7 @@ class MaskFormat:
     Args:
         classes: with `activation="softmax"` the names of the ids 0, 1, 2 ...; with `"sigmoid"` the names of the
             foreground classes only, whose ids are 1, 2, 3 ... (0 is background).
-        activation: of the network's logits: `"softmax"` makes a map of ids, `"sigmoid"` one 0/1 plane for each class.
+        activation: for the network's logits: `"softmax"` makes a map of ids, `"sigmoid"` one 0/1 plane for each class.
         ignore_index: the label of pixels that neither loss nor score counts; `None` for none.
         label_map: stored value -> id, such as `{255: 1}`, or `{11: 255}` to ignore the label 11.
         colors: `[red, green, blue]` of each value, in order, for masks painted in colours.
@@ -104,7 +104,7 @@ class MaskFormat:
                 f"classes must be a list of names, got {self.classes!r}; "
                 "for instance 'data.classes=[background,lesion]'"
             )
-        # Hydra gives containers of its own, which neither hash nor pickle cheaply.
+        # Hydra passes its own containers, which neither hash nor pickle cheaply.
         names = tuple(str(name) for name in self.classes)
         if len(set(names)) != len(names):
             raise ValueError(f"classes must differ from each other, got {list(names)}")
@@ -164,7 +164,7 @@ class MaskFormat:
 
     @property
     def background(self) -> str | None:
-        """The class of a softmax that is wherever no other one is, and needs no plane of its own."""
+        """With a softmax, the class of pixels in no other class, which needs no plane; else `None`."""
         return self.classes[0] if self.activation == "softmax" else None
 
     def label(self, value: int, planes: bool = False) -> int | None:
@@ -225,7 +225,7 @@ class MaskFormat:
         if pixels.dtype == bool:
             pixels = pixels * np.uint8(255)
         if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
-            raise DataProblem(f"is {image.kind}, data.colors needs 8-bit RGB", image.path, "Save it as 8-bit RGB.")
+            raise DataProblem(f"is {image.kind}, but data.colors needs 8-bit RGB", image.path, "Save it as 8-bit RGB.")
         codes = _color_codes(np.broadcast_to(pixels, (*image.size, 3)))
         listed = _color_codes(np.asarray(self.colors, dtype=np.uint8))
         order = np.argsort(listed)
@@ -368,12 +368,13 @@ def _gray_values(image: DecodedImage) -> NDArray[Any]:
     if pixels.shape[2] > 1 and (pixels != pixels[..., :1]).any():
         found = f" ({_count_colors(_color_codes(pixels))})" if pixels.dtype == np.uint8 and pixels.shape[2] == 3 else ""
         remedy = "List the colours in the order of the ids: 'data.colors=[[0,0,0],[255,0,0]]'."
-        raise DataProblem(f"is painted in colours{found}, ids are required", image.path, remedy)
+        raise DataProblem(f"is painted in colours{found}, but ids are required", image.path, remedy)
     stored = pixels[..., 0]
     if stored.dtype.kind == "f":
         whole = np.nan_to_num(stored, nan=0.5, posinf=0.5, neginf=0.5)
         if (whole != np.rint(whole)).any():
-            raise DataProblem("holds fractions, ids are required", image.path, "Threshold it and save whole numbers.")
+            remedy = "Threshold it and save whole numbers."
+            raise DataProblem("holds fractions, but ids are required", image.path, remedy)
         return np.asarray(whole.astype(np.int64))
     return stored.view(np.uint8) if stored.dtype == bool else stored
 

@@ -53,10 +53,10 @@ TILE = 512  # pixels
 
 
 class Origin(NamedTuple):
-    """What writing a mask needs to know of its image.
+    """The facts about an image that are needed to write its mask.
 
     Attributes:
-        path: of the image.
+        path: the image file.
         large: the image is read by windows.
     """
 
@@ -81,7 +81,7 @@ class ImagePredictionIO(PredictionIO):
 
     Args:
         mask_format: the classes, and how the training masks are stored.
-        image_format: how images are stored, and what the network sees of them.
+        image_format: how images are stored, and how they become the network's input.
         follow_symlinks: whether `find` follows links out of the folder. It warns of those that it does not follow
             (`SkippedWarning`), and of links to folders that it has read already (`FileWarning`).
         large: pixels; larger TIFFs are read by windows. At most `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -113,7 +113,7 @@ class ImagePredictionIO(PredictionIO):
         _ = self._stored_values
 
     def with_options(self, *, follow_symlinks: bool, large: int) -> ImagePredictionIO:
-        """Return a copy that follows symbolic links or not, and reads images of more than `large` pixels by windows."""
+        """Return a copy with these options: whether to follow links, and above how many pixels to read by windows."""
         return replace(self, follow_symlinks=follow_symlinks, large=large)
 
     def for_cases(self, cases: Cases) -> ImagePredictionIO:
@@ -130,7 +130,7 @@ class ImagePredictionIO(PredictionIO):
         return self.mask_format.activation == "sigmoid" and len(self.mask_format.classes) > 1
 
     def find(self, path: Path) -> list[PredictionItem]:
-        """Find the images of a folder and its sub-folders, sorted, but hidden ones; or take a file as the only one.
+        """Find the images in a folder and its sub-folders, sorted, except hidden ones; or take a single file.
 
         Raises:
             DataError: there are none, or two would have masks of the same name.
@@ -245,7 +245,7 @@ class ImagePredictionIO(PredictionIO):
             ) from error
         planes = stored.reshape(-1, *stored.shape[-2:])
         if len(planes) != len(self.mask_format.classes):
-            raise DataProblem(f"holds {len(planes)} planes, {len(self.mask_format.classes)} are required", path)
+            raise DataProblem(f"holds {len(planes)} planes, but {len(self.mask_format.classes)} are required", path)
         return torch.from_numpy(np.ascontiguousarray(planes, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:

@@ -24,7 +24,7 @@ class Raters:
     ignored.
 
     Args:
-        names: of the raters; `None`: each image has one mask.
+        names: the raters' names; `None`: each image has one mask.
         fusion: what training sees. `"mean"`: soft labels, the share of raters that see each class in each pixel;
             `"majority"`: a vote; `"random"`: the mask of a rater drawn for each sample; or the name of the only
             rater to use.

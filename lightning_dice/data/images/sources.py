@@ -32,7 +32,7 @@ class ImageSource(ABC):
     Args:
         root: the folder.
         mask_format: the classes, and how masks are stored.
-        image_format: how images are stored, and what the network sees of them; by default three channels.
+        image_format: how images are stored, and how they become the network's input; by default three channels.
         split_settings: how cases are divided into splits; by default 70, 15 and 15 percent.
         workers: threads that read; by default up to 8.
 
@@ -236,7 +236,7 @@ class FolderSource(ImageFileSource):
     Args:
         root: the folder.
         mask_format: the classes, and how masks are stored.
-        image_format: how images are stored, and what the network sees of them; by default three channels.
+        image_format: how images are stored, and how they become the network's input; by default three channels.
         images: where the images are below `root`. `{split}` stands for the split; without it, folders `train`, `val`
             and `test` are looked for inside.
         masks: the same for the masks, such as `masks/{split}/rater1`.

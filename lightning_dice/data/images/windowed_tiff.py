@@ -46,7 +46,7 @@ class WindowedTiff:
         size: height and width.
         kind: depth and colour, as of a `DecodedImage`.
         turned: always false; turned images are refused.
-        chunk_pixels: pixels that are decoded together: those of a tile or a strip; 1 if the file is not compressed.
+        chunk_pixels: pixels that are decoded together, in one tile or strip; 1 if the file is not compressed.
 
     Raises:
         DataError: the file is truncated, holds several images, is compressed in one piece, stored turned, or more
@@ -81,7 +81,7 @@ class WindowedTiff:
         pages: list[Any] = [p for p in tiff.pages if not int(getattr(p, "subfiletype", 0)) & 0b101]
         if len(pages) != 1 or pages[0].imagedepth != 1:
             raise DataProblem(
-                f"holds {len(pages)} images, one is required", self.path, "Save each as a file of its own."
+                f"holds {len(pages)} images, but one is required", self.path, "Save each as a file of its own."
             )
         self._page = page = pages[0]
         self._planes, _, height, width, self._samples = page.shaped
@@ -217,7 +217,7 @@ class LargeImage:
 
     Args:
         path: the file, as for `WindowedTiff`.
-        image_format: how images are stored, and what the network sees of them.
+        image_format: how images are stored, and how they become the network's input.
 
     Raises:
         DataError: as by `WindowedTiff`, and for another number of channels. Reading a window raises it if a tile cannot
@@ -317,7 +317,7 @@ def open_large_image(path: Path, image_format: ImageFormat, limit: int = LARGE) 
 
     Args:
         path: the file.
-        image_format: how images are stored, and what the network sees of them.
+        image_format: how images are stored, and how they become the network's input.
         limit: pixels that are decoded whole; at most `PIL.Image.MAX_IMAGE_PIXELS`, the limit for all kinds of files.
 
     Raises:

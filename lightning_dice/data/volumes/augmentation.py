@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MonaiAugment:
-    """Augments image and mask by MONAI's dictionary transforms, for any number of space axes.
+    """Augments image and mask with MONAI's dictionary transforms, for any number of space axes.
 
     The transforms get `{"image": (channels, *space), "mask": (planes, *space)}`; a map of ids is one plane. MONAI's own
     random state is seeded from torch's in each call, so it follows the datamodule's seeds. As in any augmentation, the

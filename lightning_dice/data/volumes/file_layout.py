@@ -153,7 +153,7 @@ def find_images(folder: Path, channels: int, problems: list[DataProblem]) -> dic
     ...         Path(folder, name).touch()
     ...     problems = []
     ...     list(find_images(Path(folder), 2, problems)), [problem.what for problem in problems]
-    (['a'], ['its case has the channel 0000, 2 channels are required'])
+    (['a'], ['its case has the channel 0000, but 2 channels are required'])
     """
     files = volume_files(folder)
     if not files:

@@ -1,7 +1,7 @@
 """The fingerprint of a data set of volumes: sizes, spacings, intensities, in a file beside the run.
 
-A network depends on it as on its weights: wherever the network is used, target spacing and CT normalization come from
-the cases that it was trained on.
+A network depends on it as much as on its weights: wherever the network is used, target spacing and CT normalization
+come from the cases that it was trained on.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Properties of all cases, and the intensities of the foreground of the training cases.
+    """Properties of all cases, and foreground intensities of the training cases.
 
     Attributes:
         channels: the normalization scheme of each channel.
-        intensities: of each channel; empty if no training case has foreground.
+        intensities: the statistics of each channel; empty if no training case has foreground.
         cases: the cases of all splits.
 
     >>> facts = [CaseFacts("train", str(n), {}, (9, 9, n), (1.0, 1.0, n), "", ({},)) for n in (2, 3, 5)]
@@ -173,7 +173,7 @@ class Fingerprint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{path} cannot be read as a fingerprint ({reason}): restore it, or delete it") from error
-        raise DataError(f"{path} is a fingerprint of version {version}, {VERSION} is required: delete it")
+        raise DataError(f"{path} is a fingerprint of version {version}, but {VERSION} is required: delete it")
 
 
 def describe_changes(before: Iterable[CaseFacts], now: Iterable[CaseFacts]) -> list[str]:

@@ -127,14 +127,14 @@ def read_volume(path: Path, channels: bool = False) -> tuple[NDArray[Any], Geome
     Compressed files are read to the end, so that gzip verifies the checksum.
 
     Args:
-        path: of the file.
-        channels: allow a fourth axis.
+        path: the file.
+        channels: whether to allow a fourth axis, of channels.
 
     Returns:
-        Integers or floats, `(*space)`, with `channels` `(channels, *space)`, and the geometry.
+        Integers or floats, `(*space)`, or `(channels, *space)` with `channels`; and the geometry.
 
     Raises:
-        DataError: the file is empty, truncated, damaged, not NIfTI, not of three axes or too large; names the file.
+        DataError: the file is empty, truncated, damaged, not NIfTI, without three axes or too large; names the file.
 
     >>> import nibabel, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def read_labels(path: Path) -> tuple[NDArray[Any], Geometry]:
         strange = ~np.isfinite(values) | (np.abs(values - whole) > INTEGER_TOLERANCE)
         if strange.any():
             shown = ", ".join(f"{value:.9g}" for value in np.unique(values[strange])[:4])
-            what = f"holds {int(strange.sum())} voxels that are not whole numbers ({shown}), labels are required"
+            what = f"holds {int(strange.sum())} voxels that are not whole numbers ({shown}), but labels are required"
             raise DataProblem(what, path, "Resample masks by nearest neighbour, and save whole numbers.")
         values = whole.astype(np.int64)
     return values, geometry
@@ -229,8 +229,8 @@ def read_mask(path: Path, geometry: Geometry, *, check_affine: bool = True) -> N
     """Read the stored label values of a mask, in the orientation of its image.
 
     Args:
-        path: of the mask.
-        geometry: of the image.
+        path: the mask.
+        geometry: the image's geometry.
         check_affine: require that the affines match. If not, masks of the image's shape get the image's affine.
 
     Raises:
@@ -278,7 +278,7 @@ def write_volume(path: Path, values: NDArray[Any], geometry: Geometry) -> None:
     Args:
         path: `.nii.gz` or `.nii`.
         values: `(*space)` or `(*space, channels)` in canonical orientation; stored in their own type, without scaling.
-        geometry: of the other file, which must still exist.
+        geometry: the other file's geometry; that file must still exist.
 
     Raises:
         DataError: the other file cannot be read any more, or has changed.
@@ -343,22 +343,23 @@ def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
     except Exception as error:
         raise _unreadable(path, error) from error
     if not isinstance(image, Nifti1Image):  # Nifti2Image is one, too.
-        raise DataProblem(f"is a {type(image).__name__}, NIfTI is required", path, "Save it as .nii.gz.")
+        raise DataProblem(f"is a {type(image).__name__}, but NIfTI is required", path, "Save it as .nii.gz.")
     shape = tuple(int(length) for length in image.shape)
     shown = "x".join(map(str, shape))
     space = shape[:3]
     if len(shape) < 3 or any(length != 1 for length in shape[3 + channels :]):
         remedy = "Save each channel or time point as a separate file: case_0000.nii.gz, case_0001.nii.gz."
-        raise DataProblem(f"has {len(shape)} axes ({shown}), a volume of 3 is required", path, remedy)
+        raise DataProblem(f"has {len(shape)} axes ({shown}), but a volume of 3 is required", path, remedy)
     if min(space) < 2:
         remedy = "Stack the slices to a volume, or save them as PNG or TIFF for data=folder."
-        raise DataProblem(f"is a single slice ({shown}), a volume is required", path, remedy)
+        raise DataProblem(f"is a single slice ({shown}), but a volume is required", path, remedy)
     if np.prod(shape, dtype=np.float64) > MAX_VOXELS:
         remedy = "If it is correct, cut it into parts or raise lightning_dice.data.volumes.nifti.MAX_VOXELS."
         raise DataProblem(f"may be a decompression bomb: {shown} voxels, more than {MAX_VOXELS}", path, remedy)
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise DataProblem(f"holds {dtype} values, integers or floats are required", path, "Save each part separately.")
+        what = f"holds {dtype} values, but integers or floats are required"
+        raise DataProblem(what, path, "Save each part separately.")
     affine = np.asarray(image.affine, np.float64)
     geometry = Geometry(
         path,

@@ -40,9 +40,9 @@ class NnunetSource(BaseVolumeSource):
         dataset_json: `labels`, `channel_names` and for regions `regions_class_order`, as in `dataset.json`, with
             `channel_names` as a list. Keys that are missing or `None` are read from the file.
         ignore_index: the label that `ignore` becomes in memory.
-        fold: of `splits_final.json`.
+        fold: the fold of `splits_final.json` to use.
         split_settings: how splits are drawn where the data set has none.
-        preprocessing: as for `BaseVolumeSource`, as are the others; `normalization=None` is by the channel names.
+        preprocessing: as for `BaseVolumeSource`; `normalization=None` follows the channel names.
         fingerprint: the same.
         check_affine: the same.
         workers: the same.
@@ -225,7 +225,7 @@ def _read_fold(
         folds = json.loads(path.read_text(encoding="utf-8"))
         wanted = {split: [str(case) for case in folds[fold][split]] for split in ("train", "val")}
     except IndexError:
-        problems.append(DataProblem(f"has the folds 0 to {len(folds) - 1}, got {fold}", path, "Set data.fold."))
+        problems.append(DataProblem(f"has folds 0 to {len(folds) - 1}, got {fold}", path, "Set data.fold."))
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"must hold a list of folds with train and val ({type(error).__name__}: {error})"

@@ -27,7 +27,7 @@ class Preprocessor:
         schemes: the normalization of each channel.
         intensities: statistics of the training cases for each channel; empty if no scheme needs them.
         spacing: mm along each axis to resample to; `None`: not resampled.
-        interpolation: of images.
+        interpolation: for images.
 
     >>> Preprocessor(("zscore",), spacing=(1.0, 1.0, 2.0)).output_size((100, 100, 50), (1.0, 1.0, 4.0))
     (100, 100, 100)
@@ -48,7 +48,7 @@ class Preprocessor:
         Args:
             channels: the values of each file, `(*space)`.
             files: for messages.
-            geometry: of all files.
+            geometry: the files' common geometry.
 
         Raises:
             DataError: a scheme refuses the values of a file.
@@ -70,10 +70,10 @@ class VolumePreprocessing:
     Args:
         normalization: a scheme of `lightning_dice.data.volumes.normalization.normalize_intensities` or a channel's
             name, for all channels or one for each. `None`: `zscore`, or in `NnunetSource` by the names of the channels.
-        spacing: mm along each axis (left-right, back-front, foot-head) to resample images to. `"median"`: that of the
-            training cases, `Fingerprint.median_spacing`; in a list, `None` is the median of its axis. `None`: images
+        spacing: mm along each axis (left-right, back-front, foot-head) to resample images to. `"median"`: the training
+            cases' median, `Fingerprint.median_spacing`; in a list, `None` is the median of its axis. `None`: images
             are not resampled. Scores are computed in the original geometry in any case.
-        interpolation: `"linear"` or `"cubic"`, of images; see `lightning_dice.data.volumes.resampling`.
+        interpolation: `"linear"` or `"cubic"`, for images; see `lightning_dice.data.volumes.resampling`.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -103,7 +103,7 @@ class VolumePreprocessing:
         """Return the preprocessor for images of some channels.
 
         Args:
-            channels: of an image.
+            channels: an image's channels.
             fingerprint: returns the fingerprint; called only if statistics of the training cases are needed.
 
         Raises:

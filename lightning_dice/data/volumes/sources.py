@@ -37,9 +37,9 @@ class VolumeCases:
     Attributes:
         pairs: the files of each case.
         sizes: the space axes of each image as the network sees it.
-        mask_sizes: the space axes of each mask: the image's in training, otherwise those of the file.
+        mask_sizes: the space axes of each mask: the image's in training, otherwise the file's.
         labels: the classes.
-        preprocessor: of the images.
+        preprocessor: for the images.
         training: masks are resampled with their images.
         check_affine: require that the affine of a mask matches its image's.
     """
@@ -98,7 +98,7 @@ class BaseVolumeSource(ABC):
     Args:
         root: the folder.
         labels: the classes.
-        channels: of an image.
+        channels: an image's channels.
         preprocessing: normalization and resampling of images; by default z-scores at the median spacing.
         fingerprint: a file for the `Fingerprint` of the data, which `check` makes. An existing file is never
             overwritten, because a trained network depends on the spacing and intensities in it. `None`, or a file in
@@ -306,11 +306,11 @@ class VolumeSource(BaseVolumeSource):
     Args:
         root: the folder.
         labels: the classes, such as `LabelMap.of_ids(["background", "liver"])`.
-        channels: of an image.
+        channels: an image's channels.
         images: the folder of images below `root`.
         masks: the folder of masks below `root`.
         split_settings: the names of the split folders, and how splits without a folder are drawn.
-        preprocessing: as for `BaseVolumeSource`, as are the others.
+        preprocessing: as for `BaseVolumeSource`, like the arguments below.
         fingerprint: the same.
         check_affine: the same.
         workers: the same.

@@ -196,7 +196,7 @@ def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | Non
 
 
 def backward(spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the gradient of the logits, in their shape, dtype and memory format, from that of the sums."""
+    """Return the gradient of the logits, in their shape, dtype and memory format, from the gradient of the sums."""
     gradient = torch.empty_like(logits)
     if not logits.numel():
         return gradient
@@ -230,7 +230,7 @@ def count(
         target: ids `(images, *space)`; planes `(images, classes, *space)`.
         classes: number of classes.
         ignore_index: label of the pixels to ignore.
-        threshold: of planes.
+        threshold: for planes.
 
     Raises:
         OutOfRange: an id or a label is outside its range.

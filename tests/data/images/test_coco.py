@@ -226,7 +226,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
         f"{file}: 1 annotations are of a category that is not listed, such as annotation 3 of 99",
         f"{file}: annotation 4 has an outline that is not [x, y, x, y ...] of at least three points",
         f"{file}: annotation 5 has no segmentation",
-        f"{file}: annotation 6 has run lengths of 6 pixels, 48 are required",
+        f"{file}: annotation 6 has run lengths of 6 pixels, but 48 are required",
         f"{file}: annotation 7 has run lengths of the size [8, 6], its image is listed with [6, 8]",
         f"{file}: annotation 8 has run lengths that cannot be read (its end is missing)",
         f"{file}: annotation 9 has a segmentation that is not a list of outlines",
@@ -263,7 +263,7 @@ def test_classes_without_a_category(tmp_path, classes, settings, message):
 
 
 def test_no_annotations(tmp_path):
-    assert "does not exist, a folder is required" in refusal(coco_source(tmp_path / "none", TWO))
+    assert "does not exist, but a folder is required" in refusal(coco_source(tmp_path / "none", TWO))
     (tmp_path / "labels").mkdir()
     assert f"there is no annotations/instances_train.json; {tmp_path.name} holds labels/" in refusal(
         coco_source(tmp_path, TWO)

@@ -167,8 +167,8 @@ def raters(root: Path) -> None:
 
 
 LAYOUTS = {
-    "no-root": (lambda root: None, ["does not exist, a folder is required", "Set data.root=/path/to/folder"]),
-    "file": (lambda root: root.write_text(""), ["is a file, a folder is required"]),
+    "no-root": (lambda root: None, ["does not exist, but a folder is required", "Set data.root=/path/to/folder"]),
+    "file": (lambda root: root.write_text(""), ["is a file, but a folder is required"]),
     "empty-root": (lambda root: root.mkdir(), ["images: there is no such folder; data is empty"]),
     "empty": (empty_folder, ["images: holds no image (.png .jpg", "images is empty", "masks: holds no mask"]),
     "other-names": (other_names, ["images: there is no such folder; data holds masks/, scans/", "Set data.images="]),
@@ -346,17 +346,17 @@ MISFITS = {
     "no-image-of-the-pattern": (
         ["images/a.png", "masks/a.png"],
         {"images": "images/{case}_rgb"},
-        ["images/{case}_rgb: no file has such a name", "Set data.images"],
+        ["images/{case}_rgb: no file matches", "Set data.images"],
     ),
     "no-mask-of-the-pattern": (
         ["images/a.png", "masks/a.png"],
         {"masks": "masks/{case}_gt"},
-        ["masks/{case}_gt: no file has such a name", "Set data.masks"],
+        ["masks/{case}_gt: no file matches", "Set data.masks"],
     ),
     "no-masks-of-a-class": (
         ["images/a.png", "masks/a_vein.png"],
         {"masks": "masks/{case}_{class}", "mask_format": MaskFormat(["artery", "vein"], "sigmoid")},
-        ["masks/{case}_artery: no mask has such a name"],
+        ["masks/{case}_artery: no mask matches"],
     ),
     "one-mask-of-a-class-missing": (
         ["images/a.png", "images/b.png", *(f"masks/{n}.png" for n in ("a_artery", "a_vein", "b_vein", "c_vein"))],

@@ -224,7 +224,7 @@ UNREADABLE = {
     "truncated-tiff": ("a.tif", half, "is truncated|cannot be decoded"),
     "truncated-tiff-jpeg": ("a.tif", lambda path: half(path, compression="jpeg"), "is truncated|cannot be decoded"),
     "header-only": ("a.tif", lambda path: path.write_bytes(b"II*\0"), "cannot be decoded"),
-    "frames-tiff": ("a.tif", frames, "holds 2 frames, one is required.*Save each frame"),
+    "frames-tiff": ("a.tif", frames, "holds 2 frames, but one is required.*Save each frame"),
     "frames-png": ("a.png", frames, "holds 2 frames"),
     "stack": (
         "a.tif",
@@ -258,7 +258,7 @@ def test_decompression_bomb(tmp_path, monkeypatch, name, limit):
 @pytest.mark.parametrize(
     ("source", "channels", "message"),
     [
-        (NOISE, 1, r"has 3 channels \(8-bit RGB\), data.channels=1 was asked for. Set data.channels=3"),
+        (NOISE, 1, r"has 3 channels \(8-bit RGB\), but data.channels=1 was asked for. Set data.channels=3"),
         (NOISE, 4, "has 3 channels.*data.channels=4"),
         (NOISE[..., 0], 2, "has 1 channel .*data.channels=2"),
         (NOISE[..., 0].astype(np.int32), 1, "holds int32 values, which have no default max_value. Set data.max_value"),

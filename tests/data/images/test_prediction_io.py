@@ -153,7 +153,7 @@ class TestWritten:
         assert np.array_equal(stored.reshape(probs.shape), probs.numpy())
         assert torch.equal(reader.load_probabilities(tmp_path / "p", "sub/a"), probs)
         assert reader.load_probabilities(tmp_path / "p", "a") is None
-        with pytest.raises(DataError, match=rf"a\.tif: holds {classes} planes, 2 are required"):
+        with pytest.raises(DataError, match=rf"a\.tif: holds {classes} planes, but 2 are required"):
             ImagePredictionIO(MaskFormat(["x", "y"], "sigmoid"), GRAY).load_probabilities(tmp_path / "p", "sub/a")
         whole = (tmp_path / "p" / "sub" / "a.tif").read_bytes()
         (tmp_path / "p" / "sub" / "a.tif").write_bytes(whole[:100])

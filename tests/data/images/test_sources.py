@@ -136,7 +136,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
         "masks/small.png: is 1x2 (height x width), but its image small.png is 2x3",
         "masks/turned.png: is 3x2 (height x width), but its image turned.png is 2x3, transposed",
         "masks/values.png: holds the values 7 (2 pixels), 9 (1 pixels), which are not ids: required 0 to 1 or 255",
-        "masks/colour.png: is painted in colours ([255,0,0] 6 pixels), ids are required",
+        "masks/colour.png: is painted in colours ([255,0,0] 6 pixels), but ids are required",
         "images/broken.png: cannot be decoded",
         "masks/orphan.png: has no image",
         "images/alone.png: has no mask",
