@@ -38,12 +38,12 @@ def main() -> None:
 def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     """Find the temperature and thresholds of a checkpoint on the run's validation cases, and write them to a file.
 
-    The cases are whole, and their logits are those of prediction: with windows and mirroring, if the run has them. The
+    The cases are whole, and their logits are as in prediction: with windows and mirroring, if the run has them. The
     Dice score and its policy are those of the module's first `DiceScore`.
 
     Args:
-        config: of `conf/calibrate.yaml`.
-        overrides: of the run's config, in Hydra's syntax: `data.root=elsewhere`, `inference.size=[512,512]`.
+        config: the settings of `conf/calibrate.yaml`.
+        overrides: applied to the run's config, in Hydra's syntax: `data.root=elsewhere`, `inference.size=[512,512]`.
 
     Returns:
         The calibration.
@@ -133,8 +133,8 @@ def make_calibrator(module: SegmentationModule, config: DictConfig, run: DictCon
     """Return a calibrator that counts as the module's first `DiceScore` does.
 
     Args:
-        module: of the run.
-        config: of the command.
+        module: the run's module.
+        config: the command's config.
         run: the run's config, for a module without a `DiceScore`.
         cases: number of cases, which the memory for drawn pixels is divided by.
     """

@@ -26,7 +26,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     A checkpoint is written beside the one before, flushed to the disk and then renamed, so that one of them is intact
     at any moment. For the names in `keep`, the one before stays as `<name>.former.ckpt`. A write that fails is repeated
-    for a while, with a message each time, during which the training waits.
+    for a while, with a message each time, while training waits.
 
     Args:
         patience: seconds for which a failing write is repeated.
@@ -92,7 +92,7 @@ def retry_writing(write: Callable[[], object], patience: float, name: str) -> No
     Args:
         write: writes a file.
         patience: in seconds; afterwards the error is raised.
-        name: of the file, for the message.
+        name: the file's name, for the message.
 
     >>> retry_writing(lambda: None, patience=1.0, name="the file")
     """

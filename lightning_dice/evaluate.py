@@ -36,8 +36,8 @@ def evaluate(config: DictConfig, overrides: list[str]) -> None:
 
     Args:
         config: as in `conf/evaluate.yaml`.
-        overrides: of the run's config, in Hydra's syntax: `data.root=elsewhere`, `module.threshold=0.3`; without a run,
-            of the config of `fit`, to choose the data.
+        overrides: applied to the run's config, in Hydra's syntax: `data.root=elsewhere`, `module.threshold=0.3`;
+            without a run, to the config of `fit`, to choose the data.
 
     Raises:
         UserError: the run, its checkpoint, the predictions, the data or a setting is wrong.

@@ -43,7 +43,7 @@ def load_run(
     """Load the module of a run; see `SegmentationModule.from_run`, which calls this.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         checkpoint: as in `from_run`, like the arguments after `kind`.
         kind: the class that the module must be an instance of.
         map_location: the device of the weights, as in `torch.load`.
@@ -79,7 +79,7 @@ def load_safetensors(
     """Load the module of an exported file; see `SegmentationModule.from_safetensors`, which calls this.
 
     Args:
-        path: of the file.
+        path: the file.
         kind: the class that the module must be an instance of.
         map_location: the device of the weights.
         trusted: packages or modules whose classes may be called besides `TRUSTED`.
@@ -93,7 +93,7 @@ def load_safetensors(
     try:
         with safe_open(Path(path).expanduser(), framework="pt", device=map_location) as file:
             metadata = json.loads((file.metadata() or {}).get("lightning_dice") or "{}")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     config = metadata.get("module")
@@ -125,7 +125,7 @@ def _find_checkpoint(folder: Path, checkpoint: str) -> Path:
     checkpoints = folder / "checkpoints"
     path = checkpoints / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else folder / checkpoint
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder must be that of a run, got {folder}, which does not exist")
+        raise FileNotFoundError(f"folder must be a run's folder, got {folder}, which does not exist")
     if not path.is_file():
         found = ", ".join(sorted(file.name for file in checkpoints.glob("*.ckpt"))) or "nothing"
         raise FileNotFoundError(f"{path} does not exist; {checkpoints} holds {found}")
@@ -151,7 +151,7 @@ def _build_kind(config: Mapping[str, Any], kind: type, path: object) -> Any:
 def _input_normalization(
     transform: Any, intensities: str | list[str] | None, max_value: float | None = None
 ) -> InputNormalization:
-    """Return the normalization of a config; `intensities`, those of volumes, are known to the data's reader only."""
+    """Return the normalization of a config; only the data's reader knows `intensities`, those of volumes."""
     return InputNormalization(build(transform) if transform and not intensities else None, max_value, intensities)
 
 

@@ -50,8 +50,8 @@ def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] =
 
     Args:
         config: as in `conf/predict.yaml`.
-        overrides: of the run's config, in Hydra's syntax: `module.threshold=0.3`.
-        arguments: the command line, with which further processes are started.
+        overrides: applied to the run's config, in Hydra's syntax: `module.threshold=0.3`.
+        arguments: the command line, used to start further processes.
 
     Returns:
         The exit status: 1 if an image was skipped; 130 or 143 if Ctrl-C or SIGTERM ended it; else 0.

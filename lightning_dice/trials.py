@@ -120,7 +120,7 @@ def record_outcome(folder: str | Path, status: Status, **changes: object) -> Non
 
     Args:
         folder: the run's folder.
-        status: of the trial.
+        status: the trial's status.
         changes: other attributes of `Trial`.
     """
     trial = read_trial(folder)

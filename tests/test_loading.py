@@ -98,7 +98,7 @@ class TestFromRun:
             SegmentationModule.from_run(run, "fist.ckpt")
 
     def test_a_folder_that_is_not_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"folder must be that of a run, got .*nope"):
+        with pytest.raises(FileNotFoundError, match=r"folder must be a run's folder, got .*nope"):
             SegmentationModule.from_run(tmp_path / "nope")
 
     def test_a_checkpoint_of_something_else(self, tmp_path):

@@ -78,7 +78,7 @@ class ExactResume(Callback):
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seed of the interrupted training."""
+        """Take over the seed of the interrupted run."""
         self.seed = state_dict["seed"]
 
     def _seed_step(self, trainer: Trainer, stage: int, *position: int) -> None:

@@ -20,19 +20,19 @@ class FreezeSchedule(Callback):
 
     The parameters of a frozen part do not change, neither by a gradient nor by weight decay or momentum, and are
     excluded from the norm by which gradients are clipped. Its batch norm is in evaluation mode: it normalizes with its
-    running statistics, which do not change. The frozen parts depend on the epoch alone, so that a resumed training
-    continues exactly. After the training, everything is unfrozen.
+    running statistics, which do not change. The frozen parts depend on the epoch alone, so that a resumed run
+    continues exactly. After training, everything is unfrozen.
 
     The optimizer holds all parameters from the start (Lightning's `BaseFinetuning` adds parameter groups later, which
-    schedules and resumed trainings must handle). On one device, no backward pass is computed for a frozen part. In
+    schedules and resumed runs must handle). On one device, no backward pass is computed for a frozen part. In
     distributed training (`ddp`) its gradients are computed and reduced as always, then dropped, because the choice of
-    gradients to reduce is fixed when the training starts.
+    gradients to reduce is fixed when training starts.
 
     Args:
         parts: what to freeze, and when. A key is the path of a module of `net`, such as `encoder` or `encoder.layer1`,
             or of a parameter; if there is no such path, a prefix of parameter names. A value is the first epoch in
             which the part is trained, counted from 0, or a pair `[first, end]`: frozen in epochs `first` to `end` - 1,
-            with `end` None for the rest of the training. A part that several keys name is frozen if any of them is.
+            with `end` None for the rest of training. A part that several keys name is frozen if any of them is.
 
     Raises:
         ValueError: a key or a value of another form; before training starts: no parts, a part that `net` does not

@@ -1,4 +1,4 @@
-"""Change a setting of the loss during the training."""
+"""Change a setting of the loss during training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class LossSchedule(Callback):
 
     .. math:: v(e) = f\left(\frac{e - e_0}{n - 1}\right), \quad f(0) = \mathrm{start},\ f(1) = \mathrm{end}
 
-    The value depends on the epoch alone, so that a resumed training continues exactly. It is logged once per epoch as
-    `loss/<setting>`. After the training the loss has its own value again, so that later scores do not depend on the
-    epoch at which the training ended. A compiled loss is compiled again for new values.
+    The value depends on the epoch alone, so that a resumed run continues exactly. It is logged once per epoch as
+    `loss/<setting>`. After training, the loss has its own value again, so that later scores do not depend on the
+    epoch at which training ended. A compiled loss is compiled again for new values.
 
     Args:
         setting: path of the number, from the loss, with dots between its parts: attributes, keys of a mapping or names

@@ -34,7 +34,7 @@ def register_resolvers() -> None:
     """Register the resolvers that conf/ uses.
 
     - `${length:<list>}`: its length; the number of classes from their names.
-    - `${remaining:<total>,<first>}`: the epochs left after a warm-up, at least 1, so that a training that ends before
+    - `${remaining:<total>,<first>}`: the epochs left after a warm-up, at least 1, so that a run that ends before
       its warm-up has a schedule too.
     - `${first:<a>,<b>}`: the first value that is not null.
     - `${nnunet:<folder>,<key>}`: an entry of an nnU-Net data set's dataset.json.

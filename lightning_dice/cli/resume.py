@@ -30,7 +30,7 @@ def apply_optimizer_settings(
 ) -> None:
     """Replace the settings of optimizer and schedule in a checkpoint by the module's.
 
-    Both keep their settings in their state, so that a resumed training would silently use the old ones. The schedule
+    Both keep their settings in their state, so that a resumed run would silently use the old ones. The schedule
     continues as if it had been the new one from the start; one that follows a metric keeps its state.
 
     Args:

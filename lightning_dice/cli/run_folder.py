@@ -132,8 +132,8 @@ def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | 
     """Load the config of a run with its interpolations, and apply overrides; the folder may have been moved.
 
     Args:
-        folder: the run's.
-        overrides: in Hydra's syntax; of values, not of groups.
+        folder: the run's folder.
+        overrides: in Hydra's syntax; for values, not groups.
         output: where files go from now on; by default the folder itself.
 
     Raises:
@@ -150,7 +150,7 @@ def build_module(config: DictConfig, *, trained: bool = False) -> SegmentationMo
     """Build the module that a run's config describes, with new weights.
 
     Args:
-        config: the run's.
+        config: the run's config.
         trained: whether the weights of a checkpoint will replace them, so that no pretrained ones need be downloaded.
 
     Raises:

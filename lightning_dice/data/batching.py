@@ -34,7 +34,7 @@ class PreparedSample(NamedTuple):
 def prepare_sample(
     sample: Sample, augment: Augment | None, normalize: Normalize | None, ignore_index: int | None, maps: Maps
 ) -> PreparedSample:
-    """Augment and normalize a sample, and compute its maps; arguments are those of `SegmentationData`.
+    """Augment and normalize a sample, and compute its maps; takes arguments of `SegmentationData`.
 
     Raises:
         DataError: `normalize` changes the shape of the image.
@@ -134,7 +134,7 @@ class EvalBatches(Dataset[Batch]):
 
 
 def collate(samples: Sequence[PreparedSample]) -> Batch:
-    """Stack samples to a batch.
+    """Stack samples into a batch.
 
     Raises:
         DataError: the images have different sizes.

@@ -260,7 +260,7 @@ class PatchCases:
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
-            raise IndexError(f"index must lie in 0 to {len(self) - 1}, got {index}")
+            raise IndexError(f"index must be between 0 and {len(self) - 1}, got {index}")
         number = bisect_right(self._ends, index)
         reader = self._open_case(number)
         # Seeded by torch's state alone, so that the cache makes no difference.

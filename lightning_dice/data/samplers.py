@@ -27,8 +27,8 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
     Args:
         cases: the training cases.
         world: number of processes.
-        rank: of this process.
-        seed: of the order and the augmentation seeds, together with the epoch.
+        rank: rank of this process.
+        seed: determines the order and the augmentation seeds, together with the epoch.
 
     >>> [index for index, _ in TrainSampler([None] * 5, world=2, rank=0, seed=0)]
     [1, 0]
@@ -82,7 +82,7 @@ class EvalSampler(DistributedSampler[list[int]]):
     Args:
         cases: the cases of a split.
         world: number of processes.
-        rank: of this process.
+        rank: rank of this process.
         batch_size: the largest number of cases in a batch.
 
     >>> from lightning_dice.data import SyntheticSource
@@ -130,7 +130,7 @@ def start_method() -> str | None:
 def ignore_signals(worker: int) -> None:
     """Make a worker ignore the signals that a terminal or a cluster sends to all processes of a job.
 
-    The training process handles them; a worker that they kill would end the training in the middle of a step. SIGTERM
+    The training process handles them; a worker that they kill would end training in the middle of a step. SIGTERM
     from the training process still ends the worker.
     """
     if threading.current_thread() is not threading.main_thread():

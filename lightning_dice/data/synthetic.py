@@ -33,17 +33,17 @@ class SyntheticSource:
 
     Args:
         size: space axes of an image, in pixels: two, or three for volumes.
-        channels: of an image; all show the same scene, each with its own gain and noise.
+        channels: number of channels of an image; all show the same scene, each with its own gain and noise.
         classes: names. With `activation="sigmoid"` 1 to 8, whose objects may overlap; with `"softmax"` 2 to 9, of which
             the first is the background and no two share a pixel.
-        activation: of the network, which decides the form of a mask, see `Sample`.
+        activation: the network's, which decides the form of a mask, see `Sample`.
         ignore_index: the label of pixels to be ignored. It is never drawn, but must not be a class.
         cases: number of cases in each split: a mapping, or three numbers for train, val and test. 0: no such split.
         foreground_fraction: expected share of the pixels that are objects, in (0, 0.5]. Each class gets an equal part
             of it; a pixel of several overlapping classes counts for each.
         contrast: mean difference of an object from its surroundings, where black is 0 and white 1.
         noise: standard deviation of the noise, on the same scale.
-        seed: of the whole data set.
+        seed: for the whole data set.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -194,7 +194,7 @@ class _SyntheticCases:
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
-            raise IndexError(f"index must lie in 0 to {len(self) - 1}, got {index}")
+            raise IndexError(f"index must be between 0 and {len(self) - 1}, got {index}")
         return self.source.draw(self.name, index)
 
 

@@ -1,4 +1,4 @@
-"""Drawing the scenes of `SyntheticSource`."""
+"""Draw the scenes of `SyntheticSource`."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _summarize(result: SurveyResult) -> str:
 def _cards(result: SurveyResult, findings: Sequence[Finding]) -> list[tuple[int, str, str]]:
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
     return [
-        (counts["error"], "errors", "break a training or its scores"),
+        (counts["error"], "errors", "break training or its scores"),
         (counts["warning"], "warnings", "may spoil them"),
         (counts["note"], "notes", "good to know"),
         (sum(map(result.image_count, result.sizes)), "cases", "in all splits"),

@@ -125,7 +125,7 @@ def find_labels(output: Array, metadata: Metadata) -> Array:
 
     Args:
         output: what the model returned for one picture: logits, probabilities or labels.
-        metadata: of the model.
+        metadata: the model's metadata.
     """
     kind, settings = metadata["output_type"], metadata["postprocessing"]
     thresholds, temperature = settings["thresholds"], settings["temperature"] or 1.0

@@ -94,7 +94,7 @@ def boundary_pixels(planes: Tensor, ignore_index: int | None = None) -> Tensor:
 
     Args:
         planes: `(batch, classes, *space)`; ids are one plane.
-        ignore_index: label of the pixels to ignore: they are no neighbours.
+        ignore_index: label of the pixels to ignore: they are not neighbours.
 
     >>> boundary_pixels(torch.tensor([[[0, 0, 1, 1, 1]]])).int()
     tensor([[0, 1, 1, 0, 0]], dtype=torch.int32)

@@ -310,6 +310,6 @@ class BoundaryWeightedLoss(SegmentationLoss):
 
     def repr_settings(self) -> dict[str, object]:
         """Return the settings that `print(loss)` shows."""
-        # They are kept in the map, which is made once: changing them in a training has no effect.
+        # They are kept in the map, which is made once: changing them during training has no effect.
         shape = {"width": self._weight.width, "strength": self._weight.strength}
         return {**shape, "classes": self.classes, "spacing": self.spacing}

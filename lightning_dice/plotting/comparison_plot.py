@@ -24,11 +24,11 @@ def draw_comparison(
     """Draw the differences of the cases as points, with their mean and interval; a row for each class and run.
 
     Args:
-        path: of the PNG.
-        names: of the runs, the reference first.
+        path: the PNG file.
+        names: the runs' names, the reference first.
         groups: for each further run, its differences from the reference.
         score: a key of `SCORES`.
-        unit: of the score; empty for a share.
+        unit: the score's unit; empty for a share.
     """
     from matplotlib.figure import Figure
 

@@ -29,7 +29,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], monitor: str, m
     """Draw loss and Dice over the epochs.
 
     Args:
-        path: of the PNG.
+        path: the PNG file.
         rows: one for each epoch, as `History` keeps them.
         monitor: the metric whose best epoch is marked.
         mode: whether larger or smaller values of `monitor` are better.
@@ -90,9 +90,9 @@ def draw_distribution(path: Path, scores: Mapping[str, Sequence[float]], title: 
     """Draw the Dice scores of the cases: each as a point, quartiles as a box, the mean as a diamond.
 
     Args:
-        path: of the PNG.
+        path: the PNG file.
         scores: scores of the cases by class, NaN where a case has none.
-        title: of the chart.
+        title: the chart's title.
     """
     import numpy as np
     from matplotlib.figure import Figure

@@ -56,12 +56,12 @@ def draw_overlays(
     Nothing is scaled down here, so that no thin object is lost; small images are scaled up.
 
     Args:
-        path: of the PNG.
+        path: the PNG file.
         cases: in the order of the rows.
         classes: names.
         colors: one for each class.
         dense: every pixel has a class and none is background: correct pixels are then not coloured in the errors.
-        title: of the picture.
+        title: the picture's title.
         labels: prefixes of the rows' titles, by case.
     """
     from matplotlib.figure import Figure

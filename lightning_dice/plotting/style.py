@@ -48,7 +48,7 @@ def draw_score_rows(axes: Axes, scores: Mapping[str, NDArray[np.float64]]) -> li
     """Draw a row for each class: cases as points, quartiles as a box (from five cases on), the mean as a diamond.
 
     Args:
-        axes: of the chart.
+        axes: the chart's axes.
         scores: scores of the cases by class; NaN where a case has none.
 
     Returns:

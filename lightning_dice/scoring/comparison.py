@@ -42,7 +42,7 @@ class Difference(NamedTuple):
         permutation: p-value of the sign-flip permutation test of the mean.
         wilcoxon_holm: adjusted for all classes and pairs compared together (Holm, 1979).
         permutation_holm: likewise.
-        differences: of each case, in the order of the table; NaN where a score is undefined.
+        differences: each case's difference, in the order of the table; NaN where a score is undefined.
     """
 
     name: str
@@ -70,7 +70,7 @@ def check_same_cases(a: ScoreTable, b: ScoreTable, names: tuple[str, str]) -> No
     Args:
         a: one table.
         b: the other.
-        names: of the tables, for the message.
+        names: the tables' names, for the message.
 
     Raises:
         ValueError: the cases, the classes or the masks' sizes differ; names some of them.
@@ -141,9 +141,9 @@ def compare_tables(
         a: the first table, or the baseline.
         b: the second table; differences are B minus A.
         score: a key of `SCORES`.
-        n_resamples: of the bootstrap and the permutation test; the latter is exact if there are fewer sign flips.
-        confidence: of the percentile bootstrap interval over cases.
-        seed: of both.
+        n_resamples: for the bootstrap and the permutation test; the latter is exact if there are fewer sign flips.
+        confidence: confidence level of the percentile bootstrap interval over cases.
+        seed: for both.
 
     Returns:
         One difference for each class; with several classes their mean first. The p-values are not adjusted yet, see
@@ -235,7 +235,7 @@ def adjust_p_values(differences: Sequence[Difference]) -> list[Difference]:
     of pairs of runs.
 
     Args:
-        differences: of all pairs of tables, and all classes.
+        differences: those of all pairs of tables and all classes.
 
     >>> a = ScoreTable("test", ["x", "y", "z"], ["cell"], {"dice/cell": np.array([0.5, 0.6, 0.7])}, "mm")
     >>> pairs = [compare_tables(a, replace(a, values={"dice/cell": a.values["dice/cell"] + 0.1}))[0] for _ in range(2)]

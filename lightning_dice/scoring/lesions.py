@@ -39,7 +39,7 @@ def lesion_scores(
 
     Args:
         predicted: `(*space)`, bool.
-        actual: of the same shape.
+        actual: the true mask, in the same shape.
         iou: in [0, 1).
         connectivity: along how many axes at once two neighbours may differ, as in `component_regions`; by default the
             number of axes, so that pixels that touch at a corner belong to one lesion.

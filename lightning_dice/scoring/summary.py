@@ -25,7 +25,7 @@ class ScoreSummary(NamedTuple):
         score: a key of `SCORES`.
         name: the class; or `MEAN_OF_CLASSES`, the mean of the classes' means, as `DiceScore` computes it; or
             `MOST_PROBABLE_CLASS`, for the calibration error of mutually exclusive classes.
-        unit: of the score; empty for a fraction.
+        unit: the score's unit; empty for a fraction.
         mean: over the cases in which the score is defined.
         low: lower end of the interval; NaN with fewer than two cases.
         high: upper end of the interval.
@@ -56,7 +56,7 @@ class _Column(NamedTuple):
         score: a key of `SCORES`.
         name: as in `ScoreSummary`.
         mean: over the cases.
-        values: of each case; NaN where undefined.
+        values: each case's score; NaN where undefined.
         resampled: means of the bootstrap resamples.
         present: whether each case has the class in mask or prediction.
     """

@@ -52,7 +52,7 @@ def surface_scores(predicted: Mask, actual: Mask, spacing: Sequence[float], tole
 
     Args:
         predicted: `(*space)`, bool, 1 to 3 space axes.
-        actual: of the same shape.
+        actual: the true mask, in the same shape.
         spacing: distance between neighbouring pixels along each axis.
         tolerance: in the unit of `spacing`. A distance equal to it is within, even if rounding makes it larger.
 

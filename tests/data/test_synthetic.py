@@ -174,7 +174,7 @@ def test_splits():
     assert source.split("val") is None
     assert source.split("test") is None
     assert [s.case for s in list(source.split("train"))] == ["train-0000", "train-0001", "train-0002"]
-    with pytest.raises(IndexError, match="index must lie in 0 to 2, got 3"):
+    with pytest.raises(IndexError, match="index must be between 0 and 2, got 3"):
         source.split("train")[3]
     with pytest.raises(ValueError, match="name must be one of train, val, test, got 'valid'"):
         source.split("valid")

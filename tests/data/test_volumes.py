@@ -99,7 +99,7 @@ def test_probabilities_are_the_fourth_axis(tmp_path):
     assert torch.equal(reader().load_probabilities(tmp_path / "p", "a"), probs)
     assert reader().load_probabilities(tmp_path / "p", "b") is None
     write(tmp_path / "p/c.nii.gz", np.zeros((3, 4, 5, 2), np.float32), np.eye(4))
-    with pytest.raises(DataError, match=r"c.nii.gz: holds 2 classes, 3 are required"):
+    with pytest.raises(DataError, match=r"c.nii.gz: holds 2 classes, but 3 are required"):
         reader().load_probabilities(tmp_path / "p", "c")
 
 

@@ -147,7 +147,7 @@ class VolumePredictionIO(PredictionIO):
         return [Path(folder, f"{case}.nii.gz") for folder in folders]
 
     def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
-        """Write a mask in the geometry of its image, with the values that the training's masks had."""
+        """Write a mask in the geometry of its image, with the values that the training masks had."""
         _check_size("labels", labels, scan)
         for name, values in zip(self.names(case, format), self.labels.decode(labels), strict=True):
             write_volume(folder / name, values, scan.origin)
@@ -173,7 +173,7 @@ class VolumePredictionIO(PredictionIO):
             return None
         values, _ = read_volume(path, channels=True)
         if len(values) != len(self.labels.classes):
-            raise DataProblem(f"holds {len(values)} classes, {len(self.labels.classes)} are required", path)
+            raise DataProblem(f"holds {len(values)} classes, but {len(self.labels.classes)} are required", path)
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     def load(self, folder: Path, case: str) -> Tensor:
