@@ -24,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice import report
 from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, exit_with_signal_status
 from lightning_dice.cli import run_folder
+from lightning_dice.cli.adapt_checkpoint import apply_optimizer_settings, update_checkpoint_paths
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.errors import UserError, as_user_errors
-from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoint_paths
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced

@@ -38,7 +38,7 @@ class Launcher:
     """
 
     def __init__(self, train: Train, arguments: list[str]) -> None:
-        self._train_run, self.arguments = train, arguments
+        self._train, self.arguments = train, arguments
         self.rendezvous = Rendezvous(rendezvous.process_info())
         self.job = RequeuedJob(arguments)
 
@@ -52,11 +52,11 @@ class Launcher:
         with report_user_errors():
             try:
                 if (run := rendezvous.inherited_run_spec()) is not None:
-                    self.train(run)
+                    self.run(run)
                 elif self.rendezvous.process.rank > 0:
                     for run in self.rendezvous.runs():
                         with restore_environment():
-                            self.train(run)
+                            self.run(run)
                 else:
                     with rendezvous.announce_exit(self.rendezvous):
                         self.launch_first()
@@ -132,7 +132,7 @@ class Launcher:
             _fill_in(config, folder)
             resolved = run_folder.save_config(folder, config)
             self.job.record(folder)
-            return self.train(RunSpec(folder, resolved))
+            return self.run(RunSpec(folder, resolved))
         finally:
             # A mistake found before training leaves nothing but its config.
             before_training = {run_folder.CONFIG, run_folder.TEMPLATE, run_folder.FINGERPRINT}
@@ -160,7 +160,7 @@ class Launcher:
             run_folder.check_weights(run_folder.build_module(config, trained=True), checkpoint)
         resolved = run_folder.save_config(folder, config)
         self.job.record(folder)
-        return self.train(RunSpec(folder, resolved, checkpoint))
+        return self.run(RunSpec(folder, resolved, checkpoint))
 
     def resume_sweep(self, folder: str, arguments: list[str]) -> None:
         """Resume a sweep where it stopped.
@@ -211,13 +211,13 @@ class Launcher:
         if self.rendezvous.alone and _requested_processes(config.trainer) != 1:
             trial_process.run_in_own_process(folder, sweep.lock_descriptors())
             return
-        self.train(RunSpec(folder, resolved, run_folder.newest_checkpoint(folder)))
+        self.run(RunSpec(folder, resolved, run_folder.newest_checkpoint(folder)))
 
-    def train(self, run: RunSpec) -> float | None:
+    def run(self, spec: RunSpec) -> float | None:
         """Train one run on this process; those that Lightning starts find it in the environment."""
-        os.environ[RUN_VARIABLE] = run.to_json()
+        os.environ[RUN_VARIABLE] = spec.to_json()
         try:
-            return self._train_run(run, self.rendezvous.announce)
+            return self._train(spec, self.rendezvous.announce)
         finally:
             if self.rendezvous.alone:
                 # The next run of a sweep makes its own connection; one made by torchrun or srun serves all runs.

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -34,9 +34,6 @@ from lightning_dice.cli.trial_tables import SWEEP, swept_parameters, trial_table
 from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.hydra import parse_overrides
 from lightning_dice.trials import ERROR, RECORD, Trial, read_trial, read_trials, write_trial
-
-if TYPE_CHECKING:
-    pass
 
 LOCK = ".lock"
 STUDY = "optuna.db"

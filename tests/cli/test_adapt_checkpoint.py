@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.resume import apply_optimizer_settings, update_checkpoint_paths
+from lightning_dice.cli.adapt_checkpoint import apply_optimizer_settings, update_checkpoint_paths
 
 
 def test_callbacks_follow_a_folder_that_was_moved():
