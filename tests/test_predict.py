@@ -153,7 +153,7 @@ class TestMasks:
             assert f"must have the same {name}, got" in refused(f"run=[{run},'{other}']".replace("'", '"'), *where)
         several = [made_run(tmp_path / str(bands), *FILES, f"data.bands={bands}") for bands in ([1], [2])]
         assert "must preprocess images alike" in (told := refused(f"run=[{several[0]},{several[1]}]", *where))
-        assert told.endswith("differ bands.0: 1 there, 2 now")
+        assert told.endswith("differ in bands.0: 1 there, 2 now")
         assert "checkpoint must be best or last" in refused(f"run=[{run},{run}]", *where, "checkpoint=x.ckpt")
         assert not (tmp_path / "m").exists()
 

@@ -120,7 +120,7 @@ def test_predictors_are_joined():
     joined = Predictor.ensemble(each)
     expected = Predictor(several, postprocessing=settings, activation="softmax")
     assert torch.equal(joined.logits(image()), expected.logits(image()))
-    with pytest.raises(ValueError, match="must have one activation, got sigmoid, softmax"):
+    with pytest.raises(ValueError, match="must have the same activation, got sigmoid, softmax"):
         Predictor.ensemble([each[0], Predictor(several, activation="sigmoid")])
 
 
