@@ -135,7 +135,8 @@ class Predictor:
         for name in ("activation", "device", *(["threshold"] if needs_threshold else [])):
             values = {str(getattr(predictor, name)) for predictor in predictors}
             if len(values) > 1:
-                raise ValueError(f"the networks of an ensemble must have the same {name}, got {', '.join(sorted(values))}")
+                found = ", ".join(sorted(values))
+                raise ValueError(f"the networks of an ensemble must have the same {name}, got {found}")
         return cls(
             [net for predictor in predictors for net in predictor.nets],
             first.window,
