@@ -30,8 +30,8 @@ class ExportSettings:
     Args:
         format: a key of `FORMATS`.
         output_type: what the file returns: `"logits"`, `"probabilities"` or `"labels"`.
-        normalization: `"inside"`: the file normalizes images; `"outside"`: it takes normalized ones; `"auto"`: inside if
-            it can, and the module does not predict in windows.
+        normalization: `"inside"`: the file normalizes images; `"outside"`: it takes normalized ones; `"auto"`: inside
+            if it can, and the module does not predict in windows.
         size: pixels of the space axes of all images; `None`: any size.
         opset: the version of ONNX's operators; `None`: the default of torch's exporter.
         split: whose cases file and module are compared on; `None`: the first of test, val and train that has cases.
