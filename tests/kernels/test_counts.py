@@ -124,7 +124,7 @@ def test_refuses_values_out_of_range(how):
             label_sums(ids, torch.tensor([[0, 1, 3]]), 3)
         with pytest.raises(ValueError, match="predicted must hold class ids from 0 to 2, got values from -1 to 1"):
             label_sums(torch.tensor([[0, 1, -1]]), ids, 3)
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="equal shape"):
             label_sums(ids, ids.unsqueeze(1), 3)
         with pytest.raises(ValueError, match="predicted holds class ids and must be of an integer dtype"):
             label_sums(ids.float(), ids, 3)
