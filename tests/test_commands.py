@@ -134,7 +134,7 @@ class TestFit:
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
         told = refused("fit", *SMALL, "device=gpu", cwd=home)
-        assert "trainer.accelerator=gpu, but torch finds no GPU: device=cpu does without" in told
+        assert "trainer.accelerator=gpu, but torch finds no GPU: use device=cpu" in told
 
     def test_epochs_that_are_no_number(self, home):
         told = refused("fit", *SMALL, "trainer.max_epochs=two", cwd=home)
@@ -260,7 +260,7 @@ class TestResume:
         shutil.copytree(run, folder)
         message = refused("fit", f"resume={folder}", "model.kernel_size=5", cwd=home)
         assert "kernel_size: 3" in (folder / "config.yaml").read_text()
-        assert "of another architecture or number of classes" in message
+        assert "another architecture or number of classes" in message
         assert "net.weight: (1, 1, 3, 3) in the checkpoint, (1, 1, 5, 5) in the module" in message
 
 
@@ -301,7 +301,7 @@ class TestEvaluate:
             ("data.root=x", "data has no root, only channels"),
             ("splitt=val", "splitt=val: there is no such setting; did you mean split"),
             ("module.treshold=0.3", "did you mean threshold"),
-            ("model.out_channels=2", "of another architecture or number of classes"),
+            ("model.out_channels=2", "another architecture or number of classes"),
         ],
     )
     def test_refuses(self, home, run, override, message):

@@ -21,7 +21,7 @@ from lightning_dice.callbacks import MedianPruner
 from lightning_dice.cli import sweep, trial_process, trial_tables
 from lightning_dice.cli.errors import UserError
 from lightning_dice.plotting.sweep_chart import trials_figure
-from lightning_dice.trials import Trial, read_trial, read_trials, record_outcome, write_trial
+from lightning_dice.trials import Trial, best_first, read_trial, read_trials, record_outcome, write_trial
 
 SMALL = [
     "model=custom",
@@ -179,7 +179,7 @@ class TestResuming:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 130, output
-        assert "go on with: resume=" in output
+        assert "continue with: resume=" in output
         assert [trial.status for trial in read_trials(home / "stopped")] == ["running"]
 
 
@@ -242,7 +242,7 @@ def test_a_missing_plugin_is_named(monkeypatch):
 class TestRunTrial:
     def test_a_record_of_another_trial_is_not_overwritten(self, tmp_path):
         write_trial(tmp_path / "3", Trial(3, ["loss.smooth=1"], "finished", value=0.5))
-        with pytest.raises(UserError, match=r"trial 3 in .* is loss.smooth=1, but the sweeper asks now for loss.smoo"):
+        with pytest.raises(UserError, match=r"trial 3 in .* is loss.smooth=1, but the sweeper now asks for loss.smoo"):
             sweep.run_trial(tmp_path / "3", ["loss.smooth=2"], lambda: None)
         assert read_trial(tmp_path / "3").status == "finished"
 
@@ -315,7 +315,7 @@ class TestRunTrial:
         child = subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)"], stdout=subprocess.PIPE)
         child.stdout.readline()
         signals: list[int] = []
-        with trial_process._passed_on(child, signals):
+        with trial_process._forward_signals(child, signals):
             os.kill(os.getpid(), number)
             assert child.wait(timeout=30) == 7
         assert signals == [number]
@@ -346,15 +346,15 @@ class TestTables:
     )
 
     @pytest.fixture
-    def sweep(self, tmp_path):
+    def folder(self, tmp_path):
         for trial in self.TRIALS:
             write_trial(tmp_path / str(trial.number), trial)
         write_trial(tmp_path / "2.1", Trial(2, ["loss=dice"], "failed"))  # Set aside.
         return tmp_path
 
-    def test_csv(self, sweep):
-        trial_tables.write_tables(sweep)
-        assert (sweep / "trials.csv").read_text() == (
+    def test_csv(self, folder):
+        trial_tables.write_tables(folder)
+        assert (folder / "trials.csv").read_text() == (
             "number,status,val/dice,seconds,epochs,loss,loss.smooth,error\n"
             "0,finished,0.5,61.0,8,dice,1e-5,\n"
             "1,pruned,0.25,10.0,2,tversky,1,\n"
@@ -363,13 +363,13 @@ class TestTables:
             "4,running,,0.0,,dice,5,\n"
         )
 
-    def test_what_was_asked_for_has_a_column_also_if_it_does_not_differ(self, sweep):
-        sweep.Sweep(sweep).save(arguments=[], swept=["seed", "loss"])
-        assert trial_tables.swept_parameters(sweep, read_trials(sweep)) == ["seed", "loss", "loss.smooth"]
+    def test_what_was_asked_for_has_a_column_also_if_it_does_not_differ(self, folder):
+        sweep.Sweep(folder).save(arguments=[], swept=["seed", "loss"])
+        assert trial_tables.swept_parameters(folder, read_trials(folder)) == ["seed", "loss", "loss.smooth"]
 
-    def test_picture(self, sweep):
-        trial_tables.write_tables(sweep)
-        with Image.open(sweep / "trials.png") as picture:
+    def test_picture(self, folder):
+        trial_tables.write_tables(folder)
+        with Image.open(folder / "trials.png") as picture:
             assert picture.width > 1000
 
     def test_picture_shows_every_trial_against_every_parameter(self):
@@ -399,20 +399,20 @@ class TestTables:
         trial_tables.write_tables(tmp_path)
         assert (tmp_path / "trials.png").stat().st_size > 0
 
-    def test_best_first(self, sweep):
+    def test_best_first(self, folder):
         console = Console(width=160, record=True, file=io.StringIO())
-        console.print(trial_tables.trial_table(sweep, self.TRIALS, ["loss", "loss.smooth"]))
+        console.print(trial_tables.trial_table(folder, self.TRIALS, ["loss", "loss.smooth"]))
         told = console.export_text()
         lines = [line.split() for line in told.splitlines() if line.strip()[:1].isdigit()]
         assert [line[0] for line in lines] == ["3", "0", "1", "2", "4"]
         assert lines[0] == ["3", "0.7500", "dice", "10", "8", "1:01:40", "finished"]
-        assert lines[-1][-2:] == ["broken", "off"]
+        assert lines[-1][-1] == "interrupted"
         assert "failed: no luck, at all" in told
         assert "best trial" in told
 
     def test_least_first_where_less_is_better(self):
         trials = [Trial(n, [], "finished", value, "val/loss", "min") for n, value in enumerate([0.5, 0.25, 0.75])]
-        assert [trial.number for trial in sweep.best_first(trials)] == [1, 0, 2]
+        assert [trial.number for trial in best_first(trials)] == [1, 0, 2]
 
 
 def write_history(folder: Path, scores: list[float | None]) -> None:

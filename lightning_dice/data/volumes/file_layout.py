@@ -82,7 +82,7 @@ def group_channels(files: Sequence[Path], channels: int) -> tuple[dict[str, tupl
         elif sorted(by_channel) != list(range(channels)):
             there = ", ".join(f"{number:04d}" for number in sorted(by_channel))
             required = f"{channels} channel{'s' * (channels > 1)} {'are' if channels > 1 else 'is'} required"
-            what = f"its case has the channel{'s' * (len(by_channel) > 1)} {there}, {required}"
+            what = f"its case has the channel{'s' * (len(by_channel) > 1)} {there}, but {required}"
             remedy = "Name the files <case>_0000, <case>_0001 ..., one for each channel of the data set."
             problems.append(DataProblem(what, first, remedy))
         else:
