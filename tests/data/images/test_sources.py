@@ -20,7 +20,7 @@ from lightning_dice.data.images.mask_format import MaskFormat
 from lightning_dice.data.images.sources import FolderSource
 from tests.data.image_sources import folder_source
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
 TWO = MaskFormat(["background", "lesion"])
 MASK = np.array([[0, 0, 1], [0, 1, 1]], np.uint8)
 
