@@ -66,5 +66,5 @@ def refuse_old_config(config: Mapping[str, object], origin: object) -> None:
             if value is not ...:
                 raise ValueError(
                     f"{origin} was written by lightning-dice 0.1, where {new} was called {old}: train it again, or use "
-                    "it with the version that wrote it (pip install 'lightning-dice<0.2')"
+                    "it with version 0.1"
                 )
