@@ -57,9 +57,9 @@ def refuse_old_config(config: Mapping[str, object], origin: object) -> None:
     Raises:
         ValueError: names a setting that has another name now, and what to do.
     """
-    # A run's config has `inference` twice: at the top level, and in `module`.
+    # Not by `data`: a data config of the user may have settings of these names. `inference` is in `module` too.
     for old, new in RENAMED.items():
-        for path in (old, f"module.{old}"):
+        for path in () if old.startswith("data.") else (old, f"module.{old}"):
             value: object = config
             for part in path.split("."):
                 value = value.get(part, ...) if isinstance(value, Mapping) else ...

@@ -10,7 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_dice import SegmentationModule
-from lightning_dice.cli.config import CONF_DIR
+from lightning_dice.cli.command import refuse_renamed
+from lightning_dice.cli.config import CONF_DIR, apply_overrides
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.run_folder import reopen
 from lightning_dice.renamed_settings import RENAMED, RENAMED_IN_COMMANDS, new_name, refuse_old_config
 
@@ -29,9 +31,11 @@ def test_the_new_name_exists(new):
 def test_no_config_has_an_old_name():
     for path in CONF_DIR.rglob("*.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(path))
-        group = path.parent.name
-        refuse_old_config(config, path)  # `@package _global_`, as in experiments
-        refuse_old_config({group: config}, path)
+        # `@package _global_`, as in experiments, or a file of its group.
+        for whole in (config, {path.parent.name: config}):
+            refuse_old_config(whole, path)
+            data = whole.get("data")
+            assert not isinstance(data, dict) or not {f"data.{key}" for key in data} & set(RENAMED), path
         command = RENAMED_IN_COMMANDS.get(path.stem, {}) if path.parent == CONF_DIR else {}
         assert not set(command) & set(config)
 
@@ -55,6 +59,19 @@ def test_a_command_names_the_new_one(command, argument, new, tmp_path):
     assert result.returncode == 2
     assert result.stderr.strip().startswith(f"error: {old} has been renamed: give {new}")
     assert not list(tmp_path.iterdir())
+
+
+def test_data_of_ones_own_may_have_such_names(tmp_path):
+    mine = OmegaConf.create({"data": {"size": [32, 32]}, "module": {"size_divisor": 1}})
+    refuse_old_config(OmegaConf.to_container(mine), tmp_path)
+    refuse_renamed(["run=a", "data.size=[64,64]"])
+    refuse_renamed(["--config-dir", "mine", "data.size=[64,64]"])
+    apply_overrides(mine, ["data.size=[64,64]"])
+    assert mine.data.size == [64, 64]
+    with pytest.raises(UserError, match=r"data\.values has been renamed: give data\.label_map"):
+        apply_overrides(mine, ["data.values={255:1}"])
+    with pytest.raises(UserError, match=r"data\.size has been renamed"):
+        refuse_renamed(["data.size=[64,64]"])
 
 
 def test_below_a_renamed_group():

@@ -88,8 +88,11 @@ def asks_for_help(arguments: Iterable[str]) -> bool:
 def refuse_renamed(arguments: Iterable[str], command: str | None = None) -> None:
     """Refuse overrides that use the old name of a setting.
 
+    With a run, or a folder of configs of your own, old names of `data.*` are left alone, as your own data config may
+    have settings of these names. If they do not exist, they are refused when they are applied.
+
     Args:
-        arguments: overrides in Hydra's syntax.
+        arguments: overrides in Hydra's syntax, and flags.
         command: the command whose own settings are checked too.
 
     Raises:
@@ -100,9 +103,12 @@ def refuse_renamed(arguments: Iterable[str], command: str | None = None) -> None
     ...
     lightning_dice.cli.errors.UserError: data.values has been renamed: give data.label_map
     """
-    for argument in arguments:
+    given = list(arguments)
+    other_data = any(argument.startswith(("run=", "resume=", "--config-dir", "-cd")) for argument in given)
+    for argument in given:
         key = argument.partition("=")[0].lstrip("+~")
-        if (new := new_name(key, command)) is not None:
+        new = None if other_data and key.startswith("data.") else new_name(key, command)
+        if new is not None:
             raise UserError(f"{key} has been renamed: give {new}")
 
 

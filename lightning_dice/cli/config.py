@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_dice.cli.errors import UserError
 from lightning_dice.library_internals.hydra import parse_override, parse_overrides
+from lightning_dice.renamed_settings import new_name
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel conf/ is inside the package, in a checkout beside it.
@@ -119,6 +120,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
             if names and leaf not in names and not (CONF_DIR / leaf).is_dir():
                 close = difflib.get_close_matches(leaf, names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
+                hint = f"; {new} is the new name" if (new := new_name(override.key_or_group)) else hint
                 print(f"{parent or 'the config'} has {', '.join(names)}{hint}", file=sys.stderr)
 
 
@@ -167,6 +169,8 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
             parent, _, leaf = key.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
             if not isinstance(place, DictConfig) or not (override.is_add() or leaf in list(place.keys())):
+                if (new := new_name(key)) is not None:
+                    raise UserError(f"{key} has been renamed: give {new}")
                 names = [str(name) for name in place] if isinstance(place, DictConfig) else []
                 close = difflib.get_close_matches(leaf, names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
