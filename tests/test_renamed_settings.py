@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from lightning_dice import SegmentationModule
 from lightning_dice.cli.command import refuse_renamed
@@ -91,3 +93,9 @@ class TestOldRuns:
         torch.save({"state_dict": {}, "config": {"module": OLD["module"]}}, tmp_path / "checkpoints" / "best.ckpt")
         with pytest.raises(ValueError, match=r"best\.ckpt was written by lightning-dice 0\.1, where module\.size_div"):
             SegmentationModule.from_run(tmp_path)
+
+    def test_and_its_safetensors(self, tmp_path):
+        metadata = {"lightning_dice": json.dumps({"module": OLD["module"]})}
+        save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata)
+        with pytest.raises(ValueError, match=r"model\.safetensors was written by lightning-dice 0\.1"):
+            SegmentationModule.from_safetensors(tmp_path / "model.safetensors")
