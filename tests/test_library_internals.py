@@ -233,6 +233,13 @@ class TestTorch:
         of_torch.foreach_copy_(tensors, ends)
         assert [tensor.tolist() for tensor in tensors] == [[1, 1], [0]]
 
+    def test_constant_in_graphs(self):
+        def theirs(): ...
+
+        def ours(): ...
+
+        assert vars(of_torch.constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
     def test_is_transform_wrapper(self):
         seen = []
 

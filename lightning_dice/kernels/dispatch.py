@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dice.kernels import native, torch_blocked, triton_backend
 from lightning_dice.kernels.backend import Backend, SumsSpec
-from lightning_dice.library_internals.torch import is_transform_wrapper
+from lightning_dice.library_internals.torch import constant_in_graphs, is_transform_wrapper
 
 BACKENDS = {
     "native": cast(Backend, native),
@@ -117,7 +117,7 @@ def _are_plain(*tensors: Tensor | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _is_available(name: str) -> bool:
     if name == _forced:
         check_forced()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.backend import SumsSpec
+from lightning_dice.library_internals.torch import constant_in_graphs
 
 # Reading a flag back would stall the GPU.
 CHECKS_VALUES = False
@@ -266,12 +267,12 @@ class _Plan:
 
 
 # Facts about the machine are constants in a compiled graph.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _is_ready() -> bool:
     return unavailable_reason() is None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

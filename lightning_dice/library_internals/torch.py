@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_dice.library_internals import internal, set_internal
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function whose result `torch.compile` may take for a constant (`_dynamo_marked_constant`).
+
+    `torch.compiler.assume_constant_result` does the same, but imports `torch._dynamo`, which takes a second.
+
+    >>> @constant_in_graphs
+    ... def answer():
+    ...     return 42
+    >>> answer()
+    42
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_batch_norm(module: nn.Module) -> bool:

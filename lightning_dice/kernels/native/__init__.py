@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_dice.kernels.backend import OutOfRange, SumsSpec
 from lightning_dice.kernels.huge_pages import advise_huge_pages
 from lightning_dice.kernels.native.build import load_library
+from lightning_dice.library_internals.torch import constant_in_graphs
 
 _TYPES = {
     torch.float32: 0,
@@ -172,7 +173,7 @@ def can_count(classes: int, ignore_index: int | None, *tensors: Tensor) -> bool:
     return can_read(*tensors) and classes < _EXACT - 1 and abs(ignore_index or 0) < _EXACT
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _has_half() -> bool:
     kernels, _ = _library()
     return kernels is not None and bool(kernels.lightning_dice_has_half())
