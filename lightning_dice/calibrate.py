@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,20 @@ MEMORY = 2**29  # bytes of the drawn logits (4 each) and targets (2 each) of all
 BeforeAndAfter = dict[str, dict[str, float]]
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.calibrate` and `dice-calibrate`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.calibrate` or `dice-calibrate`.
+
+    Args:
+        arguments: the command line, such as `["run=runs/a"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
 
     def run(config: DictConfig, overrides: list[str]) -> None:
         calibrate(config, overrides)
 
-    run_command("calibrate", run, SETTINGS)
+    run_command("calibrate", run, SETTINGS, arguments)
 
 
 def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:

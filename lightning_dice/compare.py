@@ -37,10 +37,17 @@ class Comparison(NamedTuple):
     groups: list[list[Difference]]
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.compare` and `dice-compare`."""
-    sys.argv[1:] = quote_folders(sys.argv[1:])
-    run_command("compare", lambda config, _: compare(config))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.compare` or `dice-compare`.
+
+    Args:
+        arguments: the command line, such as `["runs/a", "runs/b"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    run_command("compare", lambda config, _: compare(config), arguments=quote_folders(given))
 
 
 def compare(config: DictConfig) -> None:

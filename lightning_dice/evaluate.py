@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 SETTINGS = ("run", "predictions", "checkpoint", "calibration", "split", "missing", "output", "device")
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.evaluate` and `dice-evaluate`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.evaluate` or `dice-evaluate`.
+
+    Args:
+        arguments: the command line, such as `["run=runs/a", "split=val"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
 
     def act(config: DictConfig, overrides: list[str]) -> None:
         evaluate(config, overrides)
 
-    run_command("evaluate", act, SETTINGS)
+    run_command("evaluate", act, SETTINGS, arguments)
 
 
 def evaluate(config: DictConfig, overrides: list[str]) -> None:

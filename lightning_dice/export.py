@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,8 +25,15 @@ _EXPORT_SETTINGS = (
 SETTINGS = (*_EXPORT_SETTINGS, "run", "output", "checkpoint", "calibration", "overwrite")
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.export` and `dice-export`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.export` or `dice-export`.
+
+    Args:
+        arguments: the command line, such as `["run=runs/a", "format=onnx"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
 
     def run(config: DictConfig, overrides: list[str]) -> int:
         disagreement = export(config, overrides)
@@ -34,7 +42,7 @@ def main() -> None:
         print(f"\nerror: {disagreement}", file=sys.stderr)
         return 1
 
-    run_command("export", run, SETTINGS)
+    run_command("export", run, SETTINGS, arguments)
 
 
 def export(config: DictConfig, overrides: list[str]) -> str | None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lightning_dice.cli.command import asks_for_help, help_text
+from lightning_dice.cli.command import asks_for_help, command_line, help_text
 from lightning_dice.cli.launcher import Launcher
 from lightning_dice.cli.rendezvous import RunSpec
 
 # Nothing heavy is imported at the top: --help and --cfg job must answer at once.
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.fit` and `dice-fit`."""
-    if asks_for_help(sys.argv[1:]):
-        print(help_text("fit"))
-    else:
-        Launcher(train, sys.argv[1:]).launch()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.fit` or `dice-fit`.
+
+    Args:
+        arguments: the command line, such as `["model=unet", "seed=1"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
+    with command_line(arguments) as given:
+        if asks_for_help(given):
+            print(help_text("fit"))
+        else:
+            Launcher(train, given).launch()
 
 
 def train(run: RunSpec, announce: Callable[[RunSpec], None]) -> float | None:

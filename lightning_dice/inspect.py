@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,19 @@ if TYPE_CHECKING:
 PAGE, TABLE, FINDINGS = "inspection.html", "cases.csv", "findings.json"
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.inspect` and `dice-inspect`."""
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.inspect` or `dice-inspect`.
+
+    Args:
+        arguments: the command line, such as `["data=folder", "data.root=images"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-m", "--multirun"} & set(given):
         print("\nerror: inspect looks at one data set at a time, without --multirun", file=sys.stderr)
         raise SystemExit(2)
-    sys.argv[1:] = hydra_escape(sys.argv[1:])
     composed = False
 
     def act(config: DictConfig, _: list[str]) -> int:
@@ -35,10 +43,10 @@ def main() -> None:
         return int(any(finding.severity in severe for finding in inspect(config)))
 
     try:
-        run_command("inspect", act)
+        run_command("inspect", act, arguments=hydra_escape(given))
     except SystemExit as stop:
         if stop.code == 1 and not composed:  # Hydra could not compose the config.
-            explain_typos("inspect", sys.argv[1:])
+            explain_typos("inspect", hydra_escape(given))
         raise
 
 

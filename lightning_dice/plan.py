@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,13 +40,20 @@ class Plan(NamedTuple):
     proposal: Proposal
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.plan` and `dice-plan`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.plan` or `dice-plan`.
+
+    Args:
+        arguments: the command line, such as `["data=nnunet", "data.root=Dataset004"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
 
     def act(config: DictConfig, overrides: list[str]) -> None:
         plan(config, overrides)
 
-    run_command("plan", act, SETTINGS)
+    run_command("plan", act, SETTINGS, arguments)
 
 
 def plan(config: DictConfig, overrides: list[str]) -> Path:

@@ -34,10 +34,17 @@ SETTINGS = (
 )
 
 
-def main() -> None:
-    """Entry point of `python -m lightning_dice.predict` and `dice-predict`."""
-    arguments = sys.argv[1:]
-    run_command("predict", lambda config, overrides: predict(config, overrides, arguments), SETTINGS)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `python -m lightning_dice.predict` or `dice-predict`.
+
+    Args:
+        arguments: the command line, such as `["run=runs/a", "input=images", "output=masks"]`; `None`: this process's.
+
+    Raises:
+        SystemExit: the command failed; its exit status.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    run_command("predict", lambda config, overrides: predict(config, overrides, given), SETTINGS, given)
 
 
 def predict(config: DictConfig, overrides: list[str], arguments: Sequence[str] = ()) -> int:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-# Tests share tests/definitions.py and helpers by plain import, whatever folder they lie in.
+import pytest
+
+# Tests share tests/helpers.py, tests/definitions.py and others by plain import, whatever folder they lie in.
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Hydra imports its plugins when it first composes a config. Optuna's warn as they are imported; where warnings are
@@ -15,3 +19,45 @@ os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
 with warnings.catch_warnings(), contextlib.suppress(ImportError):
     warnings.simplefilter("ignore")
     import optuna  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The folder of a finished run of two epochs, with scores and report; for reading only."""
+    from helpers import SMALL, run_command
+
+    home = tmp_path_factory.mktemp("trained")
+    run_command("fit", *SMALL, "trainer.max_epochs=2", "folder=run", cwd=home)
+    before = _contents(home)
+    yield home / "run"
+    assert _contents(home) == before, "a test wrote into the run that all tests share: copy it first"
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+_test: pytest.Item | None = None
+_start = subprocess.Popen.__init__
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    global _test
+    _test = item
+    yield
+    _test = None
+
+
+def _start_if_marked(self, args, *others, **options):
+    """Fail a test of the quick tier that starts Python: a start costs as much as a hundred tests."""
+    line = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
+    ours = os.path.basename(os.fsdecode(line[0])).startswith(("python", "torchrun")) if line else False
+    library = any("torch/_inductor" in str(part) for part in line)  # Its compile workers.
+    if ours and not library and _test is not None and _test.get_closest_marker("process") is None:
+        pytest.fail(f"{_test.nodeid} starts a process: mark it `process`, or use helpers.run_command", pytrace=True)
+    return _start(self, args, *others, **options)
+
+
+subprocess.Popen.__init__ = _start_if_marked

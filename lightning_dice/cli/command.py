@@ -6,9 +6,11 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
@@ -164,8 +166,35 @@ def _files(group: str, default: str) -> list[str]:
     return [f"[{name}]" if name == default else name for name in names]
 
 
+@contextmanager
+def command_line(arguments: Iterable[str] | None = None) -> Iterator[list[str]]:
+    """Make `arguments` this process's command line, which Hydra reads, and yield them.
+
+    Hydra's state is set aside meanwhile, so that a command also runs inside a program that uses Hydra itself.
+
+    Args:
+        arguments: the command line without the program's name; `None`: this process's.
+
+    >>> with command_line(["model=unet", "seed=1"]) as given:
+    ...     given, sys.argv[1:]
+    (['model=unet', 'seed=1'], ['model=unet', 'seed=1'])
+    """
+    before, hydra_before = sys.argv, GlobalHydra.instance().hydra
+    if arguments is not None:
+        sys.argv = [sys.argv[0], *map(str, arguments)]
+    GlobalHydra.instance().clear()
+    try:
+        yield sys.argv[1:]
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().hydra = hydra_before
+
+
 def run_command(
-    name: str, act: Callable[[DictConfig, list[str]], int | None], settings: Iterable[str] | None = None
+    name: str,
+    act: Callable[[DictConfig, list[str]], int | None],
+    settings: Iterable[str] | None = None,
+    arguments: Iterable[str] | None = None,
 ) -> None:
     """Print the help text, or compose a command's config from the command line and run the command.
 
@@ -175,17 +204,18 @@ def run_command(
             status, or `None` for 0. A `UserError` is printed, and the exit status is 2.
         settings: the names of the command's own settings; all other arguments are overrides of the run's config.
             `None`: all arguments are the command's own, and in Hydra's grammar already.
+        arguments: the command line; `None`: this process's.
     """
-    if asks_for_help(sys.argv[1:]):
+    given = list(sys.argv[1:] if arguments is None else map(str, arguments))
+    if asks_for_help(given):
         print(help_text(name))
         return
     register_resolvers()
-    with report_user_errors():
-        refuse_renamed(sys.argv[1:], name)
     overrides: list[str] = []
-    if settings is not None:
-        sys.argv[1:], overrides = split_arguments(hydra_escape(sys.argv[1:]), settings)
-        with report_user_errors():
+    with report_user_errors():
+        refuse_renamed(given, name)
+        if settings is not None:
+            given, overrides = split_arguments(hydra_escape(given), settings)
             refuse_misspelled(overrides, settings)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
@@ -195,4 +225,5 @@ def run_command(
         if status:
             raise SystemExit(status)
 
-    from_command_line()
+    with command_line(given):
+        from_command_line()
