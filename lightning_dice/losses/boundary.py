@@ -140,8 +140,7 @@ class BoundaryLoss(DistanceLoss):
     Unlike in the published code, pixels on the inner side of the boundary have the distance -1, not 0, and so a
     gradient. As in it, a class that the target does not have, or that is everywhere, has none.
 
-    Args:
-        **settings: settings of `DistanceLoss`.
+    All settings are those of `DistanceLoss`.
 
     Raises:
         ValueError: as `DistanceLoss`.

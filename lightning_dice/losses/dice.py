@@ -37,8 +37,7 @@ class DiceLoss(OverlapLoss):
     `overlap="minimum"` the product becomes min(p, t), so that the loss of soft labels is least, and 0, at p = t (the
     first form of Wang et al., "Dice Semimetric Losses", MICCAI 2023, without the cancellation of p + t - |p - t|).
 
-    Args:
-        **settings: settings of `OverlapLoss`.
+    All settings are those of `OverlapLoss`.
 
     Raises:
         ValueError: an invalid setting; in a call, a shape that would broadcast or, on the CPU, an invalid value, such
@@ -141,8 +140,7 @@ class LogCoshDiceLoss(OverlapLoss):
 
     .. math:: L = \log\cosh(1 - D)
 
-    Args:
-        **settings: settings of `OverlapLoss`.
+    All settings are those of `OverlapLoss`.
 
     Raises:
         ValueError: as `DiceLoss`.

@@ -24,8 +24,7 @@ class JaccardLoss(OverlapLoss):
     With `squared=True` it is 1 minus the Tanimoto coefficient. With `overlap="minimum"`, which soft labels need, it is
     the first form of Wang et al., "Jaccard Metric Losses" (NeurIPS 2023).
 
-    Args:
-        **settings: settings of `OverlapLoss`.
+    All settings are those of `OverlapLoss`.
 
     Raises:
         ValueError: an invalid setting; in a call, a shape that would broadcast or, on the CPU, an invalid value.
