@@ -95,21 +95,23 @@ class SlidingWindow:
         >>> SlidingWindow([4, 8]).starts([7, 5])
         [[0, 2, 3], [0]]
         """
-        from monai.data.utils import dense_patch_slices  # Imported here, as MONAI takes seconds.
-
         starts = []
         for length, window in zip(space, self.size, strict=True):
-            stride = window if length <= window else max(1, int(window * (1 - self.overlap)))
-            patches = dense_patch_slices((max(length, window),), (window,), (stride,))
-            starts.append([int(patch.start) for (patch,) in patches])
+            stride = max(1, int(window * (1 - self.overlap)))
+            last = max(0, length - window)
+            starts.append([*range(0, last, stride), last])
         return starts
 
     def weights(self) -> Tensor:
         """Return the weights of a window's logits, float32 `(*size)`."""
-        from monai.data.utils import compute_importance_map
-
-        weights: Tensor = compute_importance_map(self.size, mode=self.importance_map, sigma_scale=0.125)
-        return weights
+        if self.importance_map == "constant":
+            return torch.ones(self.size, dtype=torch.float32)
+        weights = torch.ones((), dtype=torch.float32)
+        for length in self.size:
+            place = torch.arange(-(length - 1) / 2, (length - 1) / 2 + 1, dtype=torch.float32)
+            weights = weights.unsqueeze(-1) * torch.exp(place**2 / (-2 * (length / 8) ** 2))
+        # The Gaussian may be 0 at the corners of a large window.
+        return weights.clamp(min=max(float(weights.min()), 1e-3))
 
     def chunks(self, image: Sliceable, net: Net, device: torch.device | str = "cpu") -> Iterator[Chunk]:
         """Yield the logits of an image in chunks of rows along the first space axis.

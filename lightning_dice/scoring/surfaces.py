@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dice.scoring.surface_elements import surface_elements
+
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-# Elements of a mask per step. The codes and areas of all of them are floats, which for a volume of 512x512x400 would
-# take gigabytes; only the surface is kept.
+# Elements of a mask per step, of which only those of the surface are kept.
 CHUNK = 2**24
 
 
@@ -78,9 +79,8 @@ def surface_scores(predicted: Mask, actual: Mask, spacing: Sequence[float], tole
     # An element is between a row and the next one; the last row is padding and has none.
     for start in range(0, rows - 1, step):
         stop = min(start + step, rows - 1)
-        found = _surface_elements(predicted[start : stop + 1], actual[start : stop + 1], scale)
-        for surface, (where, areas) in zip(elements, found, strict=True):
-            surface.add(start, where, areas)
+        for surface, mask in zip(elements, (predicted, actual), strict=True):
+            surface.add(start, *surface_elements(mask[start : stop + 1], spacing))
         before = max(start - 1, 0)
         for surface, mask in zip(pixels, (predicted, actual), strict=True):
             surface.add(start, _boundary_pixels(mask[before : stop + 1])[start - before : stop - before])
@@ -105,25 +105,12 @@ class _Surface:
         self.areas: list[Floats] = []
 
     def add(self, start: int, where: Mask, areas: Floats | None = None) -> None:
-        """Add the points of some rows, of which `start` is the first."""
+        """Add the points of some rows, of which `start` is the first, and their areas."""
         found = np.argwhere(where).astype(np.float64)
         found[:, 0] += start
         self.points.append(found * self.scale)
         if areas is not None:
-            self.areas.append(areas[where])
-
-
-def _surface_elements(predicted: Mask, actual: Mask, scale: Floats) -> list[tuple[Mask, Floats]]:
-    """Return for each mask which corners between pixels belong to its surface, and their areas."""
-    if predicted.ndim == 1:  # The surface consists of single points, each with an area of 1.
-        changes = [mask[1:] != mask[:-1] for mask in (predicted, actual)]
-        return [(change, change.astype(np.float64)) for change in changes]
-    import torch
-    from monai.metrics.utils import get_mask_edges
-
-    masks = [torch.from_numpy(np.ascontiguousarray(mask)) for mask in (predicted, actual)]
-    edges = [np.asarray(found) for found in get_mask_edges(*masks, crop=False, spacing=scale.tolist())]
-    return [(edges[side].astype(bool), edges[2 + side].astype(np.float64)) for side in (0, 1)]
+            self.areas.append(areas)
 
 
 def _boundary_pixels(mask: Mask) -> Mask:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import sliding_window_inference
 from torch import nn
 
@@ -50,6 +52,20 @@ def test_equals_monai(space, size, overlap, importance_map):
         expected = sliding_window_inference(image[None], size, 4, convolution, overlap=overlap, mode=importance_map)[0]
     found = joined(SlidingWindow(size, overlap, importance_map).chunks(image, convolution))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [[1], [7, 12], [512, 512], [12, 20, 28]], ids=str)
+def test_weights_equal_monai_to_the_last_bit(size):
+    for importance_map in ("gaussian", "constant"):
+        expected = compute_importance_map(tuple(size), mode=importance_map, sigma_scale=0.125)
+        assert torch.equal(SlidingWindow(size, importance_map=importance_map).weights(), expected)
+
+
+def test_starts_equal_monai():
+    for length, window, overlap in itertools.product((1, 6, 17, 40), (1, 6, 9), (0.0, 0.3, 0.5, 0.95)):
+        stride = window if length <= window else max(1, int(window * (1 - overlap)))
+        expected = dense_patch_slices((max(length, window),), (window,), (stride,), return_slice=False)
+        assert SlidingWindow([window], overlap).starts([length]) == [[start for ((start, _),) in expected]]
 
 
 @pytest.mark.parametrize(("space", "size"), IMAGES)
