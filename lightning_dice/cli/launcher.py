@@ -62,6 +62,7 @@ class Launcher:
                         self.launch_first()
             finally:
                 rendezvous.leave_process_group()
+                sweep.release()
 
     def launch_first(self) -> None:
         """Decide in the first process which runs to train, and train them."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import re
 import shutil
@@ -38,16 +37,16 @@ from lightning_dice.trials import ERROR, RECORD, Trial, read_trial, read_trials,
 LOCK = ".lock"
 STUDY = "optuna.db"
 
-# What may change when a sweep is resumed: where trials run, and their number.
-_CHANGEABLE = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=")
-_PLUGINS = {
-    "search": "hydra_plugins.hydra_optuna_sweeper",
+# What may change when a sweep is resumed: where trials run, their number, and when the sweep gives up.
+_CHANGEABLE = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", "hydra.sweeper.max_failure_rate=")
+# What sweepers and launchers need, as the name of a module.
+_NEEDS = {
+    "search": "optuna",
     "optuna": "hydra_plugins.hydra_optuna_sweeper",
     "joblib": "hydra_plugins.hydra_joblib_launcher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
 }
-_OPTUNA = "hydra_optuna_sweeper"
 
 
 class Sweep:
@@ -106,6 +105,12 @@ class Sweep:
             except OSError:
                 pass  # A file system without locks.
 
+    def release(self) -> None:
+        """Close the lock's file, which unlocks it."""
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
     @property
     def lock(self) -> tuple[int, ...]:
         """The file descriptors that a trial's process must inherit to hold the lock too."""
@@ -162,11 +167,7 @@ class SweepFolder(Callback):
                 swept=_swept(config),
                 finished=False,
             )
-            if _OPTUNA in str(config.hydra.sweeper._target_):
-                # Optuna 2 needs SQLAlchemy 1.4, which prints in every run that version 2 exists.
-                os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
-                logging.getLogger("alembic").setLevel(logging.WARNING)  # It logs how it creates a database.
-                set_aside(folder / STUDY)
+            set_aside(folder / STUDY)  # Replaying the sweep writes it again.
             print(f"sweep   {folder}", flush=True)
 
 
@@ -287,6 +288,14 @@ def report_trials() -> Iterator[None]:
             raise SystemExit(1)
 
 
+def release() -> None:
+    """Unlock the sweep that this process ran, so that the process can run another one."""
+    global _current
+    if _current is not None:
+        _current.release()
+    _current = None
+
+
 def lock_descriptors() -> tuple[int, ...]:
     """Return the file descriptors of the running sweep's lock, for the processes of its trials."""
     return () if _current is None else _current.lock
@@ -302,21 +311,24 @@ def missing_plugin(arguments: Iterable[str]) -> str | None:
 
     >>> missing_plugin(["hydra/launcher=basic", "loss.smooth=1"])
     """
-    texts = []
+    choices = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key in ("hydra/sweeper", "hydra/launcher"):
-            texts.append(value)
+            choices.append((key, value))
         elif key == "experiment" and (path := CONF_DIR / "experiment" / f"{value}.yaml").is_file():
-            texts += re.findall(r"/hydra/(?:sweeper|launcher): *(\w+)", path.read_text(encoding="utf-8"))
-    for name in texts:
-        module = _PLUGINS.get(name)
+            choices += re.findall(r"/(hydra/(?:sweeper|launcher)): *(\w+)", path.read_text(encoding="utf-8"))
+    for key, name in choices:
+        module = _NEEDS.get(name)
         try:
             missing = module is not None and importlib.util.find_spec(module) is None
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):  # The package around it is missing; it is hidden.
             missing = True
+        if missing and name == "optuna":
+            return "hydra/sweeper=optuna needs hydra-optuna-sweeper, which is not installed: give hydra/sweeper=search"
         if missing:
-            return f"{name} is a plugin of Hydra that is not installed: pip install 'lightning-dice[sweep]'"
+            what = "Optuna" if name == "search" else "a plugin of Hydra"
+            return f"{key}={name} needs {what}, which is not installed: pip install 'lightning-dice[sweep]'"
     return None
 
 

@@ -88,6 +88,7 @@ def trial_table(sweep: Path, trials: Sequence[Trial], parameters: Sequence[str])
     paths.add_row("sweep", Text(str(sweep), style="bold"))
     if best is not None:
         paths.add_row("best trial", Text(str(best.number)))
+        paths.add_row("its settings", Text(" ".join(f"{key}={best.parameters.get(key, '')}" for key in parameters)))
     for label, name in (("trials", TABLE), ("picture", PICTURE)):
         if (sweep / name).is_file():
             paths.add_row(label, Text(name))
