@@ -1,0 +1,420 @@
+"""The README and the pages of docs/: their code runs, their commands compose and run, their links lead somewhere.
+
+How a page is written:
+
+- Its Python blocks are executed in order, in an empty folder that holds two trained runs, `runs/first` and
+  `runs/second`. `/data/` and `/my/` are replaced by folders with small data sets, see `documented_data.py`.
+- A block whose first line is a comment with a path, such as `# my_conf/loss/volume.yaml`, is also written to that file.
+- `<!-- not run: reason -->` before a Python block: it is only compiled; before a bash block: its commands are composed,
+  but not run. Commands that need a GPU, several processes, a cluster or a download are never run.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from documented_data import write_data, write_inputs
+from hydra import compose, initialize_config_dir
+
+from lightning_dice import calibrate, compare, evaluate, export, plan, predict
+from lightning_dice.cli import command, config
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+LANGUAGES = {"python", "pycon", "bash", "yaml", "json", "text"}
+
+# What a page's command gets besides, to end soon.
+SHORT = [
+    *("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "data.num_workers=0", "data.batch_size=2"),
+    "data.patch_size=[32,32]",
+]
+# What cannot run here: GPUs, several processes, clusters, downloads.
+ELSEWHERE = re.compile(
+    r"=gpu|multi_gpu|multi_node|srun |torchrun |devices=[2-9]|submitit|joblib|=imagenet|download=true|wandb|mlflow|SLURM"
+)
+COMMAND = re.compile(r"(?:python -m lightning_dice\.|\bdice-)(\w+)(.*)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `reason` is why it is not run, if it is not."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    reason: str | None
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block is, named in its first line."""
+        match = re.match(r"# ([\w/.-]+/?[\w.-]+\.(?:py|yaml))\n", self.text)
+        return match[1] if match else None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+@cache
+def blocks(page: Path) -> tuple[Block, ...]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^( *)```([^\n]*)\n(.*?)^\1```$", text, flags=re.MULTILINE | re.DOTALL):
+        before = text[: match.start()].rstrip().rpartition("\n")[2]
+        reason = re.fullmatch(r"\s*<!-- not run: (.+) -->", before)
+        line = text.count("\n", 0, match.start()) + 1
+        language = match[2].split()[0] if match[2].split() else ""
+        found.append(Block(page, line, language, textwrap.dedent(match[3]), reason[1] if reason else None))
+    return tuple(found)
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command of the package in a bash block."""
+
+    block: Block
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.block}: {self.text}"
+
+    @property
+    def name(self) -> str:
+        return COMMAND.search(self.text)[1]
+
+    @property
+    def arguments(self) -> list[str]:
+        return shlex.split(COMMAND.search(self.text)[2], comments=True)
+
+    @property
+    def runs_here(self) -> bool:
+        return self.block.reason is None and not ELSEWHERE.search(self.text)
+
+
+LINES = [
+    Line(block, line.strip())
+    for block in ALL
+    if block.language == "bash"
+    for line in block.text.replace("\\\n", " ").splitlines()
+    if COMMAND.search(line) and not line.lstrip().startswith("#")
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """The folders that replace `/data/`, `/my/` and `runs/`; pages get a copy of the runs."""
+    root = tmp_path_factory.mktemp("documented")
+    write_data(root / "data")
+    write_inputs(root / "my")
+    for seed, name in enumerate(("first", "second")):
+        train = [f"data.root={root / 'data/cells'}", "data=folder", "data.classes=[cell]", "data.channels=1"]
+        small = ["model=custom", "device=cpu", "logger=csv", f"seed={seed}"]
+        run("fit", [*train, *small, *SHORT, f"folder={root / 'runs' / name}"])
+    return {"/data/": root / "data", "/my/": root / "my", "runs": root / "runs"}
+
+
+@pytest.fixture
+def desk(tmp_path, places, monkeypatch) -> Iterator[Path]:
+    """An empty folder with the two runs, to work in."""
+    # A copy, since commands write into runs, and links, which cost no time, for the checkpoints.
+    shutil.copytree(places["runs"], tmp_path / "runs", copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        origin = getattr(sys.modules[name], "__file__", None)
+        if origin and Path(origin).is_relative_to(tmp_path):
+            del sys.modules[name]
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run a command in this process."""
+    try:
+        importlib.import_module(f"lightning_dice.{name}").main(arguments)
+    except SystemExit as error:
+        assert not error.code, f"{name} {arguments}: exit status {error.code}"
+
+
+def here(text: str, places: dict[str, Path]) -> str:
+    """A text with the paths of the documentation replaced by those of the test."""
+    for written in ("/data/", "/my/"):
+        text = re.sub(rf"(?<![\w./]){written}", f"{places[written]}/", text)
+    return text
+
+
+def execute(block: Block, names: dict[str, Any], places: dict[str, Path]) -> None:
+    """Execute a Python block, or compare the output of a session with the one that the page shows."""
+    text = here(block.text, places)
+    padding = "\n" * block.line  # so that a traceback names the page's line
+    if block.language == "python":
+        code = compile(padding + text, str(block.page), "exec")
+        if block.reason is None:
+            exec(code, names)
+        return
+    test = doctest.DocTestParser().get_doctest(text, names, str(block), str(block.page), block.line)
+    report: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(test, out=report.append)
+    assert not report, "".join(report)
+    names.update(test.globs)
+
+
+def write_file(block: Block, folder: Path) -> None:
+    """Write the file that a block is."""
+    if block.file is not None:
+        path = folder / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+
+
+def pages_with(*languages: str) -> list[Any]:
+    used = dict.fromkeys(block.page for block in ALL if block.language in languages)
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in used]
+
+
+@pytest.mark.parametrize("page", pages_with("python", "pycon"))
+@pytest.mark.filterwarnings("ignore:.*shuffle")  # a page's own data loader need not be the best
+def test_python_blocks_run_in_order(page, desk, places):
+    names: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks(page):
+        write_file(block, desk)
+        if block.language in ("python", "pycon"):
+            execute(block, names, places)
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, id=str(line)) for line in LINES])
+def test_commands_compose(line, desk):
+    if "--help" in line.arguments:
+        assert command.help_text(line.name)
+        return
+    arguments = line.arguments
+    # A resumed run's overrides are checked against that run's config.
+    arguments = [argument for argument in arguments if not argument.startswith(("resume=", "retry_failed="))]
+    command.refuse_renamed(arguments, line.name)
+    # What is not a setting of such a command is an override of a run's config, or of a training's.
+    with_overrides = {"calibrate": calibrate, "evaluate": evaluate, "export": export, "plan": plan, "predict": predict}
+    overrides: list[str] = []
+    if line.name in with_overrides:
+        settings = with_overrides[line.name].SETTINGS
+        arguments, overrides = command.split_arguments(command.hydra_escape(arguments), settings)
+        command.refuse_misspelled(overrides, settings)
+    elif line.name == "compare":
+        arguments = compare.quote_folders(arguments)
+    elif "--config-dir" in arguments:
+        for block in blocks(line.block.page):
+            write_file(block, desk)
+        if any((desk / path).is_dir() for path in arguments):
+            run(line.name, [*arguments, "--cfg", "job"])
+        return
+    else:
+        arguments = command.hydra_escape(arguments)
+    sweep = {"-m", "--multirun"} & set(arguments)
+    arguments = [argument for argument in arguments if not argument.startswith("-")]
+    config.register_resolvers()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        # A sweep's values are taken one by one.
+        composed = compose(line.name, overrides=[first_value(a) if sweep else a for a in arguments])
+    if line.name == "plan" or (line.name == "evaluate" and composed.run is None):
+        with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+            assert compose("fit", overrides=overrides)
+    elif overrides:
+        config.apply_overrides(composed_run(), overrides)
+
+
+def first_value(argument: str) -> str:
+    """One of the values that an argument sweeps."""
+    key, equals, value = argument.partition("=")
+    if match := re.fullmatch(r"(?:tag\(\w+,\s*)?interval\(([^,]+),.*", value):
+        value = match[1]
+    return f"{key}{equals}{value if value[:1] in '[{' else value.partition(',')[0]}"
+
+
+def composed_run() -> Any:
+    """The config of a run that has all settings that a page may override."""
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return compose("fit", overrides=["data=folder", "data.root=/data/cells"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.relative_to(ROOT).as_posix())
+        for page in dict.fromkeys(line.block.page for line in LINES if line.runs_here)
+    ],
+)
+def test_commands_run(page, desk, places):
+    for block in blocks(page):
+        write_file(block, desk)
+    for line in [line for line in LINES if line.block.page == page and line.runs_here]:
+        arguments = [here(argument, places) for argument in line.arguments]
+        folder = next((a.removeprefix("folder=") for a in arguments if a.startswith("folder=")), None)
+        if line.name == "fit" and folder is not None:
+            shutil.rmtree(desk / folder, ignore_errors=True)
+        if line.name == "fit" and not any(a.startswith("resume=") for a in arguments):
+            volumes = re.search(r"data=(volumes|nnunet)|experiment=plan", line.text)
+            arguments += [*SHORT[:-1], "data.patch_size=[16,16,16]"] if volumes else SHORT
+        run(line.name, arguments)
+
+
+def test_every_block_has_a_language_and_parses():
+    for block in ALL:
+        assert block.language in LANGUAGES, f"{block}: {block.language!r}"
+        if block.language == "yaml":
+            yaml.safe_load(block.text)
+        if block.language == "json":
+            json.loads(block.text)
+    assert len(LINES) > 100
+
+
+def test_few_blocks_are_not_run():
+    skipped = [str(block) for block in ALL if block.language in ("python", "pycon") and block.reason is not None]
+    assert len(skipped) <= 3, skipped
+
+
+def test_bash_blocks_hold_known_programs():
+    known = re.compile(
+        r"(?:[A-Z_]+=\S+ )*(?:pip|python|python3|pytest|ruff|mypy|mkdocs|git|cd|srun|sbatch|torchrun|dice-\w+|bash|#.*)\b|#"
+    )
+    for block in ALL:
+        if block.language == "bash":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                assert not line.strip() or known.match(line.strip()), f"{block}: {line}"
+                if "lightning_dice." in line and "-m lightning_dice.kernels" not in line:
+                    assert COMMAND.search(line), f"{block}: {line}"
+
+
+@cache
+def known_settings() -> frozenset[str]:
+    """The dotted names of all settings in conf/."""
+    names: set[str] = set()
+
+    def add(prefix: str, node: Any) -> None:
+        if prefix:
+            names.add(prefix)
+        for key, value in node.items() if isinstance(node, dict) else ():
+            add(f"{prefix}.{key}" if prefix else str(key), value)
+
+    for path in config.CONF_DIR.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        package = re.match(r"# @package (\S+)", text)
+        group = path.parent.relative_to(config.CONF_DIR).as_posix().replace("/", ".").strip(".")
+        prefix = {"_global_": ""}.get(package[1], package[1]) if package else group
+        add(prefix, yaml.safe_load(text))
+    return frozenset(names)
+
+
+# A setting in the running text: `data.channels=4`, or a choice: `model=unet`.
+SETTING = re.compile(r"[+~]?(?P<key>[a-z_/]+(?:\.\w+)*)=(?P<value>\S*)")
+# Whose entries are the reader's own, or the arguments of a class that the reader chooses.
+OPEN = ("hydra.", "trainer.", "model.", "loss.", "callbacks.freeze.parts", "optimizer.", "scheduler.")
+
+
+def settings_in_text(page: Path) -> Iterator[tuple[str, str]]:
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        for word in re.split(r"\s+", code.strip("'\"")):
+            if (match := SETTING.fullmatch(word.strip("'\""))) is not None:
+                yield match["key"], match["value"].strip("'\"")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
+def test_settings_in_the_text_exist(page):
+    for key, value in settings_in_text(page):
+        folder = config.CONF_DIR / key
+        if folder.is_dir():
+            choices = [name.strip("[]") for name in re.split(r",", value)]
+            own = "my" in value or "<" in value or "plan" in value or "..." in value or not value
+            missing = [name for name in choices if not (folder / f"{name}.yaml").is_file()]
+            assert own or not missing or key == "hydra/launcher", f"{page.name}: there is no {key}={value}"
+        elif "." in key and not key.startswith(OPEN) and key.partition(".")[0] in known_settings():
+            assert key in known_settings(), f"{page.name}: there is no setting {key}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as MkDocs and GitHub make them, and its own."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = set(re.findall(r'(?:id="|\{ ?#)([\w.-]+)', text))
+    for heading in re.findall(r"^#+ (.+?)(?: *\{.*\})?$", text, flags=re.MULTILINE):
+        plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading).lower()
+        found.add(re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", plain).strip()))
+    return found
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^( *)```.*?^\1```$|`[^`\n]+`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+        # The headings of a generated page are not in its file.
+        if anchor and target.suffix == ".md" and not re.search(r"^(:::|<!-- \w+)", target.read_text(), re.MULTILINE):
+            assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
+
+
+def test_every_page_is_reached_by_a_link():
+    linked = set()
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.md)", page.read_text(encoding="utf-8")):
+            linked.add((page.parent / link).resolve())
+    assert set(PAGES[1:]) <= linked, sorted(str(page.relative_to(ROOT)) for page in set(PAGES[1:]) - linked)
+
+
+def test_the_readme_is_short_and_has_the_two_commands():
+    assert README.stat().st_size <= 8192
+    commands = [block.text for block in blocks(README) if block.language == "bash"]
+    assert "pip install -e . && python -m lightning_dice.fit model=unet\n" in commands
+    assert "pip install -e '.[dev]' && pytest -n 2\n" in commands
+
+
+def test_extras_that_are_named_exist():
+    texts = [
+        *(page.read_text(encoding="utf-8") for page in PAGES),
+        *(path.read_text() for part in ("lightning_dice", "conf") for path in (ROOT / part).rglob("*.*[ly]")),
+    ]
+    named = {
+        extra
+        for extras in re.findall(r"(?:lightning-dice|['\"]?\.)\[([a-z,]+)\]", "\n".join(texts))
+        for extra in extras.split(",")
+    }
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    existing = set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE))
+    assert {"dev", "docs", "export", "loggers", "sweep"} <= named <= existing
+    # The page on installing describes them all.
+    install = (DOCS / "getting-started" / "install.md").read_text(encoding="utf-8")
+    assert existing == set(re.findall(r"^\| `\[(\w+)\]` \|", install, flags=re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) >= len(PAGES) - 1
+    for page in pages:
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        assert not loaded, f"{page.name}: {loaded}"
