@@ -18,6 +18,7 @@ from lightning_dice.data.images.file_patterns import check_pattern
 from lightning_dice.data.images.image_folders import describe_contents, root_problem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat, SizedImage, check_size
+from lightning_dice.data.images.polygon import fill_polygon
 from lightning_dice.data.images.sources import ImageFileSource
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import label_dtype
@@ -113,15 +114,13 @@ def rasterize(
     array([[0, 1, 0, 0],
            [0, 1, 0, 0]])
     """
-    from skimage.draw import polygon
-
     top, bottom, _ = slice(None).indices(size[0]) if rows is None else rows.indices(size[0])
     left, right, _ = slice(None).indices(size[1]) if columns is None else columns.indices(size[1])
     if isinstance(shape, tuple):
         mask = np.zeros((bottom - top, right - left), bool)
         for outline in shape:
             x, y = outline.astype(np.float64).T - 0.5
-            mask[polygon(y - top, x - left, mask.shape)] = True  # type: ignore[no-untyped-call]
+            mask |= fill_polygon(x - left, y - top, mask.shape)
         return mask
     runs = np.zeros(len(shape), bool)
     runs[1::2] = True
