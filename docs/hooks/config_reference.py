@@ -80,7 +80,7 @@ def read_option(path: Path) -> Option:
             package = "" if found[1] == "_global_" else found[1]
         else:
             option.description.append(line.removeprefix("#").removeprefix(" "))
-    tree = yaml.compose(text)
+    tree = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if isinstance(tree, yaml.MappingNode):
         _read_defaults(tree, option)
         option.settings = list(_settings(tree, package, lines, option))
