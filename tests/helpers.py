@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
+import importlib.util
 import io
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,7 +120,165 @@ def start_command(
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+# What a training imports before its first step.
+_LIBRARIES = [
+    *("lightning_dice.fit", "lightning_dice.cli.experiment", "lightning_dice.callbacks", "lightning_dice.predict"),
+    *("lightning_dice.plotting.curves", "matplotlib.backends.backend_agg", "lightning_dice.callbacks.overlays"),
+    *("segmentation_models_pytorch", "torchvision.transforms.v2", "torchmetrics", "lightning_dice.losses"),
+]
+
+
+class Forked:
+    """A command in a process of its own, forked from one that has imported the libraries already.
+
+    That saves the seven seconds of a start. Signals and exit statuses are those of any process; a status below 0 is
+    the signal that killed it. Mark the test `process`.
+
+    Args:
+        name: the command, such as `"fit"`.
+        arguments: its command line.
+        cwd: the folder to run it in, where Python also finds modules.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, name: str, *arguments: object, cwd: Path, environment: dict[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_LIBRARIES)
+        self._printed = tempfile.TemporaryDirectory()
+        given = (name, [*map(str, arguments)], str(cwd), {**os.environ, **(environment or {})}, self._printed.name)
+        self._process = context.Process(target=_command_of_process, args=given)
+        self._process.start()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def wait(self, status: int | None = 0, timeout: float = 300) -> Result:
+        """Wait until the command has ended, with this exit status, and return what it printed."""
+        self._process.join(timeout)
+        code = self._process.exitcode
+        if code is None:
+            self._process.kill()
+            self._process.join()
+        out, err = (Path(self._printed.name, name).read_text(encoding="utf-8") for name in ("out", "err"))
+        self._printed.cleanup()
+        assert code is not None, f"it still ran after {timeout} s\n{out}\n{err}"
+        assert status is None or code == status, f"exit status {code}\n{out}\n{err}"
+        return Result(code, out, err)
+
+
+def fork_command(
+    name: str, *arguments: object, cwd: Path, status: int | None = 0, timeout: float = 300, **environment: str
+) -> Result:
+    """Run a command in a forked process, see `Forked`, and return what it printed."""
+    return Forked(name, *arguments, cwd=cwd, environment=environment).wait(status, timeout)
+
+
+def _command_of_process(name: str, arguments: list[str], cwd: str, environment: dict[str, str], printed: str) -> None:
+    os.setsid()  # A test may kill the whole group.
+    for number, file in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(printed, file), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path.insert(0, cwd)
+    command = importlib.import_module(f"lightning_dice.{name}")
+    sys.argv = [str(command.__file__)]  # Lightning starts the processes of other devices by it.
+    command.main(arguments)
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     """Read a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the processes of a group returned and printed."""
+
+    results: list[Any]
+    out: str
+    err: str
+
+
+def run_ranks(function: Callable[..., object], *arguments: object, processes: int = 2, timeout: float = 120) -> Ranks:
+    """Call a function of a test file in the processes of a group; mark the test `process`.
+
+    A Trainer in it takes the group for torchrun's: `pl.Trainer(devices=2, strategy="ddp")`.
+
+    Args:
+        function: see `fork`.
+        arguments: passed to it in every process.
+        processes: their number.
+        timeout: seconds, after which they are killed and the test fails.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(rank) for rank in range(processes)]
+        group = [(rank, processes, Path(name) / "store") for rank in range(processes)]
+        started = [fork(function, *arguments, folder=folders[rank], group=group[rank]) for rank in range(processes)]
+        end, late = time.monotonic() + timeout, False
+        while any(process.exitcode is None for process in started) and not any(process.exitcode for process in started):
+            running = [process.sentinel for process in started if process.exitcode is None]
+            if late := not multiprocessing.connection.wait(running, end - time.monotonic()):
+                break
+        codes = [process.exitcode for process in started]
+        for process in started:
+            process.kill()
+            process.join()
+        out, err = ("".join((folder / file).read_text() for folder in folders) for file in ("out", "err"))
+        assert not late, f"not done after {timeout} s\n{out}\n{err}"
+        assert not any(codes), f"exit status {codes}\n{out}\n{err}"
+        return Ranks([pickle.loads((folder / "result").read_bytes()) for folder in folders], out, err)
+
+
+def fork(
+    function: Callable[..., object], *arguments: object, folder: Path, group: tuple[int, int, Path] | None = None
+) -> BaseProcess:
+    """Start a process that calls a function of a test file; mark the test `process`.
+
+    It is forked from the server of `Forked`, so it costs little beyond its own work.
+
+    Args:
+        function: at the top of its file, which the process imports again; fixtures of pytest are not there.
+        arguments: passed to it.
+        folder: for what the process prints, in `out` and `err`, and what the function returns, in `result`.
+        group: rank, number of processes and file of a process group to join first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LIBRARIES)
+    folder.mkdir(parents=True)
+    path = Path(function.__code__.co_filename)
+    process = context.Process(target=_call, args=(path, function.__name__, arguments, folder, group))
+    process.start()
+    return process
+
+
+def _call(path: Path, name: str, arguments: tuple[Any, ...], folder: Path, group: tuple[int, int, Path] | None) -> None:
+    for descriptor, file in ((1, "out"), (2, "err")):
+        with (folder / file).open("w") as target:
+            os.dup2(target.fileno(), descriptor)
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if group is not None:
+        _join(*group)
+    result = getattr(module, name)(*arguments)
+    if group is not None:
+        # A process that ends while another still talks to it may be killed by torch's own threads.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    (folder / "result").write_bytes(pickle.dumps(result))
+
+
+def _join(rank: int, processes: int, store: Path) -> None:
+    # What torchrun sets, and Lightning looks for. Through a file the group needs no port, which others may use.
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(TORCHELASTIC_RUN_ID="tests", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)

@@ -1,16 +1,15 @@
-import json
 import math
-import subprocess
-import sys
-import textwrap
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import LEAN, SMALL, refused, run_command, run_ranks
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from squares import Cases, Net, collate, load
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import (
@@ -21,38 +20,6 @@ from lightning_dice.callbacks import (
     NonFiniteError,
     SaveOnInterrupt,
 )
-from lightning_dice.data.batch import Batch, Sample
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
-
-
-class Cases(Dataset):
-    """Squares on noise."""
-
-    def __init__(self, count=8, activation="sigmoid"):
-        self.count, self.activation = count, activation
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index >= self.count:
-            raise IndexError(index)
-        image = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index))
-        mask = torch.zeros(16, 16, dtype=torch.uint8)
-        mask[4:10, 2 : 6 + index % 4] = 1
-        return Sample(image, mask[None] if self.activation == "sigmoid" else mask, f"case{index:02}")
-
-
-def collate(samples):
-    image, mask, case, *_ = zip(*samples, strict=True)
-    return Batch(torch.stack(image), torch.stack(mask), list(case))
 
 
 class Broken(Cases):
@@ -70,7 +37,7 @@ class Broken(Cases):
 
 
 def cases(count=8, broken=(), batch_size=2, value=math.nan):
-    return DataLoader(Broken(count, broken, value), batch_size, collate_fn=collate)
+    return load(Broken(count, broken, value), batch_size)
 
 
 def module(loss=None, **kwargs):
@@ -312,20 +279,12 @@ def test_gradient_guard_refuses(settings, message):
         GradientGuard("folder", **settings)
 
 
-def command(name, *arguments, cwd, status=0):
-    line = [sys.executable, "-m", f"lightning_dice.{name}", *map(str, arguments)]
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == status, result.stdout + result.stderr
-    return result
-
-
 def test_a_run_that_diverges_ends_with_one_message_and_keeps_its_checkpoint(tmp_path):
-    few = [*SMALL, "logger=none", "test=false", "data.batch_size=4", "scheduler=constant"]
-    command("fit", *few, "trainer.max_epochs=1", "folder=run", cwd=tmp_path)
+    few = [*SMALL, *LEAN, "callbacks=[exact_resume,gradient_guard,checkpoint,interrupt]", "scheduler=constant"]
+    run_command("fit", *few, "trainer.max_epochs=1", "data.batch_size=4", "folder=run", cwd=tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     before = last.read_bytes()
-    message = command("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path, status=2).stderr
-    assert "Traceback" not in message
+    message = refused("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path)
     assert "are not finite (NaN or infinite): cases train" in message
     assert "last.ckpt is unchanged" in message
     assert last.read_bytes() == before
@@ -464,89 +423,78 @@ class TestCollapse:
             CollapseGuard(**{"classes": ["a"], "activation": "sigmoid"} | settings)
 
 
-SCRIPT = """
-import json, math, sys, warnings
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import lightning.pytorch as pl, torch
-from conftest import Cases, Net, collate
-from torch.utils.data import DataLoader
-from lightning_dice.callbacks import CollapseError, CollapseGuard, GradientGuard, NonFiniteError
-from lightning_dice.data.batch import Batch
-
 class Odd(Net):
+    """Its loss is not finite for one case, and its gradients are; it sees foreground in one case at most."""
+
+    def __init__(self, sees):
+        super().__init__()
+        self.sees = sees
+
     def training_step(self, batch, batch_idx):
         loss, _ = self._step(batch)
-        # Not finite, and its gradients are.
         return loss + math.nan if "case05" in batch.case else loss
+
     def validation_step(self, batch, batch_idx):
-        # Foreground in one case alone, of the other rank.
-        return {{"logits": torch.stack([torch.full_like(one[:1], 1.0 if case == {seen!r} else -1.0)
-                                        for one, case in zip(batch.image, batch.case)])}}
+        seen = [1.0 if case == self.sees else -1.0 for case in batch.case]
+        return {"logits": torch.tensor(seen).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)}
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)
 
-class Weights(pl.Callback):
-    seen = []
+
+class Weights(Callback):
+    """The weights after each batch."""
+
+    def __init__(self):
+        self.seen = []
+
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.seen.append([v for p in pl_module.parameters() for v in p.detach().flatten().tolist()])
 
-if __name__ == "__main__":
-    folder, action = Path(sys.argv[1]), sys.argv[2]
+
+def guarded(folder, action, sees):
+    """Train as one of two ranks; returns what stopped it, and the weights after each step."""
     torch.manual_seed(0)
     weights = Weights()
     guards = [GradientGuard(folder, action=action), CollapseGuard(["a"], "sigmoid", patience=1, action="stop")]
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, max_epochs=1,
         enable_progress_bar=False, callbacks=[*guards, weights], num_sanity_val_steps=0,
-    )
-    loader = DataLoader(Cases(8), 2, collate_fn=collate)
+    )  # fmt: skip
     message = None
     try:
-        trainer.fit(Odd(), loader, loader)
+        trainer.fit(Odd(sees), load(Cases(8)), load(Cases(8)))
     except (NonFiniteError, CollapseError) as error:
         message = str(error)
-    result = {{"message": message, "weights": weights.seen}}
-    (folder / f"rank{{trainer.global_rank}}.json").write_text(json.dumps(result))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
+    return message, weights.seen
 
 
-def two_processes(folder, tests, action, seen):
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(tests), seen=seen)))
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder), action], capture_output=True, text=True, timeout=120, cwd=folder
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], run.stderr
-
-
-def test_two_processes_stop_together_and_the_one_that_knows_saves(tmp_path, request):
-    results, _ = two_processes(tmp_path, request.path.parent, "stop", "case03")
+@pytest.mark.process
+def test_two_processes_stop_together_and_the_one_that_knows_saves(tmp_path):
+    ranks = run_ranks(guarded, tmp_path, "stop", "case03")
     assert files(tmp_path) == ["epoch_0_step_1_rank1.pt"]
     saved = torch.load(tmp_path / "non_finite/epoch_0_step_1_rank1.pt", weights_only=True)
     assert "case05" in saved["case"]
     assert "loss" in saved["not_finite"]
-    for result in results:
-        assert f"cases {', '.join(saved['case'])} on rank 1 (saved" in result["message"]
-        assert "rank 0" not in result["message"]
-        assert len(result["weights"]) == 1
+    for message, weights in ranks.results:
+        assert f"cases {', '.join(saved['case'])} on rank 1 (saved" in message
+        assert "rank 0" not in message
+        assert len(weights) == 1
 
 
-def test_two_processes_skip_together(tmp_path, request):
-    results, output = two_processes(tmp_path, request.path.parent, "skip", "case03")
-    assert output.count("The step is skipped, number 1 of 3") == 1
-    first, second = (result["weights"] for result in results)
+@pytest.mark.process
+def test_two_processes_skip_together(tmp_path):
+    ranks = run_ranks(guarded, tmp_path, "skip", "case03")
+    assert ranks.err.count("The step is skipped, number 1 of 3") == 1
+    (message, first), (other, second) = ranks.results
     assert first == second
     assert first[0] == first[1]
-    assert [result["message"] for result in results] == [None, None]
+    assert message is other is None
 
 
-def test_two_processes_judge_all_predictions(tmp_path, request):
-    results, _ = two_processes(tmp_path, request.path.parent, "skip", "none")
-    for result in results:
-        assert result["message"].startswith("for 1 validation in a row no pixel has been predicted as 'a'")
-        pixels = sum(int(sample.mask.sum()) for sample in Cases(8))
-        assert f"though the masks hold {pixels}" in result["message"]
+@pytest.mark.process
+def test_two_processes_judge_all_predictions(tmp_path):
+    pixels = sum(int(sample.mask.sum()) for sample in Cases(8))
+    for message, _ in run_ranks(guarded, tmp_path, "skip", "none").results:
+        assert message.startswith("for 1 validation in a row no pixel has been predicted as 'a'")
+        assert f"though the masks hold {pixels}" in message
