@@ -1,24 +1,16 @@
-import json
-import subprocess
-import sys
-import textwrap
+from collections import OrderedDict
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import LEAN, SMALL, refused, run_command, run_ranks
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from squares import Cases, load
 from torch import nn
 
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import FreezeSchedule, GradientGuard
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
 
 
 class Net(nn.Module):
@@ -238,69 +230,47 @@ def test_refuses_before_training(trainer, loader, parts, message):
         trainer(FreezeSchedule(parts), max_epochs=1).fit(module(), loader(), loader())
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import lightning.pytorch as pl, torch
-from conftest import Cases, collate
-from torch import nn
-from torch.utils.data import DataLoader
-from lightning_dice import SegmentationModule
-from lightning_dice.callbacks import FreezeSchedule, GradientGuard
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.head = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1)
-    def forward(self, image):
-        return self.head(self.encoder(image).relu())
-
-class Weights(pl.Callback):
-    seen = []
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.seen.append([p.detach().flatten().tolist() for p in pl_module.net.parameters()])
-
 class Pixels(nn.BCEWithLogitsLoss):
+    """Cross-entropy in float64."""
+
     def forward(self, logits, mask):
         return super().forward(logits, mask.to(logits))
 
-if __name__ == "__main__":
-    folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+
+class Weights(Callback):
+    """The weights after each batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append([parameter.detach().flatten().tolist() for parameter in pl_module.net.parameters()])
+
+
+def train_in_parts(folder, processes):
+    """Train on one or two processes, of which each step sees all cases; returns weights, the last norm."""
     torch.manual_seed(0)
-    # Each step sees all cases, however they are split.
-    loader = DataLoader(Cases(8), 4 // processes, collate_fn=collate)
-    module = SegmentationModule(
-        Net(), Pixels(), {{}}, lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1)
-    )
+    data = load(Cases(8), 4 // processes)
+    net = nn.Sequential(OrderedDict(encoder=nn.Conv2d(3, 2, 1), relu=nn.ReLU(), head=nn.Conv2d(2, 1, 1)))
+    module = SegmentationModule(net, Pixels(), {}, lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1))
     weights = Weights()
     trainer = pl.Trainer(
         accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, max_epochs=6, precision="64-true",
-        callbacks=[GradientGuard(folder), FreezeSchedule({{"encoder": 2, "head": [4, None]}}), weights],
+        callbacks=[GradientGuard(folder), FreezeSchedule({"encoder": 2, "head": [4, None]}), weights],
         gradient_clip_val=0.05, num_sanity_val_steps=0, accumulate_grad_batches=2,
-    )
-    trainer.fit(module, loader, loader)
-    name = f"{{processes}}-{{trainer.global_rank}}.json"
-    norm = float(trainer.callback_metrics["train/grad_norm"])
-    (folder / name).write_text(json.dumps([weights.seen, norm]))
-    if processes > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-"""
+    )  # fmt: skip
+    trainer.fit(module, data, data)
+    return weights.seen, float(trainer.callback_metrics["train/grad_norm"])
 
 
-def test_two_processes_are_one(tmp_path, request):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(request.path.parent))))
-    for processes in ("1", "2"):
-        run = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), processes],
-            capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("freeze  encoder in epochs 0 to 1, head from epoch 4 on") == 1
-    one, first, second = (json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json"))
+@pytest.mark.process
+def test_two_processes_are_one(tmp_path, capsys):
+    one = train_in_parts(tmp_path, 1)
+    ranks = run_ranks(train_in_parts, tmp_path, 2)
+    first, second = ranks.results
+    for printed in (capsys.readouterr().out, ranks.out):
+        assert printed.count("freeze  encoder in epochs 0 to 1, head from epoch 4 on") == 1
     assert first == second
     assert first[1] == pytest.approx(one[1], rel=1e-9)
     assert len(one[0]) == len(first[0]) == 12
@@ -315,17 +285,9 @@ def test_two_processes_are_one(tmp_path, request):
         assert all(weights == head[7] for weights in head[7:])
 
 
-def command(name, *arguments, cwd, status=0):
-    line = [sys.executable, "-m", f"lightning_dice.{name}", *map(str, arguments)]
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == status, result.stdout + result.stderr
-    return result
-
-
 def test_as_a_command(tmp_path):
-    few = [*SMALL, "logger=none", "test=false", "callbacks=freeze", "trainer.max_epochs=1"]
-    result = command("fit", *few, "callbacks.freeze.parts={bias: 2, weight: [2, null]}", "folder=run", cwd=tmp_path)
-    assert "freeze  bias in epochs 0 to 1, weight from epoch 2 on" in result.stdout
-    result = command("fit", *few, "callbacks.freeze.parts={head: 1}", "folder=b", cwd=tmp_path, status=2).stderr
-    assert "net, a Conv2d, has no parameters in 'head', only in weight, bias" in result
-    assert "Traceback" not in result
+    few = [*SMALL, *LEAN, "callbacks=[freeze]", "~callbacks.overlays", "~callbacks.history", "trainer.max_epochs=1"]
+    out = run_command("fit", *few, "callbacks.freeze.parts={bias: 2, weight: [2, null]}", cwd=tmp_path).out
+    assert "freeze  bias in epochs 0 to 1, weight from epoch 2 on" in out
+    message = refused("fit", *few, "callbacks.freeze.parts={head: 1}", cwd=tmp_path)
+    assert "net, a Conv2d, has no parameters in 'head', only in weight, bias" in message

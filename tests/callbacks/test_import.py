@@ -17,6 +17,7 @@ def test_unknown_names_are_refused():
         callbacks.Histroy  # noqa: B018
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = "import sys, lightning_dice.callbacks; print([m for m in ('torch', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,9 +1,10 @@
 import re
-import subprocess
 import sys
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import run_ranks
 from torch.utils.data import DataLoader
 
 from lightning_dice import DiceLoss, SegmentationModule
@@ -421,36 +422,19 @@ def test_no_value_is_read_back_after_the_first_batch(trainer, monkeypatch):
     watched(trainer, [ids(1, 2)] * 3)
 
 
-SCRIPT = """
-import sys, warnings
-import lightning.pytorch as pl, torch
-from torch.utils.data import DataLoader
-from lightning_dice import DiceLoss, SegmentationModule
-from lightning_dice.callbacks import InputCheck
-from lightning_dice.functional.orientation import misplaced
-
-class Masks(torch.utils.data.Dataset):
-    def __len__(self): return 4
-    def __getitem__(self, i):  # of two ranks, one sees class 1 and one class 2
-        return torch.zeros(1, 4, 4), torch.tensor([0, 1 + i % 2] * 8).view(4, 4)
-
-if __name__ == "__main__":
-    module = SegmentationModule(torch.nn.Conv2d(1, 4, 1), DiceLoss(activation="softmax"), {})
+def train_as_a_rank():
+    """Of two ranks, one sees class 1 and one class 2."""
+    masks = [torch.tensor([0, 1 + i % 2] * 8).view(4, 4) for i in range(4)]
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, max_epochs=1,
         enable_progress_bar=False, callbacks=[InputCheck(["none", "one", "two", "three"], "softmax")],
-    )
-    trainer.fit(module, DataLoader(Masks(), 1), DataLoader(Masks(), 1))
-    # A process that ends while the other still talks to it may be killed by torch's own threads.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
+    )  # fmt: skip
+    module = SegmentationModule(torch.nn.Conv2d(1, 4, 1), DiceLoss(activation="softmax"), {})
+    trainer.fit(module, DataLoader(Masks(*masks), 1), DataLoader(Masks(*masks), 1))
 
 
-def test_a_class_that_another_rank_sees_is_not_named(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.process
+def test_a_class_that_another_rank_sees_is_not_named():
+    err = run_ranks(train_as_a_rank).err
     for split in ("training", "validation"):
-        assert run.stderr.count(f"in the first epoch of {split} no pixel is three:") == 1, run.stderr
+        assert err.count(f"in the first epoch of {split} no pixel is three:") == 1, err

@@ -1,31 +1,18 @@
-import csv
-import json
 import math
-import subprocess
+import pickle
 import sys
-import textwrap
 import types
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import SMALL, fork, rows, run_command, run_ranks
 from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dice.callbacks import History, throughput
 from lightning_dice.callbacks.throughput import EpochThroughput, batch_size, peak_memory
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 class Clock:
@@ -61,21 +48,22 @@ def test_images_by_the_seconds_of_training_alone(tmp_path, trainer, net, loader,
     assert all(float(row["memory_gb"]) > 0 for row in logged)
 
 
+def memory_around_a_tensor():
+    """Return the peak before a tensor of 0.4 GB, with it, and after it."""
+    device = torch.device("cpu")
+    before = peak_memory(device)
+    block = torch.ones(100_000_000)
+    during = peak_memory(device)
+    del block
+    return before, during, peak_memory(device)
+
+
+@pytest.mark.process
 def test_memory_is_the_peak_of_the_process(tmp_path):
-    code = """
-        import torch
-        from lightning_dice.callbacks.throughput import peak_memory
-        device = torch.device("cpu")
-        before = peak_memory(device)
-        block = torch.ones(100_000_000)
-        during = peak_memory(device)
-        del block
-        print(before, during, peak_memory(device))
-    """
-    line = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(line, capture_output=True, text=True, check=True)
-    before, during, after = map(float, result.stdout.split())
-    # 0.4 GB of float32, beside what the process did in between.
+    process = fork(memory_around_a_tensor, folder=tmp_path / "process")
+    process.join(60)
+    before, during, after = pickle.loads((tmp_path / "process/result").read_bytes())
+    # Besides what the process did in between.
     assert during - before == pytest.approx(0.4, abs=0.02)
     assert after == pytest.approx(during, abs=0.02)
 
@@ -112,59 +100,35 @@ def test_no_rate_without_images():
     assert one.images_per_second() is None
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import lightning.pytorch as pl, torch
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning_dice.callbacks import throughput
+class Used(Callback):
+    """The throughput and memory of a rank that measured numbers of its own."""
 
-class Used(pl.Callback):
     def on_train_start(self, trainer, pl_module):
-        one = throughput.EpochThroughput()
+        one = EpochThroughput()
         one.images, one.seconds = 10 + trainer.global_rank, 2.0 + trainer.global_rank
         throughput.peak_memory = lambda device: 4.0 - trainer.global_rank
-        used = one.reduce(trainer)
-        Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps(used))
+        self.used = one.reduce(trainer)
 
-if __name__ == "__main__":
-    trainer = pl.Trainer(
+
+def measure_as_a_rank():
+    used = Used()
+    pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, max_steps=1,
-        enable_progress_bar=False, callbacks=[Used()],
-    )
-    trainer.fit(BoringModel())
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-"""
+        enable_progress_bar=False, callbacks=[used],
+    ).fit(BoringModel())  # fmt: skip
+    return used.used
 
 
-def test_of_all_processes(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    for rank in (0, 1):
-        used = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert used == {"images_per_second": 21 / 3.0, "memory_gb": 4.0}
+@pytest.mark.process
+def test_of_all_processes():
+    assert run_ranks(measure_as_a_rank).results == [{"images_per_second": 21 / 3.0, "memory_gb": 4.0}] * 2
 
 
 def test_lightnings_monitors_as_a_command(tmp_path):
     """With one batch in four that is smaller."""
-    few = [
-        *SMALL,
-        "test=false",
-        "logger=csv",
-        "trainer.max_epochs=2",
-        "trainer.log_every_n_steps=1",
-        "data.batch_size=5",
-    ]
-    line = [sys.executable, "-m", "lightning_dice.fit", *few, "callbacks=[throughput,device_stats]"]
-    line += ["trainer.log_every_n_steps=1", "folder=run"]
-    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    few = [*SMALL, "test=false", "logger=csv", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"]
+    few += ["data.batch_size=5", "callbacks=[throughput,device_stats]", "~callbacks.overlays", "folder=run"]
+    run_command("fit", *few, cwd=tmp_path)
     table = rows(tmp_path / "run/logs/csv/version_0/metrics.csv")
     known = {name for row in table for name, value in row.items() if value}
     assert {"train/samples", "train/device/samples_per_sec", "train/batches"} & known, known
