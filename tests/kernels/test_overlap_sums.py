@@ -9,7 +9,7 @@ from definitions import plain_sums, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dice.kernels import Focal, RequiredSums, check_values, forced, overlap_sums, reference
+from lightning_dice.kernels import Focal, RequiredSums, available, check_values, forced, overlap_sums, reference
 from lightning_dice.kernels.pixels import read_pixels
 
 ALL = RequiredSums(squares=True, minimum=True, nll=True, all_nll=True, absent_nll=True, focal=Focal())
@@ -20,6 +20,13 @@ def reference_sums(logits, target, *, ignore_index):
     return reference.overlap_sums(
         read_pixels(logits, target, activation="softmax", ignore_index=ignore_index), RequiredSums()
     )
+
+
+KERNELS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in available().items()
+    if name != "triton"
+]
 
 
 def stacked(sums):
@@ -35,13 +42,14 @@ def assert_equal_to_definition(logits, target, gamma=2.0, alpha=None, **options)
         torch.testing.assert_close(field, values, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("space", [(7,), (5, 4), (3, 2, 4), (1, 1)], ids=["1d", "2d", "3d", "one-pixel"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("ignored", [False, True], ids=["all", "ignored"])
-def test_equals_the_definition(space, activation, soft, ignored):
-    logits, target = random_case(1, activation=activation, space=space, soft=soft, ignored=ignored)
-    assert_equal_to_definition(logits, target, activation=activation, ignore_index=255 if ignored else None)
+def test_equals_the_definition(kernel, activation, soft):
+    for space, ignored in (((7,), True), ((5, 4), False), ((5, 4), True), ((3, 2, 4), True), ((1, 1), False)):
+        logits, target = random_case(1, activation=activation, space=space, soft=soft, ignored=ignored)
+        with forced(kernel):
+            assert_equal_to_definition(logits, target, activation=activation, ignore_index=255 if ignored else None)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
@@ -149,6 +157,7 @@ def test_saturated_logits_stay_finite(activation, dtype):
     assert float(sums.nll.sum().detach()) > 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ten_million_pixels_and_a_hundred_of_foreground(dtype):
     logits = torch.full((1, 1, 10_000_000), -7.0, dtype=dtype)
@@ -163,6 +172,7 @@ def test_ten_million_pixels_and_a_hundred_of_foreground(dtype):
     assert sums.overlap.item() == pytest.approx(100 * p_front, rel=3e-7)
 
 
+@pytest.mark.slow
 def test_the_sum_of_ten_million_loses_nothing():
     logits = torch.full((1, 1, 10_000_000), -7.0)
     with forced("reference"):
@@ -170,6 +180,21 @@ def test_the_sum_of_ten_million_loses_nothing():
     assert sums.predicted.item() == pytest.approx(logits.sigmoid().double().sum().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.values != ("blocked",)])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_sums_do_not_stop_at_2_to_the_24(kernel, activation):
+    """A pixel of that weight, and three of weight 1, which float32 would lose."""
+    logits, weight = torch.full((1, 2, 4), 0.0), torch.tensor([[2.0**24, 1.0, 1.0, 1.0]])
+    target = torch.ones(1, 4, dtype=torch.long) if activation == "softmax" else torch.ones(1, 2, 4, dtype=torch.long)
+    with forced(kernel):
+        sums = overlap_sums(logits, target, activation=activation, weight=weight)
+    size = 2**24 + 3
+    assert (sums.count == size).all()
+    assert sums.actual[0, 1] == size
+    assert sums.predicted[0, 1] == sums.overlap[0, 1] == size / 2
+
+
+@pytest.mark.slow
 def test_counts_of_ids_do_not_stop_at_2_to_the_24():
     size = 2**24 + 3
     sums = overlap_sums(torch.zeros(1, 2, size), torch.zeros(1, size, dtype=torch.uint8), activation="softmax")
@@ -206,6 +231,30 @@ def test_autocast_changes_nothing():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         sums = overlap_sums(logits, target, activation=None, required=ALL)
     torch.testing.assert_close(sums.nll, expected.nll, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("z", [9.0, 25.0, 40.0])
+def test_certain_pixels_are_exact_in_float32(kernel, activation, z):
+    """1 - p is e^-z, which float32 cannot represent as a difference from 1."""
+    logits = torch.tensor([[[z, 0.0, z, 0.0], [0.0, z, 0.0, z]]])
+    ids = torch.tensor([[0, 1, 1, 0]])  # Right, right, wrong, wrong.
+    target = ids if activation == "softmax" else torch.nn.functional.one_hot(ids, 2).movedim(-1, 1)
+    # Not all_nll, which for label smoothing need not be so exact.
+    required = RequiredSums(nll=True) if kernel == "blocked" else replace(ALL, all_nll=False)
+    for part in (slice(0, 2), slice(2, 4)):
+        leaf, exact = logits[..., part].clone().requires_grad_(), logits[..., part].double().requires_grad_()
+        with forced(kernel):
+            sums = stacked(overlap_sums(leaf, target[..., part], activation=activation, required=required))
+        with forced("reference"):
+            expected = stacked(overlap_sums(exact, target[..., part], activation=activation, required=required))
+        torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-37)
+        for row in range(len(sums)):
+            (gradient,) = torch.autograd.grad(sums[row, 0, 0], leaf, retain_graph=True)
+            (slope,) = torch.autograd.grad(expected[row, 0, 0], exact, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-37)
 
 
 def test_large_logits_in_float64():
@@ -303,8 +352,9 @@ def test_refuses_what_would_broadcast(logits, target, options, message):
         (Z3 + 2, IDS, {"activation": None}, r"probabilities in \[0, 1\], got values from 2 to 2; for logits"),
     ],
 )
-def test_refuses_values_out_of_range(logits, target, options, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_refuses_values_out_of_range(kernel, logits, target, options, message):
+    with forced(kernel), pytest.raises(ValueError, match=message):
         overlap_sums(logits, target, **options)
 
 

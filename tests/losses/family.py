@@ -25,18 +25,25 @@ from definitions import (
 from torch import Tensor, nn
 
 from lightning_dice.losses import (
+    BoundaryLoss,
+    BoundaryWeightedLoss,
+    ClDiceLoss,
     CompoundLoss,
     CrossEntropyLoss,
+    DeepSupervision,
     DiceCELoss,
     DiceFocalLoss,
     DiceLoss,
     FocalLoss,
     FocalTverskyLoss,
     GeneralizedDiceLoss,
+    HausdorffLoss,
     JaccardLoss,
+    LesionWiseLoss,
     LogCoshDiceLoss,
     LogDiceLoss,
     OnProbabilities,
+    SkeletonRecallLoss,
     SumsLoss,
     TopKCrossEntropyLoss,
     TverskyLoss,
@@ -270,12 +277,41 @@ CASES = [
 ]
 FIRST = [case for case in CASES if case.id == case.row.name]  # one of each row
 EACH = [(case, activation) for case in CASES for activation in case.activations]
-# Losses with a policy for absent classes, with each of its rules.
-RULES = [
-    (case, activation, absent)
-    for case, activation in EACH
-    for absent in (["smooth", "skip", "penalize"] if case.row.overlaps else ["smooth"])
-]
+FIRST_EACH = [(case, activation) for case in FIRST for activation in case.activations]
+
+
+def in_turn(cases: list[Case]) -> list[tuple[Case, str | None]]:
+    """Pair each case with one of its activations, so that all activations take turns."""
+    return [(case, case.activations[turn % len(case.activations)]) for turn, case in enumerate(cases)]
+
+
+# Every public loss, from `activation`, `ignore_index` and other settings to a loss of three classes; wrappers pass the
+# settings to the loss that they wrap. A new loss needs a row here, and one above if it is a formula on pixels.
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "BoundaryLoss": lambda **kw: BoundaryLoss(**{"classes": 3} | kw),
+    "BoundaryWeightedLoss": lambda **kw: BoundaryWeightedLoss(CrossEntropyLoss(**kw)),
+    "ClDiceLoss": ClDiceLoss,
+    "CompoundLoss": lambda **kw: CompoundLoss(
+        [DiceLoss(**kw), TopKCrossEntropyLoss(activation=kw["activation"], ignore_index=kw.get("ignore_index"))]
+    ),
+    "CrossEntropyLoss": CrossEntropyLoss,
+    "DeepSupervision": lambda **kw: DeepSupervision(DiceLoss(**kw)),
+    "DiceCELoss": DiceCELoss,
+    "DiceFocalLoss": DiceFocalLoss,
+    "DiceLoss": DiceLoss,
+    "FocalLoss": FocalLoss,
+    "FocalTverskyLoss": FocalTverskyLoss,
+    "GeneralizedDiceLoss": GeneralizedDiceLoss,
+    "HausdorffLoss": lambda **kw: HausdorffLoss(**{"classes": 3} | kw),
+    "JaccardLoss": JaccardLoss,
+    "LesionWiseLoss": lambda **kw: LesionWiseLoss(DiceLoss(**{"pool": "image"} | kw), classes=3),
+    "LogCoshDiceLoss": LogCoshDiceLoss,
+    "LogDiceLoss": LogDiceLoss,
+    "OnProbabilities": lambda **kw: OnProbabilities(nn.SmoothL1Loss(), **kw),
+    "SkeletonRecallLoss": lambda **kw: SkeletonRecallLoss(**{"classes": 3} | kw),
+    "TopKCrossEntropyLoss": TopKCrossEntropyLoss,
+    "TverskyLoss": TverskyLoss,
+}
 
 
 def ids_of(table: list[tuple[Any, ...]]) -> list[str]:
@@ -329,8 +365,14 @@ def places_of(ignored: Tensor, logits: Tensor, activation: str | None) -> Tensor
     return ignored.any(1, keepdim=True).expand_as(logits) if activation == "softmax" else ignored
 
 
+def close(actual: Tensor, expected: Any, rtol: float = 1e-10, atol: float = 1e-13) -> None:
+    """Assert that values are equal, up to the rounding of float64."""
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
 def value_and_gradient(loss: nn.Module, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the loss at logits."""
+    """Return the value of the loss and its gradient at logits."""
     z = logits.detach().clone().requires_grad_()
     value = loss(z, *arguments, **options)
     (gradient,) = torch.autograd.grad(value, z)

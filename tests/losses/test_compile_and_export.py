@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
-from losses.family import CASES, EACH, FIRST, ids_of, make_case, value_and_gradient
+from losses.family import CASES, FIRST, ids_of, in_turn, make_case, value_and_gradient
 from torch import nn
 
-each = pytest.mark.parametrize(("case", "activation"), EACH, ids=ids_of(EACH))
+first_in_turn = pytest.mark.parametrize(("case", "activation"), in_turn(FIRST), ids=ids_of(in_turn(FIRST)))
 # One activation for each loss, in turn, as a compilation takes seconds.
 COMPILED = [(case, ("sigmoid", "softmax")[turn % 2]) for turn, case in enumerate(FIRST)]
+QUICK = ("dice_ce",)
 WEIGHTS = [1.0, 2.0, 0.5]
 
 
@@ -32,7 +33,13 @@ def assert_same(compiled, loss, logits, target):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize(("case", "activation"), COMPILED, ids=ids_of(COMPILED))
+@pytest.mark.parametrize(
+    ("case", "activation"),
+    [
+        pytest.param(*pair, id=name, marks=[] if pair[0].id in QUICK else pytest.mark.slow)
+        for pair, name in zip(COMPILED, ids_of(COMPILED), strict=True)
+    ],
+)
 def test_compiles_without_a_break(case, activation):
     # The number of pixels that are not ignored depends on the data, which a graph cannot express.
     ignore = None if case.id == "on_probabilities" else 255
@@ -44,6 +51,7 @@ def test_compiles_without_a_break(case, activation):
     assert_same(compiled, loss, *make_case(2, activation, shape=(3, 3, 5, 9), ignored=ignored))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize(("name", "activation"), [("dice", "sigmoid"), ("dice_ce", "softmax")])
@@ -53,7 +61,7 @@ def test_compiles_to_machine_code(name, activation):
     assert_same(compiled, loss, *make_case(1, activation, shape=(2, 3, 8, 6), dtype=torch.float32))
 
 
-@each
+@first_in_turn
 def test_state_copies_and_pickles(case, activation):
     loss = case.loss(activation, ignore_index=255, class_weights=WEIGHTS)
     logits, target = make_case(3, activation)
@@ -68,8 +76,8 @@ def test_state_copies_and_pickles(case, activation):
         assert repr(same) == repr(loss)
 
 
-@each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@first_in_turn
 def test_moved_to_another_dtype(case, activation, dtype):
     weights = [0.3, 0.5, 0.2]  # rounded in float16
     loss = case.loss(activation, ignore_index=255, class_weights=weights)

@@ -8,7 +8,6 @@ from torch import nn
 from lightning_dice.losses import (
     BoundaryLoss,
     CompoundLoss,
-    CrossEntropyLoss,
     DiceLoss,
     FocalLoss,
     FocalTverskyLoss,
@@ -108,21 +107,6 @@ def test_a_term_of_weight_zero_is_not_computed():
     loss = CompoundLoss({"dice": DiceLoss(), "boundary": BoundaryLoss()}, {"boundary": 0})
     torch.testing.assert_close(loss(logits, mask), DiceLoss()(logits, mask))
     assert set(loss.values) == {"dice"}
-
-
-def test_a_network_with_several_outputs_is_sent_to_deep_supervision():
-    mask = torch.zeros(1, 1, 4, 4)
-    for loss in (
-        DiceLoss(),
-        CrossEntropyLoss(),
-        CompoundLoss([DiceLoss()]),
-        BoundaryLoss(),
-        OnProbabilities(nn.MSELoss()),
-    ):
-        with pytest.raises(ValueError, match=r"logits must be a tensor, got list: .*DeepSupervision"):
-            loss([mask, mask], mask)
-        with pytest.raises(ValueError, match=r'logits must be a tensor, got dict: use logits\["out"\]'):
-            loss({"out": mask}, mask)
 
 
 class TestALossOfOnesOwn:

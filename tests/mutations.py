@@ -1,0 +1,1968 @@
+"""Mutations of the package, each with the tests that must catch it: how few tests may be is measured here.
+
+    python -m tests.mutations              all of them, about ten minutes on one core
+    python -m tests.mutations top-k scores those whose name or file contains one of these
+    python -m tests.mutations --list       only list them
+
+A mutation replaces one piece of text in a copy of the package, and at least one of its tests must fail then. All tests
+must pass in the copy before. Exits with 1 if a mutation survives, if its text does not occur exactly once, or if the
+package cannot be imported with it. Add one when you add a formula or a check, and before you remove a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import multiprocessing
+import os
+import py_compile
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 600  # seconds, for the tests of one mutation
+# Exit statuses of pytest.
+PASSED, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A replacement of text, and the tests of which at least one must fail.
+
+    Attributes:
+        name: what the mutation breaks; starts with the part of the package.
+        file: path below `lightning_dice/`.
+        old: text that occurs exactly once in the file.
+        new: replaces it.
+        tests: node ids of pytest, below `tests/`; the fewest and fastest that catch it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS: list[Mutation] = []
+
+
+def mutate(file: str, *mutations: tuple[str, str, str, str | Iterable[str]]) -> None:
+    """Add mutations of one file: name, old text, new text, and the tests."""
+    for name, old, new, tests in mutations:
+        MUTATIONS.append(Mutation(name, file, old, new, (tests,) if isinstance(tests, str) else tuple(tests)))
+
+
+FAMILY = "losses/test_family.py::"
+EVERY = "losses/test_every_loss.py::"
+NUMBERS = "losses/test_numbers.py::"
+REFUSALS = "losses/test_refusals.py::"
+COMPOUND = "losses/test_compound.py::"
+DEEP = "losses/test_deep_supervision.py::"
+BOUNDARY = "losses/test_boundary.py::"
+SKELETON = "losses/test_skeleton.py::"
+LESIONS = "losses/test_lesion_wise.py::"
+PRESETS = "losses/test_presets.py::"
+RANKS = "losses/test_two_processes.py::"
+SUMS = "kernels/test_overlap_sums.py::"
+BACKENDS = "kernels/test_backends.py::"
+COUNTS = "kernels/test_counts.py::"
+RESIZING = "functional/test_target_resizing.py::"
+MAPS = "functional/test_target_maps.py::"
+
+
+def definition(case: str) -> str:
+    """Return the test of the definition of a loss: a case of `losses/family.py` and an activation."""
+    return f"{FAMILY}TestDefinition::test_loss_and_gradient[{case}]"
+
+
+def hard(test: str) -> str:
+    """Return a test of the hard cases of `losses/test_family.py`."""
+    return f"{FAMILY}TestHardCases::test_{test}"
+
+
+def duties(loss: str, activation: str = "softmax") -> str:
+    """Return the test of what a loss inherits from the shared code."""
+    return f"{EVERY}test_shared_duties[{activation}-{loss}]"
+
+
+def weighted(loss: str, activation: str = "softmax") -> str:
+    """Return the test of a loss's pixel weight."""
+    return f"{EVERY}test_a_weight_counts[{activation}-{loss}]"
+
+
+def annotated(loss: str, activation: str = "softmax") -> str:
+    """Return the test of a loss's classes that are not annotated."""
+    return f"{EVERY}test_a_class_that_is_not_annotated_does_not_count[{activation}-{loss}]"
+
+
+# The formulas.
+mutate(
+    "functional/scores.py",
+    (
+        "dice-without-the-2",
+        "_ratio(2 * sums.overlap, sums.predicted",
+        "_ratio(sums.overlap, sums.predicted",
+        definition("dice-sigmoid"),
+    ),
+    (
+        "jaccard-counts-the-overlap-twice",
+        "sums.predicted + sums.actual - sums.overlap, above",
+        "sums.predicted + sums.actual, above",
+        definition("jaccard-sigmoid"),
+    ),
+    (
+        "tversky-alpha-and-beta-swapped",
+        "alpha * (sums.predicted - sums.overlap) + beta * (",
+        "beta * (sums.predicted - sums.overlap) + alpha * (",
+        definition("tversky-softmax"),
+    ),
+    (
+        "generalized-not-squared",
+        '{"inverse_square": 2, "inverse": 1',
+        '{"inverse_square": 1, "inverse": 1',
+        definition("generalized_dice-sigmoid"),
+    ),
+    (
+        "generalized-inverse-squared",
+        '"inverse": 1, "uniform": 0}[',
+        '"inverse": 2, "uniform": 0}[',
+        definition("generalized_dice-inverse-sigmoid"),
+    ),
+    (
+        "generalized-uniform-weighted",
+        '"uniform": 0}[',
+        '"uniform": 1}[',
+        definition("generalized_dice-uniform-sigmoid"),
+    ),
+    (
+        "generalized-absent-always-counts",
+        "float(count_absent))",
+        "1.0)",
+        hard("classes_absent_from_the_target[generalized_dice-sigmoid]"),
+    ),
+    (
+        "generalized-commonest-instead-of-rarest",
+        "actual.where(present, torch.inf).amin(1",
+        "actual.where(present, 0.0).amax(1",
+        definition("generalized_dice-sigmoid"),
+    ),
+    (
+        "generalized-ignored-class-weighs",
+        "weight = weight.where(sums.count > 0, 0.0)",
+        "weight = weight",
+        FAMILY + "test_a_class_that_is_ignored_has_no_weight_in_a_generalized_loss",
+    ),
+    (
+        "smooth-pair-not-kept-apart",
+        "score = (numerator + above)",
+        "score = (numerator + below)",
+        definition("dice-sigmoid"),
+    ),
+    (
+        "ratio-of-nothing-has-a-gradient-of-nan",
+        "torch.where(defined, denominator, 1.0)",
+        "denominator",
+        hard("a_class_absent_from_both[dice-None]"),
+    ),
+    (
+        "ratio-of-nothing-is-perfect",
+        "return torch.where(defined, score, torch.nan)",
+        "return torch.where(defined, score, 1.0)",
+        hard("a_class_absent_from_both[dice-None]"),
+    ),
+    ("power-is-steep-near-0", "    low = 1e-6\n", "    low = 1e-9\n", NUMBERS + "test_the_slope_of_a_root_is_bounded"),
+    (
+        "power-without-a-straight-part",
+        "return torch.where(loss > low, loss.clamp(min=low) ** gamma, loss * low ** (gamma - 1))",
+        "return loss.clamp(min=0) ** gamma",
+        hard("a_perfect_prediction[focal_tversky-sigmoid]"),
+    ),
+)
+mutate(
+    "losses/dice.py",
+    ("log-dice-without-gamma", "tiny).log(), self.gamma)", "tiny).log(), 1.0)", definition("log_dice-root-sigmoid")),
+    (
+        "log-dice-clamps-small-scores",
+        "score.clamp(min=torch.finfo(score.dtype).tiny)",
+        "score.clamp(min=1e-2)",
+        [hard("classes_absent_from_the_target[log_dice-sigmoid]"), definition("log_dice-sigmoid")],
+    ),
+    (
+        "log-cosh-of-twice-the-loss",
+        "torch.expm1(-2 * loss.abs()) / 2)",
+        "torch.expm1(-2 * loss.abs()) / 3)",
+        definition("log_cosh_dice-sigmoid"),
+    ),
+    (
+        "generalized-penalty-hidden-by-nan",
+        "loss.where(sums.actual > 0, 0.0) if",
+        "loss if",
+        FAMILY + "test_the_penalty_of_a_generalized_loss_without_smoothing",
+    ),
+    (
+        "generalized-absent-policy-dropped",
+        'count_absent = self.absent.rule == "smooth"',
+        "count_absent = True",
+        hard("classes_absent_from_the_target[generalized_dice-softmax]"),
+    ),
+)
+mutate(
+    "losses/tversky.py",
+    (
+        "focal-tversky-without-gamma",
+        "power(super().per_class(sums), self.gamma)",
+        "super().per_class(sums)",
+        definition("focal_tversky-sigmoid"),
+    ),
+    (
+        "tversky-accepts-squares",
+        "        if self.squared:\n",
+        "        if False:\n",
+        REFUSALS + "test_settings_that_exclude_each_other",
+    ),
+)
+mutate(
+    "losses/overlap.py",
+    (
+        "overlap-squared-dropped",
+        "if self.squared and sums.predicted_squares is not None",
+        "if False and sums.predicted_squares is not None",
+        definition("dice-squared-sigmoid"),
+    ),
+    (
+        "overlap-minimum-dropped",
+        'if self.overlap == "minimum" and sums.minimum is not None',
+        "if False and sums.minimum is not None",
+        definition("dice-minimum-sigmoid"),
+    ),
+    (
+        "overlap-minimum-not-required",
+        'minimum=self.overlap == "minimum", absent',
+        "minimum=False, absent",
+        definition("jaccard-minimum-sigmoid"),
+    ),
+    (
+        "overlap-excluded-classes-count",
+        "        if self.exclude_classes:\n",
+        "        if False:\n",
+        definition("jaccard-softmax"),
+    ),
+    (
+        "overlap-weights-of-other-classes",
+        "weights = None if weights is None else weights[included]",
+        "weights = None if weights is None else weights[: len(included)]",
+        [definition("dice-softmax"), FAMILY + "TestInvariances::test_classes_relabelled[dice-sigmoid]"],
+    ),
+    (
+        "overlap-weights-dropped",
+        "return self.reduce_classes(*self.class_losses(pooled), weights)",
+        "return self.reduce_classes(*self.class_losses(pooled), None)",
+        definition("dice-softmax"),
+    ),
+    (
+        "overlap-sum-without-weights",
+        "(1.0 if weights is None else weights)).sum()",
+        "1.0).sum()",
+        PRESETS + "TestMonai::test_weights",
+    ),
+    (
+        "overlap-table-shows-what-is-left-out",
+        "DeferredReduction.ready(loss.where(kept, torch.nan))",
+        "DeferredReduction.ready(loss)",
+        "losses/test_dice_loss.py::test_reductions_agree",
+    ),
+    (
+        "overlap-penalty-dropped",
+        "return self.absent.loss(loss, sums), self.absent",
+        "return loss, self.absent",
+        hard("classes_absent_from_the_target[dice-sigmoid]"),
+    ),
+    (
+        "overlap-shape-of-a-formula-unchecked",
+        "if loss.shape != sums.overlap.shape:",
+        "if False:",
+        COMPOUND + "TestALossOfOnesOwn",
+    ),
+    (
+        "overlap-across-ranks-dropped",
+        "return pool_and_reduce([sums], self.pool, formula, across_ranks=self.across_ranks)",
+        "return pool_and_reduce([sums], self.pool, formula)",
+        RANKS + "test_one_message_or_none",
+    ),
+)
+mutate(
+    "functional/absent_classes.py",
+    (
+        "absent-ignored-class-counts",
+        "kept = (sums.count > 0) & (",
+        "kept = (",
+        FAMILY + "TestInvariances::test_an_ignored_image_does_not_dilute_the_mean",
+    ),
+    ("absent-undefined-counts", "(~score.isnan() | broken)", "(score == score)", hard("a_diverged_network_is_seen")),
+    (
+        "absent-skip-dropped",
+        'if self.rule == "skip" else kept',
+        "if False else kept",
+        hard("classes_absent_from_the_target[dice-sigmoid]"),
+    ),
+    (
+        "absent-skip-hides-nan",
+        "kept & ((sums.actual > 0) | broken)",
+        "kept & (sums.actual > 0)",
+        hard("a_diverged_network_is_seen_in_a_class_that_is_skipped"),
+    ),
+    (
+        "absent-penalty-not-a-mean",
+        "sums.absent_nll / sums.count.clamp(min=torch.finfo(loss.dtype).tiny)",
+        "sums.absent_nll",
+        hard("classes_absent_from_the_target[dice-softmax]"),
+    ),
+    (
+        "absent-penalty-of-present-classes",
+        "return torch.where(sums.actual > 0, loss,",
+        "return torch.where(sums.actual < 0, loss,",
+        hard("classes_absent_from_the_target[jaccard-softmax]"),
+    ),
+)
+mutate(
+    "functional/reduction.py",
+    ("pool-all-keeps-classes-apart", '    if pool == "all":\n', "    if False:\n", definition("dice-softmax")),
+    ("pool-image-is-the-batch", '    if pool == "image":\n        return sums\n', "", definition("dice-softmax")),
+    (
+        "mean-divided-by-the-number",
+        ".sum(), weight.sum()",
+        ".sum(), kept.sum().to(values.dtype)",
+        FAMILY + "TestInvariances::test_scale_of_class_weights",
+    ),
+    (
+        "mean-of-nothing-is-nan",
+        "total / torch.where(norm > 0, norm, 1.0))",
+        "total / norm)",
+        hard("nothing_to_learn_from"),
+    ),
+    (
+        "mean-adds-what-is-left-out",
+        "(values.where(kept, 0.0) * weight).sum()",
+        "(values * weight).sum()",
+        hard("a_class_absent_from_both[dice-None]"),
+    ),
+    (
+        "ranks-send-in-evaluation",
+        "and dist.is_initialized() and torch.is_grad_enabled() else",
+        "and dist.is_initialized() else",
+        RANKS + "test_one_message_or_none",
+    ),
+    (
+        "ranks-gradient-not-scaled",
+        "return grad[0] * dist.get_world_size()",
+        "return grad[0]",
+        RANKS + "test_equal_to_one_process",
+    ),
+    ("ranks-each-on-its-own", "    if not across_ranks:\n", "    if True:\n", RANKS + "test_equal_to_one_process"),
+    (
+        "ranks-sums-in-the-wrong-order",
+        "rest = iter(sums)\n    return [",
+        "rest = iter(sums[::-1])\n    return [",
+        "losses/test_deep_supervision.py::test_is_the_mean_of_the_losses_of_the_levels",
+    ),
+)
+# Losses per pixel.
+mutate(
+    "losses/base.py",
+    (
+        "pixel-mean-divides-by-all-planes",
+        "pixels = pooled.actual if pooled.exclusive else pooled.count",
+        "pixels = pooled.count",
+        definition("cross_entropy-softmax"),
+    ),
+    (
+        "pixel-mean-sum-without-class-weights",
+        "(self.per_class(pooled) * weights).sum(1), (pixels",
+        "self.per_class(pooled).sum(1), (pixels",
+        definition("focal-softmax"),
+    ),
+    (
+        "pixel-mean-divisor-without-class-weights",
+        "(pixels * weights).sum(1)",
+        "pixels.sum(1)",
+        definition("cross_entropy-softmax"),
+    ),
+    (
+        "sums-ignore-nothing",
+        "            ignore_index=self.ignore_index,\n            weight=weight,",
+        "            ignore_index=None,\n            weight=weight,",
+        duties("DiceLoss"),
+    ),
+    (
+        "sums-drop-the-weight",
+        "            weight=weight,\n            annotated=annotated,\n            required",
+        "            weight=None,\n            annotated=annotated,\n            required",
+        weighted("JaccardLoss"),
+    ),
+    (
+        "sums-drop-annotated",
+        "            annotated=annotated,\n            required",
+        "            annotated=None,\n            required",
+        annotated("TverskyLoss"),
+    ),
+    (
+        "sums-required-dropped",
+        "            required=self.required_sums,\n",
+        "",
+        hard("classes_absent_from_the_target[dice-sigmoid]"),
+    ),
+    (
+        "loss-in-the-dtype-of-the-logits",
+        "dtype = torch.promote_types(logits.dtype, torch.float32)\n        return self.deferred_from_sums",
+        "dtype = logits.dtype\n        return self.deferred_from_sums",
+        duties("DiceLoss"),
+    ),
+    (
+        "logits-rounded-to-half",
+        "        sums = overlap_sums(\n            logits,",
+        "        sums = overlap_sums(\n            logits.bfloat16().to(logits.dtype),",
+        duties("FocalLoss"),
+    ),
+    (
+        "forward-drops-maps",
+        "annotated=annotated, maps=maps)])\n        return loss",
+        "annotated=annotated)])\n        return loss",
+        BOUNDARY + "TestInvariances::test_given_maps_are_taken",
+    ),
+    (
+        "maps-given-are-computed-again",
+        "if maps is not None and name in maps:",
+        "if False:",
+        BOUNDARY + "TestInvariances::test_given_maps_are_taken",
+    ),
+    ("maps-shape-unchecked", "if tuple(values.shape) != shape:", "if False:", MAPS + "TestMapOfABatch"),
+    (
+        "maps-integer-planes-read-as-ids",
+        "if planes and reader.holds_ids(target):",
+        "if False:",
+        MAPS + "TestMapOfABatch",
+    ),
+    (
+        "maps-other-classes-accepted",
+        "if reader.classes is not None and reader.classes != classes:",
+        "if False:",
+        BOUNDARY + "test_refuses_what_does_not_fit_the_logits",
+    ),
+    (
+        "plain-module-gets-integers",
+        "        target = target.to(logits.dtype) if target.shape == logits.shape else target.long()\n",
+        "        target = target\n",
+        COMPOUND + "TestAnyModule::test_planes_and_ids_of_small_dtypes",
+    ),
+    (
+        "unknown-settings-accepted",
+        "        if not settings:\n            return\n        names",
+        "        return\n        names",
+        COMPOUND + "test_an_unknown_setting_is_refused",
+    ),
+    (
+        "class-weights-of-any-number",
+        "    if weights.numel() != classes:\n",
+        "    if False:\n",
+        REFUSALS + "test_class_weights_of_another_number",
+    ),
+)
+mutate(
+    "losses/cross_entropy.py",
+    (
+        "ce-smoothing-over-two-classes",
+        "(sums.nll.shape[1] if sums.exclusive else 2)",
+        "2",
+        definition("cross_entropy-smoothed-softmax"),
+    ),
+    (
+        "ce-smoothing-without-the-background",
+        "if sums.exclusive or sums.absent_nll is None else sums.all_nll + sums.absent_nll",
+        "if True else sums.all_nll",
+        definition("cross_entropy-smoothed-sigmoid"),
+    ),
+    (
+        "ce-smoothing-added",
+        "return (1 - share) * sums.nll + share",
+        "return sums.nll + share",
+        definition("cross_entropy-smoothed-softmax"),
+    ),
+    (
+        "focal-alpha-dropped",
+        "focal=Focal(self.gamma, self.alpha)",
+        "focal=Focal(self.gamma)",
+        definition("focal-alpha-sigmoid"),
+    ),
+    (
+        "focal-gamma-dropped",
+        "focal=Focal(self.gamma, self.alpha)",
+        "focal=Focal(2.0, self.alpha)",
+        definition("focal-root-softmax"),
+    ),
+    (
+        "focal-alpha-with-a-softmax",
+        'if alpha is not None and self.activation == "softmax":',
+        "if False:",
+        REFUSALS + "test_settings_that_exclude_each_other",
+    ),
+    ("top-k-rounded-up", "* self.k + 1e-9).floor()", "* self.k + 1e-9).ceil()", definition("top_k-half-sigmoid")),
+    ("top-k-of-no-pixel", ".floor().clamp(min=1).long()", ".floor().long()", definition("top_k-sigmoid")),
+    ("top-k-easiest", ".sort(1, descending=True)", ".sort(1, descending=False)", definition("top_k-half-softmax")),
+    (
+        "top-k-ignores-nothing",
+        "            ignore_index=self.ignore_index,\n            weight",
+        "            ignore_index=None,\n            weight",
+        duties("TopKCrossEntropyLoss"),
+    ),
+    (
+        "top-k-drops-the-weight",
+        "            weight=weight,\n            annotated=annotated,\n        )\n        cost",
+        "            annotated=annotated,\n        )\n        cost",
+        weighted("TopKCrossEntropyLoss"),
+    ),
+    (
+        "top-k-drops-annotated",
+        "            annotated=annotated,\n        )\n        cost",
+        "        )\n        cost",
+        annotated("TopKCrossEntropyLoss"),
+    ),
+    (
+        "top-k-class-weights-dropped",
+        "weights = class_weights_of(self.class_weights, classes, pixels.logits)",
+        "weights = class_weights_of(None, classes, pixels.logits)",
+        definition("top_k-softmax"),
+    ),
+    (
+        "top-k-in-half-precision",
+        "        cost, weights = self._weighted(pixels, logits.shape[1])\n",
+        "        cost, weights = self._weighted(pixels, logits.shape[1])\n        cost = cost.to(logits.dtype)\n",
+        duties("TopKCrossEntropyLoss"),
+    ),
+    (
+        "top-k-soft-pixel-by-class",
+        "cost.sum(1, keepdim=True), (weights * pixels.target).sum(1, keepdim=True)",
+        "cost, weights * pixels.target",
+        FAMILY + "test_the_hardest_pixels_with_weights_of_pixel_and_class",
+    ),
+    (
+        "top-k-mean-over-images-without-pixels",
+        "return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))",
+        "return weighted_mean(mean.unsqueeze(1), torch.ones_like(kept).unsqueeze(1))",
+        FAMILY + "TestInvariances::test_an_ignored_image_does_not_dilute_the_mean",
+    ),
+)
+mutate(
+    "losses/compound.py",
+    ("compound-ignores-nothing", "ignore_index=first.ignore_index", "ignore_index=None", duties("DiceCELoss")),
+    (
+        "compound-drops-the-weight",
+        "                weight=weight,\n                annotated=annotated,\n                required",
+        "                annotated=annotated,\n                required",
+        weighted("DiceCELoss"),
+    ),
+    (
+        "compound-drops-annotated",
+        "                annotated=annotated,\n                required",
+        "                required",
+        annotated("DiceFocalLoss"),
+    ),
+    (
+        "compound-term-without-weight",
+        "term.deferred_call(logits, target, weight, annotated=annotated, maps=term_maps)",
+        "term.deferred_call(logits, target, annotated=annotated, maps=term_maps)",
+        definition("compound-softmax"),
+    ),
+    (
+        "compound-term-without-annotated",
+        "term.deferred_call(logits, target, weight, annotated=annotated, maps=term_maps)",
+        "term.deferred_call(logits, target, weight, maps=term_maps)",
+        definition("compound-sigmoid"),
+    ),
+    (
+        "compound-term-without-maps",
+        "term.deferred_call(logits, target, weight, annotated=annotated, maps=term_maps)",
+        "term.deferred_call(logits, target, weight, annotated=annotated)",
+        BOUNDARY + "TestInACompound::test_different_maps_of_one_name_are_kept_apart",
+    ),
+    (
+        "compound-weights-dropped",
+        "torch.stack([self.weights[name] * value for",
+        "torch.stack([value for",
+        definition("compound-sigmoid"),
+    ),
+    (
+        "compound-weight-0-is-computed",
+        "if self.weights[name] != 0}",
+        "}",
+        COMPOUND + "test_a_term_of_weight_zero_is_not_computed",
+    ),
+    (
+        "compound-one-focal-factor-for-all",
+        "required.agrees(term.required_sums)",
+        "True",
+        definition("compound-sigmoid"),
+    ),
+    (
+        "compound-maps-of-one-name-shared",
+        "all(maps.get(key, own) == own for maps in all_maps)",
+        "True",
+        BOUNDARY + "TestInACompound::test_different_maps_of_one_name_are_kept_apart",
+    ),
+    (
+        "dice-ce-weights-swapped",
+        '{"dice": dice_weight, "ce": ce_weight}',
+        '{"dice": ce_weight, "ce": dice_weight}',
+        definition("dice_ce-weighted-sigmoid"),
+    ),
+    (
+        "dice-ce-smoothing-dropped",
+        "CrossEntropyLoss(label_smoothing=label_smoothing, **_pixel",
+        "CrossEntropyLoss(**_pixel",
+        definition("dice_ce-weighted-softmax"),
+    ),
+    (
+        "dice-ce-class-weights-for-dice-alone",
+        '"activation", "ignore_index", "class_weights", "across_ranks"',
+        '"activation", "ignore_index", "across_ranks"',
+        definition("dice_ce-softmax"),
+    ),
+    (
+        "dice-focal-weight-dropped",
+        '{"dice": dice_weight, "focal": focal_weight}',
+        '{"dice": dice_weight, "focal": 1.0}',
+        definition("dice_focal-alpha-sigmoid"),
+    ),
+    (
+        "dice-focal-alpha-dropped",
+        "FocalLoss(gamma=gamma, alpha=alpha, **_pixel",
+        "FocalLoss(gamma=gamma, **_pixel",
+        definition("dice_focal-alpha-sigmoid"),
+    ),
+    (
+        "compound-ignored-label-taken-for-a-class",
+        "if valid is not None and not bool(valid.all()):",
+        "if False:",
+        COMPOUND + "TestAnyModule::test_the_ignored_label_is_not_taken_for_a_label",
+    ),
+    ("compound-different-activations", "if len(set(found.values())) > 1:", "if False:", COMPOUND + "test_refuses"),
+)
+mutate(
+    "losses/deep_supervision.py",
+    (
+        "deep-weights-not-normalized",
+        "return [weight / sum(weights) for weight in weights]",
+        "return list(weights)",
+        DEEP + "test_is_the_mean_of_the_losses_of_the_levels",
+    ),
+    (
+        "deep-levels-count-the-same",
+        "tuple(0.5**level for",
+        "tuple(1.0 for",
+        DEEP + "test_is_the_mean_of_the_losses_of_the_levels",
+    ),
+    (
+        "deep-level-of-weight-0-is-computed",
+        "reversed(list(zip(levels, shares, strict=True))) if share]",
+        "reversed(list(zip(levels, shares, strict=True)))]",
+        DEEP + "test_a_level_of_weight_zero_is_not_computed",
+    ),
+    (
+        "deep-drops-the-weight",
+        "weight = None if weight is None else coarser_weight(weight, space)",
+        "weight = None",
+        weighted("DeepSupervision"),
+    ),
+    (
+        "deep-drops-annotated",
+        "self.loss.deferred_call(logits, own, weight, annotated=annotated, maps=maps)",
+        "self.loss.deferred_call(logits, own, weight, maps=maps)",
+        annotated("DeepSupervision"),
+    ),
+    (
+        "deep-drops-maps",
+        "self.loss.deferred_call(logits, own, weight, annotated=annotated, maps=maps)",
+        "self.loss.deferred_call(logits, own, weight, annotated=annotated)",
+        DEEP + "test_maps_go_to_levels_of_the_targets_size",
+    ),
+    (
+        "deep-ignores-nothing",
+        "                ignore_index=self.ignore_index,\n                reduce=self.reduce",
+        "                reduce=self.reduce",
+        DEEP + "test_ignored_pixels_do_no_harm_at_any_level",
+    ),
+    (
+        "deep-reduce-dropped",
+        "                reduce=self.reduce,\n",
+        "",
+        DEEP + "test_maps_go_to_levels_of_the_targets_size",
+    ),
+    (
+        "deep-maps-of-soft-labels",
+        'if not self.maps or self.reduce == "max" or soft or not len(target):',
+        "if True:",
+        DEEP + "test_maps_of_coarser_levels_know_small_objects",
+    ),
+    (
+        "deep-ignored-label-as-probability",
+        "own = own.masked_fill(own == self.ignore_index, 0)",
+        "own = own",
+        DEEP + "test_an_ignored_label_is_no_share_of_a_class",
+    ),
+    (
+        "deep-any-order",
+        '                raise ValueError(f"logits must come finest first',
+        '                print(f"logits must come finest first',
+        DEEP + "test_levels_in_the_wrong_order_are_refused",
+    ),
+)
+
+# Losses of maps.
+mutate(
+    "losses/boundary.py",
+    (
+        "distance-ignores-nothing",
+        "                ignore_index=self.ignore_index,\n                weight",
+        "                ignore_index=None,\n                weight",
+        duties("BoundaryLoss", "sigmoid"),
+    ),
+    (
+        "distance-drops-the-weight",
+        "                weight=weight,\n                annotated=annotated,\n            )\n            included",
+        "                annotated=annotated,\n            )\n            included",
+        weighted("HausdorffLoss"),
+    ),
+    (
+        "distance-drops-annotated",
+        "                annotated=annotated,\n            )\n            included",
+        "            )\n            included",
+        annotated("BoundaryLoss"),
+    ),
+    (
+        "distance-mean-of-what-is-not-annotated",
+        "        if pixels.annotated is not None:\n",
+        "        if False:\n",
+        BOUNDARY + "TestInvariances::test_a_class_that_is_not_annotated_is_left_out",
+    ),
+    (
+        "distance-excluded-classes-count",
+        "weighted_mean(mean[:, included], kept[:, included])",
+        "weighted_mean(mean, kept)",
+        BOUNDARY + "test_equals_the_definition",
+    ),
+    (
+        "distance-map-of-excluded-classes",
+        "            exclude_classes=self.exclude_classes,\n            spacing",
+        "            spacing",
+        BOUNDARY + "TestInACompound::test_terms_add_up_and_share_a_map",
+    ),
+    (
+        "distance-spacing-dropped",
+        "            spacing=spacing,  # type: ignore[arg-type]  # made a tuple there\n        )\n        self.classes, self.spacing = classes, self._distance",
+        "        )\n        self.classes, self.spacing = classes, self._distance",
+        BOUNDARY + "test_equals_the_definition",
+    ),
+    (
+        "distance-in-half-precision",
+        "            values = self.per_pixel(pixels,",
+        "            values = self.per_pixel(dataclasses.replace(pixels, logits=pixels.logits.to(logits.dtype)),",
+        duties("BoundaryLoss"),
+    ),
+    (
+        "distance-in-the-dtype-of-the-logits",
+        "            dtype = torch.promote_types(logits.dtype, torch.float32)\n            mean = self._mean",
+        "            dtype = logits.dtype\n            mean = self._mean",
+        duties("HausdorffLoss"),
+    ),
+    (
+        "boundary-without-sign",
+        "return pixels.probs() * distance",
+        "return pixels.probs() * distance.abs()",
+        BOUNDARY + "test_by_hand",
+    ),
+    (
+        "hausdorff-without-alpha",
+        "(distance.abs() / unit) ** self.alpha + (predicted",
+        "(distance.abs() / unit) ** 2 + (predicted",
+        BOUNDARY + "test_the_exponent_of_the_hausdorff_loss",
+    ),
+    ("hausdorff-without-the-prediction", " + (predicted.abs() / unit) ** self.alpha", "", BOUNDARY + "test_by_hand"),
+    (
+        "hausdorff-error-not-squared",
+        "(p - pixels.target_planes()) ** 2 * distances",
+        "(p - pixels.target_planes()).abs() * distances",
+        BOUNDARY + "test_equals_the_definition",
+    ),
+    (
+        "hausdorff-always-in-pixels",
+        "        if self.relative:\n",
+        "        if False:\n",
+        BOUNDARY + "test_distances_as_shares_of_the_diagonal",
+    ),
+    (
+        "hausdorff-softmax-cut-at-one-half",
+        'if pixels.activation == "softmax" or not pixels.planes:\n            planes = torch',
+        "if False:\n            planes = torch",
+        BOUNDARY + "test_equals_the_definition",
+    ),
+    (
+        "hausdorff-predicts-ignored-pixels",
+        'planes = planes & (valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid)',
+        "planes = planes",
+        BOUNDARY + "test_equals_the_definition",
+    ),
+    (
+        "boundary-weight-replaces-the-weight",
+        "            own = own * weight\n",
+        "",
+        [BOUNDARY + "TestBoundaryWeighted::test_is_the_loss_with_a_weight", weighted("BoundaryWeightedLoss")],
+    ),
+    (
+        "boundary-weight-drops-annotated",
+        "return self.loss.deferred_call(logits, target, own, annotated=annotated, maps=maps)",
+        "return self.loss.deferred_call(logits, target, own, maps=maps)",
+        annotated("BoundaryWeightedLoss"),
+    ),
+    (
+        "boundary-weight-without-strength",
+        '            strength=check_number("strength", strength),\n',
+        "",
+        BOUNDARY + "TestBoundaryWeighted::test_without_strength_it_is_the_loss",
+    ),
+    (
+        "boundary-weight-twice",
+        '        if "boundary_weight" in loss.maps:\n',
+        "        if False:\n",
+        BOUNDARY + "TestBoundaryWeighted::test_what_the_loss_needs_is_there_too",
+    ),
+)
+mutate(
+    "functional/target_maps.py",
+    (
+        "map-distance-with-the-other-sign",
+        "return outside - inside",
+        "return inside - outside",
+        MAPS + "TestSignedDistance::test_by_hand",
+    ),
+    (
+        "map-boundary-beside-ignored-pixels",
+        "differs &= known[1:] & known[:-1]",
+        "differs &= True",
+        MAPS + "TestBoundaryDistance",
+    ),
+    (
+        "map-tube-leaves-the-mask",
+        "return skeleton & mask",
+        "return skeleton",
+        MAPS + "TestTubedSkeleton::test_a_tube_has_its_radius_and_stays_within_the_mask",
+    ),
+    ("map-skeletons-are-lost", "    if lost.size:\n", "    if False:\n", MAPS + "test_every_object_has_a_skeleton"),
+    (
+        "map-weight-not-of-a-bell",
+        "np.exp(-((distance / self.width) ** 2) / 2)",
+        "np.exp(-(distance / self.width) / 2)",
+        MAPS + "TestMaps::test_the_weight_is_by_any_two_labels_of_ids_and_by_each_plane",
+    ),
+)
+mutate(
+    "functional/target_reader.py",
+    (
+        "map-of-ignored-pixels",
+        "return masks if valid is None else masks & valid",
+        "return masks",
+        MAPS + "TestMaps::test_ignored_pixels_are_of_no_class",
+    ),
+    (
+        "map-ignored-in-one-plane",
+        "valid = valid.all(0, keepdim=True).expand(target.shape)",
+        "valid = valid",
+        MAPS + "TestMaps::test_an_ignored_soft_label_is_ignored_in_all_planes",
+    ),
+    (
+        "map-soft-labels-cut-above-one-half",
+        "else target >= 0.5",
+        "else target > 0.5",
+        MAPS + "TestMaps::test_cut_soft_labels_at_one_half",
+    ),
+    (
+        "map-excluded-classes-are-computed",
+        "if index not in self.exclude_classes:",
+        "if True:",
+        MAPS + "TestMaps::test_excluded_classes_are_zero",
+    ),
+)
+mutate(
+    "losses/lesion_wise.py",
+    (
+        "lesions-ignore-nothing",
+        "                ignore_index=self.ignore_index,\n                weight",
+        "                ignore_index=None,\n                weight",
+        duties("LesionWiseLoss", "sigmoid"),
+    ),
+    ("lesions-drop-the-weight", "                weight=weight,\n", "", weighted("LesionWiseLoss")),
+    (
+        "lesions-drop-annotated",
+        "                annotated=annotated,\n            )\n            classes",
+        "            )\n            classes",
+        annotated("LesionWiseLoss"),
+    ),
+    (
+        "lesions-of-excluded-classes",
+        "kept = kept & counted[own_class].unsqueeze(1)",
+        "kept = kept",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+    (
+        "lesions-class-weights-dropped",
+        "        if self.loss.class_weights is not None:\n",
+        "        if False:\n",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+    (
+        "lesions-connectivity-dropped",
+        "            connectivity=self.connectivity,\n",
+        "",
+        LESIONS + "TestEqualsTheDefinition::test_with_connectivity",
+    ),
+    (
+        "lesions-always-nearest",
+        "            regions=self.regions,\n",
+        "",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+    (
+        "lesions-required-sums-dropped",
+        "regions.flatten(2), self.loss.required_sums)",
+        "regions.flatten(2))",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+    (
+        "lesions-in-the-dtype-of-the-logits",
+        "dtype = torch.promote_types(logits.dtype, torch.float32)",
+        "dtype = logits.dtype",
+        duties("LesionWiseLoss"),
+    ),
+    (
+        "lesions-of-any-pool",
+        '        if loss.pool != "image":\n',
+        "        if False:\n",
+        LESIONS + "test_refuses_settings",
+    ),
+)
+mutate(
+    "kernels/regions.py",
+    (
+        "regions-shared-pixels-lost",
+        "(summed[: self.regions] + summed[self.regions :][self.group])",
+        "summed[: self.regions]",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+    (
+        "regions-ids-not-gathered",
+        "self.index if ids is None else self.index.gather(1, ids)",
+        "self.index if ids is None else self.index[:, :1]",
+        LESIONS + "TestEqualsTheDefinition::test_for_every_setting",
+    ),
+)
+mutate(
+    "functional/components.py",
+    (
+        "components-joined-by-sides-alone",
+        "connectivity or mask.ndim",
+        "connectivity or 1",
+        "functional/test_components.py::test_pixels_that_touch_at_a_corner_are_one_component_by_default",
+    ),
+    (
+        "components-nearest-dropped",
+        '    if regions == "nearest":\n',
+        "    if False:\n",
+        "functional/test_components.py::test_equals_the_definition",
+    ),
+)
+mutate(
+    "losses/skeleton.py",
+    (
+        "cldice-one-iteration-more",
+        "    for _ in range(iterations):\n",
+        "    for _ in range(iterations + 1):\n",
+        SKELETON + "TestSoftSkeleton::test_equals_the_definition",
+    ),
+    (
+        "cldice-without-the-core",
+        "    if not core:\n        return skeleton\n",
+        "    return skeleton\n",
+        SKELETON + "TestSoftSkeleton::test_the_core_is_what_is_too_wide",
+    ),
+    (
+        "cldice-neighbours-of-ignored-pixels",
+        "        valid = valid_pixels(target, self.ignore_index)\n",
+        "        valid = None\n",
+        SKELETON + "TestClDice::test_equals_the_definition",
+    ),
+    (
+        "cldice-arithmetic-mean",
+        "loss = 1 - 2 * tprec * tsens / both.where(both != 0, 1.0)",
+        "loss = 1 - both / 2",
+        SKELETON + "TestClDice::test_a_cut_costs_and_a_thinner_line_does_not",
+    ),
+    (
+        "cldice-mean-of-two-zeros-is-nan",
+        "both.where(both != 0, 1.0)",
+        "both",
+        SKELETON + "TestClDice::test_without_smoothing_two_zeros_have_the_mean_zero",
+    ),
+    (
+        "cldice-counts-what-is-nowhere",
+        "        if self.smooth[1] == 0:\n",
+        "        if False:\n",
+        SKELETON + "TestClDice::test_what_is_absent_scores_as_in_dice",
+    ),
+    (
+        "cldice-smooth-dropped",
+        "    below = below + smooth[1]\n",
+        "",
+        SKELETON + "TestClDice::test_equals_the_definition",
+    ),
+    (
+        "cldice-ignores-nothing",
+        "                ignore_index=self.ignore_index,\n                weight",
+        "                ignore_index=None,\n                weight",
+        duties("ClDiceLoss", "sigmoid"),
+    ),
+    (
+        "cldice-drops-the-weight",
+        "                weight=weight,\n                annotated=annotated,\n            )\n            if logits.ndim",
+        "                annotated=annotated,\n            )\n            if logits.ndim",
+        weighted("ClDiceLoss"),
+    ),
+    (
+        "cldice-drops-annotated",
+        "                annotated=annotated,\n            )\n            if logits.ndim",
+        "            )\n            if logits.ndim",
+        annotated("ClDiceLoss"),
+    ),
+    (
+        "cldice-weights-of-other-classes",
+        "weights = None if weights is None else weights[included]",
+        "weights = None if weights is None else weights[: len(included)]",
+        SKELETON + "TestClDice::test_class_weights_are_normalized",
+    ),
+    (
+        "cldice-in-the-dtype-of-the-logits",
+        "        dtype = torch.promote_types(logits.dtype, torch.float32)\n        mean = pool_and_reduce(sums",
+        "        dtype = logits.dtype\n        mean = pool_and_reduce(sums",
+        duties("ClDiceLoss"),
+    ),
+    (
+        "cldice-pool-dropped",
+        "mean = pool_and_reduce(sums, self.pool, formula",
+        'mean = pool_and_reduce(sums, "batch", formula',
+        SKELETON + "TestClDice::test_equals_the_definition",
+    ),
+    (
+        "cldice-absent-dropped",
+        "kept = self.absent.kept(loss, precision)",
+        'kept = AbsentPolicy("smooth").kept(loss, precision)',
+        SKELETON + "TestClDice::test_an_absent_class_can_be_left_out",
+    ),
+    (
+        "skeleton-recall-is-precision",
+        "            alpha=0.0,\n            beta=1.0,",
+        "            alpha=1.0,\n            beta=0.0,",
+        SKELETON + "TestSkeletonRecall::test_equals_the_definition",
+    ),
+    (
+        "skeleton-recall-drops-the-weight",
+        "skeleton = skeleton * (weight if",
+        "skeleton = skeleton * 1 if True else (weight if",
+        weighted("SkeletonRecallLoss"),
+    ),
+    (
+        "skeleton-recall-drops-annotated",
+        "return self.recall.deferred(logits, target, skeleton, annotated=annotated)",
+        "return self.recall.deferred(logits, target, skeleton)",
+        annotated("SkeletonRecallLoss"),
+    ),
+    (
+        "skeleton-recall-radius-dropped",
+        "            radius=self.radius,\n",
+        "",
+        SKELETON + "TestSkeletonRecall::test_only_the_tube_counts",
+    ),
+    (
+        "skeleton-recall-pool-dropped",
+        "            pool=pool,\n            exclude_classes=exclude_classes,\n            class_weights",
+        "            exclude_classes=exclude_classes,\n            class_weights",
+        SKELETON + "TestSkeletonRecall::test_equals_the_definition",
+    ),
+)
+mutate(
+    "losses/on_probabilities.py",
+    (
+        "on-probabilities-ignores-nothing",
+        "pixels = checked_pixels(logits, target, activation=self.activation, ignore_index=self.ignore_index)",
+        "pixels = checked_pixels(logits, target, activation=self.activation)",
+        duties("OnProbabilities", "sigmoid"),
+    ),
+    (
+        "on-probabilities-mean-with-ignored-pixels",
+        "            if pixels.weight is None:\n",
+        "            if True:\n",
+        definition("on_probabilities-softmax"),
+    ),
+    (
+        "on-probabilities-drops-the-weight",
+        "        if weight is not None or annotated is not None:\n",
+        "        if False:\n",
+        weighted("OnProbabilities"),
+    ),
+    (
+        "on-probabilities-of-nothing-is-nan",
+        "self.loss(probs, planes) if probs.numel() else probs.sum()",
+        "self.loss(probs, planes)",
+        duties("OnProbabilities"),
+    ),
+    (
+        "on-probabilities-in-half-precision",
+        "self.loss(probs, planes) if",
+        "self.loss(probs.to(logits.dtype), planes.to(logits.dtype)) if",
+        duties("OnProbabilities"),
+    ),
+    (
+        "on-probabilities-without-the-activation",
+        "probs, planes = pixels.probs(), pixels.target_planes()",
+        "probs, planes = pixels.logits, pixels.target_planes()",
+        definition("on_probabilities-sigmoid"),
+    ),
+)
+mutate(
+    "losses/batch_loss.py",
+    (
+        "batch-loss-drops-the-weight",
+        "loss(logits, batch.mask, batch.weight, annotated",
+        "loss(logits, batch.mask, None, annotated",
+        "test_module.py",
+    ),
+    (
+        "batch-loss-drops-maps",
+        "annotated=batch.annotated, maps=batch.maps)",
+        "annotated=batch.annotated)",
+        "test_module.py",
+    ),
+)
+# Presets.
+mutate(
+    "losses/compat.py",
+    (
+        "monai-smooth-swapped",
+        "(smooth_nr * pixels_per_smooth, smooth_dr * pixels_per_smooth)",
+        "(smooth_dr * pixels_per_smooth, smooth_nr * pixels_per_smooth)",
+        PRESETS + "TestMonai::test_dice_and_jaccard",
+    ),
+    (
+        "monai-batch-dropped",
+        '"pool": "batch" if batch else "image",\n        "squared"',
+        '"pool": "image",\n        "squared"',
+        PRESETS + "TestMonai::test_dice_and_jaccard",
+    ),
+    (
+        "monai-squared-dropped",
+        '"squared": squared_pred,',
+        '"squared": False,',
+        PRESETS + "TestMonai::test_dice_and_jaccard",
+    ),
+    (
+        "monai-background-counts",
+        '"exclude_classes": () if include_background else (0,),\n        "class_weights": _monai',
+        '"exclude_classes": (),\n        "class_weights": _monai',
+        PRESETS + "TestMonai::test_dice_and_jaccard",
+    ),
+    (
+        "monai-jaccard-smooth-not-halved",
+        "monai_overlap(pixels_per_smooth=0.5, **arguments)",
+        "monai_overlap(**arguments)",
+        PRESETS + "TestMonai::test_dice_and_jaccard",
+    ),
+    (
+        "monai-soft-labels-as-product",
+        '"minimum" if soft_label and not squared_pred else "product"',
+        '"product"',
+        PRESETS + "TestMonai::test_soft_labels",
+    ),
+    (
+        "monai-ignored-label-dropped",
+        '"ignore_index": ignore_index,\n        "reduction": reduction',
+        '"ignore_index": None,\n        "reduction": reduction',
+        PRESETS + "TestMonai::test_ignored_ids",
+    ),
+    (
+        "monai-reduction-dropped",
+        '"reduction": reduction,',
+        '"reduction": "mean",',
+        PRESETS + "TestMonai::test_reductions",
+    ),
+    (
+        "monai-weight-of-any-mean",
+        'if reduction == "mean" and abs(mean - 1) > _ROUNDING:',
+        "if False:",
+        PRESETS + "test_refuses",
+    ),
+    (
+        "monai-weight-of-the-background",
+        "[*([] if include_background else [0.0]), *weights.tolist()]",
+        "[*([] if include_background else [1.0]), *weights.tolist()]",
+        PRESETS + "TestMonai::test_focal_without_background",
+    ),
+    (
+        "monai-generalized-not-squared",
+        '{"square": "inverse_square", "simple": "inverse"',
+        '{"square": "inverse", "simple": "inverse"',
+        PRESETS + "TestMonai::test_generalized",
+    ),
+    (
+        "monai-dice-ce-weight-dropped",
+        'return {**settings, "class_weights": weights}',
+        "return settings",
+        PRESETS + "TestMonai::test_dice_ce",
+    ),
+    (
+        "monai-focal-alpha-dropped",
+        '{"activation": "sigmoid", "alpha": alpha, "class',
+        '{"activation": "sigmoid", "alpha": None, "class',
+        PRESETS + "TestMonai::test_focal",
+    ),
+    (
+        "smp-pool-by-image",
+        '"pool": "batch",\n        "overlap": "minimum"',
+        '"pool": "image",\n        "overlap": "minimum"',
+        PRESETS + "TestSmp::test_overlap",
+    ),
+    (
+        "smp-absent-classes-count",
+        '        "absent": "skip",\n',
+        "",
+        PRESETS + "TestWhereAPeerIsWrong::test_smp_counts_an_absent_class_as_perfect",
+    ),
+    (
+        "smp-classes-dropped",
+        "excluded = tuple(index for index in range(total) if index not in counted)",
+        "excluded = ()",
+        PRESETS + "TestSmp::test_some_classes",
+    ),
+    (
+        "smp-log-dice-smooth-not-doubled",
+        "return smp_overlap(mode, pixels_per_smooth=2, **arguments)",
+        "return smp_overlap(mode, **arguments)",
+        PRESETS + "TestSmp::test_overlap",
+    ),
+    (
+        "smp-focal-of-a-softmax",
+        'activation = "sigmoid" if from_logits else None\n',
+        'activation = ("softmax" if mode == "multiclass" else "sigmoid") if from_logits else None\n',
+        PRESETS + "TestSmp::test_focal",
+    ),
+    (
+        "nnunet-background-counts",
+        "() if (regions if do_bg is None else do_bg) else (0,)",
+        "()",
+        PRESETS + "TestNnunet::test_as_its_trainer_builds_it_for_labels",
+    ),
+    (
+        "nnunet-pool-dropped",
+        '"pool": "batch" if batch_dice else "image",\n        "exclude',
+        '"pool": "image",\n        "exclude',
+        PRESETS + "TestNnunet::test_dice",
+    ),
+)
+# The rest of `functional`.
+mutate(
+    "functional/target_resizing.py",
+    (
+        "coarser-means-of-ignored-pixels",
+        "means = _mean(values.where(valid, 0.0), space) / share",
+        "means = _mean(values, space) / share",
+        RESIZING + "TestEqualsTheDefinition::test_means_of_planes",
+    ),
+    (
+        "coarser-fractions-of-all-pixels",
+        "return (result / share.where(share > 0, 1.0)).where(share > 0, float(ignore_index))",
+        "return result.where(share > 0, float(ignore_index))",
+        RESIZING + "TestEqualsTheDefinition::test_shares_of_ids",
+    ),
+    (
+        "coarser-commonest-instead-of-rarest",
+        "order = count.argsort(dim=1, descending=True, stable=True)",
+        "order = count.argsort(dim=1, descending=False, stable=True)",
+        RESIZING + "TestEqualsTheDefinition::test_rarest_of_ids",
+    ),
+    (
+        "coarser-ignored-in-one-plane",
+        "valid = None if valid is None else valid.all(1, keepdim=True)",
+        "valid = valid",
+        RESIZING + "TestEqualsTheDefinition::test_means_of_soft_labels",
+    ),
+    (
+        "padding-in-a-dtype-too-small",
+        "return F.pad(_widen_for(target, ignore_index), padding",
+        "return F.pad(target, padding",
+        RESIZING + "TestPadding",
+    ),
+)
+mutate(
+    "functional/hard_labels.py",
+    (
+        "hard-threshold-dropped",
+        "cut = threshold if activation is None else _logit(threshold)",
+        "cut = 0.5 if activation is None else 0.0",
+        "functional/test_hard_labels.py",
+    ),
+    (
+        "hard-prediction-of-logits-as-probabilities",
+        "return logits > _logit(threshold)",
+        "return logits > threshold",
+        "functional/test_hard_labels.py",
+    ),
+    (
+        "hard-counts-ignored-pixels",
+        "return count_classes(logits, target, ignore_index)",
+        "return count_classes(logits, target)",
+        "functional/test_hard_labels.py",
+    ),
+)
+mutate(
+    "functional/micro_batches.py",
+    (
+        "micro-batches-count-buffers-twice",
+        "return nullcontext(), _SwappedBuffers(before)",
+        "return nullcontext(), nullcontext()",
+        "test_micro_batches.py::test_running_statistics_see_each_image_once",
+    ),
+    (
+        "micro-batches-random-numbers-differ",
+        "preserve_rng_state=True",
+        "preserve_rng_state=False",
+        "test_micro_batches.py::test_dropout_is_replayed",
+    ),
+    (
+        "micro-batches-unequal",
+        "image.tensor_split(-(-len(image) // micro_batch_size))",
+        "image.split(micro_batch_size)",
+        "test_micro_batches.py::test_micro_batches_are_as_equal_as_can_be",
+    ),
+    (
+        "micro-batches-buffers-not-restored",
+        "            buffer.data = data\n",
+        "            pass\n",
+        "test_micro_batches.py::test_running_statistics_see_each_image_once",
+    ),
+)
+mutate(
+    "metrics.py",
+    (
+        "metric-threshold-dropped",
+        "threshold=self.threshold, ignore_index",
+        "threshold=0.5, ignore_index",
+        "test_metrics.py::test_binary_with_a_threshold",
+    ),
+    (
+        "metric-ignores-nothing",
+        "ignore_index=self.ignore_index\n        )\n        if self.pool",
+        "ignore_index=None\n        )\n        if self.pool",
+        "test_metrics.py::test_by_hand",
+    ),
+    (
+        "metric-pooled-by-image",
+        '        if self.pool == "dataset":\n            self.overlap',
+        "        if False:\n            self.overlap",
+        "test_metrics.py::test_pooled_over_the_data_set",
+    ),
+    (
+        "metric-absent-classes-have-a-score",
+        "kept = self.absent.kept(score, sums)\n            self.total",
+        "kept = score == score\n            self.total",
+        "test_metrics.py::test_the_policy_for_a_class_absent_from_the_target",
+    ),
+    (
+        "metric-excluded-classes-have-a-score",
+        "score = score.index_fill(0, excluded, torch.nan)",
+        "score = score",
+        "test_metrics.py::test_excluded_classes_have_no_score",
+    ),
+    (
+        "metric-sums-in-floating-point",
+        "(score.where(kept, 0.0) * _UNITS_PER_SCORE).round().long().sum(0)",
+        "(score.where(kept, 0.0).float() * _UNITS_PER_SCORE).sum(0).long()",
+        "test_metrics.py::test_any_split_gives_the_same_bits",
+    ),
+    (
+        "metric-macro-counts-what-was-never-seen",
+        "else score.nanmean()",
+        "else score.nan_to_num().mean()",
+        "test_metrics.py::test_by_hand",
+    ),
+)
+# The sums: the reference, and the other implementations against it.
+mutate(
+    "kernels/reference.py",
+    (
+        "sums-added-in-float32",
+        "block.sum(-1, dtype=wide_dtype(values))",
+        "block.sum(-1).to(wide_dtype(values)).float()",
+        SUMS + "test_sums_do_not_stop_at_2_to_the_24",
+    ),
+    (
+        "sums-of-a-class-in-float32",
+        "zeros = like.new_zeros(like.shape[:2], dtype=wide_dtype(like))",
+        "zeros = like.new_zeros(like.shape[:2])",
+        SUMS + "test_sums_do_not_stop_at_2_to_the_24",
+    ),
+    (
+        "sums-overlap-without-weight",
+        "overlap, actual = add(_weighted(p * t, w)), add(",
+        "overlap, actual = add(p * t), add(",
+        SUMS + "test_pixel_weights",
+    ),
+    (
+        "sums-weight-of-the-first-class",
+        "w if w.shape[1] == 1 else w.gather(1, ids)",
+        "w[:, :1]",
+        SUMS + "test_pixel_weights",
+    ),
+    ("sums-minimum-is-product", "torch.minimum(p, t)", "p * t", SUMS + "test_equals_the_definition"),
+    (
+        "sums-complement-by-subtraction",
+        "return torch.where(likely, softplus(z - others), -torch.log1p(-p.masked_fill(likely, 0)))",
+        "return -log(1 - p)",
+        SUMS + "test_saturated_logits_stay_finite",
+    ),
+    (
+        "sums-focal-of-the-wrong-class",
+        "front * t * present + back * (1 - t) * absent",
+        "back * t * present + front * (1 - t) * absent",
+        SUMS + "test_any_focal_factor",
+    ),
+    (
+        "sums-focal-steep-near-0",
+        "(-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny) ** gamma",
+        "(-torch.expm1(-nll)) ** gamma",
+        NUMBERS + "test_an_exponent_below_1_has_a_gradient_at_a_perfect_prediction",
+    ),
+    (
+        "sums-of-classes-not-annotated",
+        "    if annotated is None:\n        return sums\n    return sums.map",
+        "    return sums\n    return sums.map",
+        SUMS + "test_classes_that_are_not_annotated",
+    ),
+    (
+        "sums-gradient-half",
+        "return grad[0].to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)",
+        "return 0.5 * grad[0].to(ctx.dtype).unsqueeze(-1).expand(ctx.shape)",
+        SUMS + "test_gradients_once_and_twice",
+    ),
+    (
+        "sums-squares-of-soft-labels",
+        'more["actual_squares"] = add(_weighted(t * t, w)) if soft else actual',
+        'more["actual_squares"] = actual',
+        SUMS + "test_equals_the_definition",
+    ),
+)
+mutate(
+    "kernels/pixels.py",
+    (
+        "pixels-in-half-precision",
+        "z = z if z.dtype == torch.float64 else z.float()",
+        "z = z",
+        SUMS + "test_saturated_logits_stay_finite",
+    ),
+    (
+        "pixels-ignored-times-0",
+        "        z = z.where(valid, zero)\n",
+        "        z = z * valid\n",
+        SUMS + "test_ignored_pixels_may_hold_anything",
+    ),
+    (
+        "pixels-ignored-label-stays",
+        "        t = t.where(valid, torch.zeros((), dtype=t.dtype, device=t.device))\n",
+        "",
+        SUMS + "test_equals_the_definition",
+    ),
+    (
+        "pixels-ignored-in-one-plane",
+        "            valid = valid.all(1, keepdim=True)\n",
+        "            pass\n",
+        SUMS + "test_equals_the_definition",
+    ),
+    (
+        "pixels-weight-of-ignored",
+        "w = valid.to(z.dtype) if w is None else w.where(valid, zero)",
+        "w = valid.to(z.dtype) if w is None else w",
+        SUMS + "test_pixel_weights",
+    ),
+    (
+        "pixels-background-without-the-others",
+        "background = z.masked_fill(~merged, -torch.inf).logsumexp(1, keepdim=True)",
+        "background = z[:, :1]",
+        SUMS + "test_classes_that_are_not_annotated",
+    ),
+    (
+        "pixels-sigmoid-gradient-rounds",
+        "z.sigmoid() * (-z).sigmoid()",
+        "z.sigmoid() * (1 - z.sigmoid())",
+        SUMS + "test_certain_pixels_are_exact_in_float32",
+    ),
+    (
+        "pixels-softmax-gradient-rounds",
+        "p * torch.where(likely, g * others.sum(1, keepdim=True) - rest, g - whole)",
+        "p * (g - whole)",
+        SUMS + "test_certain_pixels_are_exact_in_float32",
+    ),
+    (
+        "pixels-nll-rounds",
+        "return softplus(others - own) + (own - own)",
+        "return torch.logsumexp(z, 1, keepdim=True) - own",
+        SUMS + "test_certain_pixels_are_exact_in_float32",
+    ),
+    (
+        "pixels-infinity-hidden",
+        "return softplus(others - own) + (own - own)",
+        "return softplus(others - own)",
+        BACKENDS + "test_a_diverged_net_yields_no_finite_sums",
+    ),
+    (
+        "pixels-softplus-drops-digits",
+        "F.softplus(z, threshold=40)",
+        "F.softplus(z)",
+        SUMS + "test_large_logits_in_float64",
+    ),
+    (
+        "pixels-log-of-0",
+        "p.clamp(min=torch.finfo(p.dtype).tiny).log()",
+        "p.log()",
+        SUMS + "test_certain_probabilities_have_finite_gradients",
+    ),
+)
+mutate(
+    "kernels/sums.py",
+    (
+        "label-wraps-around",
+        "    return limits.min <= ignore_index <= limits.max\n",
+        "    return True\n",
+        SUMS + "test_a_label_that_the_dtype_cannot_hold_ignores_nothing",
+    ),
+    (
+        "focal-factors-differ",
+        "return self.focal is None or other.focal is None or self.focal == other.focal",
+        "return True",
+        SUMS + "test_one_pass_has_one_focal_factor",
+    ),
+)
+mutate(
+    "kernels/checks.py",
+    (
+        "check-planes-broadcast",
+        '    if activation == "sigmoid" and not as_planes:\n',
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "check-ids-broadcast",
+        "    if not (as_planes or as_ids):\n",
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "check-ids-of-floats",
+        "    if as_ids and not as_planes and (target.is_floating_point() or target.dtype == torch.bool):\n",
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "check-softmax-of-one-channel",
+        '    if activation == "softmax" and classes < 2:\n',
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "check-logits-of-integers",
+        "    if not logits.is_floating_point():\n",
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    ("check-logits-without-space", "    if logits.ndim < 3:\n", "    if False:\n", REFUSALS + "test_shapes_and_dtypes"),
+    (
+        "check-no-tensor",
+        "        if not isinstance(value, Tensor):\n",
+        "        if False:\n",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "check-weight-broadcasts",
+        "    if weight is not None and tuple(weight.shape) not in (ids_shape, shape):\n",
+        "    if False:\n",
+        REFUSALS + "test_weights_of_pixels_and_classes",
+    ),
+    (
+        "check-weight-of-integers",
+        "    if weight is not None and not weight.is_floating_point():\n",
+        "    if False:\n",
+        REFUSALS + "test_weights_of_pixels_and_classes",
+    ),
+    (
+        "check-weight-negative",
+        "bool(((weight >= 0) & weight.isfinite()).all())",
+        "True",
+        SUMS + "test_refuses_values_out_of_range",
+    ),
+    (
+        "check-annotated-broadcasts",
+        "    if annotated is not None and (tuple(annotated.shape) != shape[:2] or annotated.dtype != torch.bool):\n",
+        "    if False:\n",
+        REFUSALS + "test_weights_of_pixels_and_classes",
+    ),
+    (
+        "check-planes-out-of-range",
+        "    if planes and not (low >= -ROUNDING and high <= 1 + ROUNDING):\n",
+        "    if False:\n",
+        REFUSALS + "test_values",
+    ),
+    (
+        "check-ids-out-of-range",
+        "    if not planes and not (low >= 0 and high < classes):\n",
+        "    if False:\n",
+        SUMS + "test_refuses_values_out_of_range",
+    ),
+    ("check-soft-labels-of-any-sum", "    if bool(wrong.any()):\n", "    if False:\n", REFUSALS + "test_values"),
+    (
+        "check-probabilities-of-logits",
+        "        if low < -ROUNDING or high > 1 + ROUNDING:\n",
+        "        if False:\n",
+        REFUSALS + "test_values",
+    ),
+    (
+        "check-softmax-twice",
+        "if bool((logits.sum(1, dtype=torch.float32) - 1).abs().max() < 1e-2):",
+        "if False:",
+        REFUSALS + "test_values",
+    ),
+    (
+        "check-sigmoid-of-a-mask",
+        "elif bool(((logits == 0) | (logits == 1)).all()):",
+        "elif False:",
+        REFUSALS + "test_values",
+    ),
+)
+mutate(
+    "kernels/overlap_sums.py",
+    (
+        "several-outputs-accepted",
+        "    if not isinstance(logits, Tensor):\n",
+        "    if False:\n",
+        REFUSALS + "test_a_network_with_several_outputs_is_sent_to_deep_supervision",
+    ),
+    (
+        "values-unchecked-by-the-reference",
+        "        check_values(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)\n",
+        "",
+        SUMS + "test_refuses_values_out_of_range",
+    ),
+    (
+        "shapes-unchecked",
+        "        check_shapes(logits, target, activation=activation, weight=weight, annotated=annotated)\n        if annotated",
+        "        if annotated",
+        REFUSALS + "test_shapes_and_dtypes",
+    ),
+    (
+        "logits-unchecked-by-backends",
+        "        check_logits(logits, activation=spec.activation)\n",
+        "        pass\n",
+        REFUSALS + "test_values",
+    ),
+    (
+        "minimum-of-hard-labels-missing",
+        '        fields |= {"minimum": fields["overlap"]} if spec.required.minimum else {}\n',
+        "",
+        BACKENDS + "test_equals_the_reference_on_any_shape",
+    ),
+    (
+        "weight-dropped-by-backends",
+        "stacked = autograd.eager_sums(logits, target, weight, backend, spec)",
+        "stacked = autograd.eager_sums(logits, target, None, backend, spec)",
+        BACKENDS + "test_equals_the_reference_on_any_shape",
+    ),
+)
+mutate(
+    "kernels/autograd.py",
+    (
+        "second-derivative-of-a-backend",
+        "        if torch.is_grad_enabled():\n            gradient = _reference",
+        "        if False:\n            gradient = _reference",
+        BACKENDS + "test_a_gradient_of_the_gradient",
+    ),
+    (
+        "values-unchecked-by-blocked",
+        "not BACKENDS[backend].CHECKS_VALUES",
+        "False",
+        SUMS + "test_refuses_values_out_of_range",
+    ),
+)
+mutate(
+    "kernels/dispatch.py",
+    (
+        "negated-views-read-as-they-are",
+        "        and not tensor.is_neg()\n",
+        "",
+        BACKENDS + "test_views_whose_values_differ_from_their_memory",
+    ),
+    (
+        "strict-uses-the-reference",
+        '    if _strict and _forced != "reference":\n',
+        "    if False:\n",
+        BACKENDS + "test_the_reference_computes_what_a_backend_does_not_support",
+    ),
+)
+mutate(
+    "kernels/torch_blocked.py",
+    (
+        "blocked-gradient-of-dice-alone",
+        "        own -= by_nll * soft.others * soft.inv\n",
+        "",
+        BACKENDS + "test_equals_the_reference_on_any_shape",
+    ),
+    (
+        "blocked-one-minus-p-by-subtraction",
+        "        own -= by_nll * soft.others * soft.inv\n",
+        "        own -= by_nll * (1 - soft.own * soft.inv)\n",
+        BACKENDS + "test_a_certain_pixel_has_its_own_small_gradient",
+    ),
+    (
+        "blocked-last-block-lost",
+        "for start in range(0, z.shape[2], length):",
+        "for start in range(0, max(z.shape[2] - length, 1), length):",
+        BACKENDS + "test_at_the_ends_of_tiles_and_blocks",
+    ),
+    (
+        "blocked-weight-dropped-in-the-gradient",
+        "return gradient if block.weight is None else gradient.mul_(block.weight)\n\n\ndef _by_class",
+        "return gradient\n\n\ndef _by_class",
+        BACKENDS + "test_equals_the_reference_on_any_shape",
+    ),
+    (
+        "blocked-gradient-not-copied-back",
+        "gradient if flat.data_ptr() == gradient.data_ptr() else gradient.copy_(flat.view(gradient.shape))",
+        "gradient",
+        BACKENDS + "test_any_layout_in_memory",
+    ),
+    (
+        "blocked-sums-of-any-target",
+        "return form and set(spec.rows) <= _DICE_AND_CE and",
+        "return set(spec.rows) <= _DICE_AND_CE and",
+        BACKENDS + "test_the_reference_computes_what_a_backend_does_not_support",
+    ),
+)
+mutate(
+    "kernels/counts.py",
+    (
+        "counts-nan-as-a-class",
+        "    predicted = torch.where(greatest.isnan(), logits.shape[1], predicted)\n",
+        "",
+        COUNTS + "test_equals_the_definition",
+    ),
+    (
+        "counts-of-ignored-pixels",
+        "predicted & valid, actual & valid, valid.sum(-1)",
+        "predicted, actual & valid, valid.sum(-1)",
+        COUNTS + "test_planes",
+    ),
+)
+mutate(
+    "kernels/native/__init__.py",
+    (
+        "native-strides-assumed",
+        "        elif step != expected:\n            return None\n",
+        "",
+        BACKENDS + "test_any_layout_in_memory",
+    ),
+    (
+        "native-gradient-not-copied-back",
+        "return gradient if written is gradient else gradient.copy_(written)",
+        "return gradient",
+        BACKENDS + "test_any_layout_in_memory",
+    ),
+    (
+        "native-probabilities-as-logits",
+        "        spec.activation is not None\n        and can_read",
+        "        can_read",
+        SUMS + "test_equals_the_definition",
+    ),
+    (
+        "native-memory-errors-pass",
+        "    if call.invalid == _NO_MEMORY:\n",
+        "    if False:\n",
+        "kernels/test_native.py::test_no_memory_is_an_error_and_no_crash",
+    ),
+)
+mutate(
+    "kernels/native/sums.cpp",
+    (
+        "native-padding-counts",
+        "to[j] = j < n ? R(1) : R(0);",
+        "to[j] = R(1);",
+        BACKENDS + "test_at_the_ends_of_tiles_and_blocks",
+    ),
+    (
+        "native-ignored-logits-stay",
+        "z_own[c * P + j] = ignored(c, j) ? R(0) : z_own[c * P + j];",
+        "z_own[c * P + j] = z_own[c * P + j];",
+        BACKENDS + "test_ignored_pixels_may_hold_anything",
+    ),
+    (
+        "native-one-minus-p-by-subtraction",
+        "const vec q = x >= unit ? S::load(rest + j) * share : unit - p, g = S::load(three + j);",
+        "const vec q = unit - p, g = S::load(three + j);",
+        BACKENDS + "test_a_certain_pixel_has_its_own_small_gradient",
+    ),
+)
+
+
+@contextlib.contextmanager
+def copy_of_package() -> Iterator[Path]:
+    """Yield a temporary folder with the package, its configs and its tests, compiled."""
+    with tempfile.TemporaryDirectory(prefix="mutations-") as name:
+        folder = Path(name)
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "benchmarks")
+        for part in ("lightning_dice", "conf", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        # Checked by contents: two mutations of the same length within a second have the same size and time.
+        compileall.compile_dir(
+            folder / "lightning_dice", quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
+        )
+        yield folder
+
+
+def pytest_process(folder: Path, tests: tuple[str, ...], log: Path, cache: Path | None, mutated: bool) -> None:
+    """Run tests in the copy; the body of a process, which exits with pytest's status."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)  # For the processes that tests start.
+    os.environ.pop("LIGHTNING_DICE_KERNEL", None)
+    if cache is not None:
+        os.environ["XDG_CACHE_HOME"] = str(cache)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = mutated
+    import pytest
+
+    # Plugins that are imported already cannot be rewritten, which does no harm.
+    options = ["-x", "-q", "-m", "", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main([*(f"tests/{test}" for test in tests), *options])
+    import lightning_dice
+
+    if not Path(lightning_dice.__file__).is_relative_to(folder):
+        print(f"tests imported {lightning_dice.__file__}, not the copy")
+        status = 99
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def run_tests(folder: Path, tests: tuple[str, ...], log: Path, *, cache: Path | None = None, mutated: bool) -> int:
+    """Run tests in the copy and return pytest's exit status; -1 if they took too long."""
+    # Forked from a process that has imported what tests need, which takes longer than most of them.
+    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    context.set_forkserver_preload(["torch", "scipy.ndimage", "torchmetrics", "monai.losses", "optuna"])
+    process = context.Process(target=pytest_process, args=(folder, tests, log, cache, mutated))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return -1
+    return process.exitcode
+
+
+def apply(mutation: Mutation, folder: Path) -> str | None:
+    """Apply a mutation to the copy; return why it cannot be applied."""
+    file = folder / "lightning_dice" / mutation.file
+    if not file.is_file():
+        return f"no file {mutation.file}"
+    text = file.read_text(encoding="utf-8")
+    if (found := text.count(mutation.old)) != 1:
+        return f"its text occurs {found} times in {mutation.file}"
+    file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return None
+
+
+def outcome(mutation: Mutation, folder: Path) -> str:
+    """Apply a mutation, run its tests, undo it; return what happened."""
+    file = folder / "lightning_dice" / mutation.file
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if (problem := apply(mutation, folder)) is not None:
+        return f"DOES NOT APPLY: {problem}"
+    log = folder / f"{mutation.name}.log"
+    # Mutated C++ is built into a cache of its own.
+    cache = folder / f"cache-{mutation.name}" if "native/" in mutation.file and file.suffix != ".py" else None
+    try:
+        status = run_tests(folder, mutation.tests, log, cache=cache, mutated=True)
+    finally:
+        file.write_text(before, encoding="utf-8")
+    if status == FAILED:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith(("FAILED", "ERROR"))]
+        test = lines[0].split(" - ")[0].split("::", 1)[-1] if lines else "a test"
+        return f"caught by {test}"
+    if status == PASSED:
+        return "SURVIVED"
+    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
+    return f"BROKEN, pytest exited with {status}:\n{tail}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the mutations and print a table; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of names or of paths; all mutations by default")
+    parser.add_argument("--list", action="store_true", help="only list the mutations and their tests")
+    options = parser.parse_args(arguments)
+    chosen = [
+        one
+        for one in MUTATIONS
+        if not options.names or any(name in f"{one.name} {one.file}" for name in options.names)
+    ]
+    names = [one.name for one in MUTATIONS]
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"several mutations are named {', '.join(sorted(twice))}")
+    if not chosen:
+        parser.error(f"no mutation is named {' or '.join(options.names)}")
+    if options.list:
+        for one in chosen:
+            print(f"{one.name:44} {one.file}: {', '.join(one.tests)}")
+        return 0
+    width = max(len(one.name) for one in chosen)
+    start = time.monotonic()
+    with copy_of_package() as folder:
+        log = folder / "before.log"
+        every = tuple(sorted({test for one in chosen for test in one.tests}))
+        if (status := run_tests(folder, every, log, mutated=False)) != PASSED:
+            print(log.read_text(encoding="utf-8"))
+            print(f"the tests fail without a mutation: pytest exited with {status}")
+            return 1
+        print(f"{len(every)} groups of tests pass without a mutation ({time.monotonic() - start:.0f} s)", flush=True)
+        missed = []
+        for one in chosen:
+            result = outcome(one, folder)
+            if not result.startswith("caught"):
+                missed.append(one.name)
+            print(f"{one.name:{width}}  {result}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutations caught ({time.monotonic() - start:.0f} s)")
+    if missed:
+        print("not caught:", *missed)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
