@@ -1,25 +1,17 @@
 import copy
-import csv
 import math
-import subprocess
-import sys
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import SMALL, rows, run_command, run_ranks
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from squares import Cases, load
 from torch import nn
 
 from lightning_dice import SegmentationModule
 from lightning_dice.callbacks import SaveOnInterrupt, WeightEMA
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
 
 
 def module():
@@ -199,35 +191,54 @@ def test_it_can_be_copied():
     assert copy.deepcopy(WeightEMA(0.9)).decay == 0.9
 
 
-def command(name, *arguments, cwd):
-    line = [sys.executable, "-m", f"lightning_dice.{name}", *map(str, arguments)]
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize(
-    "device", [[], ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]], ids=["one", "two"]
-)
-def test_commands(tmp_path, device):
+@pytest.mark.slow
+def test_commands(tmp_path):
     """The best checkpoint's score is that of its averaged weights, in the run and in every later command."""
-    few = [*SMALL, "callbacks=ema", "logger=none", "optimizer.lr=0.05", "scheduler=constant", "data.batch_size=4"]
-    command("fit", *few, *device, "trainer.max_epochs=4", "folder=whole", cwd=tmp_path)
-    command("fit", *few, *device, "trainer.max_epochs=2", "folder=parts", cwd=tmp_path)
-    command("fit", "resume=parts", "trainer.max_epochs=4", cwd=tmp_path)
+    few = [*SMALL, "callbacks=ema", "~callbacks.overlays", "logger=none", "optimizer.lr=0.05", "scheduler=constant"]
+    few += ["data.batch_size=4"]
+    run_command("fit", *few, "trainer.max_epochs=2", "folder=whole", cwd=tmp_path)
+    run_command("fit", *few, "trainer.max_epochs=1", "folder=parts", "test=false", cwd=tmp_path)
+    run_command("fit", "resume=parts", "trainer.max_epochs=2", cwd=tmp_path)
     whole, parts = (
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "parts")
     )
     for part in ("state_dict", "current_model_state", "averaging_state"):
         assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items()), part
     assert whole["state_dict"]["net.weight"].ne(whole["current_model_state"]["net.weight"]).any()
-    command("evaluate", "run=whole", "output=test", cwd=tmp_path)
+    run_command("evaluate", "run=whole", "output=test", cwd=tmp_path)
     assert rows(tmp_path / "test/cases.csv") == rows(tmp_path / "whole/cases.csv")
-    command("evaluate", "run=whole", "output=val", "split=val", "checkpoint=last", cwd=tmp_path)
+    run_command("evaluate", "run=whole", "output=val", "split=val", "checkpoint=last", cwd=tmp_path)
     seen = [float(row["dice"]) for row in rows(tmp_path / "val/cases.csv")]
     assert float(rows(tmp_path / "whole/metrics.csv")[-1]["val/dice"]) == pytest.approx(sum(seen) / len(seen), abs=2e-6)
+
+
+def average_as_a_rank(folder):
+    """Train in one go and in two parts; returns both last checkpoints, and scores in the fit and of the checkpoint."""
+
+    def fit(name, epochs, resumed=None):
+        saved = ModelCheckpoint(folder / name, filename="last", enable_version_counter=False)
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False, max_epochs=epochs,
+            num_sanity_val_steps=0, callbacks=[WeightEMA(0.5), saved],
+        )  # fmt: skip
+        trainer.fit(module(), load(Cases(8)), load(Cases(4)), ckpt_path=resumed, weights_only=True)
+        return trainer, float(trainer.callback_metrics["val/loss"])
+
+    trainer, score = fit("whole", 2)
+    fit("parts", 1)
+    fit("parts", 2, folder / "parts/last.ckpt")
+    (tested,) = trainer.test(
+        module(), load(Cases(4)), ckpt_path=folder / "whole/last.ckpt", weights_only=True, verbose=False
+    )
+    return score, tested["test/loss"]
+
+
+@pytest.mark.process
+def test_two_processes_share_one_average(tmp_path):
+    first, second = run_ranks(average_as_a_rank, tmp_path).results
+    assert first == second
+    assert first[0] == first[1]
+    whole, parts = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "parts"))
+    for part in ("state_dict", "current_model_state", "averaging_state"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items()), part
+    assert whole["state_dict"]["net.0.weight"].ne(whole["current_model_state"]["net.0.weight"]).any()

@@ -1,11 +1,9 @@
-import os
-import pty
+import io
 import re
-import subprocess
 import sys
-import textwrap
 
 import pytest
+from squares import Net
 
 from lightning_dice.callbacks import ProgressBar
 
@@ -39,51 +37,33 @@ def test_disabled_bars_print_nothing(trainer, net, loader, capsys):
     assert capsys.readouterr().out == ""
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import lightning.pytorch as pl
-from torch.utils.data import DataLoader
-from conftest import Cases, Net, collate
-from lightning_dice.callbacks import ProgressBar
+class Terminal(io.StringIO):
+    """A terminal that keeps what it shows."""
+
+    def isatty(self):
+        return True
+
 
 class Both(Net):
+    """Logs two metrics for the bar."""
+
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.log("dice", 0.5, prog_bar=True, logger=False)
         return loss
 
-epochs, batches = map(int, sys.argv[1:])
-loader = DataLoader(Cases(2 * batches), 2, collate_fn=collate)
-kwargs = dict(accelerator="cpu", num_sanity_val_steps=0, logger=False, enable_checkpointing=False)
-trainer = pl.Trainer(max_epochs=epochs, callbacks=[ProgressBar()], **kwargs)
-trainer.fit(Both(), loader, DataLoader(Cases(2), 2, collate_fn=collate))
-"""
 
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize(("epochs", "batches", "bar"), [(2, 30, "━+ +"), (11, 120, "")], ids=["bar", "no-room"])
-def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(tmp_path, request, epochs, batches, bar):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(request.path.parent))))
-    master, slave = pty.openpty()
-    environment = os.environ | {"COLUMNS": "80", "TERM": "xterm"}
-    process = subprocess.Popen(
-        [sys.executable, script, str(epochs), str(batches)],
-        stdout=slave, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path,
-    )  # fmt: skip
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            part = os.read(master, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    assert process.wait(60) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+@pytest.mark.parametrize(("epochs", "batches", "bar"), [(2, 30, "━+ +"), (11, 100, "")], ids=["bar", "no-room"])
+def test_a_terminal_of_80_columns_shows_loss_and_dice_in_one_line(trainer, loader, monkeypatch, epochs, batches, bar):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("rich._console", None)
+    fit = trainer(ProgressBar(), max_epochs=epochs, enable_progress_bar=True, num_sanity_val_steps=0)
+    fit.fit_loop.epoch_progress.current.processed = epochs - 1  # Only the last epoch is trained.
+    fit.fit(Both(), loader(batches, 1, size=10), loader(2, size=10))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     last = f"Epoch {epochs - 1}/{epochs - 1}"
     bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith(last)]
     assert bars

@@ -1,67 +1,59 @@
 import math
+import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import fork
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from squares import Cases, Net, load
 
 from lightning_dice.callbacks import History, SaveOnInterrupt, exit_with_signal_status
 
-SCRIPT = """
-import sys, time, warnings
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from conftest import Cases, Net, collate
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
-from lightning_dice.callbacks import History, SaveOnInterrupt, exit_with_signal_status
 
 class Slow(Net):
+    """Leaves a file when it has come to the middle of its second epoch."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
     def training_step(self, batch, batch_idx):
         if self.global_step == 5:
-            Path({folder!r}, "ready").touch()
-        time.sleep(0.02 if self.global_step < 5 else 0.2)
+            (self.folder / "ready").touch()
+        time.sleep(0.2 if self.global_step >= 5 else 0)
         return super().training_step(batch, batch_idx)
 
-if __name__ == "__main__":
-    loader = DataLoader(Cases(8), 2, collate_fn=collate)
-    checkpoint = ModelCheckpoint({folder!r} + "/checkpoints", save_last=True)
-    callbacks = [History({folder!r}), SaveOnInterrupt({folder!r}), checkpoint]
+
+def train_slowly(folder):
+    # A shell's background job, as these tests may be, ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    callbacks = [History(folder), SaveOnInterrupt(folder), ModelCheckpoint(folder / "checkpoints", save_last=True)]
     trainer = pl.Trainer(accelerator="cpu", max_epochs=50, logger=False, enable_progress_bar=False, callbacks=callbacks)
     with exit_with_signal_status():
-        trainer.fit(Slow(), loader, loader)
+        trainer.fit(Slow(folder), load(Cases(8)), load(Cases(8)))
     print("went on after fit")
-"""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, request, trainer, net, loader, number, status):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(folder=str(tmp_path), tests=str(request.path.parent))))
-    process = subprocess.Popen(
-        [sys.executable, script],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell's background job, as these tests may be, ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, trainer, net, loader, number, status):
+    process = fork(train_slowly, tmp_path, folder=tmp_path / "process")
     try:
-        for _ in range(600):
-            if (tmp_path / "ready").exists() or process.poll() is not None:
+        for _ in range(1200):
+            if (tmp_path / "ready").exists() or process.exitcode is not None:
                 break
             time.sleep(0.05)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        os.kill(process.pid, number)
+        process.join(30)
     finally:
         process.kill()
-    assert process.returncode == status, err
+    out, err = ((tmp_path / "process" / name).read_text() for name in ("out", "err"))
+    assert process.exitcode == status, err
     assert "went on" not in out
     assert f"Resume with: python -m lightning_dice.fit resume={tmp_path}" in err
     last = tmp_path / "checkpoints/last.ckpt"

@@ -6,12 +6,11 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from helpers import run_ranks
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training import differences, train
 
@@ -134,49 +133,27 @@ def test_signals_are_lightnings_own_in_an_evaluation(tmp_path):
     assert callback._handlers == {}
 
 
-RANKS = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from training import train, differences
-from lightning_dice.callbacks import SaveOnInterrupt
-import lightning as L
+def stop_one_rank(folder):
+    """Train to the end, then until one rank gets a signal, then from there; returns the differences."""
 
-class Send(L.Callback):
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_rank == 1 and trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class SendToOne(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_rank == 1 and trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-folder = Path(sys.argv[1])
-settings = dict(devices=2, strategy="ddp", epochs=2)
-whole = train(**settings)
-try:
-    train(callbacks=(Send(), SaveOnInterrupt(folder)), **settings)
-except SIGTERMException:
-    pass
-else:
-    raise AssertionError("it went on")
-dist.barrier()
-found = differences(whole, train(checkpoint=folder / "checkpoints/last.ckpt", **settings))
-assert not found, found
-print("exact on", dist.get_rank(), flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
+    settings = {"devices": 2, "strategy": "ddp", "epochs": 2}
+    whole = train(**settings)
+    with pytest.raises(SIGTERMException):
+        train(callbacks=(SendToOne(), SaveOnInterrupt(folder)), **settings)
+    torch.distributed.barrier()
+    return differences(whole, train(checkpoint=folder / "checkpoints/last.ckpt", **settings))
 
 
+@pytest.mark.process
 def test_all_ranks_stop_when_one_is_told(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANKS)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29519", str(script)]
-    result = subprocess.run(
-        [*run, str(tmp_path), str(Path(__file__).parents[1])], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("exact on") == 2
-    assert result.stderr.count("Stopped by SIGTERM in epoch 1, step 3: saved") == 1
+    ranks = run_ranks(stop_one_rank, tmp_path)
+    assert ranks.results == [[], []]
+    assert ranks.err.count("Stopped by SIGTERM in epoch 1, step 3: saved") == 1
 
 
 def test_the_error_tells_its_status(tmp_path):
