@@ -4,16 +4,12 @@ import copy
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from definitions import plain_sums
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dice import DiceLoss
 from lightning_dice.functional import RegionMap, finish_reductions
@@ -157,13 +153,15 @@ OPTIONS = [
     {"smooth": 1.0, "absent": "skip", "exclude_classes": (0,)},
     {"smooth": 1.0, "absent": "smooth", "class_weights": [1.0, 2.0, 3.0]},
 ]
-SHAPES = [(19,), (7, 6), (4, 5, 3)]
 
 
 class TestEqualsTheDefinition:
     @pytest.mark.parametrize("regions", ["nearest", "blob"])
-    @pytest.mark.parametrize("space", SHAPES, ids=["1d", "2d", "3d"])
-    @pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
+    @pytest.mark.parametrize(
+        ("space", "activation"),
+        [((19,), "sigmoid"), ((7, 6), "softmax"), ((7, 6), None), ((4, 5, 3), "sigmoid")],
+        ids=["1d-sigmoid", "2d-softmax", "2d-probabilities", "3d-sigmoid"],
+    )
     @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
     def test_for_every_setting(self, options, activation, space, regions):
         logits, target = lesions(sum(space), activation=activation, space=space, ignored=True)
@@ -298,37 +296,6 @@ class TestInvariances:
 
 
 class TestHardCases:
-    @pytest.mark.parametrize("regions", ["nearest", "blob"])
-    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-    def test_ignored_pixels_do_no_harm(self, activation, regions):
-        logits, target = lesions(12, activation=activation, ignored=True)
-        ignored = (target == 255) if activation == "sigmoid" else (target == 255).unsqueeze(1).expand_as(logits)
-        poisoned = logits.masked_fill(ignored, torch.nan).requires_grad_()
-        loss = LesionWiseLoss(
-            DiceLoss(activation=activation, pool="image", ignore_index=255, absent="penalize"),
-            classes=3,
-            regions=regions,
-        )
-        value = loss(poisoned, target)
-        value.backward()
-        assert value.item() == loss(logits, target).item()
-        assert (poisoned.grad[ignored] == 0).all()
-        assert poisoned.grad.isfinite().all()
-
-    def test_everything_ignored_is_zero_with_a_zero_gradient(self):
-        logits = torch.full((2, 1, 4), torch.nan, requires_grad=True)
-        loss = LesionWiseLoss(DiceLoss(pool="image", ignore_index=255))(logits, torch.full((2, 1, 4), 255))
-        loss.backward()
-        assert loss.item() == 0
-        assert (logits.grad == 0).all()
-
-    def test_an_empty_batch_is_zero(self):
-        logits = torch.zeros(0, 3, 4, requires_grad=True)
-        target = torch.zeros(0, 4, dtype=torch.long)
-        loss = LesionWiseLoss(DiceLoss(activation="softmax", pool="image"), classes=3)(logits, target)
-        loss.backward()
-        assert loss.item() == 0
-
     def test_an_image_without_a_lesion_pushes_false_positives_down(self):
         logits = torch.zeros(1, 1, 5, 5, requires_grad=True)
         plain = DiceLoss(pool="image", smooth=1e-5, absent="penalize")
@@ -343,11 +310,6 @@ class TestHardCases:
         annotated = torch.tensor([[True, False, True]])
         kept = [0, 2]
         torch.testing.assert_close(loss(logits, target, annotated=annotated), loss(logits[:, kept], target[:, kept]))
-
-    def test_a_diverged_network_is_seen(self):
-        logits, target = lesions(14, activation="sigmoid")
-        logits[0, 0, 0, 0] = torch.nan
-        assert LesionWiseLoss(DiceLoss(pool="image"))(logits, target).isnan()
 
     def test_many_lesions_in_a_large_image(self):
         logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -365,30 +327,21 @@ class TestHardCases:
         assert loss(logits, target).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("regions", ["nearest", "blob"])
-@pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
-@pytest.mark.parametrize("options", [{"squared": True}, {"overlap": "minimum"}, {"absent": "penalize"}])
+@pytest.mark.parametrize(
+    ("activation", "regions", "options"),
+    [
+        ("sigmoid", "nearest", {"squared": True}),
+        ("softmax", "blob", {"overlap": "minimum"}),
+        (None, "nearest", {"absent": "penalize"}),
+    ],
+)
 def test_gradient(activation, regions, options):
-    logits, target = lesions(15, activation=activation, space=(4, 5), ignored=True)
+    logits, target = lesions(15, activation=activation, space=(4, 4), ignored=True)
     plain = DiceLoss(activation=activation, pool="image", ignore_index=255, **options)
     loss = LesionWiseLoss(plain, classes=3 if activation == "softmax" else None, regions=regions)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: loss(z, target), logits)
     assert torch.autograd.gradgradcheck(lambda z: loss(z, target), logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_half_precision(activation, dtype):
-    logits, target = lesions(16, activation=activation)
-    logits = logits.to(dtype).requires_grad_()
-    loss = LesionWiseLoss(DiceLoss(activation=activation, pool="image"), classes=3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = loss(logits, target)
-    value.backward()
-    assert value.dtype == torch.float32
-    assert logits.grad.dtype == dtype
-    assert value.item() == pytest.approx(loss(logits.double(), target).item(), rel=1e-6)
 
 
 class TestMaps:
@@ -457,57 +410,3 @@ def test_refuses_settings_that_do_not_fit_the_call():
         region_sums(
             checked_pixels(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)), torch.zeros(1, 1, 2), RequiredSums(nll=True)
         )
-
-
-RANK_SETTINGS = [
-    {"activation": activation, "absent": absent, "regions": regions, **extra}
-    for activation, absent, regions, extra in itertools.product(
-        ["sigmoid", "softmax"],
-        ["smooth", "skip", "penalize"],
-        ["nearest", "blob"],
-        [{}, {"class_weights": [1, 2, 3], "exclude_classes": [0]}, {"reduction": "sum"}],
-    )
-]
-SPLITS = [(2, 2), (3, 1), (4, 0)]
-
-
-def step(model, settings, split=slice(None)):
-    settings = dict(settings)
-    activation, regions = settings["activation"], settings.pop("regions")
-    image = torch.randn(4, 2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    _, mask = lesions(20, activation=activation, batch=4, space=(6, 5), ignored=True)
-    loss = LesionWiseLoss(DiceLoss(pool="image", ignore_index=255, **settings), classes=3, regions=regions)
-    value = loss(model(image[split]), mask[split])
-    value.backward()
-    return value.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def net():
-    torch.manual_seed(1)
-    return nn.Conv2d(2, 3, 1).double()
-
-
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    results = {}
-    for split, (index, settings) in itertools.product(SPLITS, enumerate(RANK_SETTINGS)):
-        part = slice(0, split[0]) if rank == 0 else slice(split[0], None)
-        results[split, index] = step(DistributedDataParallel(net()), settings, part)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(worker, (folder,), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-@pytest.mark.parametrize("index", range(len(RANK_SETTINGS)))
-def test_two_processes_are_one(results, split, index):
-    loss, gradient = step(net(), RANK_SETTINGS[index])
-    assert sum(result[split, index][0] for result in results) / 2 == pytest.approx(loss, rel=1e-10)
-    for result in results:
-        torch.testing.assert_close(result[split, index][1], gradient, rtol=1e-10, atol=1e-12)

@@ -40,11 +40,23 @@ IGNORED = 255
 SPACES = {"2d": (5, 4), "3d": (3, 4, 2)}
 
 
-def grid(**options):
-    """Yield every combination of options, as dicts with readable ids."""
-    for values in itertools.product(*options.values()):
-        chosen = dict(zip(options, values, strict=True))
-        yield pytest.param(chosen, id="-".join(f"{name}={value}" for name, value in chosen.items()))
+def pairwise(**options):
+    """Parametrize a test by combinations of options in which any value of one option meets any value of another.
+
+    Presets translate each argument on its own, so that all combinations would find no more.
+    """
+    rows = list(itertools.product(*(range(len(values)) for values in options.values())))
+
+    def pairs_of(row):
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing, chosen = set().union(*map(pairs_of, rows)), []
+    while missing:
+        best = max(rows, key=lambda row: len(pairs_of(row) & missing))
+        missing -= pairs_of(best)
+        chosen.append([values[index] for index, values in zip(best, options.values(), strict=True)])
+    ids = ["-".join(f"{name}={value}" for name, value in zip(options, row, strict=True)) for row in chosen]
+    return pytest.mark.parametrize(tuple(options), chosen, ids=ids)
 
 
 def assert_same(ours, theirs, logits, target, peer_target=None, *, constant=0.0, factor=1.0, tolerance=EXACT):
@@ -77,34 +89,27 @@ def planes(ids, classes=3, ignored=IGNORED):
 
 
 class TestMonai:
-    OPTIONS: ClassVar = list(
-        grid(
-            space=list(SPACES),
-            batch=[False, True],
-            squared_pred=[False, True],
-            include_background=[True, False],
-            smooth=[(1e-5, 1e-5), (0.0, 1.0)],
-        )
+    @pairwise(
+        kind=["ids", "planes", "probabilities"],
+        jaccard=[False, True],
+        space=list(SPACES),
+        batch=[False, True],
+        squared_pred=[False, True],
+        include_background=[True, False],
+        smooth=[(1e-5, 1e-5), (0.0, 1.0)],
     )
-
-    @staticmethod
-    def arguments(options, **more):
-        above, below = options["smooth"]
-        rest = {name: value for name, value in options.items() if name not in ("space", "smooth")}
-        return {"smooth_nr": above, "smooth_dr": below, **rest, **more}
-
-    @pytest.mark.parametrize("options", OPTIONS)
-    @pytest.mark.parametrize("kind", ["ids", "planes", "probabilities"])
-    @pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
-    def test_dice_and_jaccard(self, options, kind, jaccard):
+    def test_dice_and_jaccard(self, kind, jaccard, space, batch, squared_pred, include_background, smooth):
         activation = {"ids": "softmax", "planes": "sigmoid", "probabilities": None}[kind]
-        logits, target = case(activation, space=SPACES[options["space"]])
+        logits, target = case(activation, space=SPACES[space])
         acts = {"softmax": activation == "softmax", "sigmoid": activation == "sigmoid"}
-        given = self.arguments(options, to_onehot_y=kind == "ids", jaccard=jaccard, **acts)
+        given = {
+            "smooth_nr": smooth[0], "smooth_dr": smooth[1], "batch": batch, "squared_pred": squared_pred,
+            "include_background": include_background, "to_onehot_y": kind == "ids", "jaccard": jaccard, **acts,
+        }  # fmt: skip
         ours = (JaccardLoss if jaccard else DiceLoss).like_monai(**given)
         peer_target = channel(target) if kind == "ids" else target.double()
         # MONAI's one-hot copy of ids is float32, and so is the norm that it squares again.
-        tolerance = SINGLE if kind == "ids" and options["squared_pred"] else EXACT
+        tolerance = SINGLE if kind == "ids" and squared_pred else EXACT
         assert_same(ours, monai.DiceLoss(**given), logits, target, peer_target, tolerance=tolerance)
 
     @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
@@ -114,9 +119,7 @@ class TestMonai:
         given = {"sigmoid": True, "batch": batch}
         assert_same(DiceLoss.like_monai(**given), monai.DiceLoss(**given), logits, target, target.double())
 
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("loss", ["dice", "jaccard", "tversky"])
+    @pairwise(reduction=["mean", "sum", "none"], batch=[False, True], loss=["dice", "jaccard", "tversky"])
     def test_reductions(self, reduction, batch, loss):
         logits, target = case("softmax")
         given = {"softmax": True, "to_onehot_y": True, "reduction": reduction, "batch": batch}
@@ -124,20 +127,24 @@ class TestMonai:
         theirs = monai.TverskyLoss(**given) if loss == "tversky" else monai.DiceLoss(jaccard=loss == "jaccard", **given)
         assert_same(ours, theirs, logits, target, channel(target))
 
-    @pytest.mark.parametrize("squared_pred", [False, True])
-    @pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
-    @pytest.mark.parametrize("soft_label", [False, True])
-    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    @pairwise(
+        soft_label=[True, False],
+        squared_pred=[False, True],
+        jaccard=[False, True],
+        activation=["sigmoid", "softmax"],
+    )
     def test_soft_labels(self, squared_pred, jaccard, soft_label, activation):
         logits, target = case(activation, soft=True)
         given = {"squared_pred": squared_pred, "jaccard": jaccard, "soft_label": soft_label, activation: True}
         ours = (JaccardLoss if jaccard else DiceLoss).like_monai(**given)
         assert_same(ours, monai.DiceLoss(**given), logits, target)
 
-    @pytest.mark.parametrize("loss", ["dice", "jaccard", "tversky"])
-    @pytest.mark.parametrize("include_background", [True, False])
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("label", [IGNORED, -1, 2])
+    @pairwise(
+        loss=["dice", "jaccard", "tversky"],
+        label=[IGNORED, -1, 2],
+        include_background=[True, False],
+        batch=[False, True],
+    )
     def test_ignored_ids(self, loss, include_background, batch, label):
         logits, target = case("softmax", ignored=True)
         target = target.where(target != IGNORED, label)
@@ -192,11 +199,13 @@ class TestMonai:
         ours, theirs = DiceLoss.like_monai(weight=[0.5, 1, 1.5], **given), monai.DiceLoss(weight=[1, 2, 3], **given)
         assert_same(ours, theirs, logits, target, channel(target), factor=0.5, tolerance=WEIGHTS)
 
-    @pytest.mark.parametrize("kind", ["ids", "planes"])
-    @pytest.mark.parametrize("alpha", [0.5, 0.2])
-    @pytest.mark.parametrize("include_background", [True, False])
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("soft_label", [False, True])
+    @pairwise(
+        kind=["ids", "planes"],
+        alpha=[0.5, 0.2],
+        include_background=[True, False],
+        batch=[False, True],
+        soft_label=[False, True],
+    )
     def test_tversky(self, kind, alpha, include_background, batch, soft_label):
         activation = "softmax" if kind == "ids" else "sigmoid"
         logits, target = case(activation)
@@ -207,10 +216,12 @@ class TestMonai:
         peer_target = channel(target) if kind == "ids" else target.double()
         assert_same(TverskyLoss.like_monai(**given), monai.TverskyLoss(**given), logits, target, peer_target)
 
-    @pytest.mark.parametrize("w_type", ["square", "simple", "uniform"])
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("include_background", [True, False])
-    @pytest.mark.parametrize("absent", [False, True], ids=["all-present", "one-absent"])
+    @pairwise(
+        w_type=["square", "simple", "uniform"],
+        batch=[False, True],
+        include_background=[True, False],
+        absent=[False, True],
+    )
     def test_generalized(self, w_type, batch, include_background, absent):
         logits, target = case("softmax", space=(6, 5))
         if absent:
@@ -233,12 +244,14 @@ class TestMonai:
         expected = monai.GeneralizedDiceLoss(reduction="none", **given)(logits, target).flatten(1)
         torch.testing.assert_close(table, expected.expand_as(table), **SINGLE)
 
-    @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("squared_pred", [False, True])
-    @pytest.mark.parametrize("include_background", [True, False])
-    @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-    @pytest.mark.parametrize("weight", [None, (0.4, 0.8, 1.2)], ids=["plain", "weighted"])
+    @pairwise(
+        space=list(SPACES.values()),
+        batch=[False, True],
+        squared_pred=[False, True],
+        include_background=[True, False],
+        label_smoothing=[0.0, 0.1],
+        weight=[None, (0.4, 0.8, 1.2)],
+    )
     def test_dice_ce(self, space, batch, squared_pred, include_background, label_smoothing, weight):
         logits, target = case("softmax", space=space)
         given = {
@@ -265,10 +278,7 @@ class TestMonai:
         logits, target = case("softmax", soft=True)
         assert_same(DiceCELoss.like_monai(softmax=True), monai.DiceCELoss(softmax=True), logits, target)
 
-    @pytest.mark.parametrize("classes", [1, 3])
-    @pytest.mark.parametrize("alpha", [None, 0.25])
-    @pytest.mark.parametrize("gamma", [0.5, 2.0])
-    @pytest.mark.parametrize("weight", [None, (0.5, 1.0, 1.5)], ids=["plain", "weighted"])
+    @pairwise(classes=[1, 3], alpha=[None, 0.25], gamma=[0.5, 2.0], weight=[None, (0.5, 1.0, 1.5)])
     def test_dice_focal(self, classes, alpha, gamma, weight):
         logits, target = case("sigmoid", classes)
         weight = None if classes == 1 else weight
@@ -287,10 +297,7 @@ class TestMonai:
             theirs = monai.DiceFocalLoss(sigmoid=True, **given)
         assert_same(ours, theirs, logits, target, target.double(), tolerance=SINGLE)
 
-    @pytest.mark.parametrize("classes", [1, 3])
-    @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-    @pytest.mark.parametrize("alpha", [None, 0.25])
-    @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+    @pairwise(gamma=[0.0, 0.5, 2.0], alpha=[None, 0.25], classes=[1, 3], space=list(SPACES.values()))
     def test_focal(self, classes, space, alpha, gamma):
         logits, target = case("sigmoid", classes, space)
         given = {"alpha": alpha, "gamma": gamma}
@@ -316,9 +323,6 @@ class TestMonai:
 
 
 class TestSmp:
-    OPTIONS: ClassVar = list(
-        grid(mode=["binary", "multilabel", "multiclass"], space=list(SPACES), smooth=[0.0, 0.5], ignored=[False, True])
-    )
     PAIRS: ClassVar = {
         "dice": (DiceLoss, smp.DiceLoss, {}),
         "log_dice": (LogDiceLoss, smp.DiceLoss, {"log_loss": True}),
@@ -330,13 +334,18 @@ class TestSmp:
     def case(mode, **options):
         return case("softmax" if mode == "multiclass" else "sigmoid", 1 if mode == "binary" else 3, **options)
 
-    @pytest.mark.parametrize("options", OPTIONS)
-    @pytest.mark.parametrize("pair", PAIRS)
-    def test_overlap(self, options, pair):
-        logits, target = self.case(options["mode"], space=SPACES[options["space"]], ignored=options["ignored"])
+    @pairwise(
+        pair=list(PAIRS),
+        mode=["binary", "multilabel", "multiclass"],
+        space=list(SPACES),
+        smooth=[0.0, 0.5],
+        ignored=[False, True],
+    )
+    def test_overlap(self, pair, mode, space, smooth, ignored):
+        logits, target = self.case(mode, space=SPACES[space], ignored=ignored)
         loss, peer, more = self.PAIRS[pair]
-        more = {**more, "smooth": options["smooth"], "ignore_index": IGNORED if options["ignored"] else None}
-        assert_same(loss.like_smp(options["mode"], **more), peer(options["mode"], **more), logits, target)
+        more = {**more, "smooth": smooth, "ignore_index": IGNORED if ignored else None}
+        assert_same(loss.like_smp(mode, **more), peer(mode, **more), logits, target)
 
     @pytest.mark.parametrize("pair", PAIRS)
     @pytest.mark.parametrize("mode", ["binary", "multilabel", "multiclass"])
@@ -354,9 +363,7 @@ class TestSmp:
         loss, peer, more = self.PAIRS[pair]
         assert_same(loss.like_smp("binary", **more), peer("binary", **more), logits, target)
 
-    @pytest.mark.parametrize("pair", PAIRS)
-    @pytest.mark.parametrize("mode", ["multilabel", "multiclass"])
-    @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]], ids=["plain", "weighted"])
+    @pairwise(pair=list(PAIRS), mode=["multilabel", "multiclass"], weights=[None, [1.0, 2.0, 5.0]])
     def test_some_classes(self, pair, mode, weights):
         logits, target = self.case(mode)
         loss, peer, more = self.PAIRS[pair]
@@ -371,12 +378,16 @@ class TestSmp:
         assert DiceLoss.like_smp("binary")(logits, empty) == smp.DiceLoss("binary")(logits, empty) == 0
         assert DiceLoss()(logits, empty).item() == pytest.approx(1 - 1 / (4 / (1 + math.exp(-1)) + 1))
 
-    @pytest.mark.parametrize("options", list(grid(alpha=[None, 0.25], gamma=[0.5, 2.0], space=list(SPACES))))
-    @pytest.mark.parametrize("mode", ["binary", "multilabel", "multiclass"])
-    @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]], ids=["plain", "weighted"])
-    def test_focal(self, options, mode, weights):
-        logits, target = self.case(mode, space=SPACES[options["space"]])
-        given = {"alpha": options["alpha"], "gamma": options["gamma"]}
+    @pairwise(
+        mode=["multiclass", "binary", "multilabel"],
+        alpha=[None, 0.25],
+        gamma=[0.5, 2.0],
+        space=list(SPACES),
+        weights=[None, [1.0, 2.0, 5.0]],
+    )
+    def test_focal(self, mode, alpha, gamma, space, weights):
+        logits, target = self.case(mode, space=SPACES[space])
+        given = {"alpha": alpha, "gamma": gamma}
         given["class_weights"] = None if mode == "binary" else weights
         ours_target = planes(target) if mode == "multiclass" else target
         tolerance = EXACT if given["class_weights"] is None else WEIGHTS
@@ -420,27 +431,31 @@ class TestNnunet:
     def case(regions, space, **options):
         return case("sigmoid" if regions else "softmax", space=space, **options)
 
-    @pytest.mark.parametrize("options", list(grid(space=list(SPACES), batch_dice=[False, True], smooth=[1e-5, 1.0])))
-    @pytest.mark.parametrize("regions", [False, True], ids=["labels", "regions"])
-    @pytest.mark.parametrize("do_bg", [False, True])
-    @pytest.mark.parametrize("peer", ["SoftDiceLoss", "MemoryEfficientSoftDiceLoss"])
-    def test_dice(self, nnunet, options, regions, do_bg, peer):
-        logits, target = self.case(regions, SPACES[options["space"]])
-        given = {"batch_dice": options["batch_dice"], "smooth": options["smooth"], "do_bg": do_bg}
+    @pairwise(
+        space=list(SPACES),
+        batch_dice=[False, True],
+        smooth=[1e-5, 1.0],
+        regions=[False, True],
+        do_bg=[False, True],
+        peer=["SoftDiceLoss", "MemoryEfficientSoftDiceLoss"],
+    )
+    def test_dice(self, nnunet, space, batch_dice, smooth, regions, do_bg, peer):
+        logits, target = self.case(regions, SPACES[space])
+        given = {"batch_dice": batch_dice, "smooth": smooth, "do_bg": do_bg}
         activation = torch.sigmoid if regions else lambda z: z.softmax(1)
         theirs = getattr(nnunet, peer)(apply_nonlin=activation, ddp=False, **given)
         ours = DiceLoss.like_nnunet(regions=regions, **given)
         assert_same(ours, theirs, logits, target, target if regions else channel(target), constant=1, tolerance=SINGLE)
 
-    @pytest.mark.parametrize("options", list(grid(space=list(SPACES), batch_dice=[False, True], ignored=[False, True])))
-    def test_as_its_trainer_builds_it_for_labels(self, nnunet, options):
-        logits, target = self.case(False, SPACES[options["space"]], ignored=options["ignored"])
-        label = IGNORED if options["ignored"] else None
-        dice = {"batch_dice": options["batch_dice"], "smooth": 1e-5, "do_bg": False, "ddp": False}
+    @pairwise(space=list(SPACES), batch_dice=[False, True], ignored=[False, True])
+    def test_as_its_trainer_builds_it_for_labels(self, nnunet, space, batch_dice, ignored):
+        logits, target = self.case(False, SPACES[space], ignored=ignored)
+        label = IGNORED if ignored else None
+        dice = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False}
         theirs = nnunet.DC_and_CE_loss(
             dice, {}, weight_ce=1, weight_dice=1, ignore_label=label, dice_class=nnunet.MemoryEfficientSoftDiceLoss
         )
-        ours = DiceCELoss.like_nnunet(batch_dice=options["batch_dice"], ignore_label=label)
+        ours = DiceCELoss.like_nnunet(batch_dice=batch_dice, ignore_label=label)
         assert_same(ours, theirs, logits, target, channel(target), constant=1, tolerance=SINGLE)
 
     def test_a_class_that_one_image_lacks(self, nnunet):
@@ -650,10 +665,9 @@ class TestWhereAPeerIsWrong:
 
 
 class TestTorch:
-    @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-    @pytest.mark.parametrize("ignored", [False, True])
-    @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-    @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]], ids=["plain", "weighted"])
+    @pairwise(
+        space=list(SPACES.values()), ignored=[False, True], label_smoothing=[0.0, 0.2], weights=[None, [1.0, 2.0, 5.0]]
+    )
     def test_cross_entropy_of_ids(self, space, ignored, label_smoothing, weights):
         logits, ids = case("softmax", space=space, ignored=ignored)
         label = IGNORED if ignored else None
@@ -695,9 +709,7 @@ class TestTorch:
         smoothed = target.double() * 0.8 + 0.1
         assert_same(CrossEntropyLoss(label_smoothing=0.2), torch.nn.BCEWithLogitsLoss(), logits, target, smoothed)
 
-    @pytest.mark.parametrize("alpha", [-1, 0.0, 0.25, 1.0])
-    @pytest.mark.parametrize("gamma", [0, 0.5, 2])
-    @pytest.mark.parametrize("classes", [1, 3])
+    @pairwise(alpha=[-1, 0.0, 0.25, 1.0], gamma=[0, 0.5, 2], classes=[1, 3])
     def test_torchvision_focal(self, alpha, gamma, classes):
         logits, target = case("sigmoid", classes)
         ours = FocalLoss(gamma=gamma, alpha=None if alpha == -1 else alpha)

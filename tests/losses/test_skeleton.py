@@ -6,25 +6,19 @@ import copy
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from definitions import probabilities, random_case
 from monai.losses import SoftclDiceLoss
 from monai.losses.cldice import soft_skel
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dice import DiceLoss
 from lightning_dice.losses import (
-    BoundaryLoss,
     ClDiceLoss,
     CompoundLoss,
     DeepSupervision,
-    HausdorffLoss,
     SkeletonRecallLoss,
 )
 from lightning_dice.losses.skeleton import soft_skeleton
@@ -103,9 +97,9 @@ def plain_cldice(
 
 
 class TestSoftSkeleton:
-    @pytest.mark.parametrize("core", [False, True])
-    @pytest.mark.parametrize("ignored", [0.0, 0.3])
-    @pytest.mark.parametrize("iterations", [0, 1, 4])
+    @pytest.mark.parametrize(
+        ("iterations", "ignored", "core"), [(0, 0.3, True), (1, 0.0, False), (4, 0.3, False), (4, 0.3, True)]
+    )
     @pytest.mark.parametrize("space", SPACES)
     def test_equals_the_definition(self, space, iterations, ignored, core):
         generator = torch.Generator().manual_seed(0)
@@ -155,7 +149,7 @@ class TestSoftSkeleton:
 
 
 class TestClDice:
-    @pytest.mark.parametrize("target", ["hard", "soft", "ignored", "soft and ignored"])
+    @pytest.mark.parametrize("target", ["ignored", "soft and ignored"])
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax", None])
     @pytest.mark.parametrize("space", SPACES)
     def test_equals_the_definition(self, space, activation, target):
@@ -270,7 +264,8 @@ class TestClDice:
     def test_predicting_everything_costs(self):
         mask = torch.zeros(1, 1, 40, 40)
         mask[..., 20, :] = 1
-        everything, something = torch.ones(1, 1, 40, 40), torch.rand(1, 1, 40, 40)
+        everything = torch.ones(1, 1, 40, 40)
+        something = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0)) / 2
         published = ClDiceLoss(activation=None, core=False)
         assert published(everything, mask) == 0  # better than
         assert published(something, mask) > 0.3
@@ -394,47 +389,11 @@ class TestInvariances:
         other = mask[:, order] if activation == "sigmoid" else order.argsort()[mask]
         torch.testing.assert_close(loss(logits[:, order], other), loss(logits, mask))
 
-    def test_memory_formats_are_equal(self, kind, activation):
-        logits, mask = random_case(5, activation=activation, ignored=True)
-        loss = built(kind, activation, ignore_index=255)
-        last = logits.contiguous(memory_format=torch.channels_last)
-        other = mask.mT.contiguous().mT
-        torch.testing.assert_close(loss(last, other), loss(logits, mask))
-
     def test_by_image_an_image_does_not_know_its_neighbours(self, kind, activation):
         logits, mask = random_case(5, activation=activation, batch=3)
         loss = built(kind, activation, pool="image")
         alone = torch.stack([loss(logits[b : b + 1], mask[b : b + 1]) for b in range(3)])
         torch.testing.assert_close(loss(logits, mask), alone.mean())
-
-    def test_ignored_pixels_hold_nothing(self, kind, activation):
-        logits, mask = random_case(5, activation=activation, ignored=True)
-        ignored = mask == 255 if activation == "sigmoid" else (mask == 255).unsqueeze(1).expand_as(logits)
-        loss = built(kind, activation, ignore_index=255)
-        clean, broken = logits.clone().requires_grad_(), logits.masked_fill(ignored, torch.nan).requires_grad_()
-        expected, found = loss(clean, mask), loss(broken, mask)
-        expected.backward()
-        found.backward()
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        torch.testing.assert_close(broken.grad, clean.grad, rtol=0, atol=0)
-        assert (broken.grad[ignored] == 0).all()
-        assert (broken.grad != 0).any()
-
-    def test_everything_ignored_is_zero_with_a_zero_gradient(self, kind, activation):
-        logits, mask = random_case(5, activation=activation)
-        logits = torch.full_like(logits, torch.nan).requires_grad_()
-        loss = built(kind, activation, ignore_index=255)(logits, torch.full_like(mask, 255))
-        loss.backward()
-        assert loss.item() == 0
-        assert (logits.grad == 0).all()
-
-    def test_an_empty_batch_is_zero(self, kind, activation):
-        logits, mask = random_case(5, activation=activation)
-        logits = logits[:0].requires_grad_()
-        for pool in ("image", "batch"):
-            loss = built(kind, activation, pool=pool)(logits, mask[:0])
-            loss.backward()
-            assert loss.item() == 0
 
     def test_saturated_logits_are_finite(self, kind, activation):
         logits, mask = random_case(5, activation=activation)
@@ -450,23 +409,6 @@ class TestInvariances:
         logits[0] = torch.nan
         for smooth, pool in itertools.product((0, 1), ("image", "batch")):
             assert built(kind, activation, smooth=smooth, pool=pool)(logits, mask).isnan()
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_computed_in_float32(self, kind, activation, dtype):
-        logits, mask = random_case(5, activation=activation)
-        logits = logits.to(dtype).requires_grad_()
-        loss = built(kind, activation)(logits, mask)
-        loss.backward()
-        assert loss.dtype == torch.float32
-        assert logits.grad.dtype == dtype
-        assert loss.item() == pytest.approx(built(kind, activation)(logits.double(), mask).item(), rel=1e-5)
-
-    def test_autocast_changes_nothing(self, kind, activation):
-        logits, mask = random_case(5, activation=activation)
-        loss = built(kind, activation)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = loss(logits, mask)
-        torch.testing.assert_close(found, loss(logits, mask), rtol=0, atol=0)
 
     def test_a_class_that_is_not_annotated_is_left_out(self, kind, activation):
         logits, mask = random_case(5, activation=activation)
@@ -487,12 +429,6 @@ class TestInvariances:
             joined[1, 0] = joined[1, [0, 2]].logsumexp(0)
             joined[1, 2] = -1e3
             torch.testing.assert_close(loss(joined, mask, annotated=annotated), found.detach())
-
-    @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (1, 3, 5, 4), (2, 3, 4, 5), (2, 5, 4)])
-    def test_refuses_what_would_broadcast(self, kind, activation, shape):
-        logits, _ = random_case(9, activation="sigmoid")
-        with pytest.raises(ValueError, match=r"target must have the shape of logits, \(2, 3, 5, 4\), got"):
-            built(kind, "sigmoid")(logits, torch.zeros(shape))
 
     def test_copies_and_pickles(self, kind, activation):
         logits, mask = random_case(9, activation=activation)
@@ -517,77 +453,3 @@ class TestInvariances:
         coarse = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         maps = {name: torch.stack([make(one) for one in mask]) for name, make in loss.maps.items()}
         torch.testing.assert_close(loss([logits, coarse], mask, maps=maps), loss([logits, coarse], mask))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ClDiceLoss(activation="relu"), "activation must be one of"),
-        (lambda: ClDiceLoss(iterations=-1), "iterations must be an integer >= 0, got -1"),
-        (lambda: ClDiceLoss(iterations=2.0), "iterations must be an integer >= 0, got 2.0"),
-        (lambda: ClDiceLoss(smooth=-1), "smooth must be a number of pixels >= 0"),
-        (lambda: ClDiceLoss(pool="all"), "pool must be one of 'image', 'batch', got 'all'"),
-        (lambda: ClDiceLoss(absent="penalize"), "absent must be one of 'smooth', 'skip', got 'penalize'"),
-        (lambda: ClDiceLoss(class_weights=[0, 0]), "class_weights must be"),
-        (lambda: ClDiceLoss(exclude_classes=0), "exclude_classes must be a list"),
-        (lambda: SkeletonRecallLoss(radius=-1), "radius must be a number >= 0, got -1"),
-        (lambda: SkeletonRecallLoss(classes=0), "classes must be None or an integer >= 1, got 0"),
-        (lambda: SkeletonRecallLoss(smooth="a"), "smooth must be"),
-        (lambda: SkeletonRecallLoss(pool="batches"), "pool must be one of"),
-    ],
-)
-def test_refuses_settings(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-LOSSES = [
-    ClDiceLoss(pool="batch", ignore_index=255),
-    ClDiceLoss(pool="image", ignore_index=255, class_weights=[1, 2, 3]),
-    ClDiceLoss(activation="softmax", absent="skip", ignore_index=255),
-    SkeletonRecallLoss(pool="batch", ignore_index=255),
-    SkeletonRecallLoss(activation="softmax", classes=3, pool="image", ignore_index=255),
-    BoundaryLoss(ignore_index=255),
-    BoundaryLoss(activation="softmax", classes=3, exclude_classes=[0], ignore_index=255),
-    HausdorffLoss(activation="softmax", classes=3, ignore_index=255),
-]
-SPLITS = [(4, 4), (5, 3), (8, 0)]
-
-
-def case(activation):
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(8, 2, 6, 5, generator=generator, dtype=torch.float64)
-    shape = (8, 6, 5) if activation == "softmax" else (8, 3, 6, 5)
-    mask = torch.randint(0, 3 if activation == "softmax" else 2, shape, generator=generator)
-    mask[6:][mask[6:] == 1] = 0  # Class 1 (or all) is absent from the last two images,
-    mask[7] = 255  # of which the last is ignored altogether.
-    return image, mask.masked_fill(torch.rand(shape, generator=generator) < 0.2, 255)
-
-
-def step(wrap, loss, image, mask):
-    torch.manual_seed(1)
-    net = wrap(nn.Conv2d(2, 3, 1).double())
-    value = loss(net(image), mask)
-    value.backward()
-    return value.item(), torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
-
-
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    results = {}
-    for split, (index, loss) in itertools.product(SPLITS, enumerate(LOSSES)):
-        image, mask = (tensor.split(split)[rank] for tensor in case(loss.activation))
-        results[split, index] = step(DistributedDataParallel, loss, image, mask)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    mp.start_processes(worker, (tmp_path,), nprocs=2, start_method="spawn")
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for split, (index, loss) in itertools.product(SPLITS, enumerate(LOSSES)):
-        value, gradient = step(lambda net: net, loss, *case(loss.activation))
-        # With a ratio for each image, a process reports its part of the mean.
-        assert sum(result[split, index][0] for result in results) / 2 == pytest.approx(value, rel=1e-10)
-        for result in results:
-            torch.testing.assert_close(result[split, index][1], gradient, rtol=1e-9, atol=1e-12)
