@@ -12,7 +12,6 @@ How a page is written:
 from __future__ import annotations
 
 import doctest
-import importlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from typing import Any
 import pytest
 import yaml
 from documented_data import write_data, write_inputs
+from helpers import run_command
 from hydra import compose, initialize_config_dir
 
 from lightning_dice import calibrate, compare, evaluate, export, plan, predict
@@ -49,7 +49,7 @@ SHORT = [
 ELSEWHERE = re.compile(
     r"=gpu|multi_gpu|multi_node|srun |torchrun |devices=[2-9]|submitit|joblib|=imagenet|download=true|wandb|mlflow|SLURM"
 )
-COMMAND = re.compile(r"(?:python -m lightning_dice\.|\bdice-)(\w+)(.*)")
+COMMAND = re.compile(r"(?:-m lightning_dice\.(?!kernels)|\bdice-)(\w+)(.*)")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for seed, name in enumerate(("first", "second")):
         train = [f"data.root={root / 'data/cells'}", "data=folder", "data.classes=[cell]", "data.channels=1"]
         small = ["model=custom", "device=cpu", "logger=csv", f"seed={seed}"]
-        run("fit", [*train, *small, *SHORT, f"folder={root / 'runs' / name}"])
+        run_command("fit", *train, *small, *SHORT, f"folder={root / 'runs' / name}", cwd=root)
     return {"/data/": root / "data", "/my/": root / "my", "runs": root / "runs"}
 
 
@@ -147,14 +147,6 @@ def desk(tmp_path, places, monkeypatch) -> Iterator[Path]:
         origin = getattr(sys.modules[name], "__file__", None)
         if origin and Path(origin).is_relative_to(tmp_path):
             del sys.modules[name]
-
-
-def run(name: str, arguments: list[str]) -> None:
-    """Run a command in this process."""
-    try:
-        importlib.import_module(f"lightning_dice.{name}").main(arguments)
-    except SystemExit as error:
-        assert not error.code, f"{name} {arguments}: exit status {error.code}"
 
 
 def here(text: str, places: dict[str, Path]) -> str:
@@ -175,7 +167,8 @@ def execute(block: Block, names: dict[str, Any], places: dict[str, Path]) -> Non
         return
     test = doctest.DocTestParser().get_doctest(text, names, str(block), str(block.page), block.line)
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(test, out=report.append)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    runner.run(test, out=report.append, clear_globs=False)  # The next block goes on with its names.
     assert not report, "".join(report)
     names.update(test.globs)
 
@@ -225,7 +218,7 @@ def test_commands_compose(line, desk):
         for block in blocks(line.block.page):
             write_file(block, desk)
         if any((desk / path).is_dir() for path in arguments):
-            run(line.name, [*arguments, "--cfg", "job"])
+            run_command(line.name, *arguments, "--cfg", "job", cwd=desk)
         return
     else:
         arguments = command.hydra_escape(arguments)
@@ -275,7 +268,7 @@ def test_commands_run(page, desk, places):
         if line.name == "fit" and not any(a.startswith("resume=") for a in arguments):
             volumes = re.search(r"data=(volumes|nnunet)|experiment=plan", line.text)
             arguments += [*SHORT[:-1], "data.patch_size=[16,16,16]"] if volumes else SHORT
-        run(line.name, arguments)
+        run_command(line.name, *arguments, cwd=desk)
 
 
 def test_every_block_has_a_language_and_parses():
@@ -301,7 +294,7 @@ def test_bash_blocks_hold_known_programs():
         if block.language == "bash":
             for line in block.text.replace("\\\n", " ").splitlines():
                 assert not line.strip() or known.match(line.strip()), f"{block}: {line}"
-                if "lightning_dice." in line and "-m lightning_dice.kernels" not in line:
+                if "-m lightning_dice." in line and "-m lightning_dice.kernels" not in line:
                     assert COMMAND.search(line), f"{block}: {line}"
 
 
@@ -345,11 +338,14 @@ def test_settings_in_the_text_exist(page):
         folder = config.CONF_DIR / key
         if folder.is_dir():
             choices = [name.strip("[]") for name in re.split(r",", value)]
-            own = "my" in value or "<" in value or "plan" in value or "..." in value or not value
-            missing = [name for name in choices if not (folder / f"{name}.yaml").is_file()]
-            assert own or not missing or key == "hydra/launcher", f"{page.name}: there is no {key}={value}"
+            # The reader's own files, which the page names, and those that plan writes.
+            own = {name for name in choices if f"{key}/{name}.yaml" in page.read_text(encoding="utf-8")} | {"plan"}
+            missing = {name for name in choices if not (folder / f"{name}.yaml").is_file()} - own
+            placeholder = "<" in value or "..." in value or not value
+            assert placeholder or not missing or key == "hydra/launcher", f"{page.name}: there is no {key}={value}"
         elif "." in key and not key.startswith(OPEN) and key.partition(".")[0] in known_settings():
-            assert key in known_settings(), f"{page.name}: there is no setting {key}"
+            in_list = re.match(r"(.+?)\.\d+(?:\.|$)", key)  # such as augment.transforms.2.p
+            assert (in_list[1] if in_list else key) in known_settings(), f"{page.name}: there is no setting {key}"
 
 
 def anchors(page: Path) -> set[str]:
@@ -379,6 +375,7 @@ def test_every_page_is_reached_by_a_link():
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.md)", page.read_text(encoding="utf-8")):
             linked.add((page.parent / link).resolve())
+    linked.add(DOCS / "index.md")  # the site's home
     assert set(PAGES[1:]) <= linked, sorted(str(page.relative_to(ROOT)) for page in set(PAGES[1:]) - linked)
 
 
@@ -416,5 +413,8 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1
     for page in pages:
-        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="(https?:[^"]+)"',
+            page.read_text(encoding="utf-8"),
+        )
         assert not loaded, f"{page.name}: {loaded}"
