@@ -175,6 +175,23 @@ def fork_command(
     return Forked(name, *arguments, cwd=cwd, environment=environment).wait(status, timeout)
 
 
+def rank_environments(world: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun gives to each process of a training on this machine."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def free_port() -> int:
+    """Return a free port whose successor is free too: the processes of a training agree on the run by that one."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", port + 1))
+                return port
+
+
 def _command_of_process(name: str, arguments: list[str], cwd: str, environment: dict[str, str], printed: str) -> None:
     os.setsid()  # A test may kill the whole group.
     for number, file in ((1, "out"), (2, "err")):
@@ -219,19 +236,31 @@ def run_ranks(function: Callable[..., object], *arguments: object, processes: in
         folders = [Path(name) / str(rank) for rank in range(processes)]
         group = [(rank, processes, Path(name) / "store") for rank in range(processes)]
         started = [fork(function, *arguments, folder=folders[rank], group=group[rank]) for rank in range(processes)]
-        end, late = time.monotonic() + timeout, False
-        while any(process.exitcode is None for process in started) and not any(process.exitcode for process in started):
-            running = [process.sentinel for process in started if process.exitcode is None]
-            if late := not multiprocessing.connection.wait(running, end - time.monotonic()):
-                break
-        codes = [process.exitcode for process in started]
-        for process in started:
-            process.kill()
-            process.join()
-        out, err = ("".join((folder / file).read_text() for folder in folders) for file in ("out", "err"))
-        assert not late, f"not done after {timeout} s\n{out}\n{err}"
-        assert not any(codes), f"exit status {codes}\n{out}\n{err}"
-        return Ranks([pickle.loads((folder / "result").read_bytes()) for folder in folders], out, err)
+        return _wait(started, folders, timeout)
+
+
+def run_forked(function: Callable[..., object], *arguments: object, timeout: float = 120) -> Any:
+    """Return the result of a function of a test file, called in a process of its own; mark the test `process`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "process"
+        return _wait([fork(function, *arguments, folder=folder)], [folder], timeout).results[0]
+
+
+def _wait(started: list[BaseProcess], folders: list[Path], timeout: float) -> Ranks:
+    end, late = time.monotonic() + timeout, False
+    # When one has failed, the others may wait for it.
+    while any(process.exitcode is None for process in started) and not any(process.exitcode for process in started):
+        running = [process.sentinel for process in started if process.exitcode is None]
+        if late := not multiprocessing.connection.wait(running, end - time.monotonic()):
+            break
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+        process.join()
+    out, err = ("".join((folder / file).read_text() for folder in folders) for file in ("out", "err"))
+    assert not late, f"not done after {timeout} s\n{out}\n{err}"
+    assert not any(codes), f"exit status {codes}\n{out}\n{err}"
+    return Ranks([pickle.loads((folder / "result").read_bytes()) for folder in folders], out, err)
 
 
 def fork(
