@@ -101,7 +101,10 @@ def unannotated(root: Path) -> None:
         save(root / f"images/{split}/{case}.png", grays(ids, 3))
         for number, name in enumerate(("lesion", "vessel"), start=1):
             mask = np.uint8(ids == number)
-            save(root / f"masks/{split}/{name}/{case}.png", np.full_like(mask, 255) if number == 2 and "0" in case else mask)
+            save(
+                root / f"masks/{split}/{name}/{case}.png",
+                np.full_like(mask, 255) if number == 2 and "0" in case else mask,
+            )
 
 
 def bands(root: Path) -> None:

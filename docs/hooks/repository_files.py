@@ -1,7 +1,7 @@
 """Let pages link to files of the repository outside docs/, such as notebooks, pictures and configs.
 
-A link from docs/how-to/losses.md to ../../notebooks/losses.ipynb works where the Markdown is read in the repository. For
-the site, the file is copied into its folder `repository/`, and the link points there.
+A link from docs/how-to/losses.md to ../../notebooks/losses.ipynb works where the Markdown is read in the repository.
+For the site, the file is copied into its folder `repository/`, and the link points there.
 """
 
 import posixpath
