@@ -360,6 +360,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(__file__).rpartition('/')[0]!r})\n{SCRIPT}")

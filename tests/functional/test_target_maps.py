@@ -309,17 +309,17 @@ class TestMapOfABatch:
                 self.Loss().get_checked_map("m", torch.zeros(1, 3, 4, 6), IDS[None], {"m": given})
 
 
-@pytest.mark.parametrize(
-    "size", [*itertools.product([1, 2, 3, 4], repeat=3), (2, 2, 12), (6, 6, 12), (2, 12, 12)], ids=str
-)
-def test_every_object_has_a_skeleton(size):
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_every_object_has_a_skeleton(depth):
     """Thinning in three dimensions leaves nothing of many boxes of even width."""
-    mask = np.pad(np.ones(size, dtype=bool), 2)
-    mask = np.concatenate(
-        [mask, np.pad(np.ones((3, 3, 3), dtype=bool), ((2, size[0] - 1), (2, size[1] - 1), (2, 2)))], 2
-    )
-    skeleton = tubed_skeleton(mask, radius=0)
-    assert (skeleton <= mask).all()
-    parts, found = ndimage.label(mask, np.ones((3, 3, 3)))
-    assert found == 2
-    assert set(np.unique(parts[skeleton])) == {1, 2}
+    large = {1: [], 2: [(2, 2, 12), (2, 12, 12)], 3: [], 4: [(6, 6, 12)]}
+    for size in [*itertools.product([depth], [1, 2, 3, 4], [1, 2, 3, 4]), *large[depth]]:
+        mask = np.pad(np.ones(size, dtype=bool), 2)
+        mask = np.concatenate(
+            [mask, np.pad(np.ones((3, 3, 3), dtype=bool), ((2, size[0] - 1), (2, size[1] - 1), (2, 2)))], 2
+        )
+        skeleton = tubed_skeleton(mask, radius=0)
+        assert (skeleton <= mask).all()
+        parts, found = ndimage.label(mask, np.ones((3, 3, 3)))
+        assert found == 2
+        assert set(np.unique(parts[skeleton])) == {1, 2}, size

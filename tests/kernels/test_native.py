@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_dice import DiceLoss
 from lightning_dice.kernels import RequiredSums, available, forced, native, overlap_sums
 from lightning_dice.kernels.native import build
 
@@ -50,7 +51,24 @@ def python(code, **env):
 
 @pytest.fixture(scope="module")
 def by_reference():
-    return python(LOSS, LIGHTNING_DICE_KERNEL="reference")[0]
+    logits = torch.linspace(-3, 3, 96).view(1, 1, 8, 12).requires_grad_()
+    with forced("reference"):
+        loss = DiceLoss()(logits, (logits.detach() > 1).long())
+        loss.backward()
+    return f"{float(loss.detach()):.6f} {float(logits.grad.abs().sum()):.6f}"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Kernels built by the compiler."""
+    return build.build(tmp_path_factory.mktemp("library") / "kernels.so", build.find_compiler())
+
+
+@pytest.fixture(scope="module")
+def fast_compiler(tmp_path_factory, library):
+    """A compiler that copies those kernels, for tests of the cache: a real one takes ten seconds."""
+    script = f'for last; do :; done; {shutil.which("cp")} {library} "$last"'
+    return str(Path(compiler_in(tmp_path_factory.mktemp("fast") / "bin", script)) / "c++")
 
 
 def compiler_in(folder, script):
@@ -68,6 +86,7 @@ def test_they_build_here():
     assert available()["native"] is None
 
 
+@pytest.mark.process
 def test_without_a_compiler_the_next_best_runs_and_the_reason_is_reported(tmp_path, by_reference):
     (tmp_path / "nothing").mkdir()
     value, why = python(LOSS, PATH=str(tmp_path / "nothing"), CXX="", XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -75,6 +94,7 @@ def test_without_a_compiler_the_next_best_runs_and_the_reason_is_reported(tmp_pa
     assert why == "no C++ compiler: install g++ or clang, or set CXX"
 
 
+@pytest.mark.process
 def test_a_compiler_that_fails_is_no_failure(tmp_path, by_reference):
     path = compiler_in(tmp_path / "bin", 'echo "internal error 17" >&2; exit 1')
     value, why = python(LOSS, PATH=path, CXX="", XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -83,6 +103,7 @@ def test_a_compiler_that_fails_is_no_failure(tmp_path, by_reference):
     assert not list((tmp_path / "cache").rglob("*.so*"))
 
 
+@pytest.mark.process
 def test_a_compiler_that_makes_nonsense_is_no_failure(tmp_path, by_reference):
     echo = shutil.which("printf")
     path = compiler_in(tmp_path / "bin", f'for last; do :; done; {echo} nonsense > "$last"')
@@ -91,6 +112,7 @@ def test_a_compiler_that_makes_nonsense_is_no_failure(tmp_path, by_reference):
     assert why != "None"
 
 
+@pytest.mark.process
 @needs_compiler
 def test_built_once_and_kept(tmp_path, by_reference):
     cache = tmp_path / "cache"
@@ -102,9 +124,10 @@ def test_built_once_and_kept(tmp_path, by_reference):
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.process
 @needs_compiler
-def test_several_processes_may_build_at_once(tmp_path, by_reference):
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def test_several_processes_may_build_at_once(tmp_path, by_reference, fast_compiler):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CXX": fast_compiler}
     env.pop("LIGHTNING_DICE_KERNEL", None)
     runs = [
         subprocess.Popen([sys.executable, "-c", LOSS], stdout=subprocess.PIPE, text=True, env=env) for _ in range(3)
@@ -114,44 +137,49 @@ def test_several_processes_may_build_at_once(tmp_path, by_reference):
     assert len(list((tmp_path / "lightning_dice").iterdir())) == 1
 
 
+@pytest.mark.process
 @needs_compiler
-@pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
-def test_a_file_that_was_cut_short_is_built_again(tmp_path, by_reference, left):
+def test_a_file_that_was_cut_short_is_built_again(tmp_path, by_reference, fast_compiler):
     """Loading it would crash the process."""
-    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    env = {"XDG_CACHE_HOME": str(tmp_path), "CXX": fast_compiler}
     assert python(LOSS, **env) == [by_reference, "None"]
-    (file,) = (tmp_path / "lightning_dice").iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * left)])
-    assert python(LOSS, **env) == [by_reference, "None"]
-    (again,) = (tmp_path / "lightning_dice").iterdir()
-    assert again.read_bytes() == whole
+    for left in (0.0, 0.9):
+        (file,) = (tmp_path / "lightning_dice").iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * left)])
+        assert python(LOSS, **env) == [by_reference, "None"]
+        (again,) = (tmp_path / "lightning_dice").iterdir()
+        assert again.read_bytes() == whole
 
 
+@pytest.mark.process
 @needs_compiler
-def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, by_reference):
+def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, by_reference, fast_compiler):
     folder = tmp_path / "lightning_dice"
     folder.mkdir()
     folder.chmod(0o777)
-    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path)) == [by_reference, "None"]
+    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path), CXX=fast_compiler) == [by_reference, "None"]
     assert not list(folder.iterdir())
 
 
+@pytest.mark.process
 def test_a_compiler_that_is_named_must_exist(tmp_path, by_reference):
     value, why = python(LOSS, CXX="/does/not/exist -m64", XDG_CACHE_HOME=str(tmp_path))
     assert value == by_reference
     assert why == "no C++ compiler: CXX is /does/not/exist -m64, but /does/not/exist was not found"
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "env c++ -g0")
-    assert build.find_compiler() == ["env", "c++", "-g0"]
+def test_a_compiler_may_have_arguments(monkeypatch, tmp_path, fast_compiler):
+    monkeypatch.setenv("CXX", f"env {fast_compiler} -g0")
+    assert build.find_compiler() == ["env", fast_compiler, "-g0"]
     assert build.build(tmp_path / "kernels.so", build.find_compiler()).is_file()
 
 
+@pytest.mark.process
 @needs_compiler
-def test_threads_that_come_at_once_build_once(tmp_path):
+def test_threads_that_come_at_once_build_once(tmp_path, fast_compiler):
     code = """
 import threading, pathlib, os
 from lightning_dice.kernels import native
@@ -160,13 +188,14 @@ threads = [threading.Thread(target=lambda: seen.append(native.unavailable_reason
 [t.start() for t in threads]; [t.join() for t in threads]
 print(seen, len(list((pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dice").iterdir())))
 """
-    assert python(code, XDG_CACHE_HOME=str(tmp_path)) == ["[None, None, None, None] 1"]
+    assert python(code, XDG_CACHE_HOME=str(tmp_path), CXX=fast_compiler) == ["[None, None, None, None] 1"]
 
 
+@pytest.mark.process
 @needs_compiler
-def test_a_user_without_a_home(by_reference, tmp_path):
+def test_a_user_without_a_home(by_reference, fast_compiler):
     code = f"import pathlib\ndef home(): raise RuntimeError('no home')\npathlib.Path.home = home\n{LOSS}"
-    assert python(code, XDG_CACHE_HOME="", HOME="") == [by_reference, "None"]
+    assert python(code, XDG_CACHE_HOME="", HOME="", CXX=fast_compiler) == [by_reference, "None"]
 
 
 @needs_native
@@ -177,16 +206,17 @@ def test_no_memory_is_an_error_and_no_crash(monkeypatch):
         overlap_sums(logits, torch.zeros(1, 4, dtype=torch.long), activation="softmax")
 
 
+@pytest.mark.process
 @needs_compiler
-def test_a_cache_that_cannot_be_written(tmp_path, by_reference):
+def test_a_cache_that_cannot_be_written(tmp_path, by_reference, fast_compiler):
     (tmp_path / "file").write_text("")
-    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path / "file")) == [by_reference, "None"]
+    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path / "file"), CXX=fast_compiler) == [by_reference, "None"]
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_a_prebuilt_file_needs_no_compiler(tmp_path, monkeypatch):
-    file = build.build(tmp_path / "kernels.so", build.find_compiler())
-    monkeypatch.setattr(build, "PREBUILT", file)
+def test_a_prebuilt_file_needs_no_compiler(library, monkeypatch):
+    monkeypatch.setattr(build, "PREBUILT", library)
     monkeypatch.setattr(build, "find_compiler", lambda: pytest.fail("not needed"))
     assert build.load_library().lightning_dice_count_call_size() > 0
     monkeypatch.setattr(build, "source_digest", lambda: "0123456789abcdef")
@@ -194,6 +224,7 @@ def test_a_prebuilt_file_needs_no_compiler(tmp_path, monkeypatch):
         build.load_library()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_processor_that_the_compiler_does_not_know(tmp_path):
     with pytest.raises(OSError, match="failed to compile the kernels"):
@@ -201,6 +232,7 @@ def test_a_processor_that_the_compiler_does_not_know(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_a_kernel_named_in_the_environment_must_be_available(tmp_path):
     (tmp_path / "nothing").mkdir()
     code = f"""
@@ -216,6 +248,7 @@ except ValueError as error:
     assert message == "the implementation of the sums must be one of reference, native, blocked, triton, got 'quick'"
 
 
+@pytest.mark.process
 def test_the_command_lists_the_implementations():
     done = subprocess.run([sys.executable, "-m", "lightning_dice.kernels"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -248,6 +281,7 @@ def test_results_do_not_depend_on_the_number_of_threads(activation):
         assert torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.process
 @needs_native
 def test_works_in_a_forked_process_with_one_thread_and_in_a_thread():
     code = """
