@@ -4,13 +4,15 @@ How a page is written:
 
 - Its Python blocks are executed in order, in an empty folder that holds two trained runs, `runs/first` and
   `runs/second`. `/data/` and `/my/` are replaced by folders with small data sets, see `documented_data.py`.
-- A block whose first line is a comment with a path, such as `# my_conf/loss/volume.yaml`, is also written to that file.
+- A block that begins with a path in a comment, such as `# my_conf/loss/volume.yaml`, is also written to that file.
+  (Hydra wants `# @package` in the very first line; the path is then in the second.)
 - `<!-- not run: reason -->` before a Python block: it is only compiled; before a bash block: its commands are composed,
   but not run. Commands that need a GPU, several processes, a cluster or a download are never run.
 """
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import os
@@ -30,6 +32,7 @@ import yaml
 from documented_data import write_data, write_inputs
 from helpers import run_command
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from lightning_dice import calibrate, compare, evaluate, export, plan, predict
 from lightning_dice.cli import command, config
@@ -64,8 +67,8 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that the block is, named in its first line."""
-        match = re.match(r"# ([\w/.-]+/?[\w.-]+\.(?:py|yaml))\n", self.text)
+        """The file that the block is, named in its first lines."""
+        match = re.match(r"(?:# @package \S+\n)?# ([\w/.-]+\.(?:py|yaml))\n", self.text)
         return match[1] if match else None
 
     def __str__(self) -> str:
@@ -198,42 +201,42 @@ def test_python_blocks_run_in_order(page, desk, places):
 
 
 @pytest.mark.parametrize("line", [pytest.param(line, id=str(line)) for line in LINES])
-def test_commands_compose(line, desk):
+def test_commands_compose(line, tmp_path):
     if "--help" in line.arguments:
         assert command.help_text(line.name)
         return
-    arguments = line.arguments
-    # A resumed run's overrides are checked against that run's config.
-    arguments = [argument for argument in arguments if not argument.startswith(("resume=", "retry_failed="))]
+    sweep = {"-m", "--multirun"} & set(line.arguments)
+    arguments = [argument for argument in line.arguments if argument not in ("-m", "--multirun")]
     command.refuse_renamed(arguments, line.name)
+    config.register_resolvers()
+    if any(argument.startswith("resume=") for argument in arguments):
+        # The others change the config of the run, or of the sweep.
+        own = ("resume=", "retry_failed=", "hydra.")
+        config.apply_overrides(a_run(), (argument for argument in arguments if not argument.startswith(own)))
+        return
+    # A sweep's values are taken one by one.
+    arguments = [first_value(argument) if sweep else argument for argument in arguments]
+    if "--config-dir" in arguments:
+        for block in blocks(line.block.page):
+            write_file(block, tmp_path)
+        if (tmp_path / arguments[arguments.index("--config-dir") + 1]).is_dir():  # not that of plan, which is not here
+            run_command(line.name, *arguments, "--cfg", "job", cwd=tmp_path)
+        return
+    if "--cfg" in arguments:
+        arguments = arguments[: arguments.index("--cfg")]
     # What is not a setting of such a command is an override of a run's config, or of a training's.
     with_overrides = {"calibrate": calibrate, "evaluate": evaluate, "export": export, "plan": plan, "predict": predict}
     overrides: list[str] = []
+    arguments = compare.quote_folders(arguments) if line.name == "compare" else command.hydra_escape(arguments)
     if line.name in with_overrides:
         settings = with_overrides[line.name].SETTINGS
-        arguments, overrides = command.split_arguments(command.hydra_escape(arguments), settings)
+        arguments, overrides = command.split_arguments(arguments, settings)
         command.refuse_misspelled(overrides, settings)
-    elif line.name == "compare":
-        arguments = compare.quote_folders(arguments)
-    elif "--config-dir" in arguments:
-        for block in blocks(line.block.page):
-            write_file(block, desk)
-        if any((desk / path).is_dir() for path in arguments):
-            run_command(line.name, *arguments, "--cfg", "job", cwd=desk)
-        return
-    else:
-        arguments = command.hydra_escape(arguments)
-    sweep = {"-m", "--multirun"} & set(arguments)
-    arguments = [argument for argument in arguments if not argument.startswith("-")]
-    config.register_resolvers()
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        # A sweep's values are taken one by one.
-        composed = compose(line.name, overrides=[first_value(a) if sweep else a for a in arguments])
+    composed = composed_config(line.name, *arguments)
     if line.name == "plan" or (line.name == "evaluate" and composed.run is None):
-        with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-            assert compose("fit", overrides=overrides)
+        composed_config("fit", *overrides)
     elif overrides:
-        config.apply_overrides(composed_run(), overrides)
+        config.apply_overrides(a_run(), overrides)
 
 
 def first_value(argument: str) -> str:
@@ -244,10 +247,15 @@ def first_value(argument: str) -> str:
     return f"{key}{equals}{value if value[:1] in '[{' else value.partition(',')[0]}"
 
 
-def composed_run() -> Any:
-    """The config of a run that has all settings that a page may override."""
+@cache
+def composed_config(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return compose("fit", overrides=["data=folder", "data.root=/data/cells"])
+        return compose(name, overrides=list(overrides))
+
+
+def a_run() -> DictConfig:
+    """The config of a run that has all settings that a page may override."""
+    return copy.deepcopy(composed_config("fit", "data=folder", "data.root=/data/cells"))
 
 
 @pytest.mark.slow
