@@ -21,11 +21,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import torch
+from filelock import FileLock
+
+T = TypeVar("T")
 
 # Trains a single convolution on 16 tiny images: a second or two, with all that a run writes.
 SMALL = [
@@ -129,6 +134,13 @@ _LIBRARIES = [
 ]
 
 
+def forkserver() -> ForkServerContext:
+    """Return the context of `multiprocessing` whose processes are forked from one that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LIBRARIES)
+    return context
+
+
 class Forked:
     """A command in a process of its own, forked from one that has imported the libraries already.
 
@@ -143,11 +155,9 @@ class Forked:
     """
 
     def __init__(self, name: str, *arguments: object, cwd: Path, environment: dict[str, str] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LIBRARIES)
         self._printed = tempfile.TemporaryDirectory()
         given = (name, [*map(str, arguments)], str(cwd), {**os.environ, **(environment or {})}, self._printed.name)
-        self._process = context.Process(target=_command_of_process, args=given)
+        self._process = forkserver().Process(target=_command_of_process, args=given)
         self._process.start()
 
     def send_signal(self, number: int) -> None:
@@ -176,10 +186,30 @@ def fork_command(
     return Forked(name, *arguments, cwd=cwd, environment=environment).wait(status, timeout)
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> T:
+    """Return what `make` returns, called once for all workers of pytest-xdist.
+
+    Args:
+        factory: the fixture `tmp_path_factory`.
+        name: of the result and its folder, unlike any other.
+        make: called with a new folder; what it returns can be pickled.
+    """
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    result = base / f"{name}.pickle"
+    with FileLock(f"{result}.lock"):
+        if not result.is_file():
+            folder = base / name
+            folder.mkdir()
+            result.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(result.read_bytes())
+
+
 def rank_environments(world: int) -> list[dict[str, str]]:
     """Return the variables that torchrun gives to each process of a training on this machine."""
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group |= {"TORCHELASTIC_RUN_ID": "tests", "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def free_port() -> int:
@@ -203,7 +233,8 @@ def _command_of_process(name: str, arguments: list[str], cwd: str, environment: 
     os.chdir(cwd)
     sys.path.insert(0, cwd)
     command = importlib.import_module(f"lightning_dice.{name}")
-    sys.argv = [str(command.__file__)]  # Lightning starts the processes of other devices by it.
+    # By these Lightning starts the processes of other devices.
+    sys.argv, sys.modules["__main__"].__spec__ = [str(command.__file__)], command.__spec__
     command.main(arguments)
 
 
@@ -277,11 +308,9 @@ def fork(
         folder: for what the process prints, in `out` and `err`, and what the function returns, in `result`.
         group: rank, number of processes and file of a process group to join first.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LIBRARIES)
     folder.mkdir(parents=True)
     path = Path(function.__code__.co_filename)
-    process = context.Process(target=_call, args=(path, function.__name__, arguments, folder, group))
+    process = forkserver().Process(target=_call, args=(path, function.__name__, arguments, folder, group))
     process.start()
     return process
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +10,9 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import SMALL, Forked, forkserver, rank_environments, rows, run_command, run_ranks, shared
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -27,11 +24,13 @@ from lightning_dice.callbacks import CaseTable
 from lightning_dice.data import Batch, SegmentationData, SyntheticSource
 from lightning_dice.losses import DiceCELoss, TverskyLoss
 
+pytestmark = pytest.mark.process
+
 IMAGES, CLASSES = 6, ["background", "nerve", "vessel"]
 SPLITS: dict[int, dict[str, tuple[int, ...]]] = {
     1: {"equal": (6,)},
     2: {"equal": (3, 3), "unequal": (5, 1), "empty rank": (6, 0)},
-    3: {"equal": (2, 2, 2), "unequal": (3, 2, 1), "empty rank": (4, 2, 0)},
+    3: {"unequal": (3, 2, 1), "empty rank": (4, 2, 0)},
 }
 LOSSES = {"dice": DiceLoss, "dice+ce": DiceCELoss, "tversky": TverskyLoss}
 
@@ -48,14 +47,22 @@ class Setting(NamedTuple):
 
 
 SETTINGS = [Setting(*row) for row in itertools.product(LOSSES, ("image", "batch"), (False, True))]
+# A loss that sums before its formula, and one that also does after it; all of them on two processes with unlike shares.
+TWO = [Setting("dice", "batch", True), Setting("dice+ce", "image", True)]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
-# Ways to take a step beside DDP's plain one: with a loss that sums before its formula, and one that also does after it.
+
+
+def settings(world: int, kind: str) -> list[Setting]:
+    """Those that are tried on these shares."""
+    return SETTINGS if (world, kind) == (2, "unequal") else TWO
+
+
+# Ways to take a step beside DDP's plain one. Accumulation would leave a process without an image.
+COMPILED = ("compiled loss", "compiled module", "compiled ddp")
 MODES = [
-    (name, setting, kind)
-    for name in ("accumulated", "bfloat16", "compiled loss", "compiled module", "compiled ddp", "fully_shard", "fsdp")
-    for setting in (Setting("dice", "batch", True), Setting("dice+ce", "image", True))
-    for kind in ("equal", "unequal")
-    if not (name == "accumulated" and kind == "unequal")  # which would leave a process without an image
+    (name, setting, "equal" if name == "accumulated" else "unequal")
+    for name in ("accumulated", "bfloat16", "fully_shard", "fsdp", *COMPILED)
+    for setting in TWO
 ]
 
 
@@ -121,10 +128,7 @@ def evaluated(setting: Setting, folder: Path, rank: int = 0, split: tuple[int, .
     )
     batches = [Batch(image[mine], mask[mine], names[mine])]
     (logged,) = trainer.validate(module, DataLoader(batches, batch_size=None, collate_fn=unchanged), verbose=False)
-    if rank:
-        return {"logged": logged}
-    with (folder / "cases.csv").open() as file:
-        return {"logged": logged, "table": list(csv.DictReader(file))}
+    return {"logged": logged} if rank else {"logged": logged, "table": rows(folder / "cases.csv")}
 
 
 def unchanged(batch: Batch) -> Batch:
@@ -179,77 +183,101 @@ def mode(name: str, setting: Setting, rank: int, split: tuple[int, ...]) -> Any:
     return value.item(), torch.cat(parts)[: sum(parameter.numel() for parameter in net().parameters())]  # and padding
 
 
-def worker(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    os.environ["LOCAL_RANK"] = str(rank)  # Lightning then takes the processes for started.
+def taken(folder: Path) -> dict[Any, Any]:
+    """On each rank: steps and scores of every setting."""
+    world, rank = dist.get_world_size(), dist.get_rank()
     results: dict[Any, Any] = {}
-    for (kind, split), setting in itertools.product(SPLITS[world].items(), SETTINGS):
-        for dtype in TOLERANCE:
-            image, mask = (tensor.split(split)[rank] for tensor in case(setting.ignored, dtype))
-            results[kind, setting, dtype] = step(DistributedDataParallel(net(dtype)), setting.make(), image, mask)
-        results[kind, setting] = evaluated(setting, folder, rank, split)
-    if world == 2:
-        for name, setting, kind in MODES:
-            results[name, setting, kind] = mode(name, setting, rank, SPLITS[world][kind])
-    torch.save(results, folder / f"{rank}.pt")
-    # A process that ends while the other still talks to it may be killed by torch's own threads.
-    dist.barrier()
-    dist.destroy_process_group()
+    for kind, split in SPLITS[world].items():
+        for setting in settings(world, kind):
+            for dtype in TOLERANCE:
+                image, mask = (tensor.split(split)[rank] for tensor in case(setting.ignored, dtype))
+                model = DistributedDataParallel(net(dtype))
+                results[kind, tuple(setting), dtype] = step(model, setting.make(), image, mask)
+            results[kind, tuple(setting)] = evaluated(setting, folder, rank, split)
+    return results
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What every rank of each number of processes came to."""
-    by_world = {}
-    for world in SPLITS:
-        folder = tmp_path_factory.mktemp(f"world-{world}")
-        mp.start_processes(worker, (world, folder), nprocs=world, start_method="spawn")
-        by_world[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    return by_world
+def in_other_ways(names: list[str]) -> dict[Any, Any]:
+    """On each rank."""
+    return {
+        (name, tuple(setting), kind): mode(name, setting, dist.get_rank(), SPLITS[2][kind])
+        for name, setting, kind in MODES
+        if name in names
+    }
+
+
+@pytest.fixture(scope="module", params=SPLITS, ids=lambda world: f"{world} processes")
+def found(request, tmp_path_factory):
+    """The number of processes, and what every rank of them came to."""
+    world = request.param
+    make = lambda folder: run_ranks(taken, folder, processes=world).results  # noqa: E731
+    return world, shared(tmp_path_factory, f"world-{world}", make)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """What the validation of a setting comes to without any distribution."""
-    return {setting: evaluated(setting, tmp_path_factory.mktemp("plain")) for setting in SETTINGS}
+    return shared(
+        tmp_path_factory, "plain", lambda folder: {setting: evaluated(setting, folder) for setting in SETTINGS}
+    )
 
 
-each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
-each_share = pytest.mark.parametrize(
-    ("world", "kind"), [(world, kind) for world, kinds in SPLITS.items() for kind in kinds]
-)
+def test_losses_and_gradients(found):
+    world, ranks = found
+    for kind in SPLITS[world]:
+        for setting, (dtype, near) in itertools.product(settings(world, kind), TOLERANCE.items()):
+            value, weights = step(net(dtype), setting.make(), *case(setting.ignored, dtype))
+            for result in ranks:
+                about = f"{kind}, {setting}, {dtype}"
+                assert result[kind, setting, dtype][0] == pytest.approx(value, rel=near), about
+                torch.testing.assert_close(
+                    result[kind, setting, dtype][1], weights, rtol=near, atol=near, msg=lambda text, a=about: a + text
+                )
 
 
-@each_share
-@each_setting
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_loss_and_gradient(found, world, kind, setting, dtype):
-    value, weights = step(net(dtype), setting.make(), *case(setting.ignored, dtype))
-    near = TOLERANCE[dtype]
-    for result in found[world]:
-        assert result[kind, setting, dtype][0] == pytest.approx(value, rel=near)
-        torch.testing.assert_close(result[kind, setting, dtype][1], weights, rtol=near, atol=near)
+def test_scores_and_tables_of_cases(found, plain):
+    world, ranks = found
+    for kind in SPLITS[world]:
+        for setting in settings(world, kind):
+            expected = plain[setting]
+            assert ranks[0][kind, setting]["table"] == expected["table"], (kind, setting)
+            assert len(expected["table"]) == IMAGES
+            assert "val/dice" in expected["logged"]
+            for result in ranks:
+                # The checkpoint and early stopping decide by these, on every rank alike.
+                assert result[kind, setting]["logged"] == pytest.approx(expected["logged"], rel=1e-10), (kind, setting)
 
 
-@each_share
-@each_setting
-def test_scores_and_table_of_cases(found, plain, world, kind, setting):
-    expected = plain[setting]
-    assert found[world][0][kind, setting]["table"] == expected["table"]
-    assert len(expected["table"]) == IMAGES
-    assert "val/dice" in expected["logged"]
-    for result in found[world]:
-        # The checkpoint and early stopping decide by these, on every rank alike.
-        assert result[kind, setting]["logged"] == pytest.approx(expected["logged"], rel=1e-10)
+def test_the_table_holds_every_setting(found):
+    world, ranks = found
+    assert len(ranks) == world
+    counted = sum(len(settings(world, kind)) for kind in SPLITS[world])
+    assert [len(rank) for rank in ranks] == [3 * counted] * world
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """What both ranks came to, by steps of other kinds; compiling takes most of the time."""
+
+    def of(name: str) -> list[dict[Any, Any]]:
+        names = [*COMPILED] if name in COMPILED else sorted({name for name, *_ in MODES} - {*COMPILED})
+        run = lambda _: run_ranks(in_other_ways, names).results  # noqa: E731
+        return shared(tmp_path_factory, "compiled" if name in COMPILED else "ways", run)
+
+    return of
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "kind"), MODES, ids=[f"{name}-{setting.loss}-{kind}" for name, setting, kind in MODES]
+    ("name", "setting", "kind"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] if each[0] in COMPILED else [], id=f"{each[0]}-{each[1].loss}")
+        for each in MODES
+    ],
 )
-def test_in_another_way(found, name, setting, kind):
+def test_in_another_way(ways, name, setting, kind):
     image, mask = case(setting.ignored)
     loss, model = setting.make(), net()
-    results = [result[name, setting, kind] for result in found[2]]
+    results = [result[name, setting, kind] for result in ways(name)]
     if name == "accumulated":
         # The processes' first images make one batch, and the others the second one.
         first = torch.tensor([True, False, False] * 2)
@@ -276,40 +304,44 @@ def test_in_another_way(found, name, setting, kind):
 
 # Batches of 12 images on any number of processes, and two cases to validate on: fewer than three processes.
 GLOBAL_BATCH = [
-    *("model=custom", "loss=dice_ce", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant", "logger=csv"),
-    *("data.patch_size=[32,32]", "data.cases={train:16,val:2,test:5}", "data.num_workers=0", "device=cpu"),
-    *("trainer.max_epochs=2", "trainer.precision=64-true"),
+    *SMALL,
+    *("loss=dice_ce", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant", "logger=csv"),
+    *("data.cases={train:16,val:2,test:5}", "trainer.max_epochs=2", "trainer.precision=64-true"),
+    # No callback that happens to read metrics on every rank.
+    "callbacks=[history,checkpoint,case_table]",
 ]
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def run_python(*arguments: object, cwd: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+def trainings(home: Path) -> tuple[Path, dict[int, str]]:
+    """A training of each number of processes, by the command, and what it printed."""
+    processes = {}
+    for world in SPLITS:
+        line = [*GLOBAL_BATCH, f"data.batch_size={12 // world}", f"trainer.devices={world}", f"folder={world}"]
+        strategy = [] if world == 1 else ["trainer.strategy=ddp"]
+        processes[world] = [
+            Forked("fit", *line, *strategy, cwd=home, environment={} if world == 1 else environment)
+            for environment in rank_environments(world)
+        ]
+    told = {world: [process.wait().out for process in group] for world, group in processes.items()}
+    return home, {world: first for world, (first, *_) in told.items()}
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A training of each number of processes, by the command."""
-    home = tmp_path_factory.mktemp("fitted")
-    for world in (1, 2, 3):
-        share = [f"data.batch_size={12 // world}", f"trainer.devices={world}", f"folder={world}"]
-        strategy = [] if world == 1 else ["trainer.strategy=ddp"]
-        run_python("-m", "lightning_dice.fit", *GLOBAL_BATCH, *share, *strategy, cwd=home)
-    return home
+    return shared(tmp_path_factory, "fitted", trainings)
+
+
+def last_column(text: str) -> float:
+    """The loss of the test split, of a printed table."""
+    return float([line.split()[-1] for line in text.splitlines() if "loss  " in line][-1])
 
 
 @pytest.mark.parametrize("world", [2, 3])
 class TestFit:
     def test_same_losses_and_scores_in_every_epoch(self, fitted, world):
         # Lightning's file has all digits.
-        several, one = (self.logged(fitted / f"{folder}/logs/csv/version_0/metrics.csv") for folder in (world, 1))
+        home, _ = fitted
+        several, one = (self.logged(home / f"{folder}/logs/csv/version_0/metrics.csv") for folder in (world, 1))
         names = {"train/loss", "train/loss/dice", "train/loss/ce", "train/dice", "val/loss", "val/loss/ce", "val/dice"}
         assert {name for name, _ in one} >= names
         assert several == pytest.approx(one, rel=1e-10)
@@ -324,14 +356,22 @@ class TestFit:
         }
 
     def test_same_table_of_cases(self, fitted, world):
-        table = rows(fitted / f"{world}/cases.csv")
-        assert table == rows(fitted / "1/cases.csv")
+        home, _ = fitted
+        table = rows(home / f"{world}/cases.csv")
+        assert table == rows(home / "1/cases.csv")
         assert len(table) == 5
+
+    def test_one_process_scores_it_alike(self, fitted, world, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
+        home, told = fitted
+        again = run_command("evaluate", f"run={home / str(world)}", "output=again", "device=cpu", cwd=tmp_path).out
+        assert rows(tmp_path / "again/cases.csv") == rows(home / f"{world}/cases.csv")
+        assert last_column(told[world]) == pytest.approx(last_column(again), abs=1.1e-4)
 
     @pytest.mark.parametrize("name", ["best", "last"])
     def test_same_weights(self, fitted, world, name):
         mine, other = (
-            torch.load(fitted / folder / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+            torch.load(fitted[0] / folder / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
             for folder in (str(world), "1")
         )
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
@@ -392,29 +432,20 @@ def trained_and_predicted(folder: Path, **settings: Any) -> Named:
     return module
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from test_distributed import trained_and_predicted
-
-if __name__ == "__main__":
-    folder, strategy = sys.argv[1:]
-    trained = trained_and_predicted(Path(folder), devices=2, strategy=strategy)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        torch.save(trained.state_dict(), f"{{folder}}/weights.pt")
-    if torch.distributed.is_initialized():
-        # A process that ends while the other still talks to it may be killed by torch's own threads.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-"""
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    """On each rank."""
+    return trained_and_predicted(folder, devices=2, strategy="ddp").state_dict()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_more_batches_on_one_rank_and_each_case_predicted_once(tmp_path, strategy):
-    (tmp_path / "script.py").write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    run_python("script.py", tmp_path, strategy, cwd=tmp_path)
+    if strategy == "ddp":
+        weights = run_ranks(trained_weights, tmp_path).results[0]
+    else:
+        # As "ddp_spawn", which sends the module to its processes and back, but forked: starting costs most of it.
+        forkserver()
+        trained = trained_and_predicted(tmp_path, devices=2, strategy=DDPStrategy(start_method="forkserver"))
+        weights = trained.state_dict()
     first, second = (torch.load(tmp_path / f"scores-{rank}.pt", weights_only=True) for rank in range(2))
     assert "val/dice" in first
     assert first == second
@@ -423,7 +454,7 @@ def test_more_batches_on_one_rank_and_each_case_predicted_once(tmp_path, strateg
     assert names == [f"test-000{index}" for index in range(5)]
     # What the weights say of each case, without a Trainer.
     module = SegmentationModule(nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)), DiceLoss())
-    module.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    module.load_state_dict(weights)
     module.eval()
     cases = SyntheticSource(size=(32, 32), cases=(8, 3, 5)).split("test")
     for index in range(5):

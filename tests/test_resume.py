@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import random
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL, Forked, fork_command, rows, run_ranks
 from training import cosine, differences, plateau, train
 
 from lightning_dice.callbacks import ExactResume
@@ -34,7 +34,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+QUICK = {"plain", "accumulation", "steps-alone", "a-logged-metric", "averaged-weights", "plateau"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_from_every_checkpoint(tmp_path, name):
     settings = {"schedule": cosine, **SETTINGS[name]}
     whole = train(tmp_path, **settings)
@@ -78,115 +83,55 @@ def test_random_numbers_follow_from_the_step_alone(hook):
         assert all(one != two for one, two in zip(drawn(), other, strict=True))
 
 
-RANKS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import torch.distributed as dist
-from training import train, differences
-
-folder = Path(sys.argv[1])
-settings = dict(devices=2, strategy="ddp", epochs=2)
-whole = train(folder, **settings)
-for path in sorted(folder.glob("*.ckpt")):
-    found = differences(whole, train(checkpoint=path, **settings, seed=8))
-    assert not found, (path.name, found)
-    if dist.get_rank() == 0:
-        print("the same from", path.name, flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
+def resumed_from_every_checkpoint(folder: Path) -> list[str]:
+    """On each rank; the checkpoints."""
+    settings = {"devices": 2, "strategy": "ddp", "epochs": 2}
+    whole = train(folder, **settings)
+    paths = sorted(folder.glob("*.ckpt"))
+    for path in paths:
+        found = differences(whole, train(checkpoint=path, **settings, seed=8))
+        assert not found, (path.name, found)
+    return [path.name for path in paths]
 
 
+@pytest.mark.process
 def test_on_two_ranks(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANKS)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
-    result = subprocess.run(
-        [*run, str(tmp_path), str(Path(__file__).parent)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    names, others = run_ranks(resumed_from_every_checkpoint, tmp_path).results
     # Two batches, a validation and an epoch's end in each of two epochs.
-    assert result.stdout.count("the same from") == 8
+    assert names == others
+    assert len(names) == 8
 
-
-KILLED = """
-import os, random, signal, sys, time
-# Imported once, so that the killed processes start quickly.
-import lightning_dice.fit, lightning_dice.cli.experiment
-import lightning_dice.plotting.curves, lightning_dice.callbacks.overlays
-import torchmetrics, matplotlib.backends.backend_agg, segmentation_models_pytorch, torchvision.transforms.v2
-
-folder, kills = sys.argv[1], int(sys.argv[2])
-
-def begin(*arguments):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.dup2(os.open(folder + ".log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        sys.argv[1:] = arguments
-        lightning_dice.fit.main()
-        status = 0
-    except SystemExit as error:
-        status = error.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-random.seed(kills)
-child, done = begin(*sys.argv[3:], "folder=" + folder), 0
-while True:
-    if done < kills:
-        end = time.monotonic() + random.uniform(0.1, 2.5)
-        # Of the start nothing can be learned before there is something to go on with.
-        while time.monotonic() < end or not os.path.exists(folder + "/config.yaml"):
-            time.sleep(0.005)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        done += 1
-        child = begin("resume=" + folder)
-        continue
-    assert os.waitstatus_to_exitcode(status) == 0, open(folder + ".log").read()
-    if done >= kills:
-        break
-    # Finished too early: it is still killed again, while it scores.
-    child = begin("resume=" + folder)
-print(done, "times killed")
-"""
 
 RUN = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:24,val:6,test:4}",
-    "data.batch_size=4",
-    "data.num_workers=0",
-    "device=cpu",
-    "trainer.max_epochs=25",
-    "callbacks=[frequent_checkpoint,ema]",
+    *SMALL,
+    *("data.cases={train:24,val:6,test:4}", "data.batch_size=4", "trainer.max_epochs=10", "logger=none"),
+    "callbacks=[progress_bar,history,checkpoint,case_table,interrupt,frequent_checkpoint,ema]",
     "callbacks.frequent_checkpoint.every_n_train_steps=2",
 ]
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def values(path: Path) -> list[dict[str, str]]:
+    """A table without what differs from one day to the other."""
     measured = ("seconds", "images_per_second", "memory_gb")
-    with path.open() as file:
-        return [{key: value for key, value in row.items() if key not in measured} for row in csv.DictReader(file)]
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows(path)]
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_killed_at_random_moments(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    for name, kills in (("whole", 0), ("killed", 20)):
-        line = [sys.executable, str(script), str(tmp_path / name), str(kills), *RUN]
-        result = subprocess.run(line, capture_output=True, text=True, timeout=550, check=False)
-        assert result.returncode == 0, result.stderr
-    assert "20 times killed" in result.stdout
+    fork_command("fit", *RUN, "folder=whole", cwd=tmp_path)
+    draw, folder, kills = random.Random(0), tmp_path / "killed", 0
+    process = Forked("fit", *RUN, "folder=killed", cwd=tmp_path)
+    while kills < 6:
+        end = time.monotonic() + draw.uniform(0.1, 1.5)
+        # Of the start nothing can be learned before there is something to go on with.
+        while time.monotonic() < end or not (folder / "config.yaml").exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        # Finished too early, it is still killed again, while it scores.
+        kills += process.wait(status=None).status == -signal.SIGKILL
+        process = Forked("fit", "resume=killed", cwd=tmp_path)
+    process.wait()
     paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("whole", "killed")]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     for key, value in one["state_dict"].items():
@@ -195,5 +140,5 @@ def test_killed_at_random_moments(tmp_path):
         for key, value in state.items():
             assert torch.equal(value, two["optimizer_states"][0]["state"][index][key])
     for name in ("metrics.csv", "cases.csv"):
-        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "killed" / name), name
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
+        assert values(tmp_path / "whole" / name) == values(folder / name), name
+    assert not list((folder / "checkpoints").glob(".*"))
