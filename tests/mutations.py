@@ -422,7 +422,7 @@ mutate(
         "logits-rounded-to-half",
         "        sums = overlap_sums(\n            logits,",
         "        sums = overlap_sums(\n            logits.bfloat16().to(logits.dtype),",
-        duties("FocalLoss"),
+        definition("focal-softmax"),
     ),
     (
         "forward-drops-maps",
@@ -1433,7 +1433,7 @@ mutate(
         "sums-complement-by-subtraction",
         "return torch.where(likely, softplus(z - others), -torch.log1p(-p.masked_fill(likely, 0)))",
         "return -log(1 - p)",
-        SUMS + "test_saturated_logits_stay_finite",
+        SUMS + "test_certain_pixels_are_exact_in_float32",
     ),
     (
         "sums-focal-of-the-wrong-class",
@@ -1445,7 +1445,7 @@ mutate(
         "sums-focal-steep-near-0",
         "(-torch.expm1(-nll)).clamp(min=torch.finfo(nll.dtype).tiny) ** gamma",
         "(-torch.expm1(-nll)) ** gamma",
-        NUMBERS + "test_an_exponent_below_1_has_a_gradient_at_a_perfect_prediction",
+        NUMBERS + "test_certain_probabilities_stay_finite",
     ),
     (
         "sums-of-classes-not-annotated",
@@ -1472,7 +1472,7 @@ mutate(
         "pixels-in-half-precision",
         "z = z if z.dtype == torch.float64 else z.float()",
         "z = z",
-        SUMS + "test_saturated_logits_stay_finite",
+        duties("CrossEntropyLoss", "None"),
     ),
     (
         "pixels-ignored-times-0",
@@ -1820,6 +1820,229 @@ mutate(
         "const vec q = x >= unit ? S::load(rest + j) * share : unit - p, g = S::load(three + j);",
         "const vec q = unit - p, g = S::load(three + j);",
         BACKENDS + "test_a_certain_pixel_has_its_own_small_gradient",
+    ),
+)
+
+
+# Checkpoints, and what is made of them.
+mutate(
+    "checkpoints.py",
+    (
+        "checkpoint-before-is-not-kept",
+        "if target.stem in self.keep and target.is_file():",
+        "if target.stem not in self.keep and target.is_file():",
+        "test_checkpoints.py::test_the_former_one_stays",
+    ),
+    (
+        "checkpoint-is-tried-once",
+        "left = end - time.monotonic()",
+        "left = 0.0",
+        "test_checkpoints.py::test_a_disk_that_is_full_for_a_while",
+    ),
+    (
+        "checkpoint-checksum-ignored",
+        "(part := archive.testzip()) is not None",
+        "(part := archive.testzip()) is archive",
+        "test_checkpoints.py::TestNewest::test_the_one_before_one_that_is_damaged_within",
+    ),
+    (
+        "checkpoint-before-the-last-is-preferred",
+        'first = [folder / f"last{SUFFIX}", folder / f"last{FORMER}{SUFFIX}"]',
+        'first = [folder / f"last{FORMER}{SUFFIX}", folder / f"last{SUFFIX}"]',
+        "test_checkpoints.py::TestNewest::test_the_last",
+    ),
+)
+mutate(
+    "loading.py",
+    (
+        "loading-drops-built-in-targets",
+        "return getattr(builtins, name)",
+        "return None",
+        "test_loading.py::test_directives",
+    ),
+    (
+        "loading-fetches-pretrained-weights",
+        'names = (*_PRETRAINED, "weights") if',
+        "names = _PRETRAINED if",
+        "test_loading.py::test_pretrained_weights_are_not_fetched",
+    ),
+    (
+        "loading-trusts-every-target",
+        "if not within(str(home)):",
+        "if home is None:",
+        "test_export.py::TestSafetensors::test_calls_nothing_but_what_is_trusted",
+    ),
+)
+mutate(
+    "cli/adapt_checkpoint.py",
+    (
+        "resume-moves-paths-of-other-folders",
+        "value.startswith(old + os.sep)",
+        "value.startswith(old)",
+        "cli/test_adapt_checkpoint.py::test_callbacks_follow_a_folder_that_was_moved",
+    ),
+    (
+        "resume-resets-a-lowered-rate",
+        "if not rate_changed:",
+        "if rate_changed:",
+        "cli/test_adapt_checkpoint.py::test_a_rate_that_a_metric_has_lowered_stays",
+    ),
+    (
+        "resume-starts-the-schedule-again",
+        'for _ in range(state["last_epoch"]):',
+        "for _ in range(0):",
+        "cli/test_adapt_checkpoint.py::test_settings_follow_in_every_form_of_configure_optimizers",
+    ),
+)
+
+# Commands, runs and sweeps.
+mutate(
+    "cli/run_folder.py",
+    (
+        "run-overwrites-a-folder",
+        "path.mkdir()  # Fails",
+        "path.mkdir(exist_ok=True)  # Fails",
+        "cli/test_run_folder.py::test_folders_of_the_same_second_are_numbered",
+    ),
+    (
+        "run-takes-weights-of-another-shape",
+        "if key in saved and saved[key].shape != own[key].shape",
+        "if key in saved and saved[key].ndim != own[key].ndim",
+        "test_commands.py::TestResume::test_another_architecture",
+    ),
+)
+mutate(
+    "cli/config.py",
+    (
+        "override-of-any-name-is-taken",
+        "(override.is_add() or leaf in list(place.keys()))",
+        "(override.is_add() or leaf)",
+        "cli/test_config.py::TestApplyOverrides::test_the_rest_is_refused",
+    ),
+    (
+        "schedule-ends-with-its-warm-up",
+        "lambda total, first: max(1, total - first)",
+        "lambda total, first: total - first",
+        "test_schedules.py::test_the_catalogues_schedules_end_with_the_training",
+    ),
+)
+mutate(
+    "cli/command.py",
+    (
+        "override-merges-a-map",
+        'if key in _MAPS and value.startswith("{"):',
+        'if key in _MAPS and value.startswith("}"):',
+        "cli/test_config.py::test_a_map_of_the_users_own_takes_the_place_of_the_configs",
+    ),
+)
+mutate(
+    "cli/launcher.py",
+    (
+        "run-with-a-mistake-leaves-its-folder",
+        "<= before_training:",
+        "< before_training and config is None:",
+        "test_commands.py::TestFit::test_mistakes_leave_no_folder",
+    ),
+    (
+        "run-takes-any-number-of-processes",
+        "started != (requested or started)",
+        "started < 0",
+        "test_commands.py::TestFit::test_processes_started_from_outside_must_be_asked_for",
+    ),
+    (
+        "sweep-leaves-the-process-elsewhere",
+        "            os.chdir(folder_before)\n",
+        "",
+        "cli/test_sweep.py::test_a_sweep_is_resumed_where_it_was_started_and_the_process_returns",
+    ),
+)
+mutate(
+    "cli/slurm.py",
+    (
+        "run-is-resumed-without-a-restart",
+        "if self.path is None or not self.restarts or",
+        "if self.path is None or",
+        "cli/test_launcher.py::TestJob::test_only_a_restarted_job_has_an_earlier_run",
+    ),
+)
+mutate(
+    "cli/experiment.py",
+    (
+        "ranks-with-other-configs-train",
+        "if len(set(digests)) == 1:",
+        "if digests:",
+        "cli/test_launcher.py::test_ranks_with_other_configs_are_stopped",
+    ),
+)
+mutate(
+    "cli/sweep.py",
+    (
+        "sweep-trains-a-finished-trial-again",
+        'elif trial.status != "running":',
+        'elif trial.status == "pruned":',
+        "cli/test_sweep.py::TestRunTrial::test_what_has_ended_answers_with_its_record",
+    ),
+    (
+        "sweep-goes-on-after-ctrl-c",
+        "isinstance(error.code, int) and error.code > 128",
+        "isinstance(error.code, int) and error.code > 1000",
+        "cli/test_sweep.py::TestRunTrial::test_interrupts_end_the_sweep",
+    ),
+)
+
+# Masks in files, exported files and reports.
+mutate(
+    "cli/prediction_manifest.py",
+    (
+        "predict-mixes-settings",
+        "changed = differences(old.settings, manifest.settings)",
+        "changed = differences(old.settings, old.settings)",
+        "test_predict.py::TestGoingOn::test_other_settings_are_refused",
+    ),
+    (
+        "predict-keeps-the-mask-of-a-changed-image",
+        "return made >= max(path.stat().st_mtime for path in images)",
+        "return made > 0",
+        "test_predict.py::TestGoingOn::test_an_image_that_has_changed_is_predicted_again",
+    ),
+)
+mutate(
+    "exporting/verification.py",
+    (
+        "export-counts-cases-that-differ",
+        "int((labels != expected).sum())",
+        "int((labels != expected).any())",
+        "test_export.py::TestCompare::test_counts_what_differs",
+    ),
+    (
+        "export-takes-what-is-not-finite",
+        "if output.is_floating_point() and not bool(output.isfinite().all()):",
+        "if not output.is_floating_point():",
+        "test_export.py::TestCompare::test_what_is_not_finite",
+    ),
+)
+mutate(
+    "report/score_predictions.py",
+    (
+        "evaluate-takes-overlays-for-masks",
+        "if hidden or inside.parts[0] in NO_MASKS or",
+        "if hidden or",
+        "test_evaluate.py::test_what_predict_writes_beside_the_masks_is_no_mask",
+    ),
+    (
+        "evaluate-scores-masks-of-another-size",
+        "if tuple(labels.shape) != tuple(shape):",
+        "if labels.ndim != len(shape):",
+        "test_evaluate.py::test_everything_wrong_is_told_at_once_and_nothing_is_left",
+    ),
+)
+mutate(
+    "report/score_table.py",
+    (
+        "report-prints-large-numbers-with-decimals",
+        "if abs(value) < 10 else",
+        "if abs(value) < 1e9 else",
+        "test_report.py::test_the_summary_for_a_terminal",
     ),
 )
 

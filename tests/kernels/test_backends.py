@@ -222,6 +222,8 @@ def test_a_diverged_net_yields_no_finite_sums(backend, broken):
                 # A sigmoid of infinity is 1, and its cross-entropy infinite.
                 seen = sums.isnan() if activation == "softmax" or math.isnan(broken) else ~sums.isfinite()
                 assert seen.any(), (activation, kind, at)
+                # The cross-entropy on its own, which a loss may use alone.
+                assert not sums[-1].isfinite().all(), (activation, kind, at)
 
 
 def naive(logits, target, activation, with_nll):

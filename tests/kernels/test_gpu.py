@@ -33,14 +33,17 @@ TYPICAL = RequiredSums(nll=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton 3.2
+    *([pytest.mark.gpu] if CUDA and not INTERPRETED else []),
 ]
 
 needs_cuda = pytest.mark.skipif(not CUDA or INTERPRETED, reason="needs a CUDA device")
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run in this process")
 def test_all_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -194,7 +197,7 @@ def test_any_focal_factor(activation, kind, gamma, alpha):
     check(spec, logits, target)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12 if INTERPRETED else 30, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     batch=st.integers(1, 3),
@@ -216,7 +219,8 @@ def test_any_shape(seed, batch, classes, space, kind, ignored, weight, required)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_many_classes(classes, activation):
     kind = "ids" if activation == "softmax" else "hard"
-    spec, logits, target, _ = case(activation, kind, classes=classes, batch=1, space=(37,), required=TYPICAL)
+    space = (5,) if INTERPRETED and classes > 100 else (37,)
+    spec, logits, target, _ = case(activation, kind, classes=classes, batch=1, space=space, required=TYPICAL)
     check(spec, logits, target)
 
 
@@ -224,9 +228,13 @@ def test_many_classes(classes, activation):
 def test_steps_of_a_program(steps, monkeypatch):
     monkeypatch.setattr(triton_backend, "_PROGRAMS", 1)
     monkeypatch.setattr(triton_backend, "_MAX_STEPS", steps)
-    spec, logits, target, weight = case("softmax", "ids", classes=33, space=(31, 21), ignored=True, weight="pixel")
+    # The interpreter takes seconds for a thousand pixels.
+    space, required = ((17, 16), TYPICAL) if INTERPRETED else ((31, 21), ALL)
+    spec, logits, target, weight = case(
+        "softmax", "ids", classes=33, space=space, ignored=True, weight="pixel", required=required
+    )
     plan = triton_backend._Plan.of(spec, logits.flatten(2))
-    assert plan.steps == min(steps, -(-31 * 21 // plan.block_p))
+    assert plan.steps == min(steps, -(-math.prod(space) // plan.block_p))
     check(spec, logits, target, weight)
 
 
@@ -432,7 +440,7 @@ def test_nothing_to_sum(shape):
 
 @pytest.mark.parametrize(("activation", "kind"), [("softmax", "ids"), ("sigmoid", "soft")])
 def test_the_same_bits_twice(activation, kind):
-    spec, logits, target, _ = case(activation, kind, dtype=torch.float32, space=(41, 37))
+    spec, logits, target, _ = case(activation, kind, dtype=torch.float32, space=(9, 7) if INTERPRETED else (41, 37))
     grad = gradient_for(spec, logits)
     once, twice = (run_backend(spec, logits, target, None, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -440,7 +448,9 @@ def test_the_same_bits_twice(activation, kind):
 
 @pytest.mark.parametrize(("activation", "kind"), [("softmax", "ids"), ("sigmoid", "hard")])
 def test_no_less_exact_than_the_reference_in_the_same_dtype(activation, kind):
-    spec, logits, target, _ = case(activation, kind, dtype=torch.float32, space=(61, 97), required=TYPICAL)
+    spec, logits, target, _ = case(
+        activation, kind, dtype=torch.float32, space=(17, 31) if INTERPRETED else (61, 97), required=TYPICAL
+    )
     grad = gradient_for(spec, logits)
     exact = expected_of(spec, logits, target, None, grad)
     z = logits.clone().requires_grad_()
@@ -501,6 +511,7 @@ HOPPER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="a kernel that is interpreted is not compiled")
 @pytest.mark.parametrize("arguments", HOPPER, ids=[str(i) for i in range(len(HOPPER))])
 def test_compiles_for_a_gpu(arguments, tmp_path, monkeypatch):

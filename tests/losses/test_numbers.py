@@ -144,7 +144,7 @@ def test_saturated_logits_stay_finite(case, activation):
             assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_certain_probabilities_stay_finite(case):
     for dtype in (torch.float64, torch.float32):
         probs = torch.tensor([[[1.0, 0.0, 1.0, 0.0]]], dtype=dtype)
