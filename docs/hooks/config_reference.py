@@ -336,9 +336,10 @@ def option_markdown(option: Option) -> list[str]:
     result = [f"## `{choice}`" + " { #" + f"{option.group.replace('/', '-')}-{option.name}" + " }", ""]
     result += description(option)
     targets = list(dict.fromkeys(target for target in option.targets if IMPORTABLE.fullmatch(target)))
+    is_shown_whole = option.group == "experiment" or any(".transforms." in each.key for each in option.settings)
     if not option.description and targets and targets[0].startswith("lightning_dice."):
         result += [class_summary(targets[0]), ""]
-    if targets:
+    if targets and not is_shown_whole:
         result += ["Builds " + ", ".join(class_link(target) for target in targets) + ".", ""]
     siblings = [name for name in option.bases if (CONF / option.group / f"{name}.yaml").is_file()]
     if siblings:
@@ -347,7 +348,7 @@ def option_markdown(option: Option) -> list[str]:
     chosen = [f"`{name}={choice}`" for name, choice in option.choices if choice not in ("null", "~")]
     if chosen:
         result += [f"Chooses {', '.join(chosen)}.", ""]
-    if option.group == "experiment" or any(".transforms." in setting.key for setting in option.settings):
+    if is_shown_whole:
         # The order of transforms matters, and an experiment is read best as a whole.
         body = re.sub(r"\A(#.*\n)*", "", (CONF / option.group / f"{option.name}.yaml").read_text())
         return [*result, "```yaml", *body.strip().splitlines(), "```", ""]
