@@ -1,12 +1,11 @@
 import math
-import pickle
 import sys
 import types
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SMALL, fork, rows, run_command, run_ranks
+from helpers import SMALL, rows, run_command, run_forked, run_ranks
 from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -59,10 +58,8 @@ def memory_around_a_tensor():
 
 
 @pytest.mark.process
-def test_memory_is_the_peak_of_the_process(tmp_path):
-    process = fork(memory_around_a_tensor, folder=tmp_path / "process")
-    process.join(60)
-    before, during, after = pickle.loads((tmp_path / "process/result").read_bytes())
+def test_memory_is_the_peak_of_the_process():
+    before, during, after = run_forked(memory_around_a_tensor)
     # Besides what the process did in between.
     assert during - before == pytest.approx(0.4, abs=0.02)
     assert after == pytest.approx(during, abs=0.02)

@@ -1,11 +1,11 @@
 """The synthetic task: reproducible images with the requested shares of foreground."""
 
 import hashlib
-import multiprocessing
 import re
 
 import pytest
 import torch
+from helpers import run_forked
 
 from lightning_dice.data.synthetic import SyntheticSource
 from lightning_dice.data.synthetic_scene import LOOKS
@@ -17,8 +17,9 @@ def fingerprint(sample):
     return hashlib.sha256(sample.image.numpy().tobytes() + sample.mask.numpy().tobytes()).hexdigest()
 
 
-def elsewhere(index):
-    return fingerprint(SyntheticSource().split("val")[index])
+def elsewhere():
+    cases = SyntheticSource().split("val")
+    return [fingerprint(cases[index]) for index in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,13 @@ def test_images_are_of_8_bits():
     assert torch.equal(image, (image * 255).round() / 255)
 
 
+@pytest.mark.process
 def test_a_case_is_the_same_in_any_order_and_process():
     here = SyntheticSource().split("val")
     expected = [fingerprint(here[i]) for i in range(3)]
     again = SyntheticSource().split("val")
     assert [fingerprint(again[i]) for i in (2, 0, 1)] == [expected[i] for i in (2, 0, 1)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(elsewhere, range(3)) == expected
+    assert run_forked(elsewhere) == expected
 
 
 def test_seed_split_and_index_all_matter():
@@ -97,13 +98,13 @@ def test_global_random_state_is_left_alone():
         pytest.param(0.005, {}, id="rare"),
         pytest.param(0.03, {}, id="default"),
         pytest.param(0.3, {}, id="frequent"),
-        pytest.param(0.03, {"size": (32, 32), "cases": (2000, 0, 0)}, id="small-images"),
+        pytest.param(0.03, {"size": (32, 32), "cases": (700, 0, 0)}, id="small-images"),
         pytest.param(0.12, {"classes": NAMES[:4]}, id="multilabel"),
         pytest.param(0.3, {"classes": NAMES[:4], "activation": "softmax"}, id="multiclass"),
     ],
 )
 def test_foreground_is_the_expected_share(foreground, settings):
-    source = SyntheticSource(**{"size": (64, 64), "cases": (600, 0, 0), **settings}, foreground_fraction=foreground)
+    source = SyntheticSource(**{"size": (64, 64), "cases": (250, 0, 0), **settings}, foreground_fraction=foreground)
     cases = source.split("train")
     planes = [cases[i].mask for i in range(len(cases))]
     if source.activation == "softmax":
