@@ -9,6 +9,9 @@ must pass in the copy before. Exits with 1 if a mutation survives, if its text d
 package cannot be imported with it. Add one when you add a formula or a check, and before you remove a test.
 """
 
+# The text of the package is quoted as it is.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import argparse
