@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from lightning_dice.cli.command import run_command
 from lightning_dice.cli.errors import UserError, as_user_errors
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,6 +69,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     run = run_folder.reopen(config.run, overrides)
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.update(logger={}, callbacks={})
+    check_extras(run)
     path = output_path(config)
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     experiment = Experiment(run, Path(run.folder), trained=True)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from lightning_dice.cli.command import run_command
 from lightning_dice.cli.config import compose, instantiate
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     from lightning_dice import report
@@ -76,6 +77,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     # With one device there is no need to agree on a folder for the results.
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.logger = {}
+    check_extras(run)
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     # Data and weights are read first, so that a mistake in them leaves no folder behind.
     experiment = Experiment(run, Path(run.folder), trained=True)
@@ -167,12 +169,15 @@ def _data_config(config: DictConfig, overrides: list[str]) -> DictConfig:
     from lightning_dice.cli import run_folder
 
     if config.run is not None:
-        return run_folder.reopen(config.run, overrides)
+        run = run_folder.reopen(config.run, overrides)
+        check_extras(run, leave_out=("logger", "model", "module", "loss"))
+        return run
     if not any(override.partition("=")[0] in ("data", "experiment") for override in overrides):
         raise UserError(
             "predictions need masks to be compared with: give run=<folder of a run>, or data=folder data.root=<folder>"
         )
     run = compose("fit", overrides)
+    check_extras(run, leave_out=("logger", "model", "module", "loss"))
     run_folder.resolve_data(run)
     return run
 

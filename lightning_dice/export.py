@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.cli.command import run_command
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.errors import UserError, as_user_errors
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     from lightning_dice.exporting import Agreement, ExportedGraph, ExportSettings, Format
@@ -70,6 +71,7 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
         settings = read_settings(config)
         file_format = installed_format(settings)
         run = run_folder.reopen(config.run, overrides)
+        check_extras(run, leave_out=("logger", "callbacks"))
         plain = cast("dict[str, Any]", OmegaConf.to_container(run, resolve=True))
         folder = Path(config.run).expanduser().absolute()
         # The run's table of cases was made with its best weights and its own settings.
@@ -125,15 +127,10 @@ def installed_format(settings: ExportSettings) -> Format:
     """Return the file format, whose packages are installed.
 
     Raises:
-        UserError: a package is missing.
+        MissingExtra: a package is missing.
     """
-    from lightning_dice.exporting import MissingExtra
-
     file_format = settings.file_format()
-    try:
-        file_format.require()
-    except MissingExtra as error:
-        raise UserError(f"format={settings.format}: {error}") from error
+    file_format.require()
     return file_format
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.cli.command import hydra_escape, run_command
 from lightning_dice.cli.config import explain_typos, instantiate
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     from lightning_dice.data import Source
@@ -104,6 +105,7 @@ def check_settings(config: DictConfig) -> None:
         value = config[name]
         if not (isinstance(value, int) and value >= least) and not (name == "workers" and value is None):
             raise UserError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_extras(config, leave_out=("logger", "model", "module", "loss", "augment"))
     run_folder.resolve_data(config)
     OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)
 

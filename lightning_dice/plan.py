@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.cli.command import run_command
 from lightning_dice.cli.config import compose, instantiate
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,6 +92,7 @@ def compose_training(overrides: list[str]) -> DictConfig:
     from lightning_dice.cli import run_folder
 
     run = compose("fit", overrides)
+    check_extras(run, leave_out=("logger",))
     run_folder.resolve_data(run)
     if missing := sorted(OmegaConf.missing_keys(run)):
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_dice.cli.errors import UserError
+from lightning_dice.extras import EXTRAS, MissingExtra, how_to_install
 from lightning_dice.library_internals.hydra import parse_override, parse_overrides
 from lightning_dice.renamed_settings import new_name
 
@@ -202,10 +203,12 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
         while cause is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         headline = str(error).splitlines()[0].removesuffix(":")
+        if isinstance(cause, MissingExtra):
+            raise UserError(f"{what}: {cause}") from error
         if isinstance(cause, ImportError):
-            missing = getattr(cause, "name", None) or str(cause)
-            extra = {"wandb": "loggers", "mlflow": "loggers"}.get(str(missing).split(".")[0])
-            hint = f"; pip install 'lightning-dice[{extra}]'" if extra else ""
+            module = str(cause.name or "").split(".")[0]
+            optional = any(module in modules for modules in EXTRAS.values())
+            hint = f"; {how_to_install([module])}" if optional else ""
             raise UserError(f"{what}: {headline}{hint}") from error
         if isinstance(cause, (ValueError, MisconfigurationException)) and str(cause):
             raise UserError(f"{what}: {cause}") from error

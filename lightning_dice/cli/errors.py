@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from omegaconf.errors import MissingMandatoryValue
 
+from lightning_dice.extras import MissingExtra
+
 
 class UserError(ValueError):
     """A mistake in the settings or the data, which is shown as one message without a traceback."""
@@ -15,10 +17,10 @@ class UserError(ValueError):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Print a `UserError` to standard error and exit with status 2."""
+    """Print a `UserError`, or a `MissingExtra`, to standard error and exit with status 2."""
     try:
         yield
-    except (UserError, MissingMandatoryValue) as error:
+    except (UserError, MissingMandatoryValue, MissingExtra) as error:
         message = str(error)
         if isinstance(error, MissingMandatoryValue):
             message = f"{error.full_key} has no value: give {error.full_key}=..."
@@ -28,9 +30,11 @@ def report_user_errors() -> Iterator[None]:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turn a `DataError`, and any `ValueError` that this package raises, into a `UserError`."""
+    """Turn a `DataError`, a `MissingExtra`, and any `ValueError` that this package raises, into a `UserError`."""
     try:
         yield
+    except MissingExtra as error:
+        raise UserError(str(error)) from error
     except ValueError as error:
         from lightning_dice.data.errors import DataError  # Here, as it imports torch.
 

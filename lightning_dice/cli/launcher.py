@@ -19,6 +19,7 @@ from lightning_dice.cli.command import hydra_escape, refuse_renamed, split_argum
 from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.cli.rendezvous import Rendezvous, RunSpec
+from lightning_dice.cli.required_extras import check_extras
 from lightning_dice.cli.slurm import RequeuedJob
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Launcher:
                 lambda: self.train_trial(config, folder),
                 shared=lambda: self.rendezvous.announced == str(folder),
             )
+        check_extras(config)
         self.check_processes(config.trainer)
         if config.folder is None:
             folder = run_folder.new_folder(config.runs, config.name)
@@ -153,6 +155,7 @@ class Launcher:
         from lightning_dice.cli import run_folder
 
         config = run_folder.reopen(folder, overrides)
+        check_extras(config)
         self.check_processes(config.trainer)
         checkpoint = run_folder.newest_checkpoint(folder)
         if checkpoint is None:
@@ -161,7 +164,8 @@ class Launcher:
             run_folder.check_weights(run_folder.build_module(config, trained=True), checkpoint)
         resolved = run_folder.save_config(folder, config)
         self.job.record(folder)
-        return self.run(RunSpec(folder, resolved, checkpoint))
+        with restore_environment():
+            return self.run(RunSpec(folder, resolved, checkpoint))
 
     def resume_sweep(self, folder: str, arguments: list[str]) -> None:
         """Resume a sweep where it stopped.
@@ -178,12 +182,18 @@ class Launcher:
         if retry and retry[-1] not in ("retry_failed=true", "retry_failed=false"):
             raise UserError(f"retry_failed must be true or false, got {retry[-1].removeprefix('retry_failed=')}")
         others = [argument for argument in arguments if argument not in retry]
-        replayed = sweep.replay_arguments(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
-        if replayed is not None:
-            self.compose(replayed)
-            return
-        with sweep.report_trials():
-            pass  # All trials have ended: only print the table.
+        folder_before, path_before = os.getcwd(), list(sys.path)
+        try:
+            # Goes to the folder where the sweep was started.
+            replayed = sweep.replay_arguments(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
+            if replayed is not None:
+                self.compose(replayed)
+                return
+            with sweep.report_trials():
+                pass  # All trials have ended: only print the table.
+        finally:
+            os.chdir(folder_before)
+            sys.path[:] = path_before
 
     def train_trial(self, config: DictConfig, folder: Path) -> None:
         """Train one trial of a sweep, or resume it where it was interrupted.
@@ -198,6 +208,7 @@ class Launcher:
         """
         from lightning_dice.cli import run_folder
 
+        check_extras(config)
         self.check_processes(config.trainer)
         if self.rendezvous.alone and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             raise UserError(

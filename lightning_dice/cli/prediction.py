@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction_manifest import differences
+from lightning_dice.cli.required_extras import check_extras
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +86,8 @@ class PredictionPipeline:
         if len(folders) > 1 and config.checkpoint not in ("best", "last"):
             raise UserError(f"checkpoint must be best or last for several runs, got {config.checkpoint}")
         runs = [run_folder.reopen(folder, overrides) for folder in folders]
+        for run in runs:
+            check_extras(run, leave_out=("logger", "callbacks", "augment"))
         _check_same_task(folders, runs)
         self.run, self.format = runs[0], config.format
         self.overlays, self.wants_probabilities = bool(config.overlays), bool(config.probabilities)
@@ -300,7 +303,7 @@ def _open_reader(config: DictConfig, folders: Sequence[Path], runs: Sequence[Dic
             if getattr(source, "reader", None) is None:
                 raise UserError(f"the run's data source, a {type(source).__name__}, has no reader for image files")
             readers.append(source.reader.with_options(**options))
-        readers[0].names("case", config.format)  # Refuses a format that it cannot write.
+        readers[0].check_output(config.format, probabilities=bool(config.probabilities))
         # Of volumes it depends on the training cases.
         plain = [json.loads(json.dumps(dataclasses.asdict(reader.preprocessing()))) for reader in readers]
     except DataError as error:

@@ -217,6 +217,14 @@ class PredictionIO(Protocol):
         """
         ...
 
+    def check_output(self, format: str | None, *, probabilities: bool) -> None:
+        """Check that files of a format, and of probabilities, can be written.
+
+        Raises:
+            DataError: the format is unknown.
+        """
+        self.names("case", format)
+
     def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
         """Write a mask with the values that the training masks had. Each file is written whole or not at all.
 

@@ -4,7 +4,7 @@
 compares the file with the module on real cases, and `model_card` writes all of this down. `SCRIPT` runs an ONNX file.
 """
 
-from lightning_dice.exporting.formats import FORMATS, Format, MissingExtra
+from lightning_dice.exporting.formats import FORMATS, Format
 from lightning_dice.exporting.graph import (
     ExportedGraph,
     ExportWrapper,
@@ -19,6 +19,7 @@ from lightning_dice.exporting.model_card import model_card
 from lightning_dice.exporting.output_files import SCRIPT, OutputFiles, output_files
 from lightning_dice.exporting.settings import ExportSettings
 from lightning_dice.exporting.verification import Agreement, OpenedFile, VerificationCase, verify
+from lightning_dice.extras import MissingExtra
 
 __all__ = [
     "FORMATS",

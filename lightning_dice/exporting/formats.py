@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dice.exporting.graph import ExportedGraph, NotExportable, axes
+from lightning_dice.extras import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 KEY = "lightning_dice"  # of the metadata in a file
 EXTRA_FILE = "model.json"  # of the metadata in a program of torch.export
 _PROTOBUF_BYTES = 2**31  # the largest ONNX file
-
-
-class MissingExtra(ImportError):
-    """A package that a format needs is not installed."""
 
 
 class Format(Protocol):
@@ -81,7 +78,7 @@ class Onnx:
 
     def require(self) -> None:
         """Check for onnx, onnxscript and onnxruntime."""
-        _require("onnx", "onnxscript", "onnxruntime", extra="export")
+        require("onnx", "onnxscript", "onnxruntime", needed_by="format=onnx")
 
     def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
         """Convert the graph to a model in memory."""
@@ -184,7 +181,7 @@ class Weights:
 
     def require(self) -> None:
         """Check for safetensors, which comes with segmentation-models-pytorch."""
-        _require("safetensors")
+        require("safetensors", needed_by="format=safetensors")
 
     def prepare(self, graph: ExportedGraph | None, module: SegmentationModule, output_type: str) -> Any:
         """Return copies of the weights: the format has neither shared memory nor strides."""
@@ -221,15 +218,6 @@ def _without_gradients(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return result
 
     return run
-
-
-def _require(*packages: str, extra: str | None = None) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        packages_to_install = f"'lightning-dice[{extra}]'" if extra else " ".join(missing)
-        raise MissingExtra(f"{', '.join(missing)} is not installed: pip install {packages_to_install}", name=missing[0])
 
 
 def _remove_notes(model: Any) -> None:

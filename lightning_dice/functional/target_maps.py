@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_dice.extras import require
 from lightning_dice.functional.target_reader import TargetReader
 
 
@@ -100,6 +101,7 @@ def tubed_skeleton(mask: Any, radius: float = 2.0) -> Any:
     """
     if mask.ndim not in (2, 3):
         raise ValueError(f"a skeleton needs an image of 2 or 3 space axes, got {mask.ndim}")
+    require("skimage", needed_by="a skeleton")
     if not mask.any():
         return np.zeros(mask.shape, dtype=bool)
     from scipy import ndimage  # Imported here, as both are slow to import, and most losses have no skeletons.
@@ -226,6 +228,10 @@ class TubedSkeleton(TargetReader):
     """
 
     radius: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("skimage", needed_by="TubedSkeleton")
 
     def __call__(self, target: Tensor) -> Tensor:
         """Compute the skeletons, float32 `(classes, *space)`."""

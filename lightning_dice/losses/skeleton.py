@@ -19,6 +19,7 @@ from lightning_dice.argument_checks import (
     check_smooth,
     included_classes,
 )
+from lightning_dice.extras import require
 from lightning_dice.functional import AbsentPolicy, DeferredReduction, Pool, pool_and_reduce, weighted_mean
 from lightning_dice.functional.target_maps import TubedSkeleton
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
@@ -264,6 +265,7 @@ class SkeletonRecallLoss(SegmentationLoss):
         ignore_index: int | None = None,
         across_ranks: bool = True,
     ) -> None:
+        require("skimage", needed_by="SkeletonRecallLoss")
         super().__init__(activation=activation, ignore_index=ignore_index)
         # With these two weights the Tversky index is the recall.
         self.recall = TverskyLoss(

@@ -1,7 +1,7 @@
 """Read image files (PNG, JPEG, BMP, TIFF, NumPy) into arrays at full bit depth.
 
 Pillow reads PNG, JPEG and BMP, except that it would reduce PNGs of 16-bit colour to 8 bit: imagecodecs reads these, and
-tifffile all TIFFs. `windowed_tiff` reads parts of large TIFFs.
+tifffile all TIFFs; both are optional. `windowed_tiff` reads parts of large TIFFs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import PIL.WebPImagePlugin  # noqa: F401  (it registers WebP, which Pillow otherwise loads only in some programs)
-import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_dice.data.errors import DataProblem
+from lightning_dice.data.images.tiff_library import tifffile_for
+from lightning_dice.extras import MissingExtra, require
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # by content: a GIF or WebP named .png is read too
 LOSSY = ("JPEG", "MPO", "WEBP")
@@ -112,6 +112,7 @@ def read_image(path: Path, data: bytes | None = None) -> DecodedImage:
 
     Raises:
         DataError: naming the file: it is empty, truncated, of another kind, of several frames or too large.
+        MissingExtra: a TIFF, or a PNG of 16-bit colour, without the libraries that read them.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +128,7 @@ def read_image(path: Path, data: bytes | None = None) -> DecodedImage:
         if data.startswith(NUMPY):
             return _read_array(path, data)
         image = _read_tiff(path, data) if data[:4] in TIFF else _read_pillow(path, data)
-    except DataProblem:
+    except (DataProblem, MissingExtra):
         raise
     except Exception as error:  # Decoders raise anything: struct.error, KeyError, zlib.error ...
         raise _undecodable(path, data, error) from error
@@ -171,7 +172,7 @@ def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> t
         with path.open("rb") if data is None else BytesIO(data[:4]) as start:
             magic = start.read(4)
         if magic in TIFF:
-            with tifffile.TiffFile(file) as tiff:
+            with tifffile_for(path).TiffFile(file) as tiff:
                 page = tiff.pages.first
                 height, width = page.imagelength, page.imagewidth
         elif magic == NUMPY[:4]:
@@ -180,7 +181,7 @@ def read_size(path: Path, data: bytes | None = None, *, whole: bool = True) -> t
         else:
             with Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
-    except DataProblem:
+    except (DataProblem, MissingExtra):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _possible_bomb(path, str(error)) from error
@@ -243,6 +244,9 @@ def _read_pillow(path: Path, data: bytes) -> DecodedImage:
             raise _several_frames(path, frames)
         lossy = image.format in LOSSY
         if depth == 16 and color != 0:
+            require("imagecodecs", needed_by=f"{path}, a PNG of 16-bit colour,")
+            import imagecodecs
+
             deep = np.asarray(imagecodecs.png_decode(data))
             return DecodedImage(with_channels(deep), path, max_value=65535, alpha=color in (4, 6))
         pixels = with_channels(np.asarray(image))
@@ -262,7 +266,7 @@ def _read_pillow(path: Path, data: bytes) -> DecodedImage:
 
 
 def _read_tiff(path: Path, data: bytes) -> DecodedImage:
-    with tifffile.TiffFile(BytesIO(data)) as file:
+    with tifffile_for(path).TiffFile(BytesIO(data)) as file:
         # Reduced copies (overviews) and transparency masks are pages of their own: bits 0 and 2.
         pages: list[Any] = [page for page in file.pages if not int(getattr(page, "subfiletype", 0)) & 0b101]
         channels = len(pages) > 1 and file.series[0].axes == "CYX" and len(file.series[0].pages) == len(pages)
@@ -295,7 +299,7 @@ def image_from_tiff_page(path: Path, page: Any, pixels: NDArray[Any]) -> Decoded
     Raises:
         DataError: for colours other than gray, palette and RGB.
     """
-    photometric = tifffile.PHOTOMETRIC(page.photometric)
+    photometric = tifffile_for(path).PHOTOMETRIC(page.photometric)
     jpeg = page.compression in (6, 7, 33003, 33005, 34712)
     known = ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE")
     if photometric.name not in known and not (photometric.name == "YCBCR" and jpeg):
@@ -373,7 +377,7 @@ def _orientation(path: Path, data: bytes | None) -> int:
     if magic == NUMPY[:4]:
         return 1
     if magic in TIFF:
-        with tifffile.TiffFile(file) as tiff:
+        with tifffile_for(path).TiffFile(file) as tiff:
             found = tiff.pages.first.tags.valueof(ORIENTATION, default=1)
     else:
         with Image.open(file, formats=FORMATS) as image:

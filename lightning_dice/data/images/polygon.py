@@ -46,7 +46,7 @@ def _covered(places: Floats, size: int) -> tuple[int, int]:
 
 
 def _crosses_to_the_right(x: Floats, y: Floats, rows: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return for some rows and columns whether the outline crosses the ray to a pixel's right an odd number of times."""
+    """Return for each pixel of these rows and columns whether the ray to its right crosses the outline oddly often."""
     x_before, y_before = np.roll(x, 1), np.roll(y, 1)
     first = np.ceil(np.minimum(y, y_before)).clip(*rows).astype(int)
     stop = np.ceil(np.maximum(y, y_before)).clip(*rows).astype(int)
@@ -60,5 +60,5 @@ def _crosses_to_the_right(x: Floats, y: Floats, rows: tuple[int, int], columns: 
     stop_column = (pixel + right_of_pixel).clip(*columns).astype(int)
     ends = np.zeros((rows[1] - rows[0], columns[1] - columns[0] + 1), np.int32)
     np.add.at(ends, (row - rows[0], stop_column - columns[0]), 1)
-    crossings: NDArray[np.int32] = ends[:, :0:-1].cumsum(1)[:, ::-1]
-    return crossings % 2 == 1
+    odd: NDArray[np.bool_] = ends[:, :0:-1].cumsum(1)[:, ::-1] % 2 == 1
+    return odd

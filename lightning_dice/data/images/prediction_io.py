@@ -12,12 +12,11 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import imagecodecs
 import numpy as np
-import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from lightning_dice.data.errors import DataError, DataProblem, FileWarning, SkippedWarning
@@ -35,8 +34,10 @@ from lightning_dice.data.images.image_reader import (
     with_channels,
 )
 from lightning_dice.data.images.mask_format import MaskFormat
+from lightning_dice.data.images.tiff_library import require_tiff_library, tifffile_for
 from lightning_dice.data.images.windowed_tiff import LARGE, LargeImage, open_large_image
 from lightning_dice.data.interfaces import Cases, LoadedImage, PredictionIO, PredictionItem
+from lightning_dice.extras import MissingExtra, require
 from lightning_dice.io import write_atomically
 from lightning_dice.text import join_some
 
@@ -134,8 +135,10 @@ class ImagePredictionIO(PredictionIO):
 
         Raises:
             DataError: there are none, or two would have masks of the same name.
+            MissingExtra: there are TIFFs, and the libraries that read them are not installed.
         """
         if path.is_file():
+            require_tiff_library([path])
             return [PredictionItem(path.stem, (path,))]
         if not path.is_dir():
             raise DataProblem("is neither a file nor a folder", path)
@@ -150,6 +153,7 @@ class ImagePredictionIO(PredictionIO):
                 both = f"{items[case].files[0].name} and {file.name}"
                 raise DataProblem(f"{both} would have masks of the same name", file.parent, "Rename one.")
             items[case] = PredictionItem(case, (file,))
+        require_tiff_library(files)
         return list(items.values())
 
     def read(self, item: PredictionItem) -> LoadedImage:
@@ -182,6 +186,18 @@ class ImagePredictionIO(PredictionIO):
         folders = [name.replace("/", "_").replace("\\", "_") for name in self.mask_format.classes]
         return [folder / file for folder in map(Path, folders)] if self.planes else [file]
 
+    def check_output(self, format: str | None, *, probabilities: bool) -> None:
+        """Check that files of a format, and of probabilities, can be written.
+
+        Raises:
+            DataError: the format is unknown.
+            MissingExtra: they are TIFFs, and the libraries that write them are not installed.
+        """
+        super().check_output(format, probabilities=probabilities)
+        if format == "tiff" or probabilities:
+            needed_by = "format=tiff" if format == "tiff" else "probabilities=true"
+            require("tifffile", "imagecodecs", needed_by=needed_by)
+
     def write(self, folder: Path, case: str, labels: Tensor, scan: LoadedImage, format: str | None = None) -> None:
         """Write a mask, with the values that the training masks have.
 
@@ -213,7 +229,7 @@ class ImagePredictionIO(PredictionIO):
         array = probs.float().cpu().numpy()
 
         def save(part: Path) -> None:
-            tifffile.imwrite(
+            tifffile_for(path).imwrite(
                 part,
                 array,
                 photometric="minisblack",
@@ -238,7 +254,9 @@ class ImagePredictionIO(PredictionIO):
         if not path.is_file():
             return None
         try:
-            stored = tifffile.imread(path)
+            stored = tifffile_for(path).imread(path)
+        except MissingExtra:
+            raise
         except Exception as error:  # tifffile raises anything for a damaged file.
             raise DataProblem(
                 f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again."
@@ -375,7 +393,7 @@ def _save_tiff(ids: NDArray[Any], stored: NDArray[Any], path: Path) -> None:
     colors = stored.shape[1:]
     dtype = np.dtype(np.uint8) if ids.dtype == bool else stored.dtype
     data: Any = stored[ids] if not tiled else _tiles(ids, stored)
-    tifffile.imwrite(
+    tifffile_for(path).imwrite(
         path,
         data,
         shape=(height, width, *colors),
@@ -401,14 +419,19 @@ def _read_own_mask(path: Path) -> DecodedImage:
     try:
         size = 0
         if data[:4] in TIFF:
-            with tifffile.TiffFile(BytesIO(data)) as tiff:
+            with tifffile_for(path).TiffFile(BytesIO(data)) as tiff:
                 size = tiff.pages.first.imagelength * tiff.pages.first.imagewidth
         elif data.startswith(PNG):
             size = int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
         if Image.MAX_IMAGE_PIXELS is None or size <= Image.MAX_IMAGE_PIXELS:
             return read_image(path, data)
-        pixels = tifffile.imread(BytesIO(data)) if data[:4] in TIFF else imagecodecs.png_decode(data)
-    except DataError:
+        if data[:4] in TIFF:
+            pixels = tifffile_for(path).imread(BytesIO(data))
+        else:
+            # Not Image.open, which refuses large images. Before Pillow 10.3, 16-bit PNGs were read as 32-bit integers.
+            pixels = np.asarray(PngImageFile(BytesIO(data)))
+            pixels = pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
+    except (DataError, MissingExtra):
         raise
     except Exception as error:  # Decoders may raise anything.
         raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Predict it again.") from error

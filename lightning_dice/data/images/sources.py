@@ -22,6 +22,7 @@ from lightning_dice.data.images.image_reader import read_size
 from lightning_dice.data.images.mask_format import MaskFormat
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.data.images.raters import Raters
+from lightning_dice.data.images.tiff_library import require_tiff_library
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.splits import SplitSettings
 
@@ -180,9 +181,16 @@ class ImageFileSource(ImageSource):
         return {case: kind for case, kind in self._kinds.items() if kind}
 
     def layout(self) -> Layout:
-        """Return the files, and which belong together."""
+        """Return the files, and which belong together.
+
+        Raises:
+            MissingExtra: there are TIFFs, and the libraries that read them are not installed.
+        """
         if self._layout is None:
             self._layout = self._find_files()
+            pairs = [pair for pairs in self._layout.pairs.values() for pair in pairs]
+            files = [file for pair in pairs for file in (pair.image, *pair.masks)]
+            require_tiff_library(file for file in files if isinstance(file, Path))
         return self._layout
 
     def _open(self, name: Split, read: Callable[[Path], tuple[int, int]]) -> FolderCases:

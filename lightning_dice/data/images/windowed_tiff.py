@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,7 +16,9 @@ from torchvision.transforms import v2
 from lightning_dice.data.errors import DataProblem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.image_reader import ORIENTATION, TIFF, DecodedImage, image_from_tiff_page
+from lightning_dice.data.images.tiff_library import tifffile_for
 from lightning_dice.data.transforms import Standardize
+from lightning_dice.extras import MissingExtra
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +54,7 @@ class WindowedTiff:
             compressed than an image can be. Reading a window raises it if a tile cannot be decoded.
 
     >>> import tempfile
+    >>> import tifffile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "slide.tif"
     ...     tifffile.imwrite(path, np.eye(300, 500, dtype=np.uint8), tile=(128, 128), compression="zlib")
@@ -67,16 +69,16 @@ class WindowedTiff:
         self.path = path
         self._tiles: dict[tuple[int, int, int], NDArray[Any]] = {}
         try:
-            with tifffile.TiffFile(path) as tiff:
+            with tifffile_for(path).TiffFile(path) as tiff:
                 self._read_header(tiff)
-        except DataProblem:
+        except (DataProblem, MissingExtra):
             raise
         except OSError as error:
             raise DataProblem(f"cannot be opened ({error.strerror})", path) from error
         except Exception as error:  # tifffile raises anything for a damaged header.
             raise DataProblem(f"cannot be decoded ({type(error).__name__}: {error})", path, "Copy it again.") from error
 
-    def _read_header(self, tiff: tifffile.TiffFile) -> None:
+    def _read_header(self, tiff: Any) -> None:
         # Reduced copies and transparency masks are pages of their own: bits 0 and 2.
         pages: list[Any] = [p for p in tiff.pages if not int(getattr(p, "subfiletype", 0)) & 0b101]
         if len(pages) != 1 or pages[0].imagedepth != 1:
@@ -183,8 +185,10 @@ def tiff_pixels(path: Path) -> int | None:
         with path.open("rb") as file:
             if file.read(4) not in TIFF:
                 return None
-        with tifffile.TiffFile(path) as tiff:
+        with tifffile_for(path).TiffFile(path) as tiff:
             return int(tiff.pages.first.imagelength * tiff.pages.first.imagewidth)
+    except MissingExtra:
+        raise
     except Exception:  # Reading the whole file reports what is wrong with it.
         return None
 

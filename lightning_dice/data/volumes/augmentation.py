@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dice.extras import require
+
 
 class MonaiAugment:
     """Augments image and mask with MONAI's dictionary transforms, for any number of space axes.
@@ -29,6 +31,7 @@ class MonaiAugment:
     """
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
+        require("monai", needed_by=type(self).__name__)
         from monai.transforms.compose import Compose  # Takes seconds; other data need not wait for it.
 
         self.transforms = list(transforms)

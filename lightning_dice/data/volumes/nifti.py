@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dice.data.errors import DataProblem
+from lightning_dice.extras import require
 from lightning_dice.io import write_atomically
 
 if TYPE_CHECKING:
@@ -328,6 +329,7 @@ def volume_files(folder: Path) -> list[Path]:
 
 
 def _header(path: Path, channels: bool = False) -> tuple[Geometry, Nifti1Image]:
+    require("nibabel", needed_by=str(path))
     import nibabel
     from nibabel.nifti1 import Nifti1Image
 

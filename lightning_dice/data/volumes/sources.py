@@ -28,6 +28,7 @@ from lightning_dice.data.volumes.normalization import Intensities
 from lightning_dice.data.volumes.prediction_io import VolumePredictionIO
 from lightning_dice.data.volumes.preprocessing import Preprocessor, VolumePreprocessing
 from lightning_dice.data.volumes.resampling import resample_mask
+from lightning_dice.extras import require
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class BaseVolumeSource(ABC):
         check_affine: bool = True,
         workers: int | None = None,
     ) -> None:
+        require("nibabel", needed_by=type(self).__name__)
         if not root:
             raise ValueError(f"root must name a folder, got {root!r}; set data.root=/path/to/folder")
         if channels < 1:
