@@ -2050,6 +2050,417 @@ mutate(
 )
 
 
+# Callbacks.
+EMA = "callbacks/test_ema.py::test_"
+GUARDS = "callbacks/test_guards.py::"
+FREEZE = "callbacks/test_freeze.py::test_"
+SIGNALS = "callbacks/test_signals.py::test_"
+mutate(
+    "callbacks/ema.py",
+    ("ema-weights-swapped", "1 - self.decay_at(done)", "self.decay_at(done)", f"{EMA}every_other_step"),
+    (
+        "ema-first-step-left-out",
+        "step_idx % self.update_every_n_steps == 0",
+        "(step_idx + 1) % self.update_every_n_steps == 0",
+        f"{EMA}every_other_step",
+    ),
+    (
+        "ema-warmup-reversed",
+        "return min(self.decay,",
+        "return max(self.decay,",
+        f"{EMA}validation_sees_the_average_of_the_steps",
+    ),
+    (
+        "ema-checkpoint-swapped-within-validation",
+        "if self.swapped and self.average_model is not None:\n            averaged, current",
+        "if False:\n            averaged, current",
+        f"{EMA}a_checkpoint_saved_within_a_validation_has_each_in_its_place",
+    ),
+    (
+        "ema-tests-the-optimizers-weights",
+        'if trainer.state.fn == "fit":',
+        "if True:",
+        f"{EMA}a_checkpoint_is_tested_alike_after_fit_and_afresh",
+    ),
+)
+mutate(
+    "callbacks/gradient_guard.py",
+    (
+        "guard-ignores-the-loss",
+        "acts = bad_gradient if is_distributed(trainer) else bad_gradient or bad_loss",
+        "acts = bad_gradient",
+        f"{GUARDS}test_a_loss_that_is_not_finite_with_finite_gradients",
+    ),
+    (
+        "guard-loss-stays-on-its-rank",
+        "torch.where(kept.isfinite(), gradient, math.nan)",
+        "gradient",
+        f"{GUARDS}test_two_processes_stop_together_and_the_one_that_knows_saves",
+    ),
+    (
+        "guard-keeps-running-statistics",
+        "_copy_into(self._statistics, self._saved_statistics)\n        diagnoses",
+        "diagnoses",
+        f"{GUARDS}test_a_skipped_step_leaves_everything_as_it_was",
+    ),
+    (
+        "guard-counts-all-skips",
+        "            self._skipped = 0\n            # The same",
+        "            # The same",
+        f"{GUARDS}test_skips_that_are_not_in_a_row_do_not_add_up",
+    ),
+)
+mutate(
+    "callbacks/collapse_guard.py",
+    (
+        "collapse-of-one-rank",
+        'total: Any = trainer.strategy.reduce(counts, reduce_op="sum")',
+        "total: Any = counts",
+        f"{GUARDS}test_two_processes_judge_all_predictions",
+    ),
+    (
+        "collapse-never-recovers",
+        "0 if collapsed is None else self._in_a_row + 1",
+        "self._in_a_row + (collapsed is not None)",
+        f"{GUARDS}TestCollapse::test_recovering_starts_anew",
+    ),
+)
+mutate(
+    "callbacks/freeze.py",
+    (
+        "freeze-keeps-gradients",
+        "for parameter in self._frozen:\n            parameter.grad = None",
+        "for _ in self._frozen:\n            pass",
+        f"{FREEZE}two_processes_are_one",
+    ),
+    (
+        "freeze-forgets-a-resumed-epoch",
+        'has no `on_train_epoch_start`."""\n        self._apply(trainer.current_epoch)',
+        'has no `on_train_epoch_start`."""',
+        f"{FREEZE}going_on_in_the_middle_of_an_epoch",
+    ),
+    (
+        "freeze-batch-norm-trains",
+        "norm.eval()",
+        "norm.train()",
+        f"{FREEZE}batch_norm_evaluates_while_it_is_frozen_and_dropout_does_not",
+    ),
+)
+mutate(
+    "callbacks/throughput.py",
+    (
+        "throughput-of-the-sum-of-times",
+        'reduce_op="max"',
+        'reduce_op="sum"',
+        "callbacks/test_throughput.py::test_of_all_processes",
+    ),
+)
+mutate(
+    "callbacks/save_on_interrupt.py",
+    (
+        "interrupt-second-ctrl-c-waits",
+        "if number == signal.SIGINT and self._received == signal.SIGINT:",
+        "if False:",
+        f"{SIGNALS}a_second_ctrl_c_stops_at_once",
+    ),
+    ("interrupt-on-one-rank-lost", "ReduceOp.MAX", "ReduceOp.MIN", f"{SIGNALS}all_ranks_stop_when_one_is_told"),
+    (
+        "interrupt-between-accumulated-batches",
+        "if is_accumulating(trainer):",
+        "if False:",
+        f"{SIGNALS}not_between_batches_whose_gradients_add_up",
+    ),
+    (
+        "interrupt-status-of-sigterm",
+        "SystemExit(error.code or SIGTERM_STATUS)",
+        "SystemExit(SIGTERM_STATUS)",
+        f"{SIGNALS}after_the_step",
+    ),
+    (
+        "interrupt-status-of-success",
+        "raise SystemExit(SIGINT_STATUS) from None\n    except SystemExit",
+        "raise SystemExit(0) from None\n    except SystemExit",
+        "callbacks/test_save_on_interrupt.py::test_exit_status",
+    ),
+)
+BAR = "callbacks/test_progress_bar.py::test_"
+mutate(
+    "callbacks/progress_bar.py",
+    (
+        "bar-shows-an-old-validation",
+        'if self._validated or not name.startswith("val/")}',
+        "}",
+        f"{BAR}an_epoch_without_validation_shows_none_of_an_earlier_one",
+    ),
+    (
+        "bar-too-long",
+        "if wide else min(room, 8),",
+        "if wide else 30,",
+        f"{BAR}a_terminal_of_80_columns_shows_loss_and_dice_in_one_line",
+    ),
+)
+
+# Data.
+MODULE = "data/test_datamodule.py::test_"
+PATCHES = "data/test_patches.py::"
+WINDOWS = "data/test_windows.py::"
+mutate(
+    "data/samplers.py",
+    (
+        "order-of-every-epoch-the-same",
+        "mixed_seed(self.entropy, self.epoch))",
+        "mixed_seed(self.entropy, 0))",
+        f"{MODULE}the_order_follows_seed_and_epoch",
+    ),
+    (
+        "batches-of-mixed-sizes",
+        " and sizes[i] == sizes[batches[-1][0]]:",
+        ":",
+        f"{MODULE}evaluation_batches_hold_one_size",
+    ),
+    (
+        "ranks-with-fewer-batches",
+        " + [[] for _ in range(most - len(shares[rank]))]",
+        "",
+        f"{MODULE}each_case_is_evaluated_once",
+    ),
+)
+mutate(
+    "data/batching.py",
+    (
+        "pixels-from-outside-have-a-class",
+        "(shifted - 1).masked_fill(shifted == 0, ignore_index).to(dtype)",
+        "(shifted - 1).clamp(min=0).to(dtype)",
+        f"{MODULE}pixels_outside_the_image_are_ignored",
+    ),
+    (
+        "crop-normalized-by-itself",
+        "elif normalize is not None and augment is not None:",
+        "elif False:",
+        f"{MODULE}a_crop_is_normalized_as_in_evaluation",
+    ),
+    (
+        "random-state-of-the-training-used",
+        "with seeded(seed):  #",
+        "if True:  #",
+        f"{MODULE}training_is_reproducible_with_any_number_of_workers",
+    ),
+)
+mutate(
+    "data/patches.py",
+    (
+        "patch-padding-has-a-class",
+        "self.sampler.ignore_index or 0))",
+        "0))",
+        f"{PATCHES}TestPositions::test_a_small_image_is_padded_on_both_sides_and_the_padding_ignored",
+    ),
+    (
+        "patch-centred-on-ignored",
+        "if n not in (0, ignore_index)]",
+        "if n != 0]",
+        f"{PATCHES}TestPositions::test_ignored_voxels_are_not_foreground",
+    ),
+    (
+        "patch-classes-by-pixels",
+        "rng.choice(np.unique(ids))",
+        "rng.choice(ids)",
+        f"{PATCHES}TestPositions::test_patches_are_centred_on_evenly_drawn_classes",
+    ),
+    (
+        "patch-cache-outdated",
+        'f"{stamp} {self.sampler.ignore_index}"',
+        'f"{number} {self.sampler.ignore_index}"',
+        f"{PATCHES}TestCache::test_a_changed_case_is_read_again",
+    ),
+)
+mutate(
+    "data/images/datasets.py",
+    (
+        "tiles-of-unequal-size",
+        "rest + (length - rest + 1) // 2]",
+        "rest + tile]",
+        f"{WINDOWS}TestTiles::test_tiles_cover_every_pixel_once",
+    ),
+    (
+        "foreground-of-the-majority",
+        'if raters is not None and self.cases.fusion in ("mean", "random") else []',
+        "if False else []",
+        f"{WINDOWS}test_foreground_is_that_of_any_rater",
+    ),
+    (
+        "holes-filled-by-the-window",
+        "self.cases.image_format.means(self.image)",
+        "self.cases.image_format.means(image)",
+        f"{WINDOWS}TestNodata::test_holes_have_the_mean_of_the_whole_image_and_are_ignored",
+    ),
+    (
+        "large-images-decoded-whole",
+        "windowed = None if whole else open_windowed_tiff(pair.image)",
+        "windowed = None",
+        f"{WINDOWS}test_memory_does_not_grow_with_the_image",
+    ),
+)
+mutate(
+    "data/volumes/resampling.py",
+    (
+        "resampled-ties-go-up",
+        "better = share > best",
+        "better = share >= best",
+        "data/test_volumes.py::TestResampling::test_masks_against_their_definition",
+    ),
+)
+
+# Inference.
+SLIDING = "inference/test_sliding_window.py::test_"
+CALIBRATOR = "inference/test_calibrator.py::test_"
+mutate(
+    "inference/sliding_window.py",
+    (
+        "window-stride-rounded",
+        "int(window * (1 - self.overlap))",
+        "round(window * (1 - self.overlap))",
+        f"{SLIDING}starts_equal_monai",
+    ),
+    (
+        "window-weights-vanish",
+        "return weights.clamp(min=max(float(weights.min()), 1e-3))",
+        "return weights",
+        f"{SLIDING}weights_equal_monai_to_the_last_bit",
+    ),
+    (
+        "window-rows-not-cleared",
+        "            self.sums[:, places], self.weights[places] = 0, 0\n",
+        "",
+        f"{SLIDING}equals_monai",
+    ),
+)
+mutate(
+    "inference/component_filter.py",
+    (
+        "smallest-size-removed",
+        "removable = sizes < min_size",
+        "removable = sizes <= min_size",
+        "inference/test_component_filter.py::test_planes_by_flooding",
+    ),
+)
+mutate(
+    "inference/calibrator.py",
+    (
+        "threshold-of-the-first-best",
+        "(best - self.threshold_logit).abs().argmin()",
+        "0",
+        f"{CALIBRATOR}of_equally_good_thresholds_the_present_one_stays",
+    ),
+    (
+        "calibration-pixels-unweighted",
+        "len(valid) / max(1, len(drawn))",
+        "1.0",
+        f"{CALIBRATOR}a_case_of_many_pixels_weighs_as_much_as_it_has",
+    ),
+    (
+        "calibration-at-the-threshold",
+        "torch.bucketize(logits[part], candidates)",
+        "torch.bucketize(logits[part], candidates, right=True)",
+        f"{CALIBRATOR}a_logit_at_a_threshold_is_not_above_it",
+    ),
+)
+
+# Scores.
+SURFACES = "scoring/test_surfaces.py::test_"
+CASE = "scoring/test_case.py::test_"
+COMPARISON = "scoring/test_comparison.py::test_"
+mutate(
+    "scoring/surfaces.py",
+    (
+        "surface-tolerance-exact",
+        "reach = tolerance * (1 + 1e-9)",
+        "reach = tolerance",
+        f"{SURFACES}a_distance_equal_to_the_tolerance_is_within",
+    ),
+    (
+        "hausdorff-of-the-better-side",
+        "max(np.percentile(forward, 95)",
+        "min(np.percentile(forward, 95)",
+        f"{SURFACES}scores_agree_with_monai",
+    ),
+    (
+        "surface-open-at-the-border",
+        "np.pad(predicted[box], 1), np.pad(actual[box], 1)",
+        "predicted[box], actual[box]",
+        f"{SURFACES}the_border_of_the_image_is_a_surface",
+    ),
+)
+mutate(
+    "scoring/lesions.py",
+    (
+        "lesions-matched-twice",
+        "_count_matches(first[matching], second[matching])",
+        "int(matching.sum())",
+        "scoring/test_lesions.py::test_matching_is_maximum",
+    ),
+)
+mutate(
+    "scoring/case.py",
+    ("area-in-millilitres", "(1000 if len(spacing) == 3 else 1)", "1000", f"{CASE}areas_are_in_square_millimetres"),
+    (
+        "ignored-pixels-predicted",
+        "predicted_mask = predicted_mask & (labels != scoring.ignore_index)",
+        "pass",
+        f"{CASE}ignored_pixels_belong_to_no_class",
+    ),
+)
+mutate(
+    "scoring/comparison.py",
+    (
+        "higher-distances-win",
+        '-known if better == "low"',
+        'known if better == "low"',
+        f"{COMPARISON}lower_distances_are_better",
+    ),
+    ("ties-broken-by-rounding", "(second - first).round(9)", "second - first", f"{COMPARISON}many_cases_with_ties"),
+)
+
+# What `inspect` finds.
+FINDINGS = "data_check/test_findings.py::"
+mutate(
+    "data_check/duplicates.py",
+    (
+        "constant-images-are-duplicates",
+        "cases = [case for case in cases if case.range[0] < case.range[4]]",
+        "cases = list(cases)",
+        f"{FINDINGS}TestDuplicates::test_black_images_are_not_duplicates",
+    ),
+    (
+        "common-structure-is-duplicated",
+        "if len(cases) >= MIN_FOR_MEAN",
+        "if False",
+        f"{FINDINGS}TestDuplicates::test_common_structure_does_not_make_duplicates",
+    ),
+    (
+        "duplicates-not-turned",
+        "    if len(cases) > MAX_REORIENTED:\n        candidates",
+        "    if cases:\n        candidates",
+        f"{FINDINGS}TestDuplicates::test_across_splits",
+    ),
+)
+mutate(
+    "data_check/mask_checks.py",
+    ("inverted-masks-pass", "if share > 0.5:", "if share > 0.99:", f"{FINDINGS}TestContents::test_inverted_masks"),
+    (
+        "full-masks-with-ignored-pixels-pass",
+        ">= case.pixels - case.ignored for",
+        ">= case.pixels for",
+        f"{FINDINGS}TestContents::test_full_and_ignored_masks",
+    ),
+    (
+        "specks-pass",
+        "if tiny > MANY_SMALL * len(sizes):",
+        "if tiny > len(sizes):",
+        f"{FINDINGS}TestContents::test_hints_for_the_loss",
+    ),
+)
+
+
 @contextlib.contextmanager
 def copy_of_package() -> Iterator[Path]:
     """Yield a temporary folder with the package, its configs and its tests, compiled."""
