@@ -43,6 +43,8 @@ def choosing(path: Path, folder: Path) -> list[str]:
         (folder / "dataset.json").write_text(json.dumps(facts))
     if "root: ???" in text or "/data: folder" in text or "/data: volumes" in text or "\n  - folder\n" in text:
         overrides.append(f"data.root={folder}")
+    if path.parent.name == "sampler":
+        overrides.append("hydra/sweeper=search")
     # The rest of the catalogue asks for the default data's one channel; this network takes three.
     return [*overrides, "data.channels=3"] if path.stem.startswith(("torchvision", "imagenet")) else overrides
 
