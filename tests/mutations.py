@@ -2507,7 +2507,9 @@ def run_tests(folder: Path, tests: tuple[str, ...], log: Path, *, cache: Path | 
     """Run tests in the copy and return pytest's exit status; -1 if they took too long."""
     # Forked from a process that has imported what tests need, which takes longer than most of them.
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-    context.set_forkserver_preload(["torch", "scipy.ndimage", "torchmetrics", "monai.losses", "optuna"])
+    context.set_forkserver_preload(
+        ["torch", "scipy.ndimage", "torchmetrics", "monai.losses", "optuna", "lightning.pytorch", "torchvision"]
+    )
     process = context.Process(target=pytest_process, args=(folder, tests, log, cache, mutated))
     process.start()
     process.join(TIMEOUT)
