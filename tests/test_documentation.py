@@ -43,11 +43,12 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 LANGUAGES = {"python", "pycon", "bash", "yaml", "json", "text"}
 
-# What a page's command gets besides, to end soon.
+# What a training gets besides, to end within a second or two.
 SHORT = [
     *("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "data.num_workers=0", "data.batch_size=2"),
     "data.patch_size=[32,32]",
 ]
+LEAN = ["test=false", "+trainer.limit_train_batches=1"]
 # What cannot run here: GPUs, several processes, clusters, downloads.
 ELSEWHERE = re.compile(
     r"=gpu|multi_gpu|multi_node|srun |torchrun |devices=[2-9]|submitit|joblib|=imagenet|download=true|wandb|mlflow"
@@ -258,6 +259,27 @@ def a_run() -> DictConfig:
     return copy.deepcopy(composed_config("fit", "data=folder", "data.root=/data/cells"))
 
 
+def shortened(line: Line) -> list[str]:
+    """What a command gets besides, where the page leaves it open."""
+    if line.name == "inspect":
+        return SHORT[-2:]
+    if line.name != "fit" or "resume=" in line.text:
+        return []
+    extra = [*SHORT, *LEAN]
+    if "experiment=plan" in line.text:
+        extra.remove("data.patch_size=[32,32]")
+    elif re.search(r"data=(volumes|nnunet)", line.text):
+        extra.append("data.patch_size=[16,16,16]")
+        extra += [] if "model" in line.text else ["model.filters=[4,4,4,4,4]"]
+    elif not re.search(r"\bmodel[=.]|experiment=", line.text):
+        extra.append("model=custom")
+    if not re.search(r"\bdata=|experiment=(?!sweep)", line.text):
+        extra.append("data.cases={train:4,val:2,test:2}")
+    if "callbacks" not in line.text:
+        extra.append("callbacks=[progress_bar,history,checkpoint,interrupt]")
+    return extra if "logger" in line.text else [*extra, "logger=none"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
@@ -274,10 +296,7 @@ def test_commands_run(page, desk, places):
         folder = next((a.removeprefix("folder=") for a in arguments if a.startswith("folder=")), None)
         if line.name == "fit" and folder is not None:
             shutil.rmtree(desk / folder, ignore_errors=True)
-        if line.name == "fit" and not any(a.startswith("resume=") for a in arguments):
-            volumes = re.search(r"data=(volumes|nnunet)|experiment=plan", line.text)
-            arguments += [*SHORT[:-1], "data.patch_size=[16,16,16]"] if volumes else SHORT
-        run_command(line.name, *arguments, cwd=desk)
+        run_command(line.name, *arguments, *shortened(line), cwd=desk)
 
 
 def test_every_block_has_a_language_and_parses():
