@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import subprocess
@@ -13,62 +12,38 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import SMALL, Forked, free_port, rank_environments, rows, run_ranks
 from omegaconf import OmegaConf
 
 from lightning_dice.cli import rendezvous, slurm
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.experiment import check_config_consistency
 
 RUN = rendezvous.RunSpec(Path("/a folder"), OmegaConf.create({"loss": {"smooth": 1, 255: [1.0e-5, None]}}))
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:5,test:5}",
-    "data.batch_size=4",
-    "data.num_workers=0",
-    "device=cpu",
-    "trainer.max_epochs=2",
-    "trainer.strategy=ddp",
+FIT = [
+    *SMALL,
+    *("data.cases={train:16,val:5,test:5}", "data.batch_size=4", "trainer.max_epochs=2", "trainer.strategy=ddp"),
+    *("logger=none", "callbacks=[progress_bar,history,checkpoint,case_table,interrupt]"),
 ]
 
 
-def start(
-    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()
-) -> subprocess.Popen[str]:
-    line = [sys.executable, *launcher, "-m", "lightning_dice.fit", *arguments]
-    return subprocess.Popen(
-        line,
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(*processes: subprocess.Popen[str], status: int = 0) -> list[tuple[str, str]]:
-    told = [process.communicate(timeout=200) for process in processes]
-    for process, (out, err) in zip(processes, told, strict=True):
-        assert process.returncode == status, f"{out}\n{err}"
-    return told
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    measured = ("seconds", "images_per_second", "memory_gb")
-    with path.open() as file:
-        return [{key: value for key, value in row.items() if key not in measured} for row in csv.DictReader(file)]
+def ended(processes: list[Forked], status: int = 0) -> list[tuple[str, str]]:
+    results = [process.wait(status) for process in processes]
+    return [(result.out, result.err) for result in results]
 
 
 def same_run(one: Path, two: Path) -> None:
     """Equal but for rounding: torchrun gives each process one thread, which adds up in another order."""
+    measured = ("seconds", "images_per_second", "memory_gb")
     for name in ("metrics.csv", "cases.csv"):
         tables = rows(one / name), rows(two / name)
-        assert [row.keys() for row in tables[0]] == [row.keys() for row in tables[1]]
+        assert len(tables[0]) == len(tables[1]) > 0
         for row, other in zip(*tables, strict=True):
+            assert row.keys() == other.keys()
             for key, value in row.items():
                 if key in ("split", "case") or not value:
                     assert value == other[key]
-                else:
+                elif key not in measured:
                     assert float(value) == pytest.approx(float(other[key]), rel=1e-5, abs=1e-6), (name, key)
     weights = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
     for key, value in weights[0].items():
@@ -82,46 +57,65 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(home):
-    """A run on two processes, which Lightning has started."""
-    told = ended(start(*SMALL, "trainer.devices=2", "folder=two", cwd=home))
-    assert "batch   4 images x 2 processes = 8 a step, seed 0" in told[0][0]
+    """A run on two processes, of which Lightning starts the second."""
+    told = Forked("fit", *FIT, "trainer.devices=2", "folder=two", cwd=home).wait()
+    assert "batch   4 images x 2 processes = 8 a step, seed 0" in told.out
     return home / "two"
 
 
-def nodes(home: Path, port: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Two "machines" with a process each, over loopback."""
-    return [
-        start(
-            *(*SMALL, "trainer.devices=1", "trainer.num_nodes=2", *arguments),
+def on_nodes(home: Path, *arguments: str) -> list[Forked]:
+    """Two "machines" with a process each, over loopback, with the environment that torchrun gives them."""
+    settings = [*FIT, "trainer.devices=1", "trainer.num_nodes=2", *arguments]
+    nodes = [
+        {**environment, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
+        for rank, environment in enumerate(rank_environments(2))
+    ]
+    return [Forked("fit", *settings, cwd=home, environment=nodes[rank]) for rank in (1, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_two_nodes_train_as_one(home, two):
+    """By torchrun itself, whose store the processes then share."""
+    port = free_port()
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"),
+                *("--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "lightning_dice.fit"),
+                *(*FIT, "trainer.devices=1", "trainer.num_nodes=2", "runs=nodes"),
+            ],
             cwd=home,
-            launcher=(
-                *("-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"),
-                *("--master-addr=127.0.0.1", f"--master-port={port}"),
-            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (1, 0)
     ]
-
-
-def test_two_nodes_train_as_one(home, two):
-    told = ended(*nodes(home, 29521, "runs=nodes"))
+    told = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
     # The first process alone has made a folder, and a name for it that holds the time.
     (folder,) = (home / "nodes").iterdir()
     assert str(folder) in told[1][0]
     same_run(folder, two)
 
 
+@pytest.mark.process
 def test_a_sweep_on_two_nodes(home, two):
-    ended(*nodes(home, 29522, "runs=swept", "loss.smooth=0.1,1", "-m"))
+    ended(on_nodes(home, "runs=swept", "loss.smooth=0.1,1", "-m"))
     (sweep,) = (home / "swept").iterdir()
     assert "smooth: 0.1" in (sweep / "0" / "config.yaml").read_text()
     same_run(sweep / "1", two)
 
 
+@pytest.mark.process
 def test_started_by_hand_on_each_machine(home, two):
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29523"}
-    arguments = [*SMALL, "trainer.devices=1", "trainer.num_nodes=2", "runs=by-hand"]
-    told = ended(*(start(*arguments, cwd=home, environment={**address, "NODE_RANK": str(rank)}) for rank in (1, 0)))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = [*FIT, "trainer.devices=1", "trainer.num_nodes=2", "runs=by-hand"]
+    processes = [
+        Forked("fit", *arguments, cwd=home, environment={**address, "NODE_RANK": str(rank)}) for rank in (1, 0)
+    ]
+    told = ended(processes)
     (folder,) = (home / "by-hand").iterdir()
     same_run(folder, two)
     assert not told[0][0]
@@ -144,39 +138,43 @@ def slurm_environment(rank: int, port: int, **more: str) -> dict[str, str]:
     }
 
 
+def by_srun(home: Path, *arguments: str, **environment: str) -> list[Forked]:
+    """Both tasks of a job."""
+    port = free_port()
+    settings = [*FIT, "trainer.devices=2", *arguments]
+    return [
+        Forked("fit", *settings, cwd=home, environment=slurm_environment(rank, port, **environment)) for rank in (0, 1)
+    ]
+
+
+@pytest.mark.process
 def test_srun(home, two):
-    arguments = [*SMALL, "trainer.devices=2", "runs=srun"]
-    cache = str(home / "cache")
-    ended(
-        *(
-            start(*arguments, cwd=home, environment=slurm_environment(rank, 29525, XDG_CACHE_HOME=cache))
-            for rank in (1, 0)
-        )
-    )
+    ended(by_srun(home, "runs=srun", XDG_CACHE_HOME=str(home / "cache")))
     (folder,) = (home / "srun").iterdir()
     same_run(folder, two)
 
 
-def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
+@pytest.mark.process
+def test_a_job_that_slurm_requeues_goes_on(tmp_path):
     """SIGUSR1, sent to all tasks, saves and requeues; the same command then goes on in the same folder."""
     calls = tmp_path / "calls"
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     scontrol.chmod(0o755)
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    arguments = [*SMALL, "trainer.devices=2", "trainer.max_epochs=100000", "runs=requeued"]
-    processes = [start(*arguments, cwd=home, environment=slurm_environment(rank, 29527, **cache)) for rank in (0, 1)]
+    job = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    arguments = ["trainer.max_epochs=100000", "runs=requeued"]
+    processes = by_srun(tmp_path, *arguments, **job)
     folder = None
     for _ in range(600):
-        folder = next(iter((home / "requeued").glob("*/metrics.csv")), None)
+        folder = next(iter((tmp_path / "requeued").glob("*/metrics.csv")), None)
         if folder:
             break
         time.sleep(0.1)
     assert folder is not None
     for process in processes:
         process.send_signal(signal.SIGUSR1)
-    told = ended(*processes, status=138)
+    told = ended(processes, status=138)
     assert "Stopped by SIGUSR1" in told[0][1]
     assert calls.read_text() == "requeue 4711\n"
     folder = folder.parent
@@ -185,19 +183,15 @@ def test_a_job_that_slurm_requeues_goes_on(home, two, tmp_path):
     for name in ("config.yaml", "config_unresolved.yaml"):
         text = (folder / name).read_text().replace("max_epochs: 100000", f"max_epochs: {done + 1}")
         (folder / name).write_text(text)
-    told = ended(
-        *(
-            start(*arguments, cwd=home, environment=slurm_environment(r, 29529, SLURM_RESTART_COUNT="1", **cache))
-            for r in (0, 1)
-        )
-    )
+    told = ended(by_srun(tmp_path, *arguments, **job, SLURM_RESTART_COUNT="1"))
     assert "SLURM restarted the job (SLURM_RESTART_COUNT=1): resuming" in told[0][0]
-    assert [path.name for path in (home / "requeued").iterdir()] == [folder.name]
+    assert [path.name for path in (tmp_path / "requeued").iterdir()] == [folder.name]
     assert [row["epoch"] for row in rows(folder / "metrics.csv")] == [str(epoch) for epoch in range(done + 1)]
 
 
+@pytest.mark.process
 def test_a_mistake_ends_all(home):
-    told = ended(*nodes(home, 29531, "loss.smooth=-1", "runs=mistaken"), status=1)  # torchrun's own status
+    told = ended(on_nodes(home, "loss.smooth=-1", "runs=mistaken"), status=2)
     assert "smooth must be a number of pixels >= 0" in told[1][1]
     assert not list((home / "mistaken").iterdir())
 
@@ -270,27 +264,20 @@ class TestJob:
         assert not list(tmp_path.iterdir())
 
 
-def agree(rank: int, folder: str, configs: list[str]) -> None:
-    import torch.distributed as dist
-
-    from lightning_dice.cli.experiment import check_config_consistency
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(configs))
+def agreed(configs: list[str]) -> str:
+    """On each rank."""
     try:
-        check_config_consistency(configs[rank])
-        told = "agreed"
+        check_config_consistency(configs[torch.distributed.get_rank()])
     except UserError as error:
-        told = str(error)
-    Path(folder, str(rank)).write_text(told)
-    dist.barrier()
-    dist.destroy_process_group()
+        return str(error)
+    return "agreed"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("differ", [False, True])
-def test_ranks_with_other_configs_are_stopped(tmp_path, differ):
+def test_ranks_with_other_configs_are_stopped(differ):
     configs = ["loss:\n  smooth: 1\nseed: 0\n", f"loss:\n  smooth: {0.419 if differ else 1}\nseed: 0\n"]
-    mp.start_processes(agree, (str(tmp_path), configs), nprocs=2, start_method="spawn")
-    told = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    told = run_ranks(agreed, configs).results
     if not differ:
         assert told == ["agreed"] * 2
         return
