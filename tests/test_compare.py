@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import rows, run_command
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -36,19 +35,13 @@ def run(*given: object) -> None:
     compare(config)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 OLD, NEW = [0.5, 0.7, 0.9, 0.4, 0.8], [0.6, 0.9, 0.8, 0.4, 0.9]
 
 
 def test_as_a_user_runs_it(tmp_path):
     write(tmp_path / "runs" / "the old [1]", OLD)
     write(tmp_path / "new", NEW)
-    line = [sys.executable, "-m", "lightning_dice.compare", "runs/the old [1]", "new", "n_resamples=500"]
-    output = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout
+    output = run_command("compare", "runs/the old [1]", "new", "n_resamples=500", cwd=tmp_path).out
     assert "Dice of new minus the old [1]; higher is better, 5 test cases" in output
     made = tmp_path / "runs" / "the old [1]" / "compare_new"
     (row,) = rows(made / "compare.csv")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from helpers import rows
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from PIL import Image
@@ -65,13 +65,11 @@ def run(home, *settings):
 OWN = {"predictions", "run", "split", "missing", "output", "checkpoint", "calibration"}
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_scores_of_files_alone(home, capsys):
+@pytest.mark.slow
+def test_scores_of_files_alone(home, tmp_path, capsys):
+    home = shutil.copytree(home, tmp_path / "files")
     (home / "predictions" / "extra.png").write_bytes((home / "predictions" / "test0.png").read_bytes())
+    before = sorted(path.name for path in (home / "predictions").iterdir())
     run(home)
     made, told = home / "predictions_scores_test", capsys.readouterr()
     found = rows(made / "cases.csv")
@@ -87,17 +85,12 @@ def test_scores_of_files_alone(home, capsys):
         assert (made / name).stat().st_size > 0, name
     assert "files that belong to no case, skipped (1): extra.png" in told.err
     assert "Hausdorff 95" in told.out
-    (home / "predictions" / "extra.png").unlink()
-
-
-def test_another_evaluation_is_numbered_and_the_predictions_stay_as_they_are(home):
-    before = sorted(path.name for path in (home / "predictions").iterdir())
+    # Another evaluation is numbered, and the predictions stay as they are.
     run(home, "callbacks.case_table.tolerance=0.5")
-    again = home / "predictions_scores_test-2"
-    first = home / "predictions_scores_test"
-    assert [row["dice"] for row in rows(again / "cases.csv")] == [row["dice"] for row in rows(first / "cases.csv")]
+    again = rows(home / "predictions_scores_test-2" / "cases.csv")
+    assert [row["dice"] for row in again] == [row["dice"] for row in found]
     key = "surface_dice/foreground"
-    assert float(rows(again / "cases.csv")[0][key]) < float(rows(first / "cases.csv")[0][key])
+    assert float(again[0][key]) < float(found[0][key])
     assert sorted(path.name for path in (home / "predictions").iterdir()) == before
 
 
@@ -289,6 +282,7 @@ def test_volumes_are_measured_in_millimetres(tmp_path):
     assert float(row["hd95/back"]) == 1
 
 
+@pytest.mark.slow
 def test_tiles_are_scored_by_the_predictions_of_whole_images(home, tmp_path):
     run(home, "data.tile=16", f"output={tmp_path / 'scores'}")
     found = rows(tmp_path / "scores" / "cases.csv")

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import LEAN, rows, run_command
 from PIL import Image
 
 TINY = [
-    *(
-        "model=custom",
-        "data.patch_size=[16,16]",
-        "data.batch_size=4",
-        "data.num_workers=0",
-        "data.channels=1",
-        "device=cpu",
-    ),
+    *("model=custom", "data.patch_size=[16,16]", "data.batch_size=4", "data.num_workers=0", "data.channels=1"),
+    *(*LEAN, "callbacks=[progress_bar,history,checkpoint,case_table]", "test=true", "device=cpu"),
     *("trainer.max_epochs=1", "folder=run"),
 ]
 SIZE = (20, 24)
 
 
+@pytest.fixture(autouse=True)
+def _without_charts(monkeypatch):
+    """The report's charts have their own tests."""
+    monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
+
+
 def fit(*arguments: str, cwd: Path) -> str:
-    command = [sys.executable, "-m", "lightning_dice.fit", *TINY, *arguments]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stdout + result.stderr
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+    done = run_command("fit", *TINY, *arguments, cwd=cwd)
+    assert "Traceback" not in done.err
+    return done.out + done.err
 
 
 def image(path: Path, pixels: np.ndarray) -> None:

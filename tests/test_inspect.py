@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_check.planted import sound
+from helpers import refused, rows, run_command
 from hydra import compose, initialize_config_dir
 from omegaconf.errors import MissingMandatoryValue
 from PIL import Image
@@ -19,20 +17,6 @@ from PIL import Image
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.inspect import inspect
-
-
-def command(*arguments: str, cwd: Path, status: int) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_dice.inspect", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == status, f"{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in result.stderr
-    return result
 
 
 def config(*overrides: str):
@@ -60,10 +44,11 @@ def test_errors_are_named_and_set_the_status(tmp_path):
     for kind in ("images", "masks"):
         (root / kind / "test/test-0001.png").write_bytes((root / kind / "train/train-0003.png").read_bytes())
     (root / "masks/train/train-0005.png").unlink()
-    result = command(*FOLDER, f"data.root={root}", "output=seen", cwd=tmp_path, status=1)
-    assert "error: images/train/train-0005.png: has no mask in masks/train" in result.stdout
-    assert "error: 1 image in two splits  [duplicates-across-splits]" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("2 errors, 0 warnings, 0 notes: ")
+    result = run_command("inspect", *FOLDER, f"data.root={root}", "output=seen", cwd=tmp_path, status=1)
+    assert "Traceback" not in result.err
+    assert "error: images/train/train-0005.png: has no mask in masks/train" in result.out
+    assert "error: 1 image in two splits  [duplicates-across-splits]" in result.out
+    assert result.out.splitlines()[-1].startswith("2 errors, 0 warnings, 0 notes: ")
     written = json.loads((tmp_path / "seen/findings.json").read_text())
     assert [finding["kind"] for finding in written["findings"]] == ["refused", "duplicates-across-splits"]
     assert written["cases"] == {"train": 13, "val": 6, "test": 6}
@@ -74,13 +59,12 @@ def test_errors_are_named_and_set_the_status(tmp_path):
 
 def test_sound_data(tmp_path):
     root = saved(tmp_path / "data")
-    command(*FOLDER, f"data.root={root}", "strict=true", cwd=tmp_path, status=0)
+    run_command("inspect", *FOLDER, f"data.root={root}", "strict=true", cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("_inspect_folder")
-    with (folder / "cases.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 26
-    for row in rows:
+    cases = rows(folder / "cases.csv")
+    assert len(cases) == 26
+    for row in cases:
         mask = np.asarray(Image.open(root / "masks" / row["split"] / f"{row['case']}.png"))
         image = np.asarray(Image.open(root / "images" / row["split"] / f"{row['case']}.png")) / 255
         assert int(row["pixels/object"]) == mask.sum()
@@ -89,7 +73,7 @@ def test_sound_data(tmp_path):
 
 
 def test_typos_are_explained_and_leave_no_folder(tmp_path):
-    errors = command("data=folder", "data.rot=x", cwd=tmp_path, status=1).stderr
+    errors = refused("inspect", "data=folder", "data.rot=x", cwd=tmp_path, status=1)
     assert "did you mean root?" in errors
     assert not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from helpers import rows
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,14 +22,9 @@ from lightning_dice.inference.input_normalization import InputNormalization
 from lightning_dice.loading import build, locate, without_pretrained
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of one epoch."""
-    home = tmp_path_factory.mktemp("home")
-    small = ["model=custom", "data.patch_size=[32,32]", "data.cases={train:16,val:4,test:4}", "data.num_workers=0"]
-    line = [sys.executable, "-m", "lightning_dice.fit", *small, "device=cpu", "trainer.max_epochs=1", "folder=run"]
-    subprocess.run(line, cwd=home, check=True, capture_output=True, timeout=300)
-    return home / "run"
+@pytest.fixture
+def run(trained_run):
+    return trained_run
 
 
 class TestFromRun:
@@ -51,10 +47,7 @@ class TestFromRun:
         with torch.no_grad():
             for batch in data.test_dataloader():
                 module.test_metrics.update(module(batch.image), batch.mask)
-        import csv
-
-        with (run / "cases.csv").open() as file:
-            scores = [float(row["dice"]) for row in csv.DictReader(file) if row["dice"]]
+        scores = [float(row["dice"]) for row in rows(run / "cases.csv") if row["dice"]]
         assert float(module.test_metrics.compute()["test/dice"]) == pytest.approx(sum(scores) / len(scores), abs=1e-5)
 
     def test_segments_images_as_they_are_read(self, run):
@@ -75,6 +68,7 @@ class TestFromRun:
         ):
             module.segment(stored)
 
+    @pytest.mark.process
     def test_needs_no_hydra(self, run):
         code = (
             "import sys; from lightning_dice import SegmentationModule\n"

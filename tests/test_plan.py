@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from helpers import refused, run_command
 from hydra import compose, initialize_config_dir
 from torch import nn
 from volume_files import folders
@@ -87,17 +85,10 @@ class TestPropose:
 
 
 class TestCommand:
-    @staticmethod
-    def run(folder, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lightning_dice.plan", *arguments]
-        result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == status, result.stdout + result.stderr
-        return result
-
     def test_it_writes_an_experiment_once(self, tmp_path):
         folders(tmp_path / "data", {"train": 3, "val": 1}, np.diag([1, 1, 4, 1.0]), size=(20, 20, 9))
         data = ["data=volumes", "data.root=data", "data.classes=[background,front,back]", "memory=1"]
-        output = self.run(tmp_path, *data).stdout
+        output = run_command("plan", *data, cwd=tmp_path).out
         assert "median image 20x20x9 at 1x1x4 mm" in output
         assert "data.patch_size=[20,20,9]" in output
         register_resolvers()
@@ -112,11 +103,11 @@ class TestCommand:
         )
         net = instantiate(config.model, "model").eval()
         assert net(torch.zeros(1, 1, 20, 20, 9)).shape == (1, 3, 20, 20, 9)
-        refused = self.run(tmp_path, *data, status=2).stderr
-        assert "plan.yaml exists; choose another output, or set overwrite=true" in refused
+        told = refused("plan", *data, cwd=tmp_path)
+        assert "plan.yaml exists; choose another output, or set overwrite=true" in told
 
     def test_a_typo_is_explained_as_in_fit(self, tmp_path):
-        output = self.run(tmp_path, "data=volumes", "data.rot=data", status=2).stderr
+        output = refused("plan", "data=volumes", "data.rot=data", cwd=tmp_path)
         assert "; did you mean root?" in output
         assert "Could not override 'data.rot'" in output
 
@@ -136,7 +127,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "swinunetr" else name for name in SMALL]
+)
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
 def test_networks_take_a_step_in_three_dimensions(name):
     register_resolvers()

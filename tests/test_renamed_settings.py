@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import refused
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -55,11 +54,9 @@ def test_no_config_has_an_old_name():
     ],
 )
 def test_a_command_names_the_new_one(command, argument, new, tmp_path):
-    line = [sys.executable, "-m", f"lightning_dice.{command}", argument]
-    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    told = refused(command, argument, cwd=tmp_path)
     old = argument.partition("=")[0]
-    assert result.returncode == 2
-    assert result.stderr.strip().startswith(f"error: {old} has been renamed: give {new}")
+    assert told.strip().startswith(f"error: {old} has been renamed: give {new}")
     assert not list(tmp_path.iterdir())
 
 

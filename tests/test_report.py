@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import re
@@ -12,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from helpers import rows
 from PIL import Image
 
 from lightning_dice import report
@@ -93,13 +93,11 @@ def test_the_report_says_what_there_is(folder):
 
 
 def test_the_summary(folder):
-    with (folder / "summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    table = rows(folder / "summary.csv")
     data = json.loads((folder / "summary.json").read_text())
-    assert [(row["score"], row["class"]) for row in rows] == [(s["score"], s["class"]) for s in data["scores"]]
-    with (folder / "cases.csv").open() as file:
-        cases = list(csv.DictReader(file))
-    for row, whole in zip(rows, data["scores"], strict=True):
+    assert [(row["score"], row["class"]) for row in table] == [(s["score"], s["class"]) for s in data["scores"]]
+    cases = rows(folder / "cases.csv")
+    for row, whole in zip(table, data["scores"], strict=True):
         if row["class"] == "two":
             values = [float(case[f"{row['score']}/two"]) for case in cases if case[f"{row['score']}/two"]]
             assert float(row["mean"]) == pytest.approx(np.mean(values), rel=1e-5, abs=1e-5)
@@ -109,7 +107,7 @@ def test_the_summary(folder):
     assert data["interval"].startswith("95% percentile bootstrap")
     assert (data["cases"], data["unit"], data["run"]) == (10, "mm", "/r <i>")
     assert "monai" in data["versions"]
-    undefined = {row["score"]: row["undefined"] for row in rows if row["class"] == "two"}
+    undefined = {row["score"]: row["undefined"] for row in table if row["class"] == "two"}
     assert (undefined["dice"], undefined["hd95"]) == ("0", "1")
 
 
@@ -131,7 +129,7 @@ def test_of_one_case_there_is_no_interval(tmp_path):
     assert (data["scores"][0]["mean"], data["scores"][0]["low"], data["scores"][0]["high"]) == (0.25, None, None)
     assert (data["unit"], data["cases"], data["split"]) == ("mixed", 2, "test")
     assert "no interval: one case" in (tmp_path / "report.html").read_text()
-    (row,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
+    (row,) = rows(tmp_path / "summary.csv")
     assert (row["low"], row["high"], row["median"], row["absent"]) == ("", "", "0.25", "1")
     (line,) = report.write_report(tmp_path, "val", PROVENANCE)
     assert line.mean == 0.5

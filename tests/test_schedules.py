@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import subprocess
-import sys
 import warnings
 from functools import partial
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from helpers import LEAN, SMALL, rows, run_command
 from hydra import compose, initialize_config_dir
 from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -20,14 +17,6 @@ from torch.utils.data import DataLoader
 from lightning_dice import SegmentationModule
 from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.schedules import warmup
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
@@ -144,22 +133,12 @@ def test_the_catalogues_schedules_end_with_the_training(name, end, total, epochs
         assert seen[total] == pytest.approx(end, abs=1e-12)
 
 
-def fit(*arguments: str, cwd: Path) -> None:
-    line = [sys.executable, "-m", "lightning_dice.fit", *arguments]
-    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def learned_rates(folder: Path) -> list[float]:
-    with (folder / "metrics.csv").open() as file:
-        return [float(row["lr"]) for row in csv.DictReader(file)]
-
-
 def test_a_resumed_run_follows_the_curve_of_its_new_length(tmp_path):
-    few = [*SMALL, "logger=none", "callbacks=[history,checkpoint]", "test=false", "optimizer.lr=0.01"]
-    fit(*few, "scheduler=warmup_cosine", "trainer.max_epochs=2", "folder=run", cwd=tmp_path)
-    fit("resume=run", "trainer.max_epochs=6", "scheduler.start_factor=0.4", cwd=tmp_path)
+    few = ["optimizer.lr=0.01", "scheduler=warmup_cosine", "trainer.max_epochs=2", "folder=run"]
+    run_command("fit", *SMALL, *LEAN, *few, cwd=tmp_path)
+    run_command("fit", "resume=run", "trainer.max_epochs=6", "scheduler.start_factor=0.4", cwd=tmp_path)
     expected = [0.01 * rising(epoch, 3, 0.1) for epoch in (0, 1)] + [0.01 * rising(2, 3, 0.4)]
     expected += [cosine(epoch, 3, 1e-6, 0.01) for epoch in range(3)]
     # The table has six digits.
-    assert learned_rates(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    learned = [float(row["lr"]) for row in rows(tmp_path / "run" / "metrics.csv")]
+    assert learned == pytest.approx(expected, rel=1e-5)
