@@ -1,9 +1,9 @@
-import csv
 import math
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import rows
 from torch.utils.data import DataLoader
 
 from lightning_dice.callbacks import CaseTable, Overlays
@@ -17,11 +17,6 @@ class Answers(pl.LightningModule):
         return {"loss": torch.tensor(0.0), "logits": batch.image}
 
     validation_step = test_step
-
-
-def rows(folder):
-    with (folder / "cases.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def batches(*items):
@@ -52,7 +47,7 @@ def table(folder, **kwargs):
 def test_table_of_cases(tmp_path, trainer):
     # A sampler that pads repeats a case, and the order is the sampler's.
     trainer(table(tmp_path)).test(Answers(), batches([PERFECT, EMPTY], [HALF], [PERFECT]), verbose=False)
-    found = rows(tmp_path)
+    found = rows(tmp_path / "cases.csv")
     assert [row["case"] for row in found] == ["a half", "b perfect", "c empty"]
     assert {row["split"] for row in found} == {"test"}
     names = ("background", "cell", "core")
@@ -79,7 +74,7 @@ def test_distances_are_in_the_unit_of_the_spacing(tmp_path, trainer):
     batch.spacing[0] = (3.0, 0.5)
     callback = CaseTable(tmp_path, ["object"], "sigmoid", tolerance=1.0)
     trainer(callback).test(Answers(), DataLoader([batch], batch_size=None), verbose=False)
-    by_mm, by_pixels = rows(tmp_path)
+    by_mm, by_pixels = rows(tmp_path / "cases.csv")
     assert (by_mm["spacing"], by_pixels["spacing"]) == ("3 0.5", "")
     assert (by_mm["hd95/object"], by_pixels["hd95/object"]) == ("1", "2")
     assert by_mm["surface_dice/object"] == "1"
@@ -95,15 +90,14 @@ def test_labels_that_the_step_has_decided_on_are_scored(tmp_path, trainer):
     trainer(table(tmp_path), Overlays(tmp_path, ["a", "b", "c"], "softmax", ignore_index=255)).test(
         Decided(), batches([HALF]), verbose=False
     )
-    assert rows(tmp_path)[0]["dice"] == "1"
+    assert rows(tmp_path / "cases.csv")[0]["dice"] == "1"
     # Calibration is a matter of the logits: of three pixels that count, one is predicted wrongly, with 0.576.
-    assert float(rows(tmp_path)[0]["ece"]) == pytest.approx(2 / 3 - 0.5761, abs=1e-4)
+    assert float(rows(tmp_path / "cases.csv")[0]["ece"]) == pytest.approx(2 / 3 - 0.5761, abs=1e-4)
 
 
 def test_reliability_adds_up_the_cases(tmp_path, trainer):
     trainer(table(tmp_path)).test(Answers(), batches([PERFECT, HALF], [PERFECT]), verbose=False)
-    with (tmp_path / "reliability.csv").open() as file:
-        found = list(csv.DictReader(file))
+    found = rows(tmp_path / "reliability.csv")
     assert len(found) == 15
     (filled,) = [row for row in found if row["pixels"] != "0"]
     assert (filled["pixels"], filled["right"], filled["split"]) == ("7", f"{5 / 7 + 1 / 7:.6g}", "test")
@@ -114,7 +108,7 @@ def test_reliability_adds_up_the_cases(tmp_path, trainer):
 def test_the_costly_scores_can_be_left_out(tmp_path, trainer):
     lean = table(tmp_path, surfaces=False, lesions=False, calibration_bins=0)
     trainer(lean).test(Answers(), batches([PERFECT]), verbose=False)
-    assert not [key for key in rows(tmp_path)[0] if key.startswith(("hd95", "surface", "lesion", "ece"))]
+    assert not [key for key in rows(tmp_path / "cases.csv")[0] if key.startswith(("hd95", "surface", "lesion", "ece"))]
     assert not (tmp_path / "reliability.csv").exists()
 
 
@@ -127,7 +121,8 @@ def test_each_split_replaces_its_own_rows(tmp_path, trainer):
     trainer(table(tmp_path)).validate(Answers(), batches([PERFECT]), verbose=False)
     trainer(table(tmp_path)).test(Answers(), batches([PERFECT, HALF]), verbose=False)
     trainer(table(tmp_path)).test(Answers(), batches([HALF]), verbose=False)
-    assert [(row["split"], row["case"]) for row in rows(tmp_path)] == [("test", "a half"), ("val", "b perfect")]
+    found = rows(tmp_path / "cases.csv")
+    assert [(row["split"], row["case"]) for row in found] == [("test", "a half"), ("val", "b perfect")]
 
 
 @pytest.mark.parametrize("during_fit", [False, True])
@@ -138,8 +133,8 @@ def test_validation_within_a_fit_is_recorded_only_if_asked_for(tmp_path, trainer
     assert (tmp_path / "cases.csv").exists() is during_fit
     assert (tmp_path / "overlays.png").exists() is during_fit
     if during_fit:
-        assert len(rows(tmp_path)) == 3
-        assert "hd95/object" not in rows(tmp_path)[0]  # That would slow every epoch down.
+        assert len(rows(tmp_path / "cases.csv")) == 3
+        assert "hd95/object" not in rows(tmp_path / "cases.csv")[0]  # That would slow every epoch down.
 
 
 def test_steps_that_return_no_logits_write_nothing(tmp_path, trainer):

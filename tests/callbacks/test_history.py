@@ -1,14 +1,8 @@
-import csv
-
 import pytest
+from helpers import rows
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_dice.callbacks import ExactResume, History
-
-
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def checkpoint(folder, **kwargs):
@@ -17,7 +11,7 @@ def checkpoint(folder, **kwargs):
 
 def test_one_row_for_each_epoch(tmp_path, trainer, net, loader):
     trainer(History(tmp_path), max_epochs=3).fit(net(), loader(), loader())
-    table = rows(tmp_path)
+    table = rows(tmp_path / "metrics.csv")
     assert [row["epoch"] for row in table] == ["0", "1", "2"]
     assert [row["step"] for row in table] == ["2", "4", "6"]
     assert [float(row["lr"]) for row in table] == [0.1, 0.05, 0.025]
@@ -31,20 +25,20 @@ def test_one_row_for_each_epoch(tmp_path, trainer, net, loader):
 
 def test_what_the_module_logs_at_the_epochs_end_stands_in_that_epochs_row(tmp_path, trainer, net, loader):
     trainer(History(tmp_path), max_epochs=3).fit(net(late_train_dice=True), loader(), loader())
-    assert [float(row["train/dice"]) for row in rows(tmp_path)] == [0.25, 0.5, 0.75]
+    assert [float(row["train/dice"]) for row in rows(tmp_path / "metrics.csv")] == [0.25, 0.5, 0.75]
 
 
 def test_no_validation_no_val_metrics(tmp_path, trainer, net, loader):
     trainer(History(tmp_path), max_epochs=4, check_val_every_n_epoch=2).fit(net(), loader(), loader())
-    assert [row["val/dice"] != "" for row in rows(tmp_path)] == [False, True, False, True]
+    assert [row["val/dice"] != "" for row in rows(tmp_path / "metrics.csv")] == [False, True, False, True]
 
 
 def test_resuming_goes_on_with_the_table(tmp_path, trainer, net, loader):
     trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=2).fit(net(), loader(), loader())
-    before = rows(tmp_path)
+    before = rows(tmp_path / "metrics.csv")
     last = tmp_path / "checkpoints/last.ckpt"
     trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=4).fit(net(), loader(), loader(), ckpt_path=last)
-    after = rows(tmp_path)
+    after = rows(tmp_path / "metrics.csv")
     assert [row["epoch"] for row in after] == ["0", "1", "2", "3"]
     assert after[:2] == before
 
@@ -56,17 +50,17 @@ def test_epochs_trained_again_lose_their_row(tmp_path, trainer, net, loader):
     table.write_text(table.read_text().replace("\n1,4,", "\n1,999,"))
     first = tmp_path / "checkpoints/epoch=0.ckpt"
     trainer(History(tmp_path), checkpoint(tmp_path), max_epochs=2).fit(net(), loader(), loader(), ckpt_path=first)
-    assert [(row["epoch"], row["step"]) for row in rows(tmp_path)] == [("0", "2"), ("1", "4")]
+    assert [(row["epoch"], row["step"]) for row in rows(tmp_path / "metrics.csv")] == [("0", "2"), ("1", "4")]
 
 
 def test_an_epoch_that_a_checkpoint_only_ends_again_keeps_its_metrics(tmp_path, trainer, net, loader):
     at_validation = checkpoint(tmp_path, save_on_train_epoch_end=False)
     trainer(History(tmp_path), at_validation, max_epochs=2).fit(net(), loader(), loader())
-    before = rows(tmp_path)
+    before = rows(tmp_path / "metrics.csv")
     last = tmp_path / "checkpoints/last.ckpt"
     again = checkpoint(tmp_path, save_on_train_epoch_end=False)
     trainer(History(tmp_path), again, max_epochs=3).fit(net(), loader(), loader(), ckpt_path=last)
-    after = rows(tmp_path)
+    after = rows(tmp_path / "metrics.csv")
     assert [row["epoch"] for row in after] == ["0", "1", "2"]
     assert after[:2] == before
 
@@ -88,7 +82,7 @@ def test_a_row_never_has_what_an_epoch_before_logged(tmp_path, trainer, net, loa
     broken = trainer(History(tmp_path), KillsAfterTheRow(), max_epochs=3)
     with pytest.raises(Killed):
         broken.fit(net(late_train_dice=True), loader(), loader())
-    table = rows(tmp_path)
+    table = rows(tmp_path / "metrics.csv")
     assert [row["train/dice"] for row in table] == ["0.25", ""]
     assert all(row["train/loss"] and row["val/dice"] for row in table)
 
@@ -104,7 +98,7 @@ def test_a_row_that_a_killed_process_left_incomplete_is_completed(tmp_path, trai
             broken.fit(net(late_train_dice=True), loader(), loader())
     last = tmp_path / "checkpoints/last.ckpt"
     trainer(*callbacks(), max_epochs=3).fit(net(late_train_dice=True), loader(), loader(), ckpt_path=last)
-    assert [float(row["train/dice"]) for row in rows(tmp_path)] == [0.25, 0.5, 0.75]
+    assert [float(row["train/dice"]) for row in rows(tmp_path / "metrics.csv")] == [0.25, 0.5, 0.75]
 
 
 def test_curves_are_drawn_when_training_breaks_off(tmp_path, trainer, net, loader):
@@ -119,7 +113,7 @@ def test_curves_are_drawn_when_training_breaks_off(tmp_path, trainer, net, loade
     model.training_step = training_step
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer(History(tmp_path), max_epochs=3).fit(model, loader(), loader())
-    assert len(rows(tmp_path)) == 2
+    assert len(rows(tmp_path / "metrics.csv")) == 2
     assert (tmp_path / "curves.png").exists()
 
 

@@ -566,6 +566,7 @@ def test_overfitting_a_few_batches(tmp_path):
     assert net.cases("train") == [f"train-{i}" for i in range(4)] * 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("own", [True, False], ids=["lightning-may-replace", "lightning-may-not"])
 def test_two_processes_see_each_case_once(tmp_path, own):
     source = SyntheticSource(size=(16, 16), cases=(9, 5, 3))
