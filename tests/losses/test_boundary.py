@@ -392,6 +392,7 @@ class TestInACompound:
         torch.testing.assert_close(loss(logits, mask), expected)
         maps = {"signed_distance": torch.stack([loss.maps["signed_distance"](one) for one in mask])}
         torch.testing.assert_close(loss(logits, mask, maps=maps), expected)
+        assert (maps["signed_distance"][:, 0] == 0).all()  # Nothing is computed for an excluded class.
 
     def test_different_maps_of_one_name_are_kept_apart(self):
         logits, mask = random_case(8, activation="sigmoid")
