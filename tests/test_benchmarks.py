@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+import torch.multiprocessing as mp
+from helpers import forkserver, shared
 
-ROOT = Path(__file__).parents[1]
+from tests.benchmarks import communication, figure, sums
+
+# The benchmarks measure in processes of their own.
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 CASES = ("binary", "19", "metrics-19")
 
 TWINS = {"ours: reference", "ours: blocked", "ours: native"}
@@ -35,18 +41,18 @@ EXPECTED = {
 OPTIONAL = {"nnU-Net", "nnU-Net, its Dice compiled", "ours: native"}
 
 
-def python(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What the quick command prints, and the file it writes."""
-    results = tmp_path_factory.mktemp("benchmarks") / "results.json"
-    options = ("--quick", "--device", "cpu", "--dtype", "float32", "--json", str(results), "--cases", *CASES)
-    return python("tests.benchmarks.sums", *options), results
+
+    def run(folder):
+        results = folder / "results.json"
+        options = ("--quick", "--device", "cpu", "--dtype", "float32", "--json", str(results), "--cases", *CASES)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            sums.main(options)
+        return printed.getvalue(), results
+
+    return shared(tmp_path_factory, "benchmarks", run)
 
 
 def test_every_contender_has_a_row_with_times_and_memory(quick):
@@ -69,12 +75,16 @@ def test_every_contender_has_a_row_with_times_and_memory(quick):
 
 
 def test_the_figure_is_drawn_from_its_results(quick, tmp_path):
-    python("tests.benchmarks.figure", str(quick[1]), str(tmp_path / "figure.png"))
+    figure.main([str(quick[1]), str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_message_of_the_loss_is_timed():
-    printed = python("tests.benchmarks.communication", "--quick")
+def test_the_message_of_the_loss_is_timed(monkeypatch, capsys):
+    forkserver()  # Its processes start quickly.
+    forked = partial(mp.start_processes, start_method="forkserver")
+    monkeypatch.setattr(mp, "start_processes", lambda *given, start_method, **named: forked(*given, **named))
+    communication.main(["--quick"])
+    printed = capsys.readouterr().out
     for name in ("DiceLoss", "DiceCELoss"):
         assert f"4x1x64x64, {name}**" in printed
     for row in ("one process, two threads", "two processes, across_ranks=False", "two processes, across_ranks=True"):

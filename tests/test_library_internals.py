@@ -303,6 +303,7 @@ class TestHydra:
         with pytest.raises(HydraException, match="no viable alternative at input"):
             of_hydra.parse_overrides(["a=[1"])
 
+    @pytest.mark.process
     def test_they_are_there_without_torch(self):
         module = "lightning_dice.library_internals.hydra"
         code = f"import sys; from {module} import *; parse_override('a=1'); print('torch' in sys.modules)"

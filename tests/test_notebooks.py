@@ -11,13 +11,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # The kernel's own sockets, when it is stopped.
 @pytest.mark.filterwarnings("ignore:unclosed", "ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "OMP_WAIT_POLICY", "passive"
-    )  # Beside other work, spinning threads would take many times as long.
+    # Beside other work, spinning threads would take many times as long.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     notebook = nbformat.read(path, as_version=4)
     stored = kinds_of_output(notebook)
     assert sum(map(len, stored)) > 5, f"{path.name} is stored without its outputs"
