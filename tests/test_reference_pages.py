@@ -82,7 +82,7 @@ class TestSettings:
         assert text.endswith("after")
         files = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
         assert re.findall("^## `optimizer=(.*)`", text, re.MULTILINE) == files
-        assert "| `optimizer.lr` | `1e-3` | learning rate |" in text
+        assert "| <code>optimizer.<wbr>lr</code> | `1e-3` | learning rate |" in text
 
     @pytest.mark.parametrize(
         ("comment", "markdown"),
@@ -91,6 +91,7 @@ class TestSettings:
             ("as in data.root=/x inference.size=[5,5].", "as in `data.root=/x` `inference.size=[5,5]`."),
             ("'data.label_map={255:1}' and <run>/a.json", "`'data.label_map={255:1}'` and `<run>/a.json`"),
             ("a < b, a*b", "a &lt; b, a\\*b"),
+            ('masks/{split}/x, "{split}/*/{case}.png"', '`masks/{split}/x`, `"{split}/*/{case}.png"`'),
         ],
     )
     def test_comments_become_markdown(self, reference, comment, markdown):

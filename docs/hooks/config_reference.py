@@ -224,6 +224,9 @@ def missing_meanings() -> list[str]:
 # What is code in a comment: quoted overrides, `key=value`, dotted settings, placeholders, file names, commands.
 CODE = re.compile(
     r"""`[^`]*`
+    |pip\ install\ (?:'[^']*'|\S*\w)
+    |\b(?:range|interval|int|tag)\([^·]*\)(?=\s·|$)
+    |\b[a-z_]+\.[a-z_]+\([^)]*\)
     |'[~+]?[\w.@/]+(?:=[^']*)?'
     |(?<![\w`])[+~]?[a-z_][\w.@/]*=(?:\[[^\]]*\]|\{[^}]*\}|\S*[^\s.,;:)])
     |(?<![\w`])(?:data|module|loss|model|trainer|callbacks|inference|normalize|optimizer|scheduler)\.[a-z_]\w*(?:[.\[]\w+\]?)*
@@ -231,6 +234,7 @@ CODE = re.compile(
     |(?<!\S)[\w/{}-]*[\w}]\.(?:json|yaml|csv|ckpt|html|txt|pt2)\b
     |(?<![\w-])(?:null|true|false)(?=:)
     |"[^"]*"
+    |[\w/]*\{[a-z]+\}[\w/{}*.]*[\w}]
     |\{[^}]*\}
     |\[[^\]]*\]
     """,
@@ -240,11 +244,15 @@ CODE = re.compile(
 
 def prose(text: str) -> str:
     """Return a comment as Markdown, with its settings and values as code."""
+
+    def plain(part: str) -> str:
+        return html.escape(part, quote=False).replace("*", "\\*")
+
     pieces, end = [], 0
     for found in CODE.finditer(text):
-        pieces += [html.escape(text[end : found.start()], quote=False), f"`{found[0].strip('`')}`"]
+        pieces += [plain(text[end : found.start()]), f"`{found[0].strip('`')}`"]
         end = found.end()
-    return "".join([*pieces, html.escape(text[end:], quote=False)]).replace("*", "\\*")
+    return "".join([*pieces, plain(text[end:])])
 
 
 def _cell(text: str) -> str:
@@ -320,7 +328,8 @@ def table(option: Option) -> list[str]:
             continue
         code = f"`{setting.default}`" if setting.default else ""
         default = "required" if setting.default == "???" else code
-        rows.append(f"| `{setting.key}` | {_cell(default)} | {_cell(prose(meaning(setting, option)))} |")
+        key = setting.key.replace(".", ".<wbr>")  # where a narrow screen may break it
+        rows.append(f"| <code>{key}</code> | {_cell(default)} | {_cell(prose(meaning(setting, option)))} |")
     result = []
     if rows:
         header = ["| setting | default | meaning |", "|---|---|---|"]
