@@ -97,14 +97,14 @@ def duties(loss: str, activation: str = "softmax") -> str:
     return f"{EVERY}test_shared_duties[{activation}-{loss}]"
 
 
-def weighted(loss: str, activation: str = "softmax") -> str:
+def weighted(loss: str) -> str:
     """Return the test of a loss's pixel weight."""
-    return f"{EVERY}test_a_weight_counts[{activation}-{loss}]"
+    return f"{EVERY}test_a_weight_counts[{loss}]"
 
 
-def annotated(loss: str, activation: str = "softmax") -> str:
+def annotated(loss: str) -> str:
     """Return the test of a loss's classes that are not annotated."""
-    return f"{EVERY}test_a_class_that_is_not_annotated_does_not_count[{activation}-{loss}]"
+    return f"{EVERY}test_a_class_that_is_not_annotated_does_not_count[{loss}]"
 
 
 # The formulas.

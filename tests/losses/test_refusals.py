@@ -157,13 +157,17 @@ def test_every_loss_goes_through_the_shared_checks(name):
             loss(logits, target, **more)
 
 
-@each_loss
-def test_a_network_with_several_outputs_is_sent_to_deep_supervision(name):
-    loss, mask = LOSSES[name](activation="sigmoid"), torch.zeros(1, 3, 4, 4)
-    if name != "DeepSupervision":
-        with pytest.raises(ValueError, match=r"logits must be a tensor, got list: .*DeepSupervision|got list"):
+def test_a_network_with_several_outputs_is_sent_to_deep_supervision():
+    mask = torch.zeros(1, 3, 4, 4)
+    for name in set(LOSSES) - {"DeepSupervision"}:
+        loss = LOSSES[name](activation="sigmoid")
+        # Those that check the shapes before anything else give no advice.
+        plain = name in ("BoundaryWeightedLoss", "SkeletonRecallLoss", "TopKCrossEntropyLoss")
+        advice = "" if plain else ": .*DeepSupervision"
+        with pytest.raises(ValueError, match=f"logits must be a tensor, got list{advice}"):
             loss([mask, mask], mask)
-        with pytest.raises(ValueError, match=r'logits must be a tensor, got dict: use logits\["out"\]|got dict'):
+        advice = "" if plain else r': use logits\["out"\]'
+        with pytest.raises(ValueError, match=f"logits must be a tensor, got dict{advice}"):
             loss({"out": mask}, mask)
 
 
