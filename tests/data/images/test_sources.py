@@ -387,6 +387,7 @@ CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "
 STREETS = [0.15814, 0.24096, 0.00987, 0.29324, 0.06686, 0.11185, 0.01078, 0.01427, 0.04643, 0.00639, 0.00535]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "mask_format", "settings", "splits", "fractions", "ignored"),
     [
