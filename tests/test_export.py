@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import run_command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
@@ -122,10 +123,8 @@ def run(home, data):
 @pytest.fixture(scope="module")
 def shipped(home, run):
     """Exported as a user does."""
-    line = [sys.executable, "-m", "lightning_dice.export", f"run={run}", "output=shipped model", "license=CC-BY-4.0"]
-    result = subprocess.run(line, cwd=home, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return home / "shipped model", result.stdout
+    result = run_command("export", f"run={run}", "output=shipped model", "license=CC-BY-4.0", cwd=home)
+    return home / "shipped model", result.out
 
 
 def without_package(code: str, *arguments: str | Path, torch_too: bool = True) -> str:
@@ -153,10 +152,11 @@ for picture in pictures:
 
 
 class TestOnnx:
+    @pytest.mark.process
     def test_its_script_makes_the_masks_of_predict(self, home, data, run, shipped):
         images = data / "images" / "test"
-        line = [sys.executable, "-m", "lightning_dice.predict", f"run={run}", f"input={images}", "output=predicted"]
-        subprocess.run([*line, "inference.mirror_axes=[]", "device=cpu"], cwd=home, capture_output=True, check=True)
+        line = [f"run={run}", f"input={images}", "output=predicted", "inference.mirror_axes=[]", "device=cpu"]
+        run_command("predict", *line, cwd=home)
         run_script(shipped[0] / "run_onnx.py", sorted(images.iterdir()), home / "scripted")
         for picture in images.iterdir():
             one, other = (Image.open(home / made / picture.name) for made in ("predicted", "scripted"))
@@ -263,7 +263,7 @@ def opened(format, deployed: ExportWrapper, ndim: int, size=None):
 
 
 class TestGraphs:
-    @pytest.mark.parametrize("ndim", [2, 3])
+    @pytest.mark.parametrize("ndim", [2, pytest.param(3, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("format", [Onnx(), Program()], ids=lambda format: type(format).__name__)
     def test_images_of_any_number_and_size(self, format, ndim):
         torch.manual_seed(0)
@@ -300,6 +300,7 @@ class TestGraphs:
         else:
             assert torch.allclose(found, probs, atol=1e-6)
 
+    @pytest.mark.process
     def test_a_program_runs_without_the_package(self, tmp_path):
         torch.manual_seed(0)
         module = SegmentationModule(Coarse(2, 1), size_divisor=4).eval()
@@ -418,6 +419,7 @@ class TestSafetensors:
             SegmentationModule.from_safetensors(tmp_path / "none.safetensors")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("activation", "graph"),
     [("softmax", "logits"), ("softmax", "probabilities"), ("sigmoid", "logits"), ("sigmoid", "labels")],
@@ -473,6 +475,7 @@ class TestCommand:
         assert not takes_pictures(facts)
         assert not (tmp_path / "run_onnx.py").exists()
 
+    @pytest.mark.process
     def test_a_script_takes_arrays_where_the_model_does_not_take_whole_pictures(self, run, tmp_path):
         import onnxruntime
 
@@ -519,10 +522,11 @@ class TestCommand:
         assert (tmp_path / "MODEL_CARD.md").read_text() != "mine"
 
     def test_a_package_that_is_missing(self, run, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "onnxscript" else object())
-        with pytest.raises(MissingExtra, match=r"onnxscript is not installed: pip install 'lightning-dice\[export\]'"):
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        message = r"format=onnx needs onnxscript, which is not installed: pip install 'lightning-dice\[export\]'"
+        with pytest.raises(MissingExtra, match=message):
             FORMATS["onnx"]().require()
-        with pytest.raises(UserError, match="format=onnx: onnxscript is not installed"):
+        with pytest.raises(UserError, match=message):
             export(run)
 
     @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
+from helpers import SMALL, Forked, fork_command, rank_environments
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
@@ -28,14 +27,6 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.prediction_manifest import Manifest
 from lightning_dice.data.images.prediction_io import ImagePredictionIO
 from lightning_dice.predict import SETTINGS, predict
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
 
 FILES = ["data=folder", "data.root=data", "data.classes=[object]", "data.channels=1", "data.nodata=nan"]
 
@@ -141,6 +132,7 @@ class TestMasks:
             differ |= bool(((each[0] > 0.5) != (sum(each) / 2 > 0.5)).any())
         assert differ
 
+    @pytest.mark.slow
     def test_of_an_ensemble_that_does_not_fit(self, run, pictures, tmp_path):
         where = [f"input={pictures}", f"output={tmp_path / 'm'}"]
         for overrides, name in (
@@ -470,56 +462,49 @@ class TestProcesses:
         (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         return folder
 
+    @pytest.mark.process
     @pytest.mark.parametrize("launcher", ["own", "torchrun"])
     def test_share_the_cases(self, run, tmp_path, launcher):
         folder = self.many(tmp_path, 7)
         assert run_predict(f"run={run}", f"input={folder}", f"output={tmp_path / 'one'}") == 1
-        line = ["-m", "lightning_dice.predict", f"run={run}", f"input={folder}", f"output={tmp_path / 'two'}"]
+        line = [f"run={run}", f"input={folder}", f"output={tmp_path / 'two'}", "device=cpu"]
         if launcher == "own":
-            line += ["trainer.devices=2"]
+            both = [fork_command("predict", *line, "trainer.devices=2", cwd=tmp_path, status=1, OMP_NUM_THREADS="1")]
         else:
-            line = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29527", *line]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *line, "device=cpu"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == 1, done.stderr
-        assert done.stdout == f"7 of 8 images: masks in {tmp_path / 'two'}\n"
-        assert done.stderr.count("broken.png: is not a PNG") == 2  # at once and at the end
+            ranks = [
+                Forked("predict", *line, cwd=tmp_path, environment={**environment, "OMP_NUM_THREADS": "1"})
+                for environment in rank_environments(2)
+            ]
+            both = [rank.wait(status=None) for rank in ranks]
+            assert [(rank.status, bool(rank.out)) for rank in both] == [(1, True), (0, False)]
+        assert both[0].out == f"7 of 8 images: masks in {tmp_path / 'two'}\n"
+        # At once, by the process that read it, and at the end by the first.
+        assert "".join(rank.err for rank in both).count("broken.png: is not a PNG") == 2
+        assert "broken.png: is not a PNG" in both[0].err
         names = sorted(path.name for path in (tmp_path / "one").iterdir())
         assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
         for name in names:
             if name.endswith(".png"):
                 assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
+    @pytest.mark.process
     def test_that_are_stopped_go_on(self, run, tmp_path, capsys):
         folder, output = self.many(tmp_path, 3), tmp_path / "m"
         (folder / "broken.png").unlink()
-        pixels = np.random.default_rng(0).integers(0, 255, (500, 500), dtype=np.uint8)
-        for index in range(3, 100):
+        pixels = np.random.default_rng(0).integers(0, 255, (300, 300), dtype=np.uint8)
+        for index in range(3, 60):
             Image.fromarray(pixels).save(folder / f"{index:03}.png", compress_level=1)
-        line = [sys.executable, "-m", "lightning_dice.predict", f"run={run}", f"input={folder}", f"output={output}"]
-        process = subprocess.Popen(
-            [*line, "device=cpu", "inference.mirror_axes=[0,1]"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2000):
+        line = [f"run={run}", f"input={folder}", f"output={output}", "device=cpu", "inference.mirror_axes=[0,1]"]
+        process = Forked("predict", *line, cwd=tmp_path)
+        for _ in range(3000):
             if (output / "003.png").is_file():
                 break
-            time.sleep(0.02)
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 143, told
+        told = process.wait(143).err
         assert "Stopped by SIGTERM: run the same command again to continue." in told
         done = len(list(output.glob("*.png")))
-        assert 4 <= done < 100
+        assert 4 <= done < 60
         assert len(list(output.iterdir())) == done + 1  # predictions.json, and no part of a file
         for path in sorted(folder.iterdir())[10:]:
             path.unlink()
