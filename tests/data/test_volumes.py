@@ -382,6 +382,8 @@ class TestResampling:
             assert shares[int(zoomed[i, j, k])] >= max(shares.values()) - 1e-6
         planes = torch.stack([mask == 1, mask == 255]).to(torch.uint8)
         assert torch.equal(resample_mask(planes, (9, 4, 5), planes=True)[0], resample_mask(planes[0], (9, 4, 5), False))
+        for tied in ([1, 2], [2, 1]):
+            assert resample_mask(torch.tensor(tied).view(2, 1, 1), (1, 1, 1), planes=False).item() == 1
 
 
 @pytest.mark.parametrize(
