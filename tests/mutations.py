@@ -1955,6 +1955,12 @@ mutate(
         "test_commands.py::TestFit::test_processes_started_from_outside_must_be_asked_for",
     ),
     (
+        "sweep-is-remembered-by-the-process",
+        "                sweep.release()\n",
+        "",
+        "cli/test_sweep.py::TestFailures::test_a_run_after_it_in_the_same_process_is_no_trial",
+    ),
+    (
         "sweep-leaves-the-process-elsewhere",
         "            os.chdir(folder_before)\n",
         "",
