@@ -258,9 +258,12 @@ class TestContents:
 
     def test_full_and_ignored_masks(self):
         data = sound()
-        full = change(data, "train", 5, mask=torch.ones(1, 64, 64, dtype=torch.uint8))
+        mask = torch.ones(1, 64, 64, dtype=torch.uint8)
+        full = [change(data, "train", 5, mask=mask.clone())]
+        mask[:, :9] = 255  # All that counts is of one class.
+        full.append(change(data, "train", 7, mask=mask))
         ignored = change(data, "train", 6, mask=torch.full((1, 64, 64), 255, dtype=torch.uint8))
-        of_kind("full-masks", data, "warning", [full])
+        of_kind("full-masks", data, "warning", full)
         of_kind("ignored-masks", data, "warning", [ignored])
         assert "empty-masks" not in inspected(data)[1]
 
