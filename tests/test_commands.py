@@ -307,6 +307,9 @@ def test_help_and_config_need_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["fit", "evaluate", "predict", "inspect", "plan", "compare", "calibrate", "export"])
 def test_help(name, tmp_path):
-    assert f"lightning_dice.{name}" in run_command(name, "--help", cwd=tmp_path).out
+    done = start_command(name, "--help", cwd=tmp_path)
+    assert f"lightning_dice.{name}" in done.out
+    assert done.out == run_command(name, "--help", cwd=tmp_path).out

@@ -98,6 +98,7 @@ class Sweep:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                self.release()
                 raise UserError(
                     f"the sweep {self.folder} is still running, or one of its trials is; the processes of a "
                     "killed one take some seconds to end"

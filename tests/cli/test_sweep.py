@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,23 +14,17 @@ import warnings
 from pathlib import Path
 
 import pytest
+from helpers import LEAN, SMALL, Forked, fork_command, refused, rows, run_command, start_command
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
 from lightning_dice.callbacks import MedianPruner
 from lightning_dice.cli import sweep, trial_process, trial_tables
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.launcher import Launcher
 from lightning_dice.plotting.sweep_chart import trials_figure
 from lightning_dice.trials import Trial, best_first, read_trial, read_trials, record_outcome, write_trial
-
-SMALL = [
-    "model=custom",
-    "data.patch_size=[32,32]",
-    "data.cases={train:16,val:4,test:4}",
-    "data.num_workers=0",
-    "device=cpu",
-]
-LEAN = ["logger=none", "callbacks=[progress_bar,history,checkpoint,interrupt]"]
 
 # A callback of the user's own: notes each rank's config, fails and kills as the environment says.
 PROBE = """
@@ -53,36 +47,16 @@ class Probe(Callback):
 """
 
 
-def fit(*arguments: str, cwd: Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "lightning_dice.fit", *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        start_new_session=True,  # So that a trial can kill the sweep and nothing else.
-    )
-    assert result.returncode == status, f"{result.stdout}\n{result.stderr}"
-    return result
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def outcome(sweep: Path) -> list[dict[str, str]]:
     """The table without what differs from one day to the other."""
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(sweep / "trials.csv")]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweeps")
-    (folder / "probe.py").write_text(PROBE)
-    return folder
+@pytest.fixture
+def home(tmp_path):
+    """Where the callback can be imported from."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    return tmp_path
 
 
 PROBED = ["+callbacks.probe._target_=probe.Probe"]
@@ -91,145 +65,146 @@ PROBED = ["+callbacks.probe._target_=probe.Probe"]
 class TestFailures:
     @pytest.fixture(scope="class")
     @classmethod
-    def sweep(cls, home):
-        told = fit("-m", *SMALL, *LEAN, "trainer.max_epochs=1", "loss.smooth=0.1,-1,1", "folder=f", cwd=home, status=1)
-        assert "trial 1 failed" in told.stderr
-        assert "best trial" in told.stdout
+    def failed(cls, tmp_path_factory):
+        """A sweep whose second trial has failed; for reading only."""
+        home = tmp_path_factory.mktemp("failed")
+        settings = ["trainer.max_epochs=1", "loss.smooth=0.1,-1,1", "folder=f"]
+        told = run_command("fit", "-m", *SMALL, *LEAN, *settings, cwd=home, status=1)
+        assert "trial 1 failed" in told.err
+        assert "best trial" in told.out
         return home / "f"
 
-    def test_are_recorded_and_the_sweep_goes_on(self, sweep):
-        table = rows(sweep / "trials.csv")
+    @pytest.fixture
+    def sweep(self, failed, tmp_path):
+        """A copy of it."""
+        return shutil.copytree(failed, tmp_path / "f")
+
+    def test_are_recorded_and_the_sweep_goes_on(self, failed):
+        table = rows(failed / "trials.csv")
         assert [row["status"] for row in table] == ["finished", "failed", "finished"]
         assert [row["loss.smooth"] for row in table] == ["0.1", "-1", "1"]
         assert "smooth must be a number of pixels >= 0" in table[1]["error"]
-        assert "Traceback" in (sweep / "1" / "error.txt").read_text()
-        best = max(float(row["val/dice"]) for row in rows(sweep / "0" / "metrics.csv"))
+        assert "Traceback" in (failed / "1" / "error.txt").read_text()
+        best = max(float(row["val/dice"]) for row in rows(failed / "0" / "metrics.csv"))
         assert float(table[0]["val/dice"]) == pytest.approx(best, abs=1e-6)
 
     def test_a_sweep_that_is_done_shows_its_table(self, sweep):
         before = (sweep / "0" / "trial.json").read_bytes()
-        told = fit("resume=f", cwd=sweep.parent, status=1).stdout
+        told = run_command("fit", "resume=f", cwd=sweep.parent, status=1).out
         assert "failed: " in told
         assert "Launching" not in told
         assert (sweep / "0" / "trial.json").read_bytes() == before
 
     def test_are_tried_again_only_when_asked(self, sweep):
         finished = (sweep / "0" / "trial.json").read_bytes()
-        told = fit("resume=f", "retry_failed=true", cwd=sweep.parent, status=1)
-        assert "trial 1 failed" in told.stderr
-        assert "trial 0 is finished, as recorded" in told.stdout
+        told = run_command("fit", "resume=f", "retry_failed=true", cwd=sweep.parent, status=1)
+        assert "trial 1 failed" in told.err
+        assert "trial 0 is finished, as recorded" in told.out
         assert read_trial(sweep / "1.1").status == "failed"
         assert (sweep / "0" / "trial.json").read_bytes() == finished
         assert [trial.number for trial in read_trials(sweep)] == [0, 1, 2]
 
     def test_other_overrides_are_refused(self, sweep):
-        told = fit("resume=f", "loss.smooth=3", cwd=sweep.parent, status=2).stderr
+        told = refused("fit", "resume=f", "loss.smooth=3", cwd=sweep.parent)
         assert "loss.smooth=3: a sweep is resumed as it was started" in told
 
     def test_nothing_is_overwritten(self, sweep):
-        told = fit("-m", *SMALL, "loss.smooth=3,4", "folder=f", cwd=sweep.parent, status=2).stderr
+        told = refused("fit", "-m", *SMALL, "loss.smooth=3,4", "folder=f", cwd=sweep.parent)
         assert "exists, and nothing is overwritten" in told
         assert len(read_trials(sweep)) == 3
 
-    def test_a_typo_leaves_no_folder(self, home):
-        told = fit("-m", *SMALL, "loss.smoth=1,2", "folder=typo", cwd=home, status=1).stderr
+    def test_a_run_after_it_in_the_same_process_is_no_trial(self, sweep):
+        run_command("fit", "resume=f", cwd=sweep.parent, status=1)
+        told = run_command("fit", *SMALL, "--cfg", "job", cwd=sweep.parent)
+        assert "trial" not in told.err
+        assert "best trial" not in told.out
+
+    def test_a_typo_leaves_no_folder(self, tmp_path):
+        told = refused("fit", "-m", *SMALL, "loss.smoth=1,2", "folder=typo", cwd=tmp_path, status=1)
         assert "did you mean smooth?" in told
-        assert not (home / "typo").exists()
+        assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.process
 class TestResuming:
-    SWEEP = ("-m", *SMALL, *LEAN, *PROBED, "trainer.max_epochs=3", "optimizer.lr=0.1,0.01,0.03")
+    SWEEP = ("-m", *SMALL, *LEAN, *PROBED, "trainer.max_epochs=2", "optimizer.lr=0.1,0.01,0.03")
 
     @pytest.fixture(scope="class")
     @classmethod
-    def whole(cls, home):
-        fit(*cls.SWEEP, "folder=whole", cwd=home)
+    def whole(cls, tmp_path_factory):
+        """The outcome of a sweep that nothing interrupted."""
+        home = tmp_path_factory.mktemp("whole")
+        (home / "probe.py").write_text(PROBE)
+        fork_command("fit", *cls.SWEEP, "folder=whole", cwd=home)
         return outcome(home / "whole")
 
     def test_a_killed_sweep_ends_as_the_uninterrupted_one(self, home, whole):
-        fit(*self.SWEEP, "folder=killed", cwd=home, status=-signal.SIGKILL, PROBE_KILL="1/2")
+        fork_command("fit", *self.SWEEP, "folder=killed", cwd=home, status=-signal.SIGKILL, PROBE_KILL="1/1")
         assert read_trial(home / "killed" / "1").status == "running"
         assert not (home / "killed" / "2").exists()
-        told = fit(f"resume={home / 'killed'}", cwd=home.parent).stdout
+        told = fork_command("fit", f"resume={home / 'killed'}", cwd=home.parent).out
         assert "trial 0 is finished, as recorded" in told
         assert "resuming from epoch" in told
         assert outcome(home / "killed") == whole
         assert [row["status"] for row in whole] == ["finished"] * 3
 
     def test_a_trial_without_a_checkpoint_begins_anew(self, home, whole):
-        fit(*self.SWEEP, "folder=early", cwd=home, status=-signal.SIGKILL, PROBE_KILL="0/0")
-        fit("resume=early", cwd=home)
+        fork_command("fit", *self.SWEEP, "folder=early", cwd=home, status=-signal.SIGKILL, PROBE_KILL="0/0")
+        fork_command("fit", "resume=early", cwd=home)
         assert outcome(home / "early") == whole
 
-    def test_ctrl_c_ends_the_sweep(self, home):
-        command = [sys.executable, "-m", "lightning_dice.fit", "-m", *SMALL, *LEAN]
-        process = subprocess.Popen(
-            [*command, "trainer.max_epochs=100000", "loss.smooth=1,2", "folder=stopped"],
-            cwd=home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def test_ctrl_c_ends_the_sweep(self, tmp_path):
+        long = ["trainer.max_epochs=100000", "loss.smooth=1,2", "folder=stopped"]
+        process = Forked("fit", "-m", *SMALL, *LEAN, *long, cwd=tmp_path)
         for _ in range(600):
-            if (home / "stopped" / "0" / "metrics.csv").is_file():
+            if (tmp_path / "stopped" / "0" / "metrics.csv").is_file():
                 break
             time.sleep(0.1)
         # While it runs, nobody else may go on with it.
-        assert "is still running" in fit("resume=stopped", cwd=home, status=2).stderr
+        assert "is still running" in refused("fit", "resume=stopped", cwd=tmp_path)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, output
-        assert "continue with: resume=" in output
-        assert [trial.status for trial in read_trials(home / "stopped")] == ["running"]
+        assert "continue with: resume=" in process.wait(130).err
+        assert [trial.status for trial in read_trials(tmp_path / "stopped")] == ["running"]
 
 
-class TestTwoProcesses:
-    def test_killed_in_the_third_trial(self, home):
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-        two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2", "test=false"]
-        # From the second trial on the sampler learns from what the others reached.
-        search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.n_startup_trials=1"]
-        space = ["loss.smooth=tag(log,interval(1e-5,100))", "loss=dice,tversky"]
-        sweep = ["-m", *SMALL, *LEAN, *PROBED, *two, *search, *space]
-        # In the second trial one of the two processes fails, and Lightning kills the other.
-        fit(*sweep, "folder=optuna", cwd=home, status=1, PROBE_FAIL="1/0")
-        fit(*sweep, "folder=again", cwd=home, status=-signal.SIGKILL, PROBE_FAIL="1/0", PROBE_KILL="2/1")
-        assert [trial.status for trial in read_trials(home / "again")] == ["finished", "failed", "running"]
-        fit("resume=again", cwd=home, status=1)
-        assert outcome(home / "again") == outcome(home / "optuna")
-        table = outcome(home / "again")
-        assert [row["status"] for row in table] == ["finished", "failed", "finished"]
-        assert table[1]["error"] == "RuntimeError: no luck"
-        assert len({row["loss.smooth"] for row in table}) == 3
-        for folder in (home / "optuna", home / "again"):
-            assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2"]
-            for trial in "012":
-                # Both were given the same config, and every trial another one.
-                ranks = {(folder / trial / f"rank{rank}").read_text() for rank in range(2)}
-                assert len(ranks) == 1
-            assert len({(folder / trial / "rank0").read_text() for trial in "012"}) == 3
-        assert (home / "again" / "optuna.db").is_file()
-        assert (home / "again" / "optuna.1.db").is_file()
+@pytest.mark.slow
+@pytest.mark.process
+def test_trials_on_two_processes(home):
+    """In the second trial one of the two processes fails, and Lightning kills the other: the sweep goes on."""
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=1", "hydra/sweeper=search"]
+    search = ["hydra.sweeper.n_trials=2", "loss.smooth=tag(log,interval(1e-5,100))", "folder=two"]
+    fork_command("fit", "-m", *SMALL, *LEAN, *PROBED, *two, *search, cwd=home, status=1, PROBE_FAIL="1/0")
+    table = outcome(home / "two")
+    assert [row["status"] for row in table] == ["finished", "failed"]
+    assert table[1]["error"] == "RuntimeError: no luck"
+    # Both were given the same config, and each trial another one.
+    configs = [{(home / "two" / trial / f"rank{rank}").read_text() for rank in range(2)} for trial in "01"]
+    assert [len(given) for given in configs] == [1, 1]
+    assert configs[0] != configs[1]
 
 
-def test_optuna_does_not_look_for_the_worst(home):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    told = fit("-m", *SMALL, "hydra/sweeper=optuna", "loss.smooth=1,2", "folder=worst", cwd=home, status=2).stderr
-    assert "hydra.sweeper.direction must be maximize" in told
-    assert not (home / "worst").exists()
+def test_a_sweeper_does_not_look_for_the_worst():
+    config = {"hydra": {"sweeper": {"direction": "minimize"}}, "callbacks": {"checkpoint": {"mode": "max"}}}
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.direction must be maximize"):
+        sweep._check_direction(OmegaConf.create(config))
+    config["callbacks"]["checkpoint"]["mode"] = "min"
+    sweep._check_direction(OmegaConf.create(config))
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda x: x[0])
-def test_trials_side_by_side(home, launcher):
+def test_trials_side_by_side(tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].removesuffix('_local')}_launcher")
     name, *settings = launcher
-    few = ["data.num_workers=1", "trainer.max_epochs=1", f"folder={name}"]
-    sweep = ["-m", *SMALL, *LEAN, *few, "loss.smooth=0.1,-1,1"]
-    told = fit(*sweep, f"hydra/launcher={name}", *settings, cwd=home, status=1).stdout
-    assert [row["status"] for row in rows(home / name / "trials.csv")] == ["finished", "failed", "finished"]
+    few = ["data.num_workers=1", "trainer.max_epochs=1", "folder=f", "loss.smooth=-1,0.5"]
+    launched = ["-m", *SMALL, *LEAN, *few, f"hydra/launcher={name}", *settings]
+    # The threads of joblib outlive a forked process.
+    start = start_command if name == "joblib" else fork_command
+    told = start("fit", *launched, cwd=tmp_path, status=1).out
+    assert [row["status"] for row in rows(tmp_path / "f" / "trials.csv")] == ["failed", "finished"]
     assert "best trial" in told
-    for trial, smooth in (("0", "0.1"), ("2", "1")):
-        assert f"smooth: {smooth}\n" in (home / name / trial / "config.yaml").read_text()
+    assert "smooth: 0.5\n" in (tmp_path / "f" / "1" / "config.yaml").read_text()
 
 
 def test_a_missing_plugin_is_named(monkeypatch):
@@ -309,6 +284,7 @@ class TestRunTrial:
         assert read_trial(tmp_path / "0").status == "failed"
         assert sweep.run_trial(tmp_path / "1", ["a=1"], fail) is None
 
+    @pytest.mark.process
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
     def test_signals_reach_the_process_of_a_trial(self, number):
         code = f"import signal, time; signal.signal({int(number)}, lambda *_: exit(7)); print('ready', flush=True)\n"
@@ -334,6 +310,24 @@ def test_a_sweep_in_any_folder_is_reopened(tmp_path, name, monkeypatch):
     sweep._current._lock.close()
     override = OverridesParser.create().parse_override(arguments[-1])
     assert override.value() == str(tmp_path / name)
+
+
+def test_a_sweep_is_resumed_where_it_was_started_and_the_process_returns(tmp_path, monkeypatch):
+    """As in a notebook, which goes on afterwards."""
+    for name in ("sweep", "there", "here"):
+        (tmp_path / name).mkdir()
+    settings = {"version": "0", "arguments": ["-m", "a=1,2"], "finished": False}
+    sweep.Sweep(tmp_path / "sweep").save(cwd=str(tmp_path / "there"), **settings)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
+    before, seen = list(sys.path), []
+    launcher = Launcher(lambda *_: None, [])
+    monkeypatch.setattr(launcher, "compose", lambda _: seen.append((Path.cwd(), sys.path[0])))
+    launcher.resume_sweep(str(tmp_path / "sweep"), [])
+    sweep.release()
+    assert seen == [(tmp_path / "there", str(tmp_path / "there"))]
+    assert Path.cwd() == tmp_path / "here"
+    assert sys.path == before
 
 
 class TestTables:
@@ -521,32 +515,28 @@ class TestMedianPruner:
         two.load_state_dict(json.loads(json.dumps(one.state_dict())))
         assert (two._best, two.pruned) == (0.5, True)
 
-    def test_a_sweep(self, home):
+    @pytest.mark.slow
+    def test_a_sweep(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_dice.plotting.report_plots.figure_url", lambda figure: "data:,")
         pruning = ["callbacks=[progress_bar,history,checkpoint,case_table,median_pruner]", "logger=none"]
         settings = [f"callbacks.median_pruner.{name}" for name in ("startup_trials=1", "warmup_epochs=1")]
-        sweep = ["-m", *SMALL, *pruning, *settings, "trainer.max_epochs=5", "scheduler=constant"]
-        told = fit(*sweep, "optimizer.lr=0.1,0", "folder=pruned", cwd=home).stdout
+        few = ["trainer.max_epochs=3", "scheduler=constant", "optimizer.lr=0.1,0", "folder=f"]
+        told = run_command("fit", "-m", *SMALL, *pruning, *settings, *few, cwd=tmp_path).out
         assert "pruned: the best val/dice up to epoch 1" in told
-        first, second = rows(home / "pruned" / "trials.csv")
-        assert (first["status"], first["epochs"]) == ("finished", "5")
+        first, second = rows(tmp_path / "f" / "trials.csv")
+        assert (first["status"], first["epochs"]) == ("finished", "3")
         assert (second["status"], second["epochs"]) == ("pruned", "2")
         assert float(second["val/dice"]) < float(first["val/dice"])
         # A trial without hope is not scored on the test split.
-        assert (home / "pruned" / "0" / "cases.csv").is_file()
-        assert not (home / "pruned" / "1" / "cases.csv").is_file()
+        assert (tmp_path / "f" / "0" / "cases.csv").is_file()
+        assert not (tmp_path / "f" / "1" / "cases.csv").is_file()
 
 
-def test_the_experiment_sweeps_by_itself(home):
-    shorter = [
-        "device=cpu",
-        "trainer.max_epochs=1",
-        "data.num_workers=0",
-        "data.patch_size=[32,32]",
-        "model=custom",
-        *LEAN,
-    ]
-    fit("experiment=sweep_smoothing", *shorter, "data.cases={train:16,val:4,test:4}", "folder=smoothing", cwd=home)
-    table = rows(home / "smoothing" / "trials.csv")
+@pytest.mark.slow
+def test_the_experiment_sweeps_by_itself(tmp_path):
+    shorter = [*SMALL, *LEAN, "trainer.max_epochs=1", "folder=smoothing"]
+    run_command("fit", "experiment=sweep_smoothing", *shorter, cwd=tmp_path)
+    table = rows(tmp_path / "smoothing" / "trials.csv")
     assert {(row["loss"], float(row["loss.smooth"])) for row in table} == {
         (loss, smooth) for loss in ("dice", "tversky") for smooth in (1e-5, 1.0, 1000.0)
     }
