@@ -30,7 +30,9 @@ def test_holds_every_yaml_and_nothing_else(unpacked):
     shipped = {path.relative_to(unpacked / "lightning_dice/conf") for path in unpacked.rglob("*.yaml")}
     assert shipped == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
     assert (unpacked / "lightning_dice" / "py.typed").is_file()
-    assert {path.name.partition("-")[0] for path in unpacked.iterdir()} == {"lightning_dice"}
+    assert {path.name.partition("-")[0] for path in unpacked.iterdir()} == {"lightning_dice", "hydra_plugins"}
+    # A namespace, which other packages share.
+    assert [path.name for path in (unpacked / "hydra_plugins").iterdir()] == ["lightning_dice_search.py"]
 
 
 def test_holds_the_templates_of_the_pages(unpacked):
