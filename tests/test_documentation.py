@@ -261,8 +261,10 @@ def shortened(line: Line) -> list[str]:
     """What a command gets besides, where the page leaves it open."""
     if line.name == "inspect":
         return SHORT[-2:]
-    if line.name != "fit" or "resume=" in line.text:
+    if line.name != "fit":
         return []
+    if "resume=" in line.text:
+        return ["trainer.max_epochs=2"]
     extra = [*SHORT, *LEAN]
     if "experiment=plan" in line.text:
         extra.remove("data.patch_size=[32,32]")
@@ -273,6 +275,8 @@ def shortened(line: Line) -> list[str]:
         extra.append("model=custom")
     if not re.search(r"\bdata=|experiment=(?!sweep)", line.text):
         extra.append("data.cases={train:4,val:2,test:2}")
+    if "experiment=sweep" in line.text:
+        extra.append("loss.smooth=1")  # two trials instead of six
     if "n_trials" in line.text:
         extra.append("hydra.sweeper.n_trials=2")
     if "callbacks" not in line.text:
