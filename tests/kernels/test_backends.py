@@ -113,7 +113,7 @@ def test_equals_the_reference_on_any_shape(backend, seed, batch, classes, space,
     [
         *itertools.product([1, 2, 19, 118], [63, 65, 1024, 1025]),
         # More than a unit of work, and more than a block.
-        *((1, 70_001), (2, 40_001), (19, 5000), (118, 1500)),
+        *((1, 70_001), (2, 40_001), (19, 5000), (118, 1500), (200, 2700)),
         *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 600_001), (2, 300_001), (19, 140_001)]),
     ],
 )
@@ -388,6 +388,23 @@ def test_views_whose_values_differ_from_their_memory(backend):
             torch.testing.assert_close(sums.predicted.detach(), exact.predicted)
             torch.testing.assert_close(sums.overlap.detach(), exact.overlap)
             assert float(gradient.abs().max()) <= 0.25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_form_of_target_has_its_sums(backend):
+    """Those that the backend does not support come from the reference, not from another form."""
+    for activation, kind in [*forms("native"), (None, "hard")]:
+        logits, target = case(15, activation or "sigmoid", 2, 3, (5, 4), kind=kind)
+        logits = logits.sigmoid() if activation is None else logits
+        for required in (RequiredSums(), DICE_AND_CE):
+            results = []
+            for name in ("reference", backend):
+                leaf = logits.detach().requires_grad_()
+                with forced(name):
+                    sums = overlap_sums(leaf, target, activation=activation, ignore_index=255, required=required)
+                values = torch.stack(list(sums.fields.values()))
+                results.append((values.detach(), torch.autograd.grad((values * values).sum(), leaf)[0]))
+            torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -60,7 +60,9 @@ def problems(draw, case, activation):
     if activation is None:
         # Probabilities of exclusive classes sum to 1; those near 0 leave no room for a finite step.
         logits = 0.05 + 0.9 * (logits.softmax(1) if exclusive else logits.sigmoid())
-        logits = logits / logits.sum(1, keepdim=True) * 0.99 if exclusive else logits
+        # Not all with the same sum, or pixels whose classes are joined would be equally hard.
+        sums = 0.95 + 0.04 * torch.rand((batch, 1, *shape[2:]), generator=generator, dtype=torch.float64)
+        logits = logits / logits.sum(1, keepdim=True) * sums if exclusive else logits
     ignore = draw(st.sampled_from([None, 255, 99]))
     target = make_target(generator, shape, activation, kind, 0.3 if ignore else 0.0)
     dtypes = [torch.float64] if kind == "soft" else [torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -132,7 +134,7 @@ class TestDefinition:
 
     @pytest.mark.slow
     @first
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(data=st.data())
     def test_loss_and_gradient_of_more_problems(self, case, activation, data):
         self.check(case, activation, data)
