@@ -16,7 +16,14 @@ from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli import rendezvous, sweep, trial_process
 from lightning_dice.cli.command import hydra_escape, refuse_renamed, split_arguments
-from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
+from lightning_dice.cli.config import (
+    CONF_DIR,
+    MAIN_ARGUMENTS,
+    RUN_VARIABLE,
+    explain_typos,
+    register_resolvers,
+    restore_environment,
+)
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.cli.rendezvous import Rendezvous, RunSpec
 from lightning_dice.cli.required_extras import check_extras
@@ -91,7 +98,7 @@ class Launcher:
         if (hint := sweep.missing_plugin(arguments)) is not None:
             raise UserError(hint)
 
-        @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="fit")
+        @hydra.main(config_path=str(CONF_DIR), config_name="fit", **MAIN_ARGUMENTS)
         def fit(config: DictConfig) -> float | None:
             with restore_environment(), report_user_errors():
                 return self.start(config)
