@@ -1,8 +1,12 @@
-"""How soon the command answers, against an empty Hydra program, and what a second process costs beyond its imports."""
+"""What an import costs, how soon the command answers, and what a second process costs beyond its imports.
+
+`python -m tests.benchmarks.start_up imports` measures the imports only.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -60,6 +64,32 @@ def timed(*arguments: str, environment: dict[str, str] | None = None) -> Callabl
     return run
 
 
+LOSSES = {
+    "torch": "import torch",
+    "DiceLoss of lightning_dice": "from lightning_dice import DiceLoss",
+    "DiceLoss of MONAI": "from monai.losses import DiceLoss",
+    "DiceLoss of segmentation-models-pytorch": "from segmentation_models_pytorch.losses import DiceLoss",
+}
+
+
+def processor_time(code: str) -> Callable[[], float]:
+    """A function that runs a line of Python in a new process and returns the CPU seconds it took."""
+
+    def run() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return run
+
+
+def imports() -> None:
+    """Compare the imports of a Dice loss with that of torch, in CPU time."""
+    variants = {name: processor_time(code) for name, code in LOSSES.items()}
+    table("`from ... import DiceLoss`, CPU time of a new process", interleaved(variants, 11), "torch")
+
+
 def second_process(folder: Path) -> None:
     """Compare the start of a second process with its imports."""
     import hydra
@@ -90,7 +120,10 @@ def second_process(folder: Path) -> None:
 
 
 def main() -> None:
-    """Compare `--help` and `--cfg job`."""
+    """Compare imports, `--help`, `--cfg job` and the start of a second process."""
+    imports()
+    if sys.argv[1:] == ["imports"]:
+        return
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "empty.py"
         empty.write_text(EMPTY)
