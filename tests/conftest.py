@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Two workers of pytest-xdist with all threads each would wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests share tests/helpers.py, tests/definitions.py and others by plain import, whatever folder they lie in.
 sys.path.insert(0, str(Path(__file__).parent))
 

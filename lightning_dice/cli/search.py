@@ -27,10 +27,11 @@ from lightning_dice.trials import read_trial, read_trials
 
 if TYPE_CHECKING:
     import optuna
-    from hydra.core.override_parser.types import Override
     from hydra.plugins.sweeper import Sweeper
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
+
+    from lightning_dice.library_internals.hydra import Override
 
 RESULTS = "optimization_results.yaml"
 INSTALL = "pip install 'lightning-dice[sweep]'"

@@ -9,7 +9,7 @@ from lightning_dice.library_internals import internal
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
-    from hydra.core.override_parser.types import Override
+    from hydra.core.override_parser.types import Override as Override
 
 
 def parse_override(text: str) -> Override:
