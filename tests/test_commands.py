@@ -142,6 +142,7 @@ class TestFit:
         assert "the steps so far have made weights that are not finite, or enormous" in message
         assert "lower optimizer.lr" in message
 
+    @pytest.mark.slow
     def test_a_sweep_has_a_folder_for_each_trial(self, tmp_path):
         settings = ["trainer.max_epochs=1", "loss.smooth=0.1,1", "runs=swept"]
         run_command("fit", "-m", *SMALL, *LEAN, *settings, cwd=tmp_path)

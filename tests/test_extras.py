@@ -260,6 +260,7 @@ class TestCommands:
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_training_and_scoring_need_none(core, tmp_path):
     """All that a run writes by default, and the windows and surfaces that MONAI was used for."""
     settings = ["trainer.max_epochs=1", "folder=run", "inference=sliding", "inference.size=[32,32]"]

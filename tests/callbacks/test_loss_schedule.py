@@ -126,6 +126,7 @@ def test_a_resumed_training_goes_on_exactly(tmp_path, trainer, loader):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.slow
 def test_a_compiled_loss_follows(trainer, loader):
     loss = DiceLoss()
     model = module(torch.compile(loss, backend="eager"))

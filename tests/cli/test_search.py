@@ -183,6 +183,7 @@ class TestOutcomes:
         assert dict(OmegaConf.load(home / "s" / "optimization_results.yaml").best_params) == best.params
         assert f"loss.smooth={best.params['loss.smooth']} loss={best.params['loss']}" in " ".join(ended.out.split())
 
+    @pytest.mark.slow
     def test_resuming_replays_them(self, done):
         home, _ = done
         before = [(trial.params, trial.state, trial.values) for trial in load(home / "s").trials]
@@ -198,6 +199,7 @@ class TestOutcomes:
         assert [trial.params for trial in load(home / "whole" / "s").trials] == [trial.params for trial in trials]
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_the_uninterrupted_one(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -214,6 +216,7 @@ def test_a_killed_search_ends_as_the_uninterrupted_one(tmp_path):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_too_many_failures_end_the_search(tmp_path):
     training = Training({number: RuntimeError("no luck") for number in (1, 2, 3)})
     few = ["hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2", "hydra.sweeper.max_failure_rate=0.5"]
@@ -391,6 +394,7 @@ class TestParams:
 
 
 class TestSamplers:
+    @pytest.mark.slow
     def test_a_grid_has_every_combination_once(self, tmp_path):
         space = ["loss=dice,tversky", "loss.smooth=range(1,6,2)"]
         grid = ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=4"]
@@ -412,6 +416,7 @@ class TestSamplers:
 
 
 class TestStorage:
+    @pytest.mark.slow
     def test_another_one_keeps_the_studies_of_a_resumed_search(self, tmp_path):
         other = f"hydra.sweeper.storage=sqlite:///{tmp_path}/all.db"
         run_search(tmp_path, *SPACE, other, "hydra.sweeper.n_trials=2")

@@ -350,7 +350,7 @@ def first_row(mask):
 MAPS = {"twice": twice, "first_row": first_row}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_maps_are_computed_from_the_masks_of_the_batch(workers):
     torch.manual_seed(0)
     source = SyntheticSource(size=(24, 24), cases=(6, 3, 2))
