@@ -264,7 +264,7 @@ def shortened(line: Line) -> list[str]:
     if line.name != "fit":
         return []
     if "resume=" in line.text:
-        return ["trainer.max_epochs=2"]
+        return ["trainer.max_epochs=2", *(["hydra.sweeper.n_trials=3"] if "n_trials" in line.text else [])]
     extra = [*SHORT, *LEAN]
     if "experiment=plan" in line.text:
         extra.remove("data.patch_size=[32,32]")

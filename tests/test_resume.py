@@ -44,7 +44,8 @@ def test_from_every_checkpoint(tmp_path, name):
     settings = {"schedule": cosine, **SETTINGS[name]}
     whole = train(tmp_path, **settings)
     assert len(whole["paths"]) >= 8
-    for path in whole["paths"]:
+    # With workers, whose processes take most of the time, from every second one.
+    for path in whole["paths"][:: 2 if settings.get("workers") else 1]:
         # Another seed, as if none had been given: the checkpoint knows the one that counts.
         resumed = train(checkpoint=path, **settings, seed=8)
         if not resumed["events"]:

@@ -186,6 +186,25 @@ def test_picture_holds_the_colours_of_the_errors(tmp_path, trainer, net, loader)
         assert near.sum() > 500, color
 
 
+def test_objects_of_a_pixel_are_drawn_thicker_where_a_pixel_is_small(tmp_path):
+    def reddish(*objects):
+        mask = torch.zeros(1, 400, 400, dtype=torch.uint8)
+        for place in objects:
+            mask[0][place] = 1
+        case = thumbnail(torch.zeros(1, 400, 400), mask, -torch.ones(1, 400, 400))
+        draw_overlays(tmp_path / "a.png", [case], ["a"], [(255, 0, 0)], dense=False, title="", labels={})
+        with Image.open(tmp_path / "a.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        size = pixels.shape[1] // 4  # the second panel has the truth, below the legend
+        truth = pixels[-450:, size : 2 * size]
+        return ((truth[..., 0] > 20) & (truth[..., 1:].sum(-1) == 0)).sum()
+
+    square = (slice(300, 320), slice(300, 320))
+    assert reddish(square) == 400
+    assert reddish(square, (100, 100)) == 400 + 9
+    assert reddish(square, (100, slice(100, 110))) == 400 + 3 * 12
+
+
 def test_rows_of_different_sizes_and_many_classes(tmp_path):
     classes = [f"class with a long name {i}" for i in range(40)]
     cases = []
