@@ -18,7 +18,6 @@ from lightning_dice.data.images.file_patterns import check_pattern
 from lightning_dice.data.images.image_folders import describe_contents, root_problem
 from lightning_dice.data.images.image_format import ImageFormat
 from lightning_dice.data.images.mask_format import MaskFormat, SizedImage, check_size
-from lightning_dice.data.images.polygon import fill_polygon
 from lightning_dice.data.images.sources import ImageFileSource
 from lightning_dice.data.interfaces import Split
 from lightning_dice.data.label_map import label_dtype
@@ -114,13 +113,25 @@ def rasterize(
     array([[0, 1, 0, 0],
            [0, 1, 0, 0]])
     """
+    from matplotlib.path import Path as Polygon
+
     top, bottom, _ = slice(None).indices(size[0]) if rows is None else rows.indices(size[0])
     left, right, _ = slice(None).indices(size[1]) if columns is None else columns.indices(size[1])
     if isinstance(shape, tuple):
         mask = np.zeros((bottom - top, right - left), bool)
         for outline in shape:
-            x, y = outline.astype(np.float64).T - 0.5
-            mask |= fill_polygon(x - left, y - top, mask.shape)
+            vertices = outline.astype(np.float64) - 0.5
+            # matplotlib counts a centre on the outline as inside or not by the direction of the outline.
+            after = np.roll(vertices, -1, axis=0)
+            if (vertices[:, 0] * after[:, 1] - after[:, 0] * vertices[:, 1]).sum() < 0:
+                vertices = vertices[::-1]
+            (x0, y0), (x1, y1) = np.ceil(vertices.min(0)), np.floor(vertices.max(0)) + 1
+            x = np.arange(max(left, x0), min(right, x1))
+            y = np.arange(max(top, y0), min(bottom, y1))
+            if x.size and y.size:
+                centres = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+                inside = Polygon(vertices).contains_points(centres).reshape(y.size, x.size)
+                mask[int(y[0]) - top :, int(x[0]) - left :][: y.size, : x.size] |= inside
         return mask
     runs = np.zeros(len(shape), bool)
     runs[1::2] = True

@@ -192,6 +192,16 @@ def test_several_outlines_are_one_object():
     assert rasterize(halves, SIZE).all()
 
 
+def test_no_gap_between_objects_that_share_an_edge():
+    """Here the edge runs through the centres of pixels. The direction of an outline does not matter."""
+    corners = np.float32([[0, 0], [8, 0], [8, 8], [0, 8]])
+    above, below = (corners[list(part)] for part in ((0, 1, 2), (0, 2, 3)))
+    assert np.array_equal(rasterize((above,), (8, 8)), np.triu(np.ones((8, 8), bool)))
+    assert np.array_equal(rasterize((below,), (8, 8)), np.tril(np.ones((8, 8), bool)))
+    for outline in (above, below):
+        assert np.array_equal(rasterize((outline[::-1],), (8, 8)), rasterize((outline,), (8, 8)))
+
+
 # What is wrong
 
 
