@@ -13,7 +13,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "loggers": ("wandb", "mlflow"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
-    "sweep": ("optuna",),
+    "sweep": ("optuna", "hydra_plugins.hydra_joblib_launcher", "hydra_plugins.hydra_submitit_launcher"),
 }
 
 
@@ -48,7 +48,7 @@ def require_all(needs: Mapping[str, Iterable[str]]) -> None:
     """
     missing: dict[str, list[str]] = {}
     for needed_by, modules in needs.items():
-        if lacking := [name for name in modules if find_spec(name) is None]:
+        if lacking := [name for name in modules if not _is_installed(name)]:
             missing[needed_by] = lacking
     if not missing:
         return
@@ -56,6 +56,13 @@ def require_all(needs: Mapping[str, Iterable[str]]) -> None:
     lines = [f"{needed_by} needs {' and '.join(lacking)}" for needed_by, lacking in missing.items()]
     verb = ", which is not installed" if len(lines) == len(names) == 1 else ""
     raise MissingExtra(f"{'; '.join(lines)}{verb}: {how_to_install(names)}", name=names[0])
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # The package around it is missing; it is hidden.
+        return False
 
 
 def how_to_install(modules: Iterable[str]) -> str:

@@ -73,7 +73,11 @@ class TestTheTable:
         # pyproject.toml, read without a parser: Python 3.10 has none.
         text = (PACKAGE.parent / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
         text = text.split("[project.scripts]")[0]
-        distributions = {"skimage": "scikit-image"}
+        distributions = {
+            "skimage": "scikit-image",
+            "hydra_plugins.hydra_joblib_launcher": "hydra-joblib-launcher",
+            "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
+        }
         for extra, modules in EXTRAS.items():
             listed = text.split(f"\n{extra} = [")[1].split("\n]" if f"\n{extra} = [\n" in text else "]")[0]
             for module in modules:
@@ -271,9 +275,16 @@ def test_training_and_scoring_need_none(core, tmp_path):
     run_command("calibrate", "run=run", "device=cpu", cwd=tmp_path)
 
 
+def test_a_sweep_is_refused_for_what_all_trials_lack(core, tmp_path):
+    message = refused("fit", "-m", *SMALL[1:], *LEAN, "model=dynunet", "loss.smooth=1,2", "folder=sweep", cwd=tmp_path)
+    assert "model=dynunet needs monai" in message
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_records_what_a_trial_lacks(core, tmp_path):
-    message = refused("fit", "-m", *SMALL[1:], *LEAN, "model=dynunet", "hydra.sweep.dir=sweep", cwd=tmp_path, status=1)
-    assert "model=dynunet needs monai" in message + (tmp_path / "sweep/0/error.txt").read_text()
+    refused("fit", "-m", *SMALL[1:], *LEAN, "model=dynunet,custom", "folder=sweep", cwd=tmp_path, status=1)
+    assert "model=dynunet needs monai" in (tmp_path / "sweep/0/error.txt").read_text()
+    assert (tmp_path / "sweep/1/checkpoints/best.ckpt").is_file()
 
 
 def test_values_of_a_loss_do_not_depend_on_it(core):

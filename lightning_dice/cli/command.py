@@ -13,7 +13,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.config import CONF_DIR, MAIN_ARGUMENTS, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.renamed_settings import new_name
 
@@ -218,7 +218,7 @@ def run_command(
             given, overrides = split_arguments(hydra_escape(given), settings)
             refuse_misspelled(overrides, settings)
 
-    @hydra.main(config_path=str(CONF_DIR), config_name=name, **MAIN_ARGUMENTS)
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
     def from_command_line(config: DictConfig) -> None:
         with report_user_errors():
             status = act(config, overrides)

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -26,14 +26,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel conf/ is inside the package, in a checkout beside it.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
-# Hydra 1.4 has no version_base any more, and asks which targets of a config it may call.
-HYDRA_1_3 = hydra.__version__.startswith("1.3.")
-# Arguments of Hydra's `initialize` functions, and of `hydra.main`, which calls the callbacks of hydra.callbacks.
-INITIALIZE_ARGUMENTS: dict[str, Any] = {"version_base": "1.3"} if HYDRA_1_3 else {}
-MAIN_ARGUMENTS: dict[str, Any] = (
-    INITIALIZE_ARGUMENTS if HYDRA_1_3 else {"execution_whitelist": ["lightning_dice.*", "hydra.*"]}
-)
-
 
 # Hands the run to the processes that Lightning starts for the other devices of this machine. They take the resolved
 # config from it instead of composing one from a command line that may hold a sweep.
@@ -50,13 +42,11 @@ def register_resolvers() -> None:
     - `${nnunet:<folder>,<key>}`: an entry of an nnU-Net data set's dataset.json.
     - `${labels:<labels>,<key>}`: a setting that follows from nnU-Net's labels, such as `classes`.
     """
-    # Its name from OmegaConf 2.4 on, which warns of the other.
-    register: Any = OmegaConf.register_new_resolver if HYDRA_1_3 else OmegaConf.register_resolver
-    register("length", len, replace=True)
-    register("first", _first, replace=True)
-    register("remaining", lambda total, first: max(1, total - first), replace=True)
-    register("nnunet", _nnunet, replace=True)
-    register("labels", _labels, replace=True)
+    OmegaConf.register_new_resolver("length", len, replace=True)
+    OmegaConf.register_new_resolver("first", _first, replace=True)
+    OmegaConf.register_new_resolver("remaining", lambda total, first: max(1, total - first), replace=True)
+    OmegaConf.register_new_resolver("nnunet", _nnunet, replace=True)
+    OmegaConf.register_new_resolver("labels", _labels, replace=True)
 
 
 def _first(*values: Any) -> Any:
@@ -111,7 +101,7 @@ def explain_typos(name: str, arguments: Iterable[str]) -> None:
     # Only a hint behind Hydra's own error: it must not raise another one.
     with (
         suppress(Exception),
-        nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), **INITIALIZE_ARGUMENTS),
+        nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"),
     ):
         overrides = parse_overrides(a for a in arguments if not a.startswith("-"))
         chosen = [o for o in overrides if (CONF_DIR / str(o.key_or_group)).is_dir() and o.input_line]
@@ -203,9 +193,6 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
     Raises:
         UserError: the target does not exist, or refuses a setting.
     """
-    if not HYDRA_1_3:
-        # To run a config is to run the code that it names; Hydra still refuses what runs any other, such as os.system.
-        arguments["_execution_whitelist_"] = sorted(f"{package}.*" for package in _packages(config) | _KNOWN_PACKAGES)
     try:
         return hydra.utils.instantiate(config, **arguments)
     except InstantiationException as error:
@@ -227,28 +214,3 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
             raise UserError(f"{what}: {cause}") from error
         detail = f": {cause}" if cause is not None else ""
         raise UserError(f"{what}: {headline}{detail}") from error
-
-
-# Functions return networks of these, and Hydra asks about every result that can be called.
-_KNOWN_PACKAGES = {
-    "lightning",
-    "lightning_dice",
-    "monai",
-    "segmentation_models_pytorch",
-    "timm",
-    "torch",
-    "torchvision",
-}
-
-
-def _packages(config: Any) -> set[str]:
-    """Return the packages of every `_target_` in a config.
-
-    >>> sorted(_packages({"_target_": "a.B", "parts": [{"_target_": "c.d.e"}]}))
-    ['a', 'c']
-    """
-    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    if isinstance(plain, Mapping):
-        own = {str(plain["_target_"]).partition(".")[0]} if "_target_" in plain else set()
-        return own.union(*map(_packages, plain.values()))
-    return set().union(*map(_packages, plain)) if isinstance(plain, (list, tuple)) else set()

@@ -16,14 +16,7 @@ from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli import rendezvous, sweep, trial_process
 from lightning_dice.cli.command import hydra_escape, refuse_renamed, split_arguments
-from lightning_dice.cli.config import (
-    CONF_DIR,
-    MAIN_ARGUMENTS,
-    RUN_VARIABLE,
-    explain_typos,
-    register_resolvers,
-    restore_environment,
-)
+from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.cli.rendezvous import Rendezvous, RunSpec
 from lightning_dice.cli.required_extras import check_extras
@@ -95,10 +88,9 @@ class Launcher:
     def compose(self, arguments: list[str]) -> None:
         """Let Hydra compose a new run, or the trials of a sweep, and train them."""
         sys.argv[1:] = arguments
-        if (hint := sweep.missing_plugin(arguments)) is not None:
-            raise UserError(hint)
+        sweep.check_plugins(arguments)
 
-        @hydra.main(config_path=str(CONF_DIR), config_name="fit", **MAIN_ARGUMENTS)
+        @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="fit")
         def fit(config: DictConfig) -> float | None:
             with restore_environment(), report_user_errors():
                 return self.start(config)

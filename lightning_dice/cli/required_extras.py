@@ -31,20 +31,23 @@ def check_extras(config: DictConfig, leave_out: tuple[str, ...] = ()) -> None:
     """Check that the packages that a config needs are installed.
 
     Args:
-        config: of a run; it need not be resolved.
+        config: of a run, or of a sweep with what all trials share; it need not be resolved.
         leave_out: groups that will not be used, such as `logger`.
 
     Raises:
         UserError: names the settings, the packages, and how to install them.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
+    hydra_config: Any = plain.pop("hydra", None) or (HydraConfig.get() if HydraConfig.initialized() else {})
+    choices = hydra_config.get("runtime", {}).get("choices", {})
     needs: dict[str, list[str]] = {}
     for group, content in plain.items():
         if group in leave_out:
             continue
         modules = {module for target in _targets(content) for module in _needed_by(target)}
         if modules:
-            needs[_describe(group)] = sorted(modules)
+            # Named as the choice that it came from, such as model=dynunet, if Hydra knows it.
+            needs[f"{group}={choices[group]}" if choices.get(group) else group] = sorted(modules)
     try:
         require_all(needs)
     except MissingExtra as error:
@@ -74,10 +77,3 @@ def _needed_by(target: str) -> list[str]:
         if modules is not None:
             return modules
     return []
-
-
-def _describe(group: str) -> str:
-    """Return the choice that a group of the config came from, such as `model=dynunet`, if Hydra knows it."""
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    choice = choices.get(group)
-    return f"{group}={choice}" if choice else group

@@ -5,7 +5,6 @@ Optuna proposes the parameters of a trial (`ask`), Hydra's launcher runs it, and
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import sys
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.argument_checks import check_choice, check_count, check_number
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.errors import UserError, report_user_errors
+from lightning_dice.extras import require
 from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.hydra import list_choices, parse_overrides
 from lightning_dice.trials import read_trial, read_trials
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lightning_dice.library_internals.hydra import Override
 
 RESULTS = "optimization_results.yaml"
-INSTALL = "pip install 'lightning-dice[sweep]'"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class Search:
         params: parameters and fixed overrides by key; the command line's replace them.
 
     Raises:
-        UserError: Optuna is not installed, or a setting is wrong.
+        MissingExtra: Optuna is not installed.
+        UserError: a setting is wrong.
     """
 
     def __init__(
@@ -84,8 +84,7 @@ class Search:
         max_failure_rate: float = 1.0,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        if importlib.util.find_spec("optuna") is None:
-            raise UserError(f"hydra/sweeper=search needs Optuna, which is not installed: {INSTALL}")
+        require("optuna", needed_by="hydra/sweeper=search")
         try:
             self.direction: Literal["maximize", "minimize"] = check_choice(
                 "hydra.sweeper.direction", direction, ("maximize", "minimize")
@@ -102,13 +101,14 @@ class Search:
         """Create the sampler.
 
         Raises:
+            MissingExtra: the sampler needs a package that is not installed.
             UserError: it does not exist, it refuses a setting, or it does not fit the parameters.
         """
         from optuna.samplers import BaseSampler
 
         name = str(self.sampler.get("_target_")).rpartition(".")[2]
-        if name == "CmaEsSampler" and importlib.util.find_spec("cmaes") is None:
-            raise UserError("hydra/sweeper/sampler=cmaes needs a package that is not installed: pip install cmaes")
+        if name == "CmaEsSampler":
+            require("cmaes", needed_by="hydra/sweeper/sampler=cmaes")
         arguments: dict[str, Any] = {}
         if name == "GridSampler":
             arguments["search_space"] = {parameter.key: _grid(parameter) for parameter in parameters}

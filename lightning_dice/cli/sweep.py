@@ -8,7 +8,6 @@ was recorded.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dice.cli.command import hydra_quote
 from lightning_dice.cli.config import CONF_DIR, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
+from lightning_dice.cli.required_extras import check_extras
 from lightning_dice.cli.trial_tables import SWEEP, swept_parameters, trial_table, write_tables
+from lightning_dice.extras import require_all
 from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.hydra import parse_overrides
 from lightning_dice.trials import ERROR, RECORD, Trial, read_trial, read_trials, write_trial
@@ -42,7 +44,6 @@ _CHANGEABLE = ("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_trials=", 
 # What sweepers and launchers need, as the name of a module.
 _NEEDS = {
     "search": "optuna",
-    "optuna": "hydra_plugins.hydra_optuna_sweeper",
     "joblib": "hydra_plugins.hydra_joblib_launcher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
@@ -153,6 +154,7 @@ class SweepFolder(Callback):
         """Make the folder, or use that of a resumed sweep."""
         global _current
         with report_user_errors():
+            check_extras(config)
             _check_direction(config)
             folder = Path(config.hydra.sweep.dir).expanduser().absolute()
             if _current is None or _current.folder != folder:
@@ -307,10 +309,14 @@ def sweep_started() -> bool:
     return _current is not None and bool(read_trials(_current.folder))
 
 
-def missing_plugin(arguments: Iterable[str]) -> str | None:
-    """Return how to install the sweeper or launcher that a command line names; `None` if nothing is missing.
+def check_plugins(arguments: Iterable[str]) -> None:
+    """Check that the sweeper and the launcher that a command line names are installed.
 
-    >>> missing_plugin(["hydra/launcher=basic", "loss.smooth=1"])
+    Raises:
+        MissingExtra: names what is missing, and how to install it.
+        UserError: the sweeper is a plugin that `hydra/sweeper=search` replaces.
+
+    >>> check_plugins(["hydra/launcher=basic", "loss.smooth=1"])
     """
     choices = []
     for argument in arguments:
@@ -319,18 +325,11 @@ def missing_plugin(arguments: Iterable[str]) -> str | None:
             choices.append((key, value))
         elif key == "experiment" and (path := CONF_DIR / "experiment" / f"{value}.yaml").is_file():
             choices += re.findall(r"/(hydra/(?:sweeper|launcher)): *(\w+)", path.read_text(encoding="utf-8"))
-    for key, name in choices:
-        module = _NEEDS.get(name)
-        try:
-            missing = module is not None and importlib.util.find_spec(module) is None
-        except (ModuleNotFoundError, ValueError):  # The package around it is missing; it is hidden.
-            missing = True
-        if missing and name == "optuna":
-            return "hydra/sweeper=optuna needs hydra-optuna-sweeper, which is not installed: give hydra/sweeper=search"
-        if missing:
-            what = "Optuna" if name == "search" else "a plugin of Hydra"
-            return f"{key}={name} needs {what}, which is not installed: pip install 'lightning-dice[sweep]'"
-    return None
+    if ("hydra/sweeper", "optuna") in choices and find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise UserError(
+            "hydra/sweeper=optuna needs hydra-optuna-sweeper, which is not installed: give hydra/sweeper=search"
+        )
+    require_all({f"{key}={name}": [_NEEDS[name]] for key, name in choices if name in _NEEDS})
 
 
 def run_trial(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -24,6 +23,7 @@ from lightning_dice.cli import launcher, search, sweep
 from lightning_dice.cli.command import command_line
 from lightning_dice.cli.config import CONF_DIR
 from lightning_dice.cli.errors import UserError
+from lightning_dice.extras import MissingExtra
 from lightning_dice.plotting import sweep_chart
 from lightning_dice.trials import Trial, read_trials, record_outcome, write_trial
 
@@ -286,23 +286,22 @@ class TestMistakes:
         monkeypatch.setitem(sys.modules, "optuna", None)
         ended = run_search(tmp_path, *SPACE, status=2)
         assert ended.err.strip() == (
-            "error: hydra/sweeper=search needs Optuna, which is not installed: pip install 'lightning-dice[sweep]'"
+            "error: hydra/sweeper=search needs optuna, which is not installed: pip install 'lightning-dice[sweep]'"
         )
         assert not (tmp_path / "s").exists()
         # A config of your own may choose the sweeper too.
-        with pytest.raises(UserError, match="needs Optuna, which is not installed: pip install"):
+        with pytest.raises(MissingExtra, match="needs optuna, which is not installed: pip install"):
             search.Search(OmegaConf.create({}))
 
     def test_another_package_is_not_installed(self, monkeypatch):
         settings = search.Search(OmegaConf.create({"_target_": "optuna.samplers.CmaEsSampler"}))
-        found = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cmaes" else found(name))
-        with pytest.raises(UserError, match="pip install cmaes"):
+        monkeypatch.setitem(sys.modules, "cmaes", None)
+        with pytest.raises(MissingExtra, match="pip install cmaes"):
             settings.create_sampler([])
 
-    def test_the_old_plugin_is_not_installed(self, monkeypatch):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert sweep.missing_plugin(["hydra/sweeper=optuna"]).endswith("give hydra/sweeper=search")
+    def test_the_old_plugin_is_not_installed(self):
+        with pytest.raises(UserError, match="give hydra/sweeper=search"):
+            sweep.check_plugins(["hydra/sweeper=optuna"])
 
 
 def parameter(text: str, config_loader=None) -> search.Parameter:

@@ -23,6 +23,7 @@ from lightning_dice.callbacks import MedianPruner
 from lightning_dice.cli import sweep, trial_process, trial_tables
 from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.launcher import Launcher
+from lightning_dice.extras import MissingExtra
 from lightning_dice.plotting.sweep_chart import trials_figure
 from lightning_dice.trials import Trial, best_first, read_trial, read_trials, record_outcome, write_trial
 
@@ -208,10 +209,12 @@ def test_trials_side_by_side(tmp_path, launcher):
 
 
 def test_a_missing_plugin_is_named(monkeypatch):
-    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    for name in ("optuna", "hydra_plugins.hydra_joblib_launcher", "hydra_plugins.hydra_submitit_launcher"):
+        monkeypatch.setitem(sys.modules, name, None)
     for argument in ("hydra/sweeper=search", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm"):
-        assert "pip install 'lightning-dice[sweep]'" in sweep.missing_plugin([argument])
-    assert sweep.missing_plugin(["hydra/launcher=basic", "loss=dice"]) is None
+        with pytest.raises(MissingExtra, match=rf"{argument} needs .*: pip install 'lightning-dice\[sweep\]'"):
+            sweep.check_plugins([argument])
+    sweep.check_plugins(["hydra/launcher=basic", "loss=dice"])
 
 
 class TestRunTrial:
