@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 
+from lightning_dice.text import join_all
+
 # Extra of pyproject.toml -> the modules that it is for.
 EXTRAS = {
     "volumes": ("monai", "nibabel", "einops"),
@@ -53,7 +55,7 @@ def require_all(needs: Mapping[str, Iterable[str]]) -> None:
     if not missing:
         return
     names = sorted({name for lacking in missing.values() for name in lacking})
-    lines = [f"{needed_by} needs {' and '.join(lacking)}" for needed_by, lacking in missing.items()]
+    lines = [f"{needed_by} needs {join_all(lacking)}" for needed_by, lacking in missing.items()]
     verb = ", which is not installed" if len(lines) == len(names) == 1 else ""
     raise MissingExtra(f"{'; '.join(lines)}{verb}: {how_to_install(names)}", name=names[0])
 

@@ -99,6 +99,9 @@ def check_settings(config: DictConfig) -> None:
     from lightning_dice.cli import run_folder
     from lightning_dice.data_check.finding import KINDS
 
+    for name, remedy in (("folder", ": give output=<new folder>"), ("resume", "")):
+        if config[name] is not None:
+            raise UserError(f"{name} is a setting of fit, which inspect does not have{remedy}")
     if unknown := [kind for kind in config.accept if kind not in KINDS]:
         raise UserError(f"accept: there is no finding {', '.join(unknown)}, only {', '.join(KINDS)}")
     for name, least in (("thumbnails", 0), ("workers", 1)):

@@ -13,3 +13,12 @@ def join_some(items: Sequence[object], limit: int = 8) -> str:
     """
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(map(str, items[:limit])) + more
+
+
+def join_all(items: Sequence[str]) -> str:
+    """Join items with commas, and the last one with "and".
+
+    >>> join_all(["a"]), join_all(["a", "b"]), join_all(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
+    return " and ".join([*filter(None, [", ".join(items[:-1])]), *items[-1:]])

@@ -137,7 +137,7 @@ class TestConstructors:
             ),
             (
                 lambda: FORMATS["onnx"]().require(),
-                r"format=onnx needs onnx and onnxscript and onnxruntime: pip install 'lightning-dice\[export\]'",
+                r"format=onnx needs onnx, onnxscript and onnxruntime: pip install 'lightning-dice\[export\]'",
             ),
         ],
         ids=["skeletons", "skeleton", "augment", "dynunet", "volumes", "onnx"],

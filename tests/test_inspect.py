@@ -133,3 +133,11 @@ class TestInProcess:
         assert table.count("<tr>") == 11
         assert table.count("smaller-than-crops") == 20  # Cases with findings come first.
         assert "10 of 26 cases; all are in cases.csv" in text
+
+
+def test_settings_of_a_training_are_not_ignored(tmp_path):
+    assert "error: folder is a setting of fit, which inspect does not have: give output=<new folder>" in refused(
+        "inspect", "data=synthetic", "folder=a", cwd=tmp_path
+    )
+    assert "error: resume is a setting of fit" in refused("inspect", "data=synthetic", "resume=a", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ BELOW = {
     "kernels": {"library_internals"},
     "functional": {"kernels", "argument_checks", "extras"},
     "argument_checks": set(),
-    "extras": set(),
+    "extras": {"text"},
     "library_internals": set(),
     "text": set(),
     "schedules": set(),
