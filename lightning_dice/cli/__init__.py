@@ -3,7 +3,7 @@
 - `command`: command lines, `--help`, and running a command through Hydra; `config`: conf/, overrides, instantiation;
   `errors`: errors of the user.
 - `run_folder`: the folder of a run, with its config and checkpoints; `adapt_checkpoint`: a checkpoint for other
-  settings.
+  settings; `config_consistency`: the config in checkpoints, and on all ranks.
 - `launcher`: which runs a process of `fit` trains; `rendezvous`: how the processes agree on them;
   `slurm`: requeued jobs.
 - `experiment`: data, module and Trainer of a run; training, scoring and the summary.

@@ -16,8 +16,8 @@ from helpers import SMALL, Forked, free_port, rank_environments, rows, run_ranks
 from omegaconf import OmegaConf
 
 from lightning_dice.cli import rendezvous, slurm
+from lightning_dice.cli.config_consistency import check_config_consistency
 from lightning_dice.cli.errors import UserError
-from lightning_dice.cli.experiment import check_config_consistency
 
 RUN = rendezvous.RunSpec(Path("/a folder"), OmegaConf.create({"loss": {"smooth": 1, 255: [1.0e-5, None]}}))
 FIT = [
