@@ -66,7 +66,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     from lightning_dice.cli import run_folder
     from lightning_dice.cli.experiment import Experiment, print_line
 
-    run = run_folder.reopen(config.run, overrides)
+    run = run_folder.reopen(config.run, overrides, command="calibrate")
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.update(logger={}, callbacks={})
     check_extras(run)
@@ -75,7 +75,7 @@ def calibrate(config: DictConfig, overrides: list[str]) -> PostProcessing:
     experiment = Experiment(run, Path(run.folder), trained=True)
     cases = check_experiment(experiment)
     module, device = experiment.module, experiment.trainer.strategy.root_device
-    saved = run_folder.check_weights(module, checkpoint)
+    saved = run_folder.check_weights(module, checkpoint, run)
     module.load_state_dict(saved["state_dict"])
     module.eval().to(device)
     print_line(f"{checkpoint} on val, on {device}")

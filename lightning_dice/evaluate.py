@@ -71,9 +71,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     from lightning_dice.cli import run_folder
     from lightning_dice.cli.experiment import Experiment, print_line
 
-    run = run_folder.reopen(config.run, overrides)
-    if any(override.partition("=")[0] in ("trainer.devices", "trainer.strategy") for override in overrides):
-        raise UserError("evaluate runs on one device: only device=cpu or device=gpu can be chosen")
+    run = run_folder.reopen(config.run, overrides, command="evaluate")
     # With one device there is no need to agree on a folder for the results.
     run.trainer.update(accelerator=config.trainer.accelerator, devices=1, num_nodes=1, strategy="auto")
     run.logger = {}
@@ -81,7 +79,7 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     checkpoint = run_folder.find_checkpoint(config.run, config.checkpoint)
     # Data and weights are read first, so that a mistake in them leaves no folder behind.
     experiment = Experiment(run, Path(run.folder), trained=True)
-    run_folder.check_weights(experiment.module, checkpoint)
+    run_folder.check_weights(experiment.module, checkpoint, run)
     calibration = run_folder.calibrate(experiment.module, config.run, config.calibration, checkpoint)
     split = _split(config, experiment)
     if config.output is not None:
@@ -169,7 +167,7 @@ def _data_config(config: DictConfig, overrides: list[str]) -> DictConfig:
     from lightning_dice.cli import run_folder
 
     if config.run is not None:
-        run = run_folder.reopen(config.run, overrides)
+        run = run_folder.reopen(config.run, overrides, command="evaluate")
         check_extras(run, leave_out=("logger", "model", "module", "loss"))
         return run
     if not any(override.partition("=")[0] in ("data", "experiment") for override in overrides):

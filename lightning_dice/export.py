@@ -70,7 +70,7 @@ def export(config: DictConfig, overrides: list[str]) -> str | None:
     with as_user_errors():
         settings = read_settings(config)
         file_format = installed_format(settings)
-        run = run_folder.reopen(config.run, overrides)
+        run = run_folder.reopen(config.run, overrides, command="export")
         check_extras(run, leave_out=("logger", "callbacks"))
         plain = cast("dict[str, Any]", OmegaConf.to_container(run, resolve=True))
         folder = Path(config.run).expanduser().absolute()
@@ -139,7 +139,7 @@ def load_module(run: DictConfig, config: DictConfig, checkpoint: Path) -> tuple[
     from lightning_dice.cli import run_folder
 
     module = run_folder.build_module(run, trained=True)
-    content = run_folder.check_weights(module, checkpoint)
+    content = run_folder.check_weights(module, checkpoint, run)
     module.load_state_dict(content["state_dict"])
     calibration = run_folder.calibrate(module, config.run, config.calibration, checkpoint)
     if calibration is not None:

@@ -42,7 +42,7 @@ def train(run: RunSpec, announce: Callable[[RunSpec], None]) -> float | None:
     """
     from lightning_dice.cli.experiment import Experiment
 
-    experiment = Experiment(run.config, run.folder, trained=run.checkpoint is not None)
+    experiment = Experiment(run.config, run.folder, trained=run.checkpoint is not None, template=run.template)
     # The data last: reading them may take long.
     module, trainer, data = experiment.module, experiment.trainer, experiment.data
     announce(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,33 +12,49 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from lightning_dice.cli.adapt_checkpoint import apply_optimizer_settings, update_checkpoint_paths
+from lightning_dice.cli.adapt_checkpoint import adapt_checkpoint, update_checkpoint_paths
 from lightning_dice.cli.errors import UserError
 
 
 class ConfigConsistency(Callback):
-    """Store the config in checkpoints and loggers, and check that all ranks have the same one."""
+    """Apply the config to a checkpoint that is resumed, and store it in checkpoints and loggers, equal on all ranks.
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
+    Args:
+        config: plain values.
+        save: called by the first rank when training starts, and so nothing in the config was refused; for a run that is
+            resumed, whose folder must stay as it was until then.
+    """
+
+    def __init__(self, config: dict[str, Any], save: Callable[[], object] | None = None) -> None:
+        self.config, self.save = config, save
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compare the config across ranks."""
         check_config_consistency(OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the config."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the config, and save it."""
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
+        self._save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the config of a run that had nothing left to train."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if self.save is not None and trainer.is_global_zero:
+            self.save()
+        self.save = None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Apply the settings that changed."""
         saved = checkpoint.get("config") or {}
         update_checkpoint_paths(checkpoint, saved.get("folder"), self.config["folder"])
-        changed = any(saved.get(name) != self.config.get(name) for name in ("optimizer", "scheduler"))
-        if trainer.state.fn == "fit" and changed:
-            rates = [(config.get("optimizer") or {}).get("lr") for config in (saved, self.config)]
-            apply_optimizer_settings(checkpoint, pl_module, rate_changed=rates[0] != rates[1])
+        if trainer.state.fn == "fit":
+            for note in adapt_checkpoint(checkpoint, trainer, self.config):
+                if trainer.is_global_zero:
+                    print(note, flush=True)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the config in the checkpoint."""

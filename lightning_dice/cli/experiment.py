@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ _NOISE = (
     ".*Checkpoint directory .* exists and is not empty.*",  # As it should be when resuming.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
     ".*Grad strides do not match bucket view strides.*",  # One more copy of some 1x1 weights in channels_last.
+    ".*callbacks used to create the checkpoint need to be provided.*",  # A resumed run may remove some.
     ".*The dirpath has changed from.*",  # As it should when an evaluation has its own folder.
     ".*You are using a CUDA device.*Tensor Cores.*",
 )
@@ -57,13 +58,16 @@ class Experiment:
         config: resolved, as saved in a run's folder.
         folder: where the files go.
         trained: whether a checkpoint will be loaded, so that no pretrained weights need be downloaded.
+        template: the config with its interpolations, if it is to be written to the folder when training starts.
 
     Raises:
         UserError: on access to an object: it refuses a setting, or the data are wrong.
     """
 
-    def __init__(self, config: DictConfig, folder: Path, *, trained: bool = False) -> None:
-        self.config, self.folder, self.trained = config, folder, trained
+    def __init__(
+        self, config: DictConfig, folder: Path, *, trained: bool = False, template: DictConfig | None = None
+    ) -> None:
+        self.config, self.folder, self.trained, self.template = config, folder, trained, template
         self.run = folder  # An evaluation writes into another folder.
         self.scores: dict[str, dict[str, float]] = {}
         self.summary: list[report.ScoreSummary] = []
@@ -89,7 +93,8 @@ class Experiment:
     def trainer(self) -> L.Trainer:
         """The Trainer with its callbacks and loggers."""
         callbacks: list[Callback] = instantiate_each(self.config.callbacks, "callbacks")
-        callbacks.append(ConfigConsistency(_plain(self.config)))
+        accept = None if self.template is None else partial(run_folder.accept_config, self.folder, self.template)
+        callbacks.append(ConfigConsistency(_plain(self.config), accept))
         # Last, as it ends the training after a step that the others must have seen.
         callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
         loggers = instantiate_each(self.config.logger, "logger")
@@ -119,7 +124,7 @@ class Experiment:
     def print_start(self, checkpoint: Path | None) -> None:
         """Check that the weights of a checkpoint fit, and print what is about to be trained."""
         if checkpoint is not None:
-            saved = run_folder.check_weights(self.module, checkpoint)
+            saved = run_folder.check_weights(self.module, checkpoint, self.config)
             print_line(f"resuming from epoch {saved['epoch']}, step {saved['global_step']}, of {checkpoint}")
             ended, wanted = saved_loop_state(saved, "epoch_progress")["current"]["processed"], self.trainer.max_epochs
             if wanted is not None and 0 <= wanted <= ended:

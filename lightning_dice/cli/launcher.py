@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from lightning_dice.cli import rendezvous, sweep, trial_process
+from lightning_dice.cli import rendezvous, setting_rules, sweep, trial_process
 from lightning_dice.cli.command import hydra_escape, refuse_renamed, split_arguments
 from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
 from lightning_dice.cli.errors import UserError, report_user_errors
@@ -83,6 +83,7 @@ class Launcher:
             self.resume_sweep(resumed[-1], given)
         else:
             # Not through Hydra, which would check the overrides against the default config instead of the run's.
+            overrides = [text for text in own if not text.startswith("resume=")] + overrides
             self.resume(Path(resumed[-1]).expanduser().absolute(), hydra_escape(overrides))
 
     def compose(self, arguments: list[str]) -> None:
@@ -149,22 +150,25 @@ class Launcher:
             overrides: in Hydra's syntax; they are kept in the run's config.
 
         Raises:
-            UserError: this is not the folder of a run, an override does not fit, or the checkpoint's weights do not.
+            UserError: this is not the folder of a run, or an override does not fit, or cannot change. The folder stays
+                as it was.
         """
         from lightning_dice.cli import run_folder
 
+        sweep.check_trial(folder, overrides)
+        setting_rules.check_overrides(overrides)
         config = run_folder.reopen(folder, overrides)
         check_extras(config)
         self.check_processes(config.trainer)
         checkpoint = run_folder.newest_checkpoint(folder)
+        resolved = run_folder.resolve(config)
         if checkpoint is None:
             print(f"{folder} has no checkpoint yet: training starts from the beginning", flush=True)
         else:
-            run_folder.check_weights(run_folder.build_module(config, trained=True), checkpoint)
-        resolved = run_folder.save_config(folder, config)
+            run_folder.check_resume(checkpoint, resolved)
         self.job.record(folder)
         with restore_environment():
-            return self.run(RunSpec(folder, resolved, checkpoint))
+            return self.run(RunSpec(folder, resolved, checkpoint, config))
 
     def resume_sweep(self, folder: str, arguments: list[str]) -> None:
         """Resume a sweep where it stopped.

@@ -85,7 +85,7 @@ class PredictionPipeline:
         silence_libraries()
         if len(folders) > 1 and config.checkpoint not in ("best", "last"):
             raise UserError(f"checkpoint must be best or last for several runs, got {config.checkpoint}")
-        runs = [run_folder.reopen(folder, overrides) for folder in folders]
+        runs = [run_folder.reopen(folder, overrides, command="predict") for folder in folders]
         for run in runs:
             check_extras(run, leave_out=("logger", "callbacks", "augment"))
         _check_same_task(folders, runs)
@@ -118,7 +118,7 @@ class PredictionPipeline:
 
         checkpoint = run_folder.find_checkpoint(folder, config.checkpoint)
         module = run_folder.build_module(run, trained=True)
-        module.load_state_dict(run_folder.check_weights(module, checkpoint)["state_dict"])
+        module.load_state_dict(run_folder.check_weights(module, checkpoint, run)["state_dict"])
         note = run_folder.calibrate(module, folder, str(config.calibration), checkpoint)
         self.notes += [note] if note is not None else []
         postprocessing = module.inference.postprocessing.settings()

@@ -43,11 +43,14 @@ class RunSpec:
         folder: where its files go.
         config: resolved, plain values.
         checkpoint: where training resumes; `None`: from the beginning.
+        template: the config with its interpolations, if it is to be written when training starts; only in the first
+            process.
     """
 
     folder: Path
     config: DictConfig
     checkpoint: Path | None = None
+    template: DictConfig | None = None
 
     def to_json(self) -> str:
         """Return the text that other processes get."""

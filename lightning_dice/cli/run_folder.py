@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lightning_dice.checkpoints import newest_readable, remove_partial_files
+from lightning_dice.cli.adapt_checkpoint import changes_since, check_changes, prefer_settings
 from lightning_dice.cli.config import apply_overrides, instantiate, resolve_from_files
 from lightning_dice.cli.errors import UserError
+from lightning_dice.cli.setting_rules import check_used
 from lightning_dice.inference import find_postprocessing
 from lightning_dice.io import write_atomically
 from lightning_dice.loading import build_module as build_trained_module
@@ -81,11 +83,8 @@ def resolve_data(config: DictConfig) -> None:
     resolve_from_files(config)
 
 
-def save_config(folder: Path, config: DictConfig) -> DictConfig:
-    """Write the config with its interpolations, and resolved to plain values.
-
-    Returns:
-        The resolved config.
+def resolve(config: DictConfig) -> DictConfig:
+    """Return a config with plain values in place of its interpolations.
 
     Raises:
         UserError: a value is missing, or an interpolation cannot be resolved.
@@ -100,6 +99,19 @@ def save_config(folder: Path, config: DictConfig) -> DictConfig:
         raise UserError(f"config: {error}") from error
     if missing:
         raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
+    return resolved
+
+
+def save_config(folder: Path, config: DictConfig) -> DictConfig:
+    """Write the config with its interpolations, and resolved to plain values.
+
+    Returns:
+        The resolved config.
+
+    Raises:
+        UserError: a value is missing, or an interpolation cannot be resolved.
+    """
+    resolved = resolve(config)
     for name, content in ((TEMPLATE, config), (CONFIG, resolved)):
         write_atomically(folder / name, partial(_write_text, OmegaConf.to_yaml(content)))
     return resolved
@@ -128,19 +140,23 @@ def load_config(folder: str | Path, name: str = CONFIG) -> DictConfig:
     return config
 
 
-def reopen(folder: str | Path, overrides: Iterable[str] = (), *, output: Path | None = None) -> DictConfig:
+def reopen(
+    folder: str | Path, overrides: Iterable[str] = (), *, command: str = "fit", output: Path | None = None
+) -> DictConfig:
     """Load the config of a run with its interpolations, and apply overrides; the folder may have been moved.
 
     Args:
         folder: the run's folder.
         overrides: in Hydra's syntax; for values, not groups.
+        command: the command that uses the run, and refuses settings that it would ignore.
         output: where files go from now on; by default the folder itself.
 
     Raises:
         UserError: this is not a run's folder, or an override does not fit.
     """
-    config = load_config(folder, TEMPLATE)
-    apply_overrides(config, overrides)
+    config, given = load_config(folder, TEMPLATE), list(overrides)
+    apply_overrides(config, given)
+    check_used(given, command)
     resolve_data(config)
     config.folder = str(output if output is not None else Path(folder).expanduser().absolute())
     return config
@@ -208,12 +224,27 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     Raises:
         UserError: all checkpoints are damaged.
     """
-    checkpoints = Path(folder).expanduser() / CHECKPOINTS
-    remove_partial_files(checkpoints)
     try:
-        return newest_readable(checkpoints)
+        return newest_readable(Path(folder).expanduser() / CHECKPOINTS)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_resume(path: Path, config: DictConfig) -> None:
+    """Check that a run can be resumed from a checkpoint with this config, and that the weights fit.
+
+    Raises:
+        UserError: names a setting that cannot change, or the weights that do not fit.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    check_changes(read_checkpoint(path), plain)
+    check_weights(build_module(config, trained=True), path, config)
+
+
+def accept_config(folder: Path, template: DictConfig) -> None:
+    """Write the config of a run that is resumed, when its training starts, and tidy up after one that was killed."""
+    save_config(folder, template)
+    remove_partial_files(folder / CHECKPOINTS)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -231,16 +262,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_weights(module: nn.Module, path: str | Path) -> dict[str, Any]:
+def check_weights(
+    module: nn.Module, path: str | Path, config: DictConfig | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Read a checkpoint and check that its weights fit the module, without loading them.
 
+    Buffers that are settings, such as the weights of classes in a loss, keep their values in the module, whatever
+    checkpoint is loaded into it from now on.
+
+    Args:
+        module: built from `config`.
+        path: the checkpoint.
+        config: the run's config; `None`: the checkpoint's.
+
     Returns:
-        The checkpoint.
+        The checkpoint, with the module's settings.
 
     Raises:
         UserError: names the first weights that are missing, unexpected or of another shape.
     """
     checkpoint = read_checkpoint(path)
+    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    prefer_settings(module, checkpoint, plain)
     saved, own = checkpoint["state_dict"], module.state_dict()
     missing = [key for key in own if key not in saved]
     extra = [key for key in saved if key not in own]
@@ -255,7 +298,14 @@ def check_weights(module: nn.Module, path: str | Path) -> dict[str, Any]:
             for keys, what in ((missing, "missing"), (extra, "unexpected"), (shapes, "of another shape"))
             if keys
         ]
+        changes = {} if plain is None else changes_since(checkpoint, plain)
+        named = [f"{key} was {old} and is now {new}" for key, (old, new) in changes.items() if _shapes_weights(key)]
         raise UserError(
             f"{path} has another architecture or number of classes than the config: weights {'; '.join(parts)}"
+            + "".join(f"; {change}" for change in named[:3])
         )
     return checkpoint
+
+
+def _shapes_weights(key: str) -> bool:
+    return key.startswith(("model", "loss", "metrics", "module.")) or key in ("data.channels", "data.classes")

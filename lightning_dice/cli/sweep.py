@@ -217,6 +217,28 @@ def is_sweep(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / SWEEP).is_file()
 
 
+def check_trial(folder: Path, overrides: Iterable[str]) -> None:
+    """Refuse to change a swept setting of a trial, whose value the sweep's table would then not show.
+
+    Args:
+        folder: of a run, which may be a trial of a sweep.
+        overrides: for the run, in Hydra's syntax.
+
+    Raises:
+        UserError: names the setting.
+    """
+    sweep = Sweep(folder.parent)
+    if not sweep.path.is_file() or read_trial(folder) is None:
+        return
+    swept = {str(key) for key in sweep.settings().get("swept") or []}
+    for override in parse_overrides(text for text in overrides if not text.startswith("-")):
+        if override.key_or_group in swept:
+            raise UserError(
+                f"{override.input_line}: {folder} is a trial of a sweep over {override.key_or_group}, and keeps its "
+                "value; train a new run"
+            )
+
+
 def replay_arguments(
     folder: str | Path, arguments: Iterable[str] = (), *, retry_failed: bool = False
 ) -> list[str] | None:

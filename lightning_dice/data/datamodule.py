@@ -186,8 +186,9 @@ class SegmentationData(lightning.LightningDataModule):
         if self._train_sampler is None:
             # All loaders share one sampler, so that a new loader for each epoch continues the order.
             resumed, self._resumed = self._resumed or {}, None
-            self._train_sampler = TrainSampler(cases, *self._world(), seed=resumed.get("seed", self._seed()))
-            if resumed:
+            seed = resumed.get("next_seed", resumed.get("seed"))
+            self._train_sampler = TrainSampler(cases, *self._world(), seed=self._seed() if seed is None else seed)
+            if "batches" in resumed:
                 self._skip_seen_cases(self._train_sampler, resumed)
         return self._loader(
             LazyDataLoader,
@@ -217,7 +218,8 @@ class SegmentationData(lightning.LightningDataModule):
         epoch, batch = epoch_progress(self.trainer), batch_progress(self.trainer)
         ended = epoch.processed == epoch.ready
         return {
-            "seed": self._train_sampler.entropy,
+            "seed": self._train_sampler.seed_of(epoch.processed),
+            "next_seed": self._train_sampler.entropy,
             "epoch": epoch.processed,
             "batches": 0 if ended else batch.processed,
             "step": self.batch_size * self._train_sampler.num_replicas,
@@ -227,6 +229,11 @@ class SegmentationData(lightning.LightningDataModule):
         """Resume the next training at this position; the Trainer calls this with the state in a checkpoint."""
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resumed = dict(state_dict)
+
+    def change_seed(self, seed: int) -> None:
+        """Resume with another seed than that of the checkpoint; an interrupted epoch keeps its order."""
+        if self._resumed is not None:
+            self._resumed["next_seed"] = seed
 
     def _skip_seen_cases(self, sampler: TrainSampler, resumed: dict[str, int]) -> None:
         """Skip the cases of the interrupted epoch that all processes together have seen."""
@@ -238,6 +245,8 @@ class SegmentationData(lightning.LightningDataModule):
                 f"with {now}: this epoch is not exact, and may not be validated"
             )
         sampler.skip = resumed["epoch"], before // sampler.num_replicas
+        if before:
+            sampler.other = resumed["epoch"], resumed["seed"]
 
     def _eval_loader(self, name: Split, maps: Maps | None) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         cases = self._cases_of(name)

@@ -38,11 +38,17 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         super().__init__(cast("Dataset[Any]", cases), num_replicas=world, rank=rank, drop_last=True)
         self.cases = len(cases)
         self.entropy = seed
+        # An epoch that began with another seed, and that seed.
+        self.other: tuple[int, int] | None = None
         # The interrupted epoch, and how many of this process's cases in it are done.
         self.skip: tuple[int, int] | None = None
 
+    def seed_of(self, epoch: int) -> int:
+        """Return the seed of an epoch: if the seed has changed in its middle, its first one."""
+        return self.other[1] if self.other is not None and self.other[0] == epoch else self.entropy
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.entropy, self.epoch))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed_of(self.epoch), self.epoch))
         order = torch.randperm(self.cases, generator=generator).tolist()
         seeds = torch.randint(2**32, (self.cases,), generator=generator).tolist()
         skip, self.skip = self.skip, None

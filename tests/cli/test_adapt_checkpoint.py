@@ -80,7 +80,8 @@ def test_a_rate_that_a_metric_has_lowered_stays(changed, expected):
     old = rate(lr=1e-4)
     state = torch.optim.lr_scheduler.ReduceLROnPlateau(old).state_dict()
     checkpoint = {"optimizer_states": [old.state_dict()], "lr_schedulers": [state]}
-    apply_optimizer_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)), rate_changed=changed)
+    changes = {"optimizer.lr" if changed else "optimizer.weight_decay": (0, 1)}
+    apply_optimizer_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)), changes)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (expected, 0.2)
-    assert checkpoint["lr_schedulers"][0] is state
+    assert checkpoint["lr_schedulers"] == [state]
