@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -26,6 +27,7 @@ from lightning_dice.library_internals.lightning import (
     mark_epoch_as_fresh,
     restore_epoch_means,
     saved_loop_state,
+    set_batches_done,
     validation_is_due,
 )
 from lightning_dice.library_internals.torchmetrics import set_update_count, state_names, update_count
@@ -142,11 +144,19 @@ class ExactResume(Callback):
         # Another number of ranks divides the data otherwise: no metrics of the epoch's first part are better than
         # wrong ones.
         self._saved = ranks[trainer.global_rank] if fitting and len(ranks) == trainer.world_size else None
+        if fitting and ranks and len(ranks) != trainer.world_size and any(rank and "means" in rank for rank in ranks):
+            rank_zero_warn(
+                f"the epoch was interrupted on {len(ranks)} processes, and resumes on {trainer.world_size}: its train/ "
+                "metrics are of the rest of the epoch"
+            )
         self._epoch_ends = fitting and bool(checkpoint.get("epoch_ends"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore what was saved."""
         saved, self._saved = self._saved, None
+        batches = getattr(trainer.datamodule, "resumed_batches", None)  # type: ignore[attr-defined]
+        if batches is not None:
+            set_batches_done(trainer, batches)
         if self._between_epochs:
             self._between_epochs = False
             mark_as_fresh(trainer)

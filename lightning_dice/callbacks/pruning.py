@@ -53,12 +53,18 @@ class MedianPruner(Callback):
         self._validated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, and whether the trial is pruned."""
-        return {"best": self._best, "pruned": self.pruned}
+        """Return the best score, whether the trial is pruned, and the settings that decided it."""
+        return {"best": self._best, "pruned": self.pruned, "decided_by": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score, and whether the trial is pruned."""
-        self._best, self.pruned = float(state_dict["best"]), bool(state_dict["pruned"])
+        """Restore the best score, and whether the trial is pruned, unless other settings have decided it."""
+        former, own = state_dict.get("decided_by") or self._settings(), self._settings()
+        if former[:2] == own[:2]:  # Otherwise scores of another metric, or the worst one.
+            self._best = float(state_dict["best"])
+        self.pruned = bool(state_dict["pruned"]) and former == own
+
+    def _settings(self) -> list[Any]:
+        return [self.monitor, self.mode, self.startup_trials, self.warmup_epochs]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a trial at once if it was interrupted after it had been pruned."""

@@ -62,7 +62,7 @@ class SaveOnInterrupt(Callback):
         self.folder, self.command = Path(folder), command
         self._received = 0  # a signal's number: ranks agree on it by an all-reduce
         self._handlers: dict[signal.Signals, Any] = {}
-        self._handled = False
+        self._handled = self._started = False
 
     @property
     def path(self) -> Path:
@@ -71,7 +71,7 @@ class SaveOnInterrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle signals instead of Lightning, which would end the ranks at different steps."""
-        self._received, self._handled = 0, False
+        self._received, self._handled, self._started = 0, False, True
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
@@ -126,6 +126,7 @@ class SaveOnInterrupt(Callback):
             exception.code = SIGTERM_STATUS
         if (
             self._handled
+            or not self._started  # It may have failed because of what is resumed.
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
             or getattr(trainer, "fast_dev_run", False)

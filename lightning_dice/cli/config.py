@@ -22,6 +22,7 @@ from lightning_dice.extras import EXTRAS, MissingExtra, how_to_install
 from lightning_dice.library_internals.hydra import parse_override, parse_overrides
 from lightning_dice.renamed_settings import new_name
 
+_EXAMPLE = "trainer.max_epochs=20"
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel conf/ is inside the package, in a checkout beside it.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -166,10 +167,12 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
             key, value = override.key_or_group, override.value()
             group = isinstance(OmegaConf.select(config, key), DictConfig) and isinstance(value, str)
             if override.is_delete() or override.is_sweep_override() or group:
-                raise UserError(f"{text}: only values of this run's config can be changed, as in trainer.max_epochs=20")
+                raise UserError(f"{text}: only values of this run's config can be changed, as in {_EXAMPLE}")
             parent, _, leaf = key.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
             if not isinstance(place, DictConfig) or not (override.is_add() or leaf in list(place.keys())):
+                if (CONF_DIR / key.replace(".", "/")).is_dir():
+                    raise UserError(f"{text}: only a new run can choose a file; change values, as in {_EXAMPLE}")
                 if (new := new_name(key)) is not None:
                     raise UserError(f"{key} has been renamed: give {new}")
                 names = [str(name) for name in place] if isinstance(place, DictConfig) else []

@@ -80,6 +80,8 @@ class SegmentationData(lightning.LightningDataModule):
 
     Attributes:
         report: the report of `source.check()`; `None` until `prepare_data` has run.
+        resumed_batches: the batches of the resumed epoch that are done, if they are counted otherwise than in the
+            checkpoint, as a batch has another size now; `ExactResume` corrects the Trainer's count by it.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -141,6 +143,7 @@ class SegmentationData(lightning.LightningDataModule):
         self._train_sampler: TrainSampler | None = None
         # When a run is resumed: its seed, the interrupted epoch and the batches already done in it.
         self._resumed: dict[str, int] | None = None
+        self.resumed_batches: int | None = None
 
     def add_maps(self, maps: Maps) -> None:
         """Add to `maps`; a module requests the maps that its loss needs."""
@@ -239,12 +242,19 @@ class SegmentationData(lightning.LightningDataModule):
         """Skip the cases of the interrupted epoch that all processes together have seen."""
         now = self.batch_size * sampler.num_replicas
         before = resumed["batches"] * resumed["step"]
+        seen = before // sampler.num_replicas
         if before and resumed["step"] != now:
             rank_zero_warn(
                 f"the epoch was interrupted with {resumed['step']} images in a batch of all processes, and resumes "
-                f"with {now}: this epoch is not exact, and may not be validated"
+                f"with {now}: this epoch is not exact"
             )
-        sampler.skip = resumed["epoch"], before // sampler.num_replicas
+            batches, left = len(sampler) // self.batch_size, 0
+            if resumed["batches"] < sampler.cases // resumed["step"]:
+                # At least one: Lightning would not end an epoch without a batch. It may repeat a few cases.
+                left = max(1, (len(sampler) - seen) // self.batch_size)
+            seen = min(seen, len(sampler) - left * self.batch_size)
+            self.resumed_batches = max(0, batches - left)
+        sampler.skip = resumed["epoch"], seen
         if before:
             sampler.other = resumed["epoch"], resumed["seed"]
 

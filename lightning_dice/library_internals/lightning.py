@@ -36,6 +36,14 @@ def batch_progress(trainer: Trainer) -> Any:
     return internal(trainer, "fit_loop.epoch_loop.batch_progress.current", _LIBRARY)
 
 
+def set_batches_done(trainer: Trainer, done: int) -> None:
+    """Correct the number of batches done in the resumed epoch, for another batch size (`batch_progress.current`)."""
+    progress = batch_progress(trainer)
+    pending = progress.ready - progress.completed  # A callback may have saved the checkpoint within a batch.
+    progress.ready = progress.started = progress.processed = done
+    progress.completed = done - pending
+
+
 def validation_is_due(trainer: Trainer) -> bool:
     """Return whether a validation follows the present batch (`fit_loop.epoch_loop._should_check_val_fx`)."""
     fetcher = internal(trainer, "fit_loop._data_fetcher", _LIBRARY)
