@@ -31,7 +31,7 @@ from lightning_dice.library_internals.lightning import read_optimizers, saved_lo
 from lightning_dice.loading import build_module
 
 # What a plateau counts; all else in its state are settings.
-_PLATEAU_COUNTERS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+_PLATEAU_COUNTERS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 _GROWTH = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a scaler of float16
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -208,8 +208,10 @@ def apply_optimizer_settings(
         if isinstance(scheduler, ReduceLROnPlateau):
             # Only its own state has counters.
             kept = state is not None and "num_bad_epochs" in state
-            keep_rate = keep_rate or (kept and not rate_changed)
             states.append(_plateau_state(scheduler, state if kept else None, known))
+            if kept and state is not None and not rate_changed:
+                keep_rate = True
+                states[-1]["_last_lr"] = state["_last_lr"]
             continue
         interval = described.get("interval", "epoch") if isinstance(described, dict) else "epoch"
         counted = None if state is None or "module.interval" in known else state["last_epoch"]
@@ -245,7 +247,7 @@ def _plateau_state(scheduler: ReduceLROnPlateau, saved: dict[str, Any] | None, c
     counters = {name: saved[name] for name in _PLATEAU_COUNTERS if name in saved}
     if saved.get("mode") != scheduler.mode or "module.monitor" in changes:
         # Its best value is of another metric, or not the best any more.
-        counters = {name: value for name, value in counters.items() if name in ("last_epoch", "_last_lr")}
+        counters = {"last_epoch": saved["last_epoch"]}
     return {**state, **counters}
 
 
