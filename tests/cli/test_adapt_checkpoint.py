@@ -84,4 +84,4 @@ def test_a_rate_that_a_metric_has_lowered_stays(changed, expected):
     apply_optimizer_settings(checkpoint, Mine(nn.Conv2d(1, 1, 1)), changes)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     assert (group["lr"], group["weight_decay"]) == (expected, 0.2)
-    assert checkpoint["lr_schedulers"] == [state]
+    assert checkpoint["lr_schedulers"] == [{**state, "_last_lr": [expected]}]

