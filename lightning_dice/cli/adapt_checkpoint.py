@@ -214,7 +214,9 @@ def apply_optimizer_settings(
                 states[-1]["_last_lr"] = state["_last_lr"]
             continue
         interval = described.get("interval", "epoch") if isinstance(described, dict) else "epoch"
-        counted = None if state is None or "module.interval" in known else state["last_epoch"]
+        # A plateau may have its last step before it, and another interval counts otherwise.
+        again = state is None or "num_bad_epochs" in state or "module.interval" in known
+        counted = None if state is None or again else state["last_epoch"]
         _replay(scheduler, _steps_of(checkpoint, interval) if counted is None else counted)
         states.append(scheduler.state_dict())
     checkpoint["lr_schedulers"] = states

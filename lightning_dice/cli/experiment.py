@@ -46,6 +46,7 @@ _NOISE = (
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
     ".*Grad strides do not match bucket view strides.*",  # One more copy of some 1x1 weights in channels_last.
     ".*callbacks used to create the checkpoint need to be provided.*",  # A resumed run may remove some.
+    ".*The checkpoint was not created with WeightAveraging.*",  # It may also begin when a run is resumed.
     ".*The dirpath has changed from.*",  # As it should when an evaluation has its own folder.
     ".*You are using a CUDA device.*Tensor Cores.*",
 )

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers import SMALL, refused, run_command
+from helpers import SMALL, refused, rows, run_command
 from omegaconf import OmegaConf
+from torch import nn
 
 from lightning_dice.cli import run_folder
+from lightning_dice.cli.adapt_checkpoint import check_changes
 from lightning_dice.cli.config import CONF_DIR
+from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.experiment import Experiment
-from lightning_dice.cli.setting_rules import BEST, RESUME, rule_of, table
+from lightning_dice.cli.setting_rules import BATCHES, BEST, RESUME, UNUSED, rule_of, table
+from lightning_dice.loading import build_module
 
 # A run with as many settings as one can have.
 RUN = [
@@ -313,10 +318,215 @@ def test_the_documentation_has_the_rules():
 
 
 def test_each_rule_is_about_a_setting_that_is_tried():
-    others = {
-        # Of other data, networks and commands than those of the run here.
-        "*.encoder_weights": "test_initial_weights",
-        "scheduler.*": "",
-    }
+    others = {"*.encoder_weights"}  # of other networks; see TestWeights
     for rule in RESUME:
         assert any(rule_of(key) is rule for key in (*APPLIED, *REFUSED)) or rule.settings[0] in others, rule
+
+
+def saved(folder: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+class TestCounters:
+    """What a training has counted stays where its settings change."""
+
+    def test_of_early_stopping(self, copied):
+        path = copied / "checkpoints" / "last.ckpt"
+        content = saved(copied)
+        (key,) = (key for key in content["callbacks"] if key.startswith("EarlyStopping"))
+        content["callbacks"][key]["wait_count"] = 19
+        torch.save(content, path)
+        made = experiment(copied, [LONGER, "callbacks.early_stopping.patience=40"], path)
+        (stopping,) = (one for one in made.trainer.callbacks if type(one).__name__ == "EarlyStopping")
+        assert (stopping.patience, stopping.wait_count) == (40, 19)
+
+    @pytest.mark.parametrize(
+        ("change", "counters"),
+        [("scheduler.factor=0.25", (2, 0.5)), ("scheduler.mode=min", (0, float("inf")))],
+        ids=["factor", "mode"],
+    )
+    def test_of_a_plateau(self, copied, change, counters):
+        path = copied / "checkpoints" / "last.ckpt"
+        content = saved(copied)
+        content["lr_schedulers"][0] |= {"num_bad_epochs": 2, "best": 0.5, "_last_lr": [1e-4]}
+        content["optimizer_states"][0]["param_groups"][0]["lr"] = 1e-4
+        content["epoch_ends"] = False
+        torch.save(content, path)
+        made = experiment(copied, [LONGER, change], path)
+        scheduler = made.trainer.lr_scheduler_configs[0].scheduler
+        assert (scheduler.num_bad_epochs, scheduler.best) == counters
+        # Lowered by the old settings, and not set again.
+        assert made.trainer.optimizers[0].param_groups[0]["lr"] == scheduler.get_last_lr()[0] == 1e-4
+
+    def test_of_the_best_checkpoint(self, copied):
+        made = experiment(copied, [LONGER, "callbacks.checkpoint.filename=good"], copied / "checkpoints" / "last.ckpt")
+        before = [state for state in saved(copied)["callbacks"].values() if state.get("best_model_score") is not None]
+        assert float(made.checkpoint.best_model_score) == float(before[0]["best_model_score"])
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            (
+                ["optimizer._target_=torch.optim.RMSprop"],
+                "RMSprop starts with an empty state: the checkpoint is of AdamW",
+            ),
+            (["+optimizer.amsgrad=true"], "AdamW starts with an empty state: the checkpoint has no max_exp_avg_sq"),
+        ],
+        ids=["class", "amsgrad"],
+    )
+    def test_one_that_needs_another_state_starts_with_none_and_says_so(self, copied, overrides, reason):
+        output = run_command("fit", f"resume={copied}", "trainer.max_epochs=3", *overrides, cwd=copied.parent).out
+        assert reason in output
+        assert [row["epoch"] for row in rows(copied / "metrics.csv")] == ["0", "1", "2"]
+
+    def test_otherwise_it_keeps_its_state(self, run):
+        path = run / "checkpoints" / "last.ckpt"
+        made = experiment(run, [LONGER, "optimizer.weight_decay=0.5"], path)
+        state = made.trainer.optimizers[0].state_dict()
+        assert state["param_groups"][0]["weight_decay"] == 0.5
+        for index, values in saved(run)["optimizer_states"][0]["state"].items():
+            for name, value in values.items():
+                assert torch.equal(value, state["state"][index][name])
+
+    def test_a_schedule_in_place_of_a_plateau(self, run):
+        """It continues as if it had been there from the start."""
+        cosine = "scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 4}"
+        made = experiment(run, [LONGER, cosine], run / "checkpoints" / "last.ckpt")
+        assert made.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5)
+
+    def test_a_schedule_that_is_over_is_refused_by_name(self, copied):
+        before = contents(copied)
+        short = "scheduler={_target_: torch.optim.lr_scheduler.OneCycleLR, _partial_: true, max_lr: 1, total_steps: 2}"
+        message = refused("fit", f"resume={copied}", LONGER, short, "module.interval=step", cwd=copied.parent)
+        assert "scheduler: OneCycleLR has fewer steps than are trained" in message
+        assert contents(copied) == before
+
+
+class TestWeights:
+    def test_averages_can_begin(self, tmp_path):
+        run_command("fit", *SMALL, "test=false", "trainer.max_epochs=1", "folder=plain", cwd=tmp_path)
+        path = tmp_path / "plain" / "checkpoints" / "last.ckpt"
+        ema = "+callbacks.ema={_target_: lightning_dice.callbacks.WeightEMA, decay: 0.75}"
+        made = experiment(tmp_path / "plain", [LONGER, ema], path)
+        assert torch.equal(made.module.net.weight, saved(tmp_path / "plain")["state_dict"]["net.weight"])
+        run_command("fit", f"resume={tmp_path / 'plain'}", "trainer.max_epochs=2", ema, cwd=tmp_path)
+        assert "current_model_state" in saved(tmp_path / "plain")
+
+    def test_averages_can_end(self, run):
+        """A checkpoint holds both; the optimizer's moments belong to the weights that it steps."""
+        made = experiment(run, [LONGER, "callbacks.ema=null"], run / "checkpoints" / "last.ckpt")
+        content = saved(run)
+        assert torch.equal(made.module.net.weight, content["current_model_state"]["net.weight"])
+        assert not torch.equal(made.module.net.weight, content["state_dict"]["net.weight"])
+
+    def test_initial_weights_are_refused(self):
+        old = {"folder": "x", "model": {"encoder_weights": None}, "trainer": {"max_epochs": 3}}
+        new = {"folder": "x", "model": {"encoder_weights": "imagenet"}, "trainer": {"max_epochs": 3}}
+        loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+        with pytest.raises(UserError, match=r"model.encoder_weights was None and cannot become imagenet"):
+            check_changes({"config": old, "loops": loops}, new)
+
+    def test_the_setting_that_does_not_fit_is_named(self, copied):
+        message = refused("fit", f"resume={copied}", "model.kernel_size=5", cwd=copied.parent)
+        assert "model.kernel_size was 3 and is now 5" in message
+
+
+class WithState(nn.Module):
+    """A loss with a setting and a state in its buffers."""
+
+    def __init__(self, weight: list[float] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("pos_weight", None if weight is None else torch.tensor(weight))
+        self.register_buffer("mean", torch.zeros(()))
+        self.activation = "sigmoid"
+
+    def forward(self, logits, target):
+        return nn.functional.binary_cross_entropy_with_logits(logits, target.float(), pos_weight=self.pos_weight)
+
+
+class TestBuffersOfLosses:
+    """They are settings, unless training has changed them."""
+
+    @staticmethod
+    def config(weight: list[float] | None) -> dict[str, Any]:
+        net = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 1, "kernel_size": 1}
+        loss = {"_target_": f"{__name__}.WithState", "weight": weight}
+        return {"folder": "x", "module": {"_target_": "lightning_dice.SegmentationModule", "net": net, "loss": loss}}
+
+    @pytest.mark.parametrize("old", [None, [2.0]], ids=["none", "two"])
+    @pytest.mark.parametrize("new", [None, [5.0]], ids=["none", "five"])
+    def test_settings_win_and_state_stays(self, tmp_path, old, new):
+        before, after = (build_module(self.config(weight)["module"]) for weight in (old, new))
+        before.loss.mean.fill_(7)
+        torch.save({"state_dict": before.state_dict(), "config": self.config(old)}, tmp_path / "x.ckpt")
+        content = run_folder.check_weights(after, tmp_path / "x.ckpt", self.config(new))
+        # As Lightning loads it: the file once more.
+        for state in (content["state_dict"], torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]):
+            after.load_state_dict(state)
+            assert (after.loss.pos_weight is None) == (new is None)
+            assert new is None or after.loss.pos_weight.tolist() == new
+            assert after.loss.mean == 7
+            assert torch.equal(after.net.weight, before.net.weight)
+
+
+class TestEpochs:
+    def test_fewer_than_are_trained(self, copied):
+        before = contents(copied)
+        message = refused("fit", f"resume={copied}", "trainer.max_epochs=1", cwd=copied.parent)
+        assert "trainer.max_epochs=1, but 2 epochs are trained already" in message
+        assert contents(copied) == before
+
+    def test_a_run_that_has_nothing_to_train_keeps_the_new_settings(self, copied):
+        run_command("fit", f"resume={copied}", "module.threshold=0.25", cwd=copied.parent)
+        assert run_folder.load_config(copied).module.threshold == 0.25
+
+    @pytest.mark.parametrize("key", BATCHES)
+    def test_between_optimizer_steps_batches_cannot_change(self, key):
+        def config(value):
+            config = OmegaConf.create({"folder": "x", "trainer": {"max_epochs": 3}})
+            OmegaConf.update(config, key, value, force_add=True)
+            return OmegaConf.to_container(config)
+
+        loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}}
+        checkpoint = {"config": config(1), "loops": loops, "ranks": [None, {"logged": {}}]}
+        check_changes(checkpoint, config(2))
+        checkpoint["ranks"] = [None, {"gradients": {}}]
+        with pytest.raises(UserError, match=f"{key} was 1 and cannot become 2 .* between two optimizer steps"):
+            check_changes(checkpoint, config(2))
+
+
+class TestWithoutEffect:
+    """Settings that a command would ignore are refused."""
+
+    @pytest.mark.parametrize(
+        "override", ["hydra.sweeper.n_trials=3", "retry_failed=true", "-m", "--cfg", "device=cpu", "loss=tversky"]
+    )
+    def test_of_a_single_run(self, copied, override):
+        before = contents(copied)
+        assert override.partition("=")[0] in refused("fit", f"resume={copied}", override, cwd=copied.parent)
+        assert contents(copied) == before
+
+    @pytest.mark.parametrize(
+        ("command", "override"),
+        [
+            ("evaluate", "optimizer.lr=1"),
+            ("evaluate", "callbacks.early_stopping.patience=3"),
+            ("evaluate", "trainer.max_epochs=3"),
+            ("calibrate", "loss.smooth=3"),
+            ("predict", "metrics.metrics.dice.pool=dataset"),
+            ("export", "trainer.precision=16-mixed"),
+        ],
+    )
+    def test_of_a_trained_run(self, copied, command, override):
+        own = {"predict": ["input=images", "output=masks"]}.get(command, [])
+        message = refused(command, f"run={copied}", *own, override, cwd=copied.parent)
+        assert f"{override.partition('=')[0]} is a setting of" in message
+        assert f"which {command} does not use" in message
+
+    def test_every_setting_of_an_evaluation_is_one_of_the_run(self, run):
+        for command, patterns in UNUSED.items():
+            used = [key for key in APPLIED if not any(fnmatchcase(key, pattern) for pattern in patterns)]
+            assert "module.threshold" in used, command
+            assert "inference.size" in used, command
