@@ -7,7 +7,9 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -56,10 +58,49 @@ def test_from_every_checkpoint(tmp_path, name):
 def test_with_another_batch_size_no_case_is_seen_twice(tmp_path):
     whole = train(tmp_path, epochs=1)
     path = next(path for path in whole["paths"] if "batch-0-2" in path.name)
-    with pytest.warns(UserWarning, match="interrupted with 4 images in a batch of all processes, and resumes with 2: this epoch is not exact$"):
+    with pytest.warns(UserWarning, match=r"interrupted with 4 images .*, and resumes with 2: this epoch is not exact$"):
         resumed = train(checkpoint=path, epochs=1, batch_size=2)
     seen = [[case for event in run["events"] if event[0] == "batch" for case in event[4:]] for run in (whole, resumed)]
     assert seen[0][8:] == seen[1]
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(2, 8), (6, 2), (12, 1)])
+def test_an_epoch_that_resumes_with_another_batch_size_ends_as_any_other(tmp_path, batch_size, batches):
+    """After 8 of 16 cases; it is validated once, and the next epoch is whole."""
+    whole = train(tmp_path, epochs=2)
+    path = next(path for path in whole["paths"] if "batch-0-2" in path.name)
+    with pytest.warns(UserWarning, match="this epoch is not exact"):
+        events = train(checkpoint=path, epochs=2, batch_size=batch_size)["events"]
+    names = [event[:2] for event in events]
+    assert names.count(("validation", 0)) == names.count(("validation", 1)) == 1
+    assert names.index(("validation", 0)) < names.index(("epoch", 1))
+    # At least one batch, or Lightning would not end the epoch.
+    assert names.count(("batch", 0)) == max(1, 8 // batch_size)
+    assert [event[2] for event in events if event[0] == "batch"][-batches:] == list(range(batches))
+
+
+class TestSeed:
+    """A new seed: the interrupted epoch keeps its order, the next ones have another."""
+
+    @staticmethod
+    def orders(run: dict[str, Any]) -> list[list[str]]:
+        batches = [event for event in run["events"] if event[0] == "batch"]
+        return [[case for event in batches if event[1] == epoch for case in event[4:]] for epoch in range(3)]
+
+    def test_applies_from_the_next_epoch_on(self, tmp_path):
+        class Reseed(L.Callback):
+            def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+                trainer.datamodule.change_seed(8)
+
+        (tmp_path / "again").mkdir()
+        whole, other = train(tmp_path), train(seed=8)
+        path = next(path for path in whole["paths"] if "batch-1-6" in path.name)
+        resumed = train(tmp_path / "again", path, callbacks=(Reseed(),))
+        assert self.orders(resumed)[1] == self.orders(whole)[1][8:]
+        assert self.orders(resumed)[2] == self.orders(other)[2]
+        # Resumed once more within that epoch, now without a change.
+        path = next(path for path in resumed["paths"] if "batch-1-7" in path.name)
+        assert self.orders(train(checkpoint=path))[1:] == [self.orders(whole)[1][12:], self.orders(other)[2]]
 
 
 def test_the_same_without_the_callback_is_not_exact(tmp_path):

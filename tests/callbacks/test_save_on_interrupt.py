@@ -106,6 +106,24 @@ def test_what_is_replayed_after_an_interruption_in_the_middle_of_an_epoch(tmp_pa
     assert resumed.seen[2][:2] == (2, 0)
 
 
+def test_a_training_that_fails_before_it_starts_leaves_the_checkpoint(tmp_path, trainer, net, loader):
+    last = tmp_path / "checkpoints/last.ckpt"
+    session = trainer(max_epochs=1)
+    session.fit(net(), loader(8), loader(8))
+    session.save_checkpoint(last)
+    before = last.read_bytes()
+
+    class Refuses(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise ValueError("not with this setting")
+
+    session = trainer(Refuses(), SaveOnInterrupt(tmp_path), max_epochs=3)
+    with pytest.raises(ValueError, match="not with this setting"):
+        session.fit(net(), loader(8), loader(8), ckpt_path=last)
+    assert session.global_step > 0
+    assert last.read_bytes() == before
+
+
 def test_a_run_that_was_stopped_in_its_first_epoch_keeps_one_last_checkpoint(
     tmp_path, trainer, net, loader, monkeypatch
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -108,6 +109,13 @@ class TestFailures:
     def test_other_overrides_are_refused(self, sweep):
         told = refused("fit", "resume=f", "loss.smooth=3", cwd=sweep.parent)
         assert "loss.smooth=3: a sweep is resumed as it was started" in told
+
+    def test_a_trial_keeps_what_is_swept(self, sweep):
+        told = refused("fit", f"resume={sweep / '0'}", "loss.smooth=3", cwd=sweep.parent)
+        assert "loss.smooth=3: " in told
+        assert "is a trial of a sweep over loss.smooth, and keeps its value" in told
+        run_command("fit", f"resume={sweep / '0'}", "trainer.max_epochs=2", cwd=sweep.parent)
+        assert len(rows(sweep / "0" / "metrics.csv")) == 2
 
     def test_nothing_is_overwritten(self, sweep):
         told = refused("fit", "-m", *SMALL, "loss.smooth=3,4", "folder=f", cwd=sweep.parent)
@@ -515,8 +523,19 @@ class TestMedianPruner:
     def test_remembers_its_best_score(self):
         one, two = MedianPruner("x"), MedianPruner("x")
         one._best, one.pruned = 0.5, True
+        state = one.state_dict()
         two.load_state_dict(json.loads(json.dumps(one.state_dict())))
         assert (two._best, two.pruned) == (0.5, True)
+        # A version before 0.3 did not save what had decided it.
+        two.load_state_dict({"best": 0.25, "pruned": True})
+        assert (two._best, two.pruned) == (0.25, True)
+        three = MedianPruner("x", startup_trials=9)
+        three.load_state_dict(state)
+        assert (three._best, three.pruned) == (0.5, False)
+        four = MedianPruner("x", "val/loss", "min")
+        four.load_state_dict(state)
+        assert math.isnan(four._best)
+        assert not four.pruned
 
     @pytest.mark.slow
     def test_a_sweep(self, tmp_path, monkeypatch):
