@@ -42,7 +42,7 @@ BATCHES = (
 RESUME = (
     Rule(("folder",), "a run keeps its folder; move the folder, then resume it there", refused=True),
     Rule(("runs", "name"), "they name the folder of a new run", refused=True),
-    Rule(("resume", "retry_failed", "hydra.*"), "they belong to a sweep, and this is a single run", refused=True),
+    Rule(("retry_failed", "hydra.*"), "they belong to a sweep, and this is a single run", refused=True),
     Rule(
         (
             *("data.classes", "data.activation", "data.channels", "data.labels*", "data.regions_class_order"),
@@ -77,7 +77,7 @@ RESUME = (
     ),
     Rule(
         BATCHES,
-        "applied; in the middle of an epoch the cases follow that it has not seen yet. Refused between two optimizer "
+        "applied; an interrupted epoch continues with the cases that it has not seen. Refused between two optimizer "
         "steps, where a checkpoint holds gradients of the old batches",
     ),
     Rule(
@@ -108,7 +108,7 @@ RESUME = (
     ),
     Rule(
         ("callbacks.*",),
-        "applied; a callback that is new (`+callbacks.name={_target_: ...}`) starts without a state, and `null` "
+        "applied; a new one (`+callbacks.early_stopping={_target_: ...}`) starts without a state, and `null` "
         "removes one",
     ),
     Rule(
