@@ -1898,15 +1898,222 @@ mutate(
     ),
     (
         "resume-resets-a-lowered-rate",
-        "if not rate_changed:",
-        "if rate_changed:",
+        "if kept and state is not None and not rate_changed:",
+        "if kept and state is not None and rate_changed:",
         "cli/test_adapt_checkpoint.py::test_a_rate_that_a_metric_has_lowered_stays",
     ),
     (
         "resume-starts-the-schedule-again",
-        'for _ in range(state["last_epoch"]):',
+        "for _ in range(steps):",
         "for _ in range(0):",
         "cli/test_adapt_checkpoint.py::test_settings_follow_in_every_form_of_configure_optimizers",
+    ),
+    (
+        "resume-keeps-the-plateau-of-the-checkpoint",
+        "return {**state, **counters}",
+        "return {**state, **saved}",
+        "cli/test_resume_settings.py::test_all_settings_at_once",
+    ),
+    (
+        "resume-forgets-what-a-plateau-counted",
+        "return {**state, **counters}",
+        "return state",
+        "cli/test_resume_settings.py::TestCounters::test_of_a_plateau",
+    ),
+    (
+        "resume-compares-a-plateau-with-another-metric",
+        'if saved.get("mode") != scheduler.mode or',
+        "if",
+        "cli/test_resume_settings.py::TestCounters::test_of_a_plateau",
+    ),
+    (
+        "resume-counts-epochs-as-steps",
+        'if interval == "step":',
+        'if interval == "epoch":',
+        "cli/test_adapt_checkpoint.py::test_another_schedule_interval_counts_what_is_trained",
+    ),
+    (
+        "resume-forgets-the-epoch-that-ends",
+        "+ int(ends and",
+        "+ 0 * int(ends and",
+        "cli/test_adapt_checkpoint.py::test_another_schedule_interval_counts_what_is_trained",
+    ),
+    (
+        "resume-continues-a-plateau-one-epoch-late",
+        'state is None or "num_bad_epochs" in state or',
+        "state is None or",
+        "cli/test_resume_settings.py::TestOptimizer::test_a_schedule_in_place_of_a_plateau",
+    ),
+    (
+        "resume-uses-the-state-of-another-optimizer",
+        'if "optimizer._target_" in changes:',
+        'if "optimizer._target" in changes:',
+        "cli/test_resume_settings.py::TestOptimizer::test_one_that_needs_another_state_starts_with_none_and_says_so",
+    ),
+    (
+        "resume-ignores-what-the-optimizer-lacks",
+        "if lacking else None",
+        "if None else None",
+        "cli/test_resume_settings.py::TestOptimizer::test_one_that_needs_another_state_starts_with_none_and_says_so",
+    ),
+    (
+        "resume-ignores-other-groups",
+        "if sizes[0] != sizes[1]:",
+        "if not sizes:",
+        "cli/test_adapt_checkpoint.py::test_other_groups_of_parameters_start_with_an_empty_state",
+    ),
+    (
+        "resume-keeps-the-settings-of-callbacks",
+        "    apply_callback_settings(checkpoint, callbacks, changes)\n",
+        "",
+        "cli/test_resume_settings.py::test_all_settings_at_once",
+    ),
+    (
+        "resume-keeps-the-seed",
+        'int(config["seed"]))',
+        'int(saved["seed"]))',
+        "cli/test_resume_settings.py::test_all_settings_at_once",
+    ),
+    (
+        "resume-mixes-metrics-of-two-settings",
+        'rank["metrics"] = {}',
+        "pass",
+        "cli/test_adapt_checkpoint.py::test_metrics_with_other_settings_forget_what_they_have_counted",
+    ),
+    (
+        "resume-keeps-the-growth-of-the-scale",
+        "if name in _GROWTH})",
+        "if name not in _GROWTH})",
+        "cli/test_adapt_checkpoint.py::test_growth_of_a_loss_scale_is_a_setting_and_the_scale_is_not",
+    ),
+    (
+        "resume-continues-with-averaged-weights",
+        'module.load_state_dict(checkpoint["current_model_state"])',
+        "pass",
+        "cli/test_resume_settings.py::TestWeights::test_averages_can_end",
+    ),
+    (
+        "resume-lets-buffers-of-the-checkpoint-win",
+        "    module.register_load_state_dict_pre_hook(",
+        "    (lambda _: None)(",
+        "cli/test_resume_settings.py::TestBuffersOfLosses::test_settings_win_and_state_stays",
+    ),
+    (
+        "resume-takes-state-for-a-setting",
+        "if prefix + name in state and _same(value, state[prefix + name]):",
+        "if prefix + name in state:",
+        "cli/test_resume_settings.py::TestBuffersOfLosses::test_settings_win_and_state_stays",
+    ),
+    (
+        "resume-never-refuses-a-setting",
+        "rule.effect if rule is not None and rule.refused else None",
+        "None",
+        "cli/test_resume_settings.py::test_refused_settings_leave_the_folder_as_it_was",
+    ),
+    (
+        "resume-chooses-the-best-by-another-monitor",
+        "if key in BEST and _has_best(checkpoint):",
+        "if not key:",
+        "cli/test_resume_settings.py::test_refused_settings_leave_the_folder_as_it_was",
+    ),
+    (
+        "resume-mixes-gradients-of-two-batch-sizes",
+        'rank and "gradients" in rank',
+        'rank and "gradient" in rank',
+        "cli/test_resume_settings.py::TestEpochs::test_between_optimizer_steps_batches_cannot_change",
+    ),
+    (
+        "resume-with-fewer-epochs-than-are-trained",
+        "and 0 <= epochs < trained:",
+        "and 0 <= epochs < 0:",
+        "cli/test_resume_settings.py::TestEpochs::test_fewer_than_are_trained",
+    ),
+)
+mutate(
+    "cli/config_consistency.py",
+    (
+        "resume-forgets-the-config-of-a-trained-run",
+        "    def on_fit_end(",
+        "    def on_fit_ends(",
+        "cli/test_resume_settings.py::TestEpochs::test_a_run_that_has_nothing_to_train_keeps_the_new_settings",
+    ),
+)
+mutate(
+    "cli/setting_rules.py",
+    (
+        "commands-ignore-settings-of-training",
+        "if any(fnmatchcase(key, pattern) for pattern in UNUSED[command]):",
+        "if not key:",
+        "cli/test_resume_settings.py::TestWithoutEffect::test_of_a_trained_run",
+    ),
+    (
+        "resume-ignores-flags",
+        'if text.startswith("-"):',
+        'if text.startswith("/"):',
+        "cli/test_resume_settings.py::TestWithoutEffect::test_of_a_single_run",
+    ),
+)
+mutate(
+    "cli/sweep.py",
+    (
+        "trials-lose-their-swept-values",
+        "if override.key_or_group in swept:",
+        "if not swept:",
+        "cli/test_sweep.py::TestFailures::test_a_trial_keeps_what_is_swept",
+    ),
+)
+mutate(
+    "callbacks/save_on_interrupt.py",
+    (
+        "interrupt-saves-what-has-not-started",
+        "or not self._started",
+        "or self._handled",
+        "callbacks/test_save_on_interrupt.py::test_a_training_that_fails_before_it_starts_leaves_the_checkpoint",
+    ),
+)
+mutate(
+    "callbacks/pruning.py",
+    (
+        "pruner-keeps-a-decision-of-other-settings",
+        "and former == own",
+        "and own == own",
+        "cli/test_sweep.py::TestMedianPruner::test_remembers_its_best_score",
+    ),
+    (
+        "pruner-keeps-scores-of-another-metric",
+        "if former[:2] == own[:2]:",
+        "if own:",
+        "cli/test_sweep.py::TestMedianPruner::test_remembers_its_best_score",
+    ),
+)
+mutate(
+    "data/samplers.py",
+    (
+        "sampler-changes-the-order-within-an-epoch",
+        "return self.other[1] if",
+        "return self.entropy if",
+        "test_resume.py::TestSeed::test_applies_from_the_next_epoch_on",
+    ),
+)
+mutate(
+    "data/datamodule.py",
+    (
+        "data-forgets-the-seed-of-the-next-epochs",
+        '"next_seed": self._train_sampler.entropy',
+        '"next_seed": self._train_sampler.seed_of(epoch.processed)',
+        "test_resume.py::TestSeed::test_applies_from_the_next_epoch_on",
+    ),
+    (
+        "data-resumes-an-epoch-without-an-end",
+        "self.resumed_batches = max(0, batches - left)",
+        "self.resumed_batches = None",
+        "test_resume.py::test_an_epoch_that_resumes_with_another_batch_size_ends_as_any_other",
+    ),
+    (
+        "data-resumes-an-epoch-without-a-batch",
+        "left = max(1, (",
+        "left = max(0, (",
+        "test_resume.py::test_an_epoch_that_resumes_with_another_batch_size_ends_as_any_other",
     ),
 )
 
