@@ -66,7 +66,7 @@ def run_command(name: str, *arguments: object, cwd: Path, status: int | None = 0
     """
     out, err = io.StringIO(), io.StringIO()
     main = importlib.import_module(f"lightning_dice.{name}").main
-    with _as_a_process(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with as_a_process(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(argument) for argument in arguments])
             code: int = 0
@@ -85,7 +85,7 @@ def refused(name: str, *arguments: object, cwd: Path, status: int = 2) -> str:
 
 
 @contextlib.contextmanager
-def _as_a_process(cwd: Path) -> Iterator[None]:
+def as_a_process(cwd: Path) -> Iterator[None]:
     """Run in another folder, and restore what a command changes for the rest of its process."""
     folder, environment, threads = Path.cwd(), dict(os.environ), torch.get_num_threads()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import SMALL, refused, rows, run_command
+from helpers import SMALL, as_a_process, refused, rows, run_command
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -182,13 +182,14 @@ class Stop(L.Callback):
 
 def experiment(folder: Path, overrides: list[str], checkpoint: Path | None) -> Experiment:
     """What a training with these overrides has in memory before its first step."""
-    config = run_folder.resolve(run_folder.reopen(folder, overrides))
-    made = Experiment(config, folder, trained=checkpoint is not None)
-    made.trainer.callbacks.append(Stop())
-    if checkpoint is not None:
-        run_folder.check_weights(made.module, checkpoint, config)
-    with pytest.raises(Loaded):
-        made.trainer.fit(made.module, made.data, ckpt_path=checkpoint, weights_only=checkpoint is not None)
+    with as_a_process(folder):
+        config = run_folder.resolve(run_folder.reopen(folder, overrides))
+        made = Experiment(config, folder, trained=checkpoint is not None)
+        made.trainer.callbacks.append(Stop())
+        if checkpoint is not None:
+            run_folder.check_weights(made.module, checkpoint, config)
+        with pytest.raises(Loaded):
+            made.trainer.fit(made.module, made.data, ckpt_path=checkpoint, weights_only=checkpoint is not None)
     return made
 
 
