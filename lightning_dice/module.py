@@ -8,7 +8,6 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,18 +25,18 @@ from lightning_dice.library_internals.lightning import attached_trainer
 from lightning_dice.loading import load_run, load_safetensors
 from lightning_dice.losses import DiceLoss, SegmentationLoss
 from lightning_dice.losses.batch_loss import batch_loss, deep_supervision_loss, loss_terms, mean_image_loss
+from lightning_dice.metric_logging import MetricLogging, Stage
 from lightning_dice.metrics import DiceScore
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Stage = Literal["train", "val", "test"]
 RateScaling = Literal["linear", "sqrt"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
-class SegmentationModule(L.LightningModule):
+class SegmentationModule(MetricLogging):
     """Train any segmentation network with any loss of logits and target.
 
     Subclass it to change `configure_optimizers`, `training_step` or `predict_step`; nothing needs to be overridden.
@@ -154,17 +153,7 @@ class SegmentationModule(L.LightningModule):
             for parameter in net.parameters():
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        if metrics is None:
-            metrics = DiceScore(average="none")
-        if isinstance(metrics, Metric):
-            metrics = {"dice": metrics}
-        # Without compute groups: metrics whose states are equal after the first batch would share a state forever.
-        collection = (
-            metrics if isinstance(metrics, MetricCollection) else MetricCollection(dict(metrics), compute_groups=False)
-        )
-        self.train_metrics = collection.clone(prefix="train/")
-        self.val_metrics = collection.clone(prefix="val/")
-        self.test_metrics = collection.clone(prefix="test/")
+        self.set_metrics(metrics if metrics is not None else DiceScore(average="none"))
 
     @classmethod
     def from_run(
@@ -281,11 +270,10 @@ class SegmentationModule(L.LightningModule):
         self.log_dict(losses, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
             activation = self.activation or getattr(self.loss, "activation", None)
-            values = self.train_metrics(logits, hard_target(mask, activation=activation))
-            running = {name.removeprefix("train/"): _mean(value) for name, value in values.items()}
+            running = self.update_metrics(stage, logits, hard_target(mask, activation=activation))
             self.log_dict({"loss": loss.detach(), **running}, prog_bar=True, logger=False)
         else:
-            self._metrics(stage).update(logits if labels is None else logits_of_labels(labels, logits), mask)
+            self.update_metrics(stage, logits if labels is None else logits_of_labels(labels, logits), mask)
         outputs = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
         temperature = self.inference.postprocessing.temperature
         if stage != "train" and temperature is not None:
@@ -380,18 +368,6 @@ class SegmentationModule(L.LightningModule):
             device=self.device if device is None else device,
         )
 
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's metrics."""
-        self._log_metrics("train")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the epoch's metrics."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test set."""
-        self._log_metrics("test")
-
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the scheduler, if there is one, in Lightning's form."""
         make = self.optimizer if self.optimizer is not None else lambda params: torch.optim.AdamW(params, lr=1e-3)
@@ -420,33 +396,3 @@ class SegmentationModule(L.LightningModule):
                 f'SegmentationModule(..., activation="softmax"); got {activation!r}'
             )
         return activation
-
-    def _metrics(self, stage: Stage) -> MetricCollection:
-        return {"train": self.train_metrics, "val": self.val_metrics, "test": self.test_metrics}[stage]
-
-    def _log_metrics(self, stage: Stage) -> None:
-        metrics = self._metrics(stage)
-        if not any(metric.update_called for metric in metrics.values()):
-            return  # A subclass's step may not update them.
-        # The progress bar, on the first rank alone, reads the logged values, which are then reduced over all ranks. If
-        # that met the reduction of the metrics below on other ranks, both would wait forever: so all ranks read first.
-        _ = self.trainer.callback_metrics
-        for name, value in metrics.compute().items():
-            # A metric's value is the same on every rank; reduced again only so that Lightning does not warn. By max, as
-            # the mean of equal numbers may be rounded.
-            self.log(name, _mean(value), prog_bar=stage == "val", sync_dist=True, reduce_fx="max")
-            if value.ndim == 1:
-                for class_name, score in zip(self._class_names(value.numel()), value, strict=True):
-                    if not score.isnan():
-                        self.log(f"{name}/{class_name}", score, sync_dist=True, reduce_fx="max")
-        metrics.reset()
-
-    def _class_names(self, classes: int) -> list[str]:
-        names = self.class_names or [f"class {index}" for index in range(classes)]
-        if len(names) != classes:
-            raise ValueError(f"class_names must name each of the {classes} classes, got {names}")
-        return names
-
-
-def _mean(value: Tensor) -> Tensor:
-    return value.float().nanmean()

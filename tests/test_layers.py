@@ -22,10 +22,12 @@ BELOW = {
     "schedules": set(),
     "losses": {"functional", "kernels", "argument_checks", "data", "extras"},
     "metrics": {"functional", "kernels", "argument_checks"},
+    "metric_logging": {"functional", "argument_checks", "library_internals", "metrics"},
     "inference": {"functional", "kernels", "io", "argument_checks"},
     "loading": {"data", "inference", "renamed_settings"},
     "module": {
         "losses",
+        "metric_logging",
         "metrics",
         "functional",
         "inference",
