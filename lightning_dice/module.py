@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dice.argument_checks import check_choice, check_count
-from lightning_dice.data.batch import read_batch
-from lightning_dice.functional import hard_prediction, hard_target, micro_batched, pad_to_multiple, read_logits
-from lightning_dice.functional.model_outputs import crop_to, resize_to
+from lightning_dice.argument_checks import check_choice, check_count, check_number
+from lightning_dice.data.batch import Batch, read_batch
+from lightning_dice.functional import hard_prediction, hard_target, pad_to_multiple
+from lightning_dice.functional.micro_batches import micro_batched_output
+from lightning_dice.functional.model_outputs import ModelOutput, crop_to, read_output, resize_to
 from lightning_dice.inference import Inference, PostProcessing, Predictor
 from lightning_dice.inference.batch_prediction import batch_labels, batch_logits, logits_of_labels
 from lightning_dice.inference.input_normalization import InputNormalization
@@ -53,8 +54,9 @@ class SegmentationModule(MetricLogging):
     Args:
         net: takes images `(batch, channels, *space)` and returns logits `(batch, classes, *space)`: as a tensor, a
             mapping with `out` or `logits`, an object with `.logits`, or a list, finest first (deep supervision: in
-            training every level has its loss, see `DeepSupervision`). Logits smaller than the image are resized;
-            coarser levels keep their size, and the mask is reduced to it.
+            training every level has its loss, see `DeepSupervision`). Logits coarser than the image are resized;
+            coarser levels keep their size, and the mask is reduced to it. The entries of a mapping whose names begin
+            with `aux` are auxiliary heads, see `auxiliary_weight`. Override `read_output` for other outputs.
         loss: a module called with `(logits, mask)`; `DiceLoss()` by default. A `SegmentationLoss` also gets the batch's
             `weight`, `annotated` and `maps`.
         metrics: a metric, which is then named `dice`, or named metrics, updated with `(logits, mask)`;
@@ -77,6 +79,9 @@ class SegmentationModule(MetricLogging):
             own batches: `"linear"`, times n; `"sqrt"`, times the root of n; `None`: not at all. The scheduler starts
             from the scaled rate; rates that it sets itself (`eta_min`, `max_lr`) are not scaled. Accumulated batches
             do not count, and without a Trainer n is 1.
+        auxiliary_weight: weight of the loss of each auxiliary head, which is added to the loss in training and logged
+            as `train/loss/auxiliary`; its logits are resized to the image. 0.4 by default, as in Zhao et al., Pyramid
+            Scene Parsing Network (CVPR 2017). With 0, auxiliary heads are not trained.
         inference: how evaluation and prediction make logits and labels: windows, mirroring, post-processing; see
             `Inference`. By default the whole image at once, and labels by `threshold`. Not used in training.
 
@@ -124,6 +129,7 @@ class SegmentationModule(MetricLogging):
         interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/dice",
         lr_scaling: RateScaling | None = None,
+        auxiliary_weight: float = 0.4,
         inference: Inference | None = None,
     ) -> None:
         super().__init__()
@@ -146,6 +152,7 @@ class SegmentationModule(MetricLogging):
         self.interval = interval
         self.monitor = monitor
         self.lr_scaling: RateScaling | None = check_choice("lr_scaling", lr_scaling, ("linear", "sqrt", None))
+        self.auxiliary_weight = check_number("auxiliary_weight", auxiliary_weight)
         self.inference = inference if inference is not None else Inference()
         # For the run's images; set by `from_run` and `from_safetensors`.
         self.input_normalization = InputNormalization()
@@ -212,27 +219,41 @@ class SegmentationModule(MetricLogging):
         self.inference = copy(self.inference)
         self.inference.postprocessing = self.inference.postprocessing.with_defaults(calibration)
 
-    def levels(self, image: Tensor) -> list[Tensor]:
-        """Return the logits of every output of the network, finest first, the first at the size of the padded image.
+    def read_output(self, output: Any, space: Sequence[int]) -> ModelOutput:
+        """Return the logits in what the network returned; override it for a network with an output of another form.
+
+        Args:
+            output: of `net`.
+            space: size of the images that it got.
+        """
+        return read_output(output, space)
+
+    def outputs(self, image: Tensor) -> ModelOutput:
+        """Return the logits of the network: levels finest first, the first at the size of the padded image.
 
         In evaluation, a process with fewer batches than others gets a batch without images. The network then runs on
         one image of zeros: few networks can take none, and where processes send weights or buffers to each other, all
         must run it equally often.
         """
         if not len(image) and not self.training:
-            return [level[:0] for level in self.levels(image.new_zeros(1, *image.shape[1:]))]
+            return self.outputs(image.new_zeros(1, *image.shape[1:])).map(lambda logits: logits[:0])
         padded = pad_to_multiple(image, self.size_divisor)
         if self.channels_last and padded.ndim == 4:
             padded = padded.contiguous(memory_format=torch.channels_last)
         if self.micro_batch_size is None:
-            finest, *coarser = read_logits(self.net(padded))
+            output = self.read_output(self.net(padded), padded.shape[2:])
         else:
-            finest, *coarser = micro_batched(self.net, padded, self.micro_batch_size)
-        return [resize_to(finest, tuple(padded.shape[2:])), *coarser]
+            output = micro_batched_output(self.net, padded, self.micro_batch_size, self.read_output)
+        finest, *coarser = output.levels
+        return output._replace(levels=[resize_to(finest, tuple(padded.shape[2:])), *coarser])
+
+    def levels(self, image: Tensor) -> list[Tensor]:
+        """Return the logits of every level of the network, finest first, the first at the size of the padded image."""
+        return self.outputs(image).levels
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits `(batch, classes, *space)` of images `(batch, channels, *space)`."""
-        return crop_to(self.levels(image)[0], tuple(image.shape[2:]))
+        return crop_to(self.outputs(image).levels[0], tuple(image.shape[2:]))
 
     def eval_logits(self, image: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
         """Return logits `(batch, classes, *size)` of images `(batch, channels, *space)`, by the `inference` settings.
@@ -254,11 +275,14 @@ class SegmentationModule(MetricLogging):
         image, mask = batch.image, batch.mask
         labels: Tensor | None = None
         if stage == "train":
-            levels = self.levels(image)
+            levels, auxiliary = self.outputs(image)
             logits = crop_to(levels[0], tuple(image.shape[2:]))
             several = len(levels) > 1
             loss = deep_supervision_loss(self.loss, levels, batch) if several else batch_loss(self.loss, logits, batch)
             terms = loss_terms(self.loss)
+            if auxiliary and self.auxiliary_weight:
+                terms["auxiliary"] = torch.stack([self._auxiliary_loss(head, batch) for head in auxiliary]).sum()
+                loss = loss + self.auxiliary_weight * terms["auxiliary"]
         else:
             logits = self.eval_logits(image, tuple(mask.shape[mask.ndim - image.ndim + 2 :]))
             loss, terms = mean_image_loss(self.loss, logits, batch)
@@ -279,6 +303,11 @@ class SegmentationModule(MetricLogging):
         if stage != "train" and temperature is not None:
             outputs["temperature"] = torch.tensor(temperature, dtype=torch.float64)
         return outputs
+
+    def _auxiliary_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        space = tuple(batch.image.shape[2:])
+        padded = tuple(-(-size // self.size_divisor) * self.size_divisor for size in space)
+        return batch_loss(self.loss, crop_to(resize_to(logits, padded), space), batch)
 
     def setup(self, stage: str) -> None:
         """Have the data module's workers compute the target maps that the loss needs."""

@@ -25,6 +25,7 @@ from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
 from lightning_dice.cli.errors import UserError
 from lightning_dice.functional import read_logits
 from lightning_dice.functional.micro_batches import micro_batched
+from lightning_dice.functional.model_outputs import ModelOutput
 from lightning_dice.losses import BoundaryLoss, DiceCELoss, HausdorffLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`")
@@ -308,7 +309,10 @@ def test_half_precision_is_the_same_when_computed_again(monkeypatch):
     dtypes = []
     fitted = []
     for run in (micro_batched, plain):
-        monkeypatch.setattr("lightning_dice.module.micro_batched", run)
+        monkeypatch.setattr(
+            "lightning_dice.module.micro_batched_output",
+            lambda net, image, size, _read, run=run: ModelOutput(run(net, image, size), []),
+        )
         net = Net(between=nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.2)))
         net.first.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
         torch.manual_seed(3)

@@ -287,6 +287,57 @@ def test_deep_supervision_with_settings_of_its_own():
     assert module.predict_step(image).shape == mask.shape
 
 
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 2, stride=2)
+
+    def forward(self, image):
+        return {"out": self.main(image), "aux": self.head(image)}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("loss", [DiceLoss(), DeepSupervision(DiceLoss()), nn.BCEWithLogitsLoss()])
+def test_auxiliary_heads_are_trained(loss, micro_batch_size):
+    net = WithAuxiliaryHead()
+    module = SegmentationModule(net, loss, auxiliary_weight=0.3, size_divisor=16, micro_batch_size=micro_batch_size)
+    logged = {}
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
+    image = torch.randn(3, 1, 14, 20, generator=torch.Generator().manual_seed(0))
+    mask = (image > 0.5).long()
+    total = module.training_step((image, mask), 0)
+    total.backward()
+    assert net.head.weight.grad.abs().sum() > 0
+    padded = nn.functional.pad(image, (0, 12, 0, 2), mode="replicate")
+    fine = nn.functional.interpolate(net.head(padded), scale_factor=2, mode="bilinear")[..., :14, :20]
+    target = mask.float()
+    main, auxiliary = loss(net.main(padded)[..., :14, :20], target), loss(fine, target)
+    torch.testing.assert_close(total, main + 0.3 * auxiliary)
+    torch.testing.assert_close(logged["train/loss/auxiliary"], auxiliary)
+    each = [loss(module(image[[one]]), target[[one]]) for one in range(3)]
+    torch.testing.assert_close(module.validation_step((image, mask), 0)["loss"], torch.stack(each).mean())
+
+
+def test_auxiliary_heads_may_be_left_out():
+    net = WithAuxiliaryHead()
+    module = silent(SegmentationModule(net, auxiliary_weight=0))
+    image, mask, _ = next(iter(loader()))
+    torch.testing.assert_close(module.training_step((image, mask), 0), DiceLoss()(net.main(image), mask))
+
+
+def test_an_output_of_another_form():
+    class Own(SegmentationModule):
+        def read_output(self, output, space):
+            return super().read_output(output[0], space)
+
+    net = nn.Sequential(nn.Conv2d(1, 1, 1))
+    net.register_forward_hook(lambda _, __, output: (output, {"features": None}))
+    assert Own(net)(torch.zeros(1, 1, 4, 4)).shape == (1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"override SegmentationModule\.read_output"):
+        SegmentationModule(net)(torch.zeros(1, 1, 4, 4))
+
+
 class Recorder(SegmentationLoss):
     maps = {"double": lambda target: target * 2}  # noqa: RUF012
 

@@ -16,12 +16,13 @@ from lightning_dice.callbacks.picture_logging import log_picture
 from lightning_dice.callbacks.ranks import gather_on_rank_zero
 from lightning_dice.callbacks.step_outputs import (
     Activation,
+    case_names,
     evaluated_split,
     step_labels,
     step_logits,
     step_temperature,
 )
-from lightning_dice.data.batch import Batch
+from lightning_dice.data.batch import find_batch
 from lightning_dice.io import number, read_csv, write_csv
 from lightning_dice.scoring import CaseScore, Reliability, Scoring, reliability, score_case
 from lightning_dice.scoring import table as tables
@@ -196,7 +197,7 @@ class CaseTable(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Batch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -204,17 +205,18 @@ class CaseTable(Callback):
         if evaluated_split(trainer, during_fit=self.during_fit) is None:
             return
         labels, logits = step_labels(outputs, self.scoring.activation, self.threshold), step_logits(outputs)
-        if labels is None:
+        found = find_batch(batch)
+        if labels is None or found is None:
             return
         temperature = step_temperature(outputs)
         brief = trainer.state.fn == "fit"
-        for index, case in enumerate(batch.case):
+        for index, case in enumerate(case_names(trainer, found, batch_idx, dataloader_idx)):
             if case not in self._cases:
                 self.add(
                     case,
                     labels[index],
-                    batch.mask[index],
-                    batch.spacing[index],
+                    found.mask[index],
+                    found.spacing[index],
                     None if logits is None else logits[index],
                     temperature=temperature,
                     brief=brief,

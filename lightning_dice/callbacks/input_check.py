@@ -228,9 +228,9 @@ activation="sigmoid" for a binary task
         if not isinstance(net, torch.nn.Module) or is_compiled_in_place(net):
             return
 
-        def check(_net: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        def check(_net: torch.nn.Module, inputs: Any, output: Any) -> None:
             self._remove_hook()
-            self._check_logits(read_logits(output)[0], "training", pl_module)
+            self._check_logits(read_logits(output, inputs[0].shape[2:])[0], "training", pl_module)
 
         self._hook = net.register_forward_hook(check)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_dice.callbacks.picture_logging import log_picture
 from lightning_dice.callbacks.ranks import gather_on_rank_zero
-from lightning_dice.callbacks.step_outputs import Activation, evaluated_split, step_labels
-from lightning_dice.data.batch import Batch
+from lightning_dice.callbacks.step_outputs import Activation, case_names, evaluated_split, step_labels
+from lightning_dice.data.batch import find_batch
 from lightning_dice.plotting.colors import class_colors
 from lightning_dice.plotting.thumbnails import CaseThumbnail, ThumbnailSettings, make_thumbnail
 from lightning_dice.scoring import Scoring, score_case
@@ -114,7 +114,7 @@ class Overlays(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Batch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -122,10 +122,11 @@ class Overlays(Callback):
         if evaluated_split(trainer, during_fit=self.during_fit) is None:
             return
         labels = step_labels(outputs, self.activation, self.threshold)
-        if labels is None:
+        found = find_batch(batch)
+        if labels is None or found is None:
             return
-        for index, case in enumerate(batch.case):
-            self.offer(case, batch.image[index], batch.mask[index], labels[index])
+        for index, case in enumerate(case_names(trainer, found, batch_idx, dataloader_idx)):
+            self.offer(case, found.image[index], found.mask[index], labels[index])
 
     on_test_batch_end = on_validation_batch_end
 

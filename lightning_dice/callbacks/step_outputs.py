@@ -7,10 +7,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_dice.data.batch import Batch
 from lightning_dice.functional import hard_prediction
 from lightning_dice.scoring.settings import Activation
 
-__all__ = ["Activation", "evaluated_split", "step_labels", "step_logits", "step_temperature"]
+__all__ = ["Activation", "case_names", "evaluated_split", "step_labels", "step_logits", "step_temperature"]
 
 
 def step_logits(outputs: Any) -> Tensor | None:
@@ -63,3 +64,18 @@ def evaluated_split(trainer: Trainer, *, during_fit: bool) -> str | None:
     if trainer.testing:
         return "test"
     return "val" if trainer.state.fn == "validate" or during_fit else None
+
+
+def case_names(trainer: Trainer, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[str]:
+    """Return a name for each image of a batch that no other image of the evaluation has.
+
+    Cases without a name are counted: `batch 2, image 0`. With several data loaders or, for cases without a name,
+    processes, the name says which.
+    """
+    names = batch.case
+    if not batch.has_names:
+        rank = f"process {trainer.global_rank}, " if trainer.world_size > 1 else ""
+        names = [f"{rank}batch {batch_idx}, image {index}" for index in range(len(batch.image))]
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    several = isinstance(loaders, (list, tuple)) and len(loaders) > 1
+    return [f"{name} (data loader {dataloader_idx})" for name in names] if several else names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -86,9 +87,14 @@ class Batch(_Batch):
         annotated: Tensor | None = None,
     ) -> Self:
         """Fill in the defaults."""
-        names = [f"{index} of the batch" for index in range(len(image))] if case is None else list(case)
+        names = _default_names(len(image)) if case is None else list(case)
         spacings: list[Sequence[float] | None] = [None] * len(names) if spacing is None else list(spacing)
         return super().__new__(cls, image, mask, names, dict(maps or {}), spacings, weight, annotated)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the cases have names of their own, which other batches do not repeat."""
+        return self.case != _default_names(len(self.case))
 
     def select(self, images: slice) -> Batch:
         """Return a batch of some of the images.
@@ -128,15 +134,19 @@ class Batch(_Batch):
         ]
 
 
+def _default_names(images: int) -> list[str]:
+    return [f"{index} of the batch" for index in range(images)]
+
+
 def read_batch(batch: Any) -> Batch:
     """Return a batch of any usual form as a `Batch`.
 
     Args:
         batch: a `Batch`, a pair or triple `(image, mask[, case])`, or a mapping or named tuple with `image`, `mask` and
-            perhaps other fields of a `Batch`. Unless there is one name for each image, the default names are used.
+            perhaps other fields of a `Batch`. Names of cases may be text or integers, in a list or a tensor.
 
     Raises:
-        ValueError: another form, or an image that is not a tensor.
+        ValueError: another form, an image that is not a tensor, or a `case` that does not name each image.
 
     >>> import torch
     >>> read_batch({"image": torch.zeros(1, 3, 4, 4), "mask": torch.zeros(1, 1, 4, 4)}).case
@@ -144,6 +154,22 @@ def read_batch(batch: Any) -> Batch:
     """
     if isinstance(batch, Batch):
         return batch
+    fields = _fields(batch)
+    case = fields.pop("case", None)
+    if case is not None:
+        names = _names(case)
+        if names is None or len(names) != len(fields["image"]):
+            shape = f" {tuple(case.shape)}" if isinstance(case, Tensor) else ""
+            got = f"a {type(case).__name__}{shape}" if names is None else f"{len(names)} names"
+            raise ValueError(
+                f"case, the third part of a batch, must name each of the {len(fields['image'])} images, got {got}; for "
+                "pixel weights and others, make the batch a mapping with image, mask, weight ..."
+            )
+        fields["case"] = names
+    return Batch(**fields)
+
+
+def _fields(batch: Any) -> dict[str, Any]:
     if isinstance(batch, tuple) and "image" in getattr(batch, "_fields", ()):
         batch = batch._asdict()  # type: ignore[attr-defined]
     if isinstance(batch, Mapping) and "image" in batch and "mask" in batch:
@@ -155,14 +181,23 @@ def read_batch(batch: Any) -> Batch:
         raise ValueError(f"a batch must be (image, mask[, case]) or a mapping with image and mask, got {found}")
     if not isinstance(fields["image"], Tensor):
         raise ValueError(f"the image of a batch must be a tensor, got {type(fields['image']).__name__}")
-    case = fields.pop("case", None)
-    if isinstance(case, (list, tuple)) and len(case) == len(fields["image"]):
-        fields["case"] = [str(name) for name in case]
-    return Batch(**fields)
+    return fields
+
+
+def _names(case: Any) -> list[str] | None:
+    """Return names of cases as text; `None` if they are no names."""
+    if isinstance(case, Tensor):
+        is_ids = case.ndim == 1 and not case.is_floating_point()
+        return [str(number) for number in case.tolist()] if is_ids else None
+    if isinstance(case, str):
+        return [case]
+    if not isinstance(case, (list, tuple)) or not all(isinstance(name, (str, int, PurePath)) for name in case):
+        return None
+    return [str(name) for name in case]
 
 
 def find_batch(batch: Any) -> Batch | None:
-    """Return what `read_batch` does, or `None` if that would raise or the mask is not a tensor.
+    """Return what `read_batch` does, or `None` if its image or mask is not a tensor; without names that it refuses.
 
     >>> import torch
     >>> find_batch(torch.zeros(2, 3, 4, 4)) is None
@@ -171,5 +206,8 @@ def find_batch(batch: Any) -> Batch | None:
     try:
         found = read_batch(batch)
     except ValueError:
-        return None
+        try:
+            found = Batch(**{name: value for name, value in _fields(batch).items() if name != "case"})
+        except ValueError:
+            return None
     return found if isinstance(found.mask, Tensor) else None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dice.functional.model_outputs import read_logits
+from lightning_dice.functional.model_outputs import ModelOutput, read_output
+
+Reader = Callable[[Any, Sequence[int]], ModelOutput]
 
 
 def micro_batched(net: nn.Module, image: Tensor, micro_batch_size: int) -> list[Tensor]:
@@ -32,31 +36,45 @@ def micro_batched(net: nn.Module, image: Tensor, micro_batch_size: int) -> list[
     >>> [tuple(level.shape) for level in levels]
     [(5, 2, 8, 8)]
     """
+    return micro_batched_output(net, image, micro_batch_size, read_output).levels
+
+
+def micro_batched_output(net: nn.Module, image: Tensor, micro_batch_size: int, read: Reader) -> ModelOutput:
+    """Do as `micro_batched`, and return the logits of auxiliary heads too.
+
+    Args:
+        net: as for `micro_batched`, as are `image` and `micro_batch_size`.
+        image: see `net`.
+        micro_batch_size: see `net`.
+        read: takes what `net` returned and the size of the image, as `read_output` does.
+    """
     if len(image) <= micro_batch_size:
-        return read_logits(net(image))
+        return _run(net, read, image)
     outputs = []
     for images in image.tensor_split(-(-len(image) // micro_batch_size)):
         # Autocast caches its copies of the weights; a shared copy would add up gradients in half precision.
         torch.clear_autocast_cache()
-        outputs.append(_checkpointed(net, images) if torch.is_grad_enabled() else read_logits(net(images)))
-    return [torch.cat(level) for level in zip(*outputs, strict=True)]
+        outputs.append(_checkpointed(net, read, images) if torch.is_grad_enabled() else _run(net, read, images))
+    levels = [torch.cat(level) for level in zip(*(output.levels for output in outputs), strict=True)]
+    auxiliary = [torch.cat(head) for head in zip(*(output.auxiliary for output in outputs), strict=True)]
+    return ModelOutput(levels, auxiliary)
 
 
-def _checkpointed(net: nn.Module, image: Tensor) -> list[Tensor]:
+def _checkpointed(net: nn.Module, read: Reader, image: Tensor) -> ModelOutput:
     before = [(buffer, buffer.clone()) for buffer in net.buffers()]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _SwappedBuffers(before)
 
     # The images must be an argument: checkpoint keeps the random state of the devices of its arguments.
-    levels: list[Tensor] = checkpoint(
-        partial(_run, net), image, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
+    output: ModelOutput = checkpoint(
+        partial(_run, net, read), image, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
-    return levels
+    return output
 
 
-def _run(net: nn.Module, image: Tensor) -> list[Tensor]:
-    return read_logits(net(image))
+def _run(net: nn.Module, read: Reader, image: Tensor) -> ModelOutput:
+    return read(net(image), image.shape[2:])
 
 
 class _SwappedBuffers(AbstractContextManager[None]):

@@ -246,11 +246,11 @@ class Predictor:
     def _mirrored_logits(self, net: Net, batch: Tensor) -> Tensor:
         """Return the logits of one network's mean probabilities over mirror images, before the temperature."""
         if not self.mirroring.axes:
-            return read_logits(net(batch))[0]
+            return read_logits(net(batch), batch.shape[2:])[0]
         space = tuple(batch.shape[2:])
         return mean_logits(
             (
-                mirror(resize_to(read_logits(net(mirror(batch, axes)))[0], space), axes)
+                mirror(resize_to(read_logits(net(mirror(batch, axes)), space)[0], space), axes)
                 for axes in self.mirroring.combinations
             ),
             self.activation,

@@ -169,7 +169,7 @@ class SlidingWindow:
         if device.type == "cuda" and windows.device.type == "cpu":
             windows = windows.pin_memory()
         with torch.no_grad():
-            logits = read_logits(net(windows.to(device, non_blocking=True)))[0]
+            logits = read_logits(net(windows.to(device, non_blocking=True)), windows.shape[2:])[0]
             if logits.ndim != windows.ndim or len(logits) != len(windows):
                 raise ValueError(
                     f"net must return logits (batch, classes, *space) for windows {tuple(windows.shape)}, got "

@@ -40,8 +40,8 @@ class DeepSupervision(SegmentationLoss):
         reduce: how to make the target coarser: `"area"` or `"max"`, see `lightning_dice.functional.coarser_target`.
 
     Raises:
-        ValueError: weights below 0 or all 0, or a loss with `reduction="none"`; in a call, different numbers of levels
-            and of weights, or a level larger than the target.
+        ValueError: weights below 0 or all 0, or a loss with `reduction="none"`; in a call, levels of different numbers
+            of classes, another number of levels than of weights, or a level larger than the target.
 
     >>> from lightning_dice.losses import DiceLoss
     >>> levels = [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 2, 2)]
@@ -102,6 +102,11 @@ class DeepSupervision(SegmentationLoss):
             )
         levels = [logits] if isinstance(logits, Tensor) else list(logits)
         shares = [1.0] if isinstance(logits, Tensor) else _normalized_weights(self.weights, len(levels))
+        if len({level.shape[1] for level in levels if level.ndim > 1}) > 1:
+            raise ValueError(
+                "logits must have the same classes at all levels, got the shapes "
+                f"{[tuple(level.shape) for level in levels]}: leave out what are no logits"
+            )
         for finer, coarser in pairwise(levels):
             if any(after > before for before, after in zip(finer.shape[2:], coarser.shape[2:], strict=False)):
                 shapes = [tuple(level.shape[2:]) for level in levels]

@@ -144,3 +144,39 @@ def test_steps_that_return_no_logits_write_nothing(tmp_path, trainer):
 
     trainer(table(tmp_path)).test(Silent(), batches([PERFECT]), verbose=False)
     assert not list(tmp_path.glob("*.csv"))
+
+
+class AnyForm(pl.LightningModule):
+    """Returns the images of a batch of any form as its logits."""
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"loss": torch.tensor(0.0), "logits": batch["image"] if isinstance(batch, dict) else batch[0]}
+
+
+@pytest.mark.parametrize("form", [tuple, list, dict])
+def test_batches_of_ones_own_project(tmp_path, trainer, form):
+    """Cases without a name are counted, so that no batch replaces another."""
+    stacked = [
+        (torch.stack([PERFECT[0], HALF[0]]), torch.stack([PERFECT[1], HALF[1]])),
+        (EMPTY[0][None], EMPTY[1][None]),
+    ]
+    loader = DataLoader(
+        [dict(zip(("image", "mask"), pair, strict=True)) if form is dict else form(pair) for pair in stacked],
+        batch_size=None,
+    )
+    colors = {"colors": ["#000000", "#ff0000", "#0000ff"], "size": 32}
+    overlays = Overlays(tmp_path, ["background", "cell", "core"], "softmax", ignore_index=255, **colors)
+    trainer(table(tmp_path), overlays).test(AnyForm(), loader, verbose=False)
+    found = {row["case"]: row["dice"] for row in rows(tmp_path / "cases.csv")}
+    assert found == {"batch 0, image 0": "1", "batch 0, image 1": "0.666667", "batch 1, image 0": ""}
+    assert overlays.picture.is_file()
+
+
+def test_cases_of_two_loaders(tmp_path, trainer):
+    trainer(table(tmp_path)).test(AnyForm(), [batches([PERFECT]), batches([HALF, PERFECT])], verbose=False)
+    found = {row["case"]: row["dice"] for row in rows(tmp_path / "cases.csv")}
+    assert found == {
+        "a half (data loader 1)": "0.666667",
+        "b perfect (data loader 0)": "1",
+        "b perfect (data loader 1)": "1",
+    }

@@ -74,6 +74,7 @@ APPLIED = {
     "module.threshold": 0.375,
     "module.size_divisor": 2,
     "module.channels_last": False,
+    "module.auxiliary_weight": 0.2,
     "module.micro_batch_size": 4,
     "module.interval": "step",
     "module.monitor": "val/loss",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,11 +28,13 @@ class Named(NamedTuple):
         ((IMAGE, MASK), None),
         ([IMAGE, MASK, ["a", "b", "c"]], ["a", "b", "c"]),
         ({"image": IMAGE, "mask": MASK, "case": ("a", 1, 2), "city": "x"}, ["a", "1", "2"]),
-        ({"image": IMAGE, "mask": MASK, "case": ["too few"]}, None),
+        ((IMAGE, MASK, None), None),
+        ((IMAGE, MASK, torch.tensor([7, 8, 9])), ["7", "8", "9"]),
+        ((IMAGE, MASK, (Path("a.png"), "b", 2)), ["a.png", "b", "2"]),
         (Named(IMAGE, MASK, MASK), None),
         (Batch(IMAGE, MASK, ["a", "b", "c"]), ["a", "b", "c"]),
     ],
-    ids=["pair", "triple", "mapping", "wrong names", "named tuple", "batch"],
+    ids=["pair", "triple", "mapping", "none", "ids", "paths", "named tuple", "batch"],
 )
 def test_reads_the_usual_forms(form, case):
     for batch in (read_batch(form), find_batch(form)):
@@ -58,6 +61,31 @@ def test_refuses_other_forms(form, message):
     with pytest.raises(ValueError, match=message):
         read_batch(form)
     assert find_batch(form) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "got"),
+    [
+        (["too few"], "1 names"),
+        ("abc", "1 names"),
+        (torch.rand(3, 4, 8), r"a Tensor \(3, 4, 8\)"),  # a weight of each pixel
+        (torch.rand(3), r"a Tensor \(3,\)"),
+        ({"path": ["a", "b", "c"]}, "a dict"),
+        ([{"path": "a"}, {"path": "b"}, {"path": "c"}], "a list"),
+    ],
+)
+def test_what_is_no_name_is_not_ignored(case, got):
+    for form in ((IMAGE, MASK, case), {"image": IMAGE, "mask": MASK, "case": case}):
+        with pytest.raises(ValueError, match=f"must name each of the 3 images, got {got}; for pixel weights"):
+            read_batch(form)
+        assert find_batch(form).case == Batch(IMAGE, MASK).case  # for callbacks of other modules
+
+
+def test_one_image_may_have_its_name_alone():
+    batch = read_batch((IMAGE[:1], MASK[:1], "abc"))
+    assert batch.case == ["abc"]
+    assert batch.has_names
+    assert not read_batch((IMAGE, MASK)).has_names
 
 
 def test_a_batch_to_predict_needs_no_mask():

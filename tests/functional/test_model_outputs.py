@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_dice.functional import pad_to_multiple, read_logits
-from lightning_dice.functional.model_outputs import crop_to, resize_to
+from lightning_dice.functional.model_outputs import crop_to, read_output, resize_to
 
 FINE, COARSE = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)
 
@@ -27,10 +27,51 @@ def test_reads(output, expected):
     assert all(a is b for a, b in zip(read_logits(output), expected, strict=True))
 
 
-@pytest.mark.parametrize("output", [{"masks": FINE}, [], "logits", [FINE, None]])
-def test_refuses(output):
-    with pytest.raises(ValueError, match="net"):
-        read_logits(output)
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"masks": FINE}, r"a mapping without \"out\" or \"logits\": \['masks'\]"),
+        ([], "must return a tensor"),
+        ("logits", "must return a tensor.* got a str"),
+        (None, "must return a tensor.* got None"),
+        ([None, FINE], "must return a tensor.* got a list of None, a tensor"),
+        ((FINE, None), r"a tuple of a tensor \(1, 2, 8, 8\), None: each of them must be logits of the same classes"),
+        (
+            (FINE, torch.zeros(1, 64, 8, 8)),
+            r"a tensor \(1, 64, 8, 8\): each of them must be logits of the same classes",
+        ),
+        ((FINE, torch.tensor(0.5)), r"a tensor \(\): each of them"),
+        ((FINE, torch.zeros(1, 2)), r"a tensor \(1, 2\): each of them"),  # smp's aux_params: labels of the image
+        ({"out": FINE, "aux": torch.zeros(1, 3, 4, 4)}, "of an auxiliary head, a tensor"),
+        ({"out": FINE, "aux": [COARSE, "x"]}, "of an auxiliary head, a str"),
+        (torch.zeros(1, 8, 8), "with 2 space axes, got a tensor"),
+        (torch.zeros(1, 2, 8, 8, 8, 8), "with 2 space axes, got a tensor"),
+        (torch.zeros(1, 2, 9, 8), "logits of 9x8 for an image of 8x8 pixels: they must be as large as the image"),
+        (torch.zeros(1, 2, 8, 7), "logits of 8x7 for an image of 8x8 pixels"),
+        (torch.zeros(1, 2, 5, 8), "logits of 5x8 for an image of 8x8 pixels"),
+    ],
+)
+def test_refuses(output, message):
+    with pytest.raises(ValueError, match=message):
+        read_logits(output, (8, 8))
+
+
+def test_auxiliary_heads():
+    output = read_output({"aux_deep": [COARSE, FINE], "out": FINE, "features": COARSE, "aux": COARSE, "aux_none": None})
+    assert all(a is b for a, b in zip(output.levels, [FINE], strict=True))
+    assert all(a is b for a, b in zip(output.auxiliary, [COARSE, FINE, COARSE], strict=True))
+
+
+def test_stacked_levels():
+    """As MONAI's DynUNet returns them while it trains."""
+    levels = torch.randn(2, 3, 4, 8, 8)
+    assert [level.tolist() for level in read_logits(levels, (8, 8))] == levels.movedim(1, 0).tolist()
+    assert [level is levels for level in read_logits(levels, (4, 8, 8))] == [True]
+
+
+@pytest.mark.parametrize(("size", "image"), [((3, 8), (5, 8)), ((1, 2), (64, 3)), ((1,), (1,)), ((17,), (65,))])
+def test_coarser_logits(size, image):
+    assert read_logits(torch.zeros(1, 2, *size), image)[0].shape[2:] == size
 
 
 @pytest.mark.parametrize("space", [(33,), (33, 64), (5, 6, 7)])

@@ -161,7 +161,7 @@ def test_refuses_settings(settings, message):
     [
         ((1, 9), nn.Identity(), r"the space axes of the window, 2 \(size \[4, 4\]\), got .*\(1, 9\)"),
         ((1, 0, 9), nn.Identity(), r"pixels along each axis, got \(1, 0, 9\)"),
-        ((1, 9, 9), lambda batch: batch[0], r"net must return logits .* got \(1, 4, 4\)"),
+        ((1, 9, 9), lambda batch: batch[0], r"net must return logits .* got a tensor \(1, 4, 4\)"),
     ],
 )
 def test_refuses_images_and_networks(shape, function, message):

@@ -220,6 +220,10 @@ def test_refuses_what_does_not_fit():
 
 def test_levels_in_the_wrong_order_are_refused():
     levels = [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4)]
+    with pytest.raises(ValueError, match=r"the same classes at all levels, got the shapes \[\(2, 3, 4, 4\), \(2, 64"):
+        DeepSupervision(DiceLoss(activation="softmax"))(
+            [torch.zeros(2, 3, 4, 4), torch.zeros(2, 64, 4, 4)], torch.zeros(2, 4, 4, dtype=torch.long)
+        )
     with pytest.raises(ValueError, match=r"finest first, got levels of the sizes \[\(2, 2\), \(4, 4\)\]"):
         DeepSupervision(DiceLoss())(levels, torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match="finest first, got dict"):
