@@ -2395,6 +2395,25 @@ mutate(
     ),
     ("interrupt-on-one-rank-lost", "ReduceOp.MAX", "ReduceOp.MIN", f"{SIGNALS}all_ranks_stop_when_one_is_told"),
     (
+        "interrupt-loses-the-end-of-an-epoch",
+        """        if trainer.state.fn == "fit":
+            keep_pending_validation(trainer, checkpoint)""",
+        "        pass",
+        f"{SIGNALS}after_the_last_batch_of_an_epoch_it_is_validated_without_exact_resume_too",
+    ),
+    (
+        "interrupt-after-the-last-step-lost",
+        'after the last step. {self._how_to_resume()}")\n        self._stop(trainer, reason)',
+        'after the last step. {self._how_to_resume()}")',
+        f"{SIGNALS}after_the_last_step",
+    ),
+    (
+        "interrupt-after-the-last-step-not-saved",
+        "if not trainer.strategy.broadcast(self.path.is_file()) and",
+        "if trainer.strategy.broadcast(self.path.is_file()) and",
+        f"{SIGNALS}after_the_last_step",
+    ),
+    (
         "interrupt-between-accumulated-batches",
         "if is_accumulating(trainer):",
         "if False:",

@@ -109,7 +109,7 @@ class ExactResume(Callback):
         """Add the means, metrics and gradients of each rank."""
         if trainer.state.fn != "fit":
             return
-        _keep_pending_validation(trainer, checkpoint)
+        keep_pending_validation(trainer, checkpoint)
         epoch = saved_loop_state(checkpoint, "epoch_progress")
         own: dict[str, Any] = {
             "logged": {name: value.detach().cpu().clone() for name, value in callback_metrics(trainer).items()}
@@ -180,8 +180,10 @@ class ExactResume(Callback):
         mark_epoch_as_fresh(trainer)
 
 
-def _keep_pending_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def keep_pending_validation(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Change the saved progress so that a resumed run runs the validation or the epoch's end due after this batch.
+
+    Doing it twice changes nothing.
 
     Lightning considers a batch unfinished while callbacks save after it, counts it when resuming, and then skips the
     validation, or the end of the epoch, that would have followed. A validation saved as just begun is run; an epoch

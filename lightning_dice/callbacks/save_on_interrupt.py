@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_dice.callbacks.exact_resume import saving_on_this_rank_alone
+from lightning_dice.callbacks.exact_resume import keep_pending_validation, saving_on_this_rank_alone
 from lightning_dice.callbacks.ranks import is_distributed
 from lightning_dice.io import write_atomically
 from lightning_dice.library_internals.lightning import dump_checkpoint, is_accumulating
@@ -38,9 +38,9 @@ class SaveOnInterrupt(Callback):
 
     Ctrl-C, SIGTERM and SIGUSR1, which clusters send before they take a machine away, end the training after the next
     optimizer step, on all ranks, whichever of them received the signal; from there it can be resumed exactly (see
-    `ExactResume`). During a validation, that step comes after the validation. A second Ctrl-C ends the training at
-    once. Under SLURM, SIGUSR1 requeues the job (`#SBATCH --signal=USR1@90`, `--requeue`). Several ranks exchange one
-    number per step for this.
+    `ExactResume`). During a validation, that step comes after the validation; where no step follows, the training ends
+    as usual, and nothing after it. A second Ctrl-C ends the training at once. Under SLURM, SIGUSR1 requeues the job
+    (`#SBATCH --signal=USR1@90`, `--requeue`). Several ranks exchange one number per step for this.
 
     The checkpoint is written beside the former one and then takes its place: a full disk or a second signal leaves the
     former one intact. Nothing is written before the first optimizer step, nor if the weights are not finite, nor after
@@ -87,14 +87,9 @@ class SaveOnInterrupt(Callback):
         """End the training if a rank has received a signal, unless gradients are still being accumulated."""
         if is_accumulating(trainer):
             return
-        received = self._received
-        if is_distributed(trainer):
-            message = torch.tensor(received, device=trainer.strategy.root_device)
-            dist.all_reduce(message, op=dist.ReduceOp.MAX)
-            received = int(message)
-        if not received:
+        reason = self._received_by_any_rank(trainer)
+        if reason is None:
             return
-        reason = signal.Signals(received)
         if not _has_finite_weights(trainer.lightning_module):
             _print(
                 trainer, f"Stopped by {_signal_name(reason)}: the weights are not finite, {self.path} was not written."
@@ -106,6 +101,34 @@ class SaveOnInterrupt(Callback):
                 trainer.strategy.checkpoint_io.patience = 10.0  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
             self._print_saved(trainer, _signal_name(reason))
+        self._stop(trainer, reason)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the former handlers, and stop after all if a rank has received a signal since the last step."""
+        self._restore_handlers()
+        reason = self._received_by_any_rank(trainer)
+        if reason is None:
+            return
+        # A `ModelCheckpoint` has written one that can be trained further, if there is one for the end of each epoch.
+        if not trainer.strategy.broadcast(self.path.is_file()) and _has_finite_weights(pl_module):
+            trainer.save_checkpoint(self.path)
+        _print(trainer, f"Stopped by {_signal_name(reason)} after the last step. {self._how_to_resume()}")
+        self._stop(trainer, reason)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save that a validation or the end of the epoch is due, if it is, in case there is no `ExactResume`."""
+        if trainer.state.fn == "fit":
+            keep_pending_validation(trainer, checkpoint)
+
+    def _received_by_any_rank(self, trainer: Trainer) -> signal.Signals | None:
+        received = self._received
+        if is_distributed(trainer):
+            message = torch.tensor(received, device=trainer.strategy.root_device)
+            dist.all_reduce(message, op=dist.ReduceOp.MAX)
+            received = int(message)
+        return signal.Signals(received) if received else None
+
+    def _stop(self, trainer: Trainer, reason: signal.Signals) -> None:
         self._handled = True
         if reason not in (signal.SIGINT, signal.SIGTERM):
             _requeue(trainer)
@@ -114,10 +137,6 @@ class SaveOnInterrupt(Callback):
         error = SIGTERMException()
         error.code = 128 + int(reason)
         raise error
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the former handlers."""
-        self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, unless the checkpoint was written already or the former one is better."""
@@ -158,8 +177,10 @@ class SaveOnInterrupt(Callback):
 
     def _print_saved(self, trainer: Trainer, reason: str) -> None:
         where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-        resume = f"{self.command} resume={shlex.quote(str(self.folder))}"
-        _print(trainer, f"Stopped by {reason} in {where}: saved {self.path}. Resume with: {resume}")
+        _print(trainer, f"Stopped by {reason} in {where}: saved {self.path}. {self._how_to_resume()}")
+
+    def _how_to_resume(self) -> str:
+        return f"Resume with: {self.command} resume={shlex.quote(str(self.folder))}"
 
     def _adopt_as_last(self, trainer: Trainer) -> None:
         for callback in trainer.checkpoint_callbacks:

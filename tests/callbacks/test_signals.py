@@ -11,11 +11,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import rows, run_ranks
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from training import differences, train
 
-from lightning_dice.callbacks import SaveOnInterrupt, exit_with_signal_status
+from lightning_dice.callbacks import History, SaveOnInterrupt, exit_with_signal_status
 
 
 class Send(L.Callback):
@@ -74,6 +75,116 @@ def test_while_it_validates(tmp_path):
     checkpoint, _ = stopped(tmp_path, Send(signal.SIGTERM, 4, "on_validation_start"))
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
     assert not differences(whole, train(checkpoint=checkpoint))
+
+
+class SendAt(L.Callback):
+    """Send this process a signal in the n-th call of any of the hooks, on one rank."""
+
+    HOOKS = (
+        *("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_validation_start"),
+        *("on_validation_batch_start", "on_validation_batch_end", "on_validation_end", "on_train_epoch_end"),
+        *("on_save_checkpoint", "on_train_end"),
+    )
+
+    def __init__(self, call, rank=0):
+        self.call, self.rank, self.calls = call, rank, []
+        for hook in self.HOOKS:
+            setattr(self, hook, lambda trainer, *_, hook=hook, **__: self._send(hook, trainer))
+
+    def _send(self, hook, trainer):
+        if len(self.calls) == self.call and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        self.calls.append(hook)
+
+
+def recorders(folder):
+    last = ModelCheckpoint(
+        folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    return History(folder), last
+
+
+def table(folder):
+    measured = ("seconds", "images_per_second", "memory_gb")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows(folder / "metrics.csv")]
+
+
+def wait_for_ranks():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def interrupted_at_every_point(folder, rank=0, **settings):
+    """Return what differs from an uninterrupted training, after a signal at any point of it; by its point."""
+    settings = {"epochs": 2, "enable_checkpointing": True} | settings
+    listener = SendAt(-1)
+    whole = train(callbacks=(listener, *recorders(folder / "whole")), **settings)
+    found, last_step = {}, max(i for i, hook in enumerate(listener.calls) if hook == "on_train_batch_end")
+    for point in range(len(listener.calls)):
+        run = folder / str(point)
+        with pytest.raises(SystemExit) as caught, exit_with_signal_status():
+            train(callbacks=(SendAt(point, rank), *recorders(run), SaveOnInterrupt(run)), **settings)
+        status = caught.value.code
+        wait_for_ranks()
+        resumed = train(checkpoint=run / "checkpoints/last.ckpt", callbacks=recorders(run), **settings)
+        wait_for_ranks()
+        ended = point > last_step
+        problems = [] if status == 138 else [f"exit status {status}"]
+        if ended == bool(resumed["events"]):
+            problems.append(f"events {resumed['events']}")
+        if not ended and settings.get("exact", True):
+            problems += differences(whole, resumed)
+        tables = [table(path) for path in (run, folder / "whole")]
+        if settings.get("exact", True) and tables[0] != tables[1]:
+            problems.append(f"rows {tables[0]}")
+        if [list(row) for row in tables[0]] != [list(row) for row in tables[1]]:
+            problems.append(f"rows of {[row['epoch'] for row in tables[0]]}")
+        if problems:
+            found[f"{point} {listener.calls[point]}"] = problems
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("exact", [True, False])
+def test_at_every_point_of_a_training(tmp_path, exact):
+    """Without `ExactResume` too, a validation or an epoch's end is not lost."""
+    assert interrupted_at_every_point(tmp_path, exact=exact) == {}
+
+
+def one_of_two_ranks_interrupted(folder):
+    return interrupted_at_every_point(folder, rank=1, devices=2, strategy="ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_on_one_of_two_ranks_at_every_point_of_a_training(tmp_path):
+    assert run_ranks(one_of_two_ranks_interrupted, tmp_path, timeout=300).results == [{}, {}]
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_after_the_last_batch_of_an_epoch_it_is_validated_without_exact_resume_too(tmp_path):
+    settings = {"epochs": 1, "exact": False, "enable_checkpointing": True}
+    checkpoint, _ = stopped(tmp_path, Send(signal.SIGTERM, 3), *recorders(tmp_path), **settings)
+    assert not (tmp_path / "metrics.csv").exists()
+    resumed = train(checkpoint=checkpoint, callbacks=recorders(tmp_path), **settings)
+    assert resumed["events"] == [("validation", 0, 4), ("epoch's end", 0)]
+    assert [row["val/dice"] != "" for row in table(tmp_path)] == [True]
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_after_the_last_step(tmp_path, saves, capsys):
+    """The epoch ends as usual, but what follows the training does not happen."""
+    callbacks = recorders(tmp_path) if saves else (History(tmp_path),)
+    settings = {"epochs": 1, "enable_checkpointing": saves}
+    checkpoint, code = stopped(tmp_path, Send(signal.SIGTERM, 4, "on_validation_start"), *callbacks, **settings)
+    assert code == 143
+    assert f"Stopped by SIGTERM after the last step. Resume with: python -m lightning_dice.fit resume={tmp_path}" in (
+        capsys.readouterr().err
+    )
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    assert len(rows(tmp_path / "metrics.csv")) == 1
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_not_between_batches_whose_gradients_add_up(tmp_path):
