@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_dice.argument_checks import check_choice, check_count, check_number
 from lightning_dice.data.batch import Batch, read_batch
-from lightning_dice.functional import hard_prediction, hard_target, pad_to_multiple
+from lightning_dice.functional import hard_prediction, pad_to_multiple
 from lightning_dice.functional.micro_batches import micro_batched_output
 from lightning_dice.functional.model_outputs import ModelOutput, crop_to, read_output, resize_to
 from lightning_dice.inference import Inference, PostProcessing, Predictor
@@ -44,8 +44,9 @@ class SegmentationModule(MetricLogging):
 
     It logs `train/loss`, `val/loss` and `test/loss`, each a mean over the epoch's images, and the value of each metric
     over the epoch, such as `val/dice` for a metric named `dice`. A metric with one value for each of several classes is
-    logged as the mean over the classes that have a value, and each value as `val/dice/<class name>`. The terms of a
-    compound loss are logged as `val/loss/<term>`.
+    logged as the mean over the classes that have a value, and each value as `val/dice/<class name>`, NaN for a class
+    without a score. The terms of a compound loss are logged as `val/loss/<term>`. In an evaluation of several data
+    loaders, each has its own metrics, logged as Lightning names them: `test/dice/dataloader_idx_0`.
 
     In training, the loss of the batch is minimized. In evaluation, the loss is computed for each image separately, even
     if it pools images, and the mean over the images is logged: `val/loss` and `test/loss` depend
@@ -59,8 +60,8 @@ class SegmentationModule(MetricLogging):
             with `aux` are auxiliary heads, see `auxiliary_weight`. Override `read_output` for other outputs.
         loss: a module called with `(logits, mask)`; `DiceLoss()` by default. A `SegmentationLoss` also gets the batch's
             `weight`, `annotated` and `maps`.
-        metrics: a metric, which is then named `dice`, or named metrics, updated with `(logits, mask)`;
-            `DiceScore(average="none")` by default, which is for one channel.
+        metrics: a metric, which is then named `dice`, metrics by name, or a list of metrics, named as their classes;
+            `DiceScore(average="none")` by default, which is for one channel. See below for what they get.
         optimizer: called with the parameters; AdamW with a rate of 1e-3 by default.
         scheduler: called with the optimizer; none by default.
         class_names: a name for each channel of the logits, for logging; `class 0`, `class 1` ... by default.
@@ -87,6 +88,13 @@ class SegmentationModule(MetricLogging):
 
     Raises:
         ValueError: a setting out of its range.
+
+    Metrics get the logits and the mask, soft labels made hard, and ids as int64. Those of `torchmetrics.classification`
+    get probabilities instead of logits, those of `torchmetrics.segmentation` planes of 0 and 1 of both, without the
+    ignored pixels, and wrappers what the metric in them takes. A metric whose `ignore_index` is None has the loss's. A
+    dict of values is logged as `val/<metric>/<key>`. A metric that takes or returns something else is refused, at the
+    latest in the first batch. Metrics never share states, so that compute groups of a `MetricCollection` have no
+    effect.
 
     In evaluation, logits are resized to the mask where the image was resampled, and with windows or mirroring images
     are predicted one by one. If post-processing changes labels, metrics are computed on the post-processed labels,
@@ -116,7 +124,7 @@ class SegmentationModule(MetricLogging):
         self,
         net: nn.Module,
         loss: nn.Module | None = None,
-        metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+        metrics: Metric | MetricCollection | Mapping[str, Metric] | Sequence[Metric] | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         *,
@@ -264,8 +272,13 @@ class SegmentationModule(MetricLogging):
         """
         return batch_logits(self, image, size)
 
-    def shared_step(self, batch: Any, stage: Stage) -> dict[str, Tensor]:
+    def shared_step(self, batch: Any, stage: Stage, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Run a training, validation or test step: compute the loss, update the metrics, log.
+
+        Args:
+            batch: of any form that `read_batch` reads.
+            stage: `"train"`, `"val"` or `"test"`.
+            dataloader_idx: index of the data loader, in an evaluation of several.
 
         Returns:
             `loss` and `logits`. In evaluation also `labels`, where post-processing changes them, and `temperature`,
@@ -293,11 +306,11 @@ class SegmentationModule(MetricLogging):
         losses = {f"{stage}/loss": loss} | {f"{stage}/loss/{name}": value for name, value in terms.items()}
         self.log_dict(losses, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
-            activation = self.activation or getattr(self.loss, "activation", None)
-            running = self.update_metrics(stage, logits, hard_target(mask, activation=activation))
+            running = self.update_metrics(stage, logits, mask)
             self.log_dict({"loss": loss.detach(), **running}, prog_bar=True, logger=False)
         else:
-            self.update_metrics(stage, logits if labels is None else logits_of_labels(labels, logits), mask)
+            scored = logits if labels is None else logits_of_labels(labels, logits)
+            self.update_metrics(stage, scored, mask, dataloader_idx)
         outputs = {"loss": loss, "logits": logits} | ({} if labels is None else {"labels": labels})
         temperature = self.inference.postprocessing.temperature
         if stage != "train" and temperature is not None:
@@ -319,20 +332,21 @@ class SegmentationModule(MetricLogging):
         """Return the loss of a batch."""
         return self.shared_step(batch, "train")["loss"]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the outputs of `shared_step`, for callbacks."""
-        return self.shared_step(batch, "val")
+        return self.shared_step(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the outputs of `shared_step`, for callbacks."""
-        return self.shared_step(batch, "test")
+        return self.shared_step(batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Any:
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Any:
         """Return masks of a batch: class ids `(batch, *space)` (softmax) or bool planes `(batch, classes, *space)`.
 
         Args:
             batch: as in training, or the images alone, normalized; see `segment` for images as they are read.
             batch_idx: not used.
+            dataloader_idx: not used.
 
         >>> module = SegmentationModule(nn.Conv2d(1, 3, 1), activation="softmax")
         >>> module.predict_step(torch.zeros(2, 1, 8, 8)).shape

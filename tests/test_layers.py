@@ -23,7 +23,8 @@ BELOW = {
     "schedules": {"library_internals"},
     "losses": {"functional", "kernels", "argument_checks", "data", "extras"},
     "metrics": {"functional", "kernels", "argument_checks"},
-    "metric_logging": {"functional", "argument_checks", "library_internals", "metrics"},
+    "metric_inputs": {"functional", "metrics"},
+    "metric_logging": {"library_internals", "metric_inputs", "metrics"},
     "inference": {"functional", "kernels", "io", "argument_checks"},
     "loading": {"data", "inference", "renamed_settings"},
     "module": {
@@ -44,7 +45,7 @@ BELOW = {
     "renamed_settings": set(),
     "io": set(),
     "trials": {"io"},
-    "data": {"extras", "io", "library_internals", "text"},
+    "data": {"argument_checks", "extras", "io", "library_internals", "text"},
     "scoring": {"functional", "kernels", "argument_checks", "io"},
     "plotting": {"data", "io", "scoring", "trials"},
     "callbacks": {

@@ -107,6 +107,35 @@ def hard_sums(
         raise
 
 
+def nan_predictions(
+    logits: Tensor, target: Tensor, sums: OverlapSums, *, activation: Activation, ignore_index: int | None = None
+) -> Tensor:
+    """Return which classes of which images have a NaN among the logits that count, bool `(images, classes)`.
+
+    With `"softmax"`, a NaN leaves all classes of the image without a prediction.
+
+    Args:
+        logits: as for `hard_sums`.
+        target: as for `hard_sums`.
+        sums: what `hard_sums` returned.
+        activation: as for `hard_sums`.
+        ignore_index: as for `hard_sums`.
+
+    >>> logits, target = torch.tensor([[[torch.nan, -2.0]]]), torch.tensor([[[0, 0]]])
+    >>> nan_predictions(logits, target, hard_sums(logits, target), activation="sigmoid")
+    tensor([[True]])
+    """
+    if activation == "softmax":
+        # A pixel with a NaN predicts no class.
+        return (sums.predicted.sum(1, keepdim=True) < sums.count).expand(sums.count.shape)
+    if not logits.numel():
+        return torch.zeros_like(sums.count, dtype=torch.bool)
+    found = logits.flatten(2).amax(2).isnan()  # The maximum of values with a NaN is NaN.
+    if ignore_index is None or (can_read_values(logits) and not bool(found.any())):
+        return found
+    return (logits.isnan() & (target != ignore_index)).flatten(2).any(2)
+
+
 def label_sums(predicted: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = None) -> OverlapSums:
     """Count pixels as `hard_sums` does, for class ids that were predicted already.
 
