@@ -44,7 +44,10 @@ def train(run: RunSpec, announce: Callable[[RunSpec], None]) -> float | None:
 
     experiment = Experiment(run.config, run.folder, trained=run.checkpoint is not None, template=run.template)
     # The data last: reading them may take long.
-    module, trainer, data = experiment.module, experiment.trainer, experiment.data
+    module, trainer = experiment.module, experiment.trainer
+    experiment.check_settings()
+    data = experiment.data
+    experiment.check_validation()
     announce(run)
     experiment.print_start(run.checkpoint)
     with experiment.training():

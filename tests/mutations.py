@@ -1888,6 +1888,70 @@ mutate(
         "test_export.py::TestSafetensors::test_calls_nothing_but_what_is_trusted",
     ),
 )
+SETTINGS = "cli/test_training_settings.py::"
+mutate(
+    "plateau.py",
+    (
+        "plateau steps at each epoch, with old scores",
+        "return int(trainer.check_val_every_n_epoch)",
+        "return 1",
+        SETTINGS + "test_a_plateau_counts_validations_not_epochs",
+    ),
+    (
+        "plateau is restricted with any metric",
+        'or not monitor.startswith("val/")',
+        "",
+        SETTINGS + "test_only_a_plateau_of_a_validation_is_restricted",
+    ),
+)
+mutate(
+    "cli/monitors.py",
+    (
+        "monitors of a subclass are refused",
+        "return bool(own) or type(module) is not SegmentationModule",
+        "return bool(own)",
+        SETTINGS + "test_what_a_subclass_logs_itself_is_accepted",
+    ),
+    (
+        "monitors of a subclass end in a traceback",
+        "if metric not in logged and metric in str(error):",
+        "if metric in logged:",
+        SETTINGS + "test_what_a_subclass_logs_itself_is_accepted",
+    ),
+    (
+        "monitors may name any class",
+        "if not isinstance(one, DiceScore) and",
+        "if",
+        SETTINGS + "test_names_that_are_logged_are_accepted",
+    ),
+    (
+        "monitors of a validation need none",
+        "if has_split and trainer.limit_val_batches != 0:",
+        "if has_split:",
+        SETTINGS + "test_watching_a_validation_needs_one",
+    ),
+)
+mutate(
+    "cli/optimizer_check.py",
+    (
+        "optimizer: the setting to blame is the first one",
+        "blamed = [argument for argument, other in others.items() if other is None]",
+        "blamed = list(given)",
+        SETTINGS + "test_numbers_of_optimizer_and_schedule",
+    ),
+    (
+        "optimizer: a step of a copy is taken for one of a training",
+        "if _error_of(factory, build, lambda _: None) is None:",
+        "if False:",
+        SETTINGS + "test_any_optimizer_that_trains_is_accepted",
+    ),
+    (
+        "optimizer: a schedule after a warm-up is not tried",
+        "if isinstance(inner, partial):",
+        "if False:",
+        SETTINGS + "test_numbers_of_optimizer_and_schedule",
+    ),
+)
 mutate(
     "cli/adapt_checkpoint.py",
     (

@@ -24,6 +24,8 @@ from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.config_consistency import ConfigConsistency
 from lightning_dice.cli.errors import UserError, as_user_errors
+from lightning_dice.cli.monitors import check_monitors, check_validation, explain_missing_monitor
+from lightning_dice.cli.optimizer_check import check_optimizer
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced
@@ -119,8 +121,25 @@ class Experiment:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Turn errors in training into user errors, and an interrupt into the signal's exit status."""
-        with exit_with_signal_status(), as_user_errors():
+        with exit_with_signal_status(), as_user_errors(), explain_missing_monitor(self.config, self.trainer):
             yield
+
+    def check_settings(self) -> None:
+        """Check the settings that would fail only when training starts, or after an epoch; needs no data.
+
+        Raises:
+            UserError: names the setting.
+        """
+        check_optimizer(self.module, self.trainer)
+        check_monitors(self.config, self.module, self.trainer)
+
+    def check_validation(self) -> None:
+        """Check that there is a validation, if a callback or the schedule needs one.
+
+        Raises:
+            UserError: names the setting.
+        """
+        check_validation(self.config, self.trainer, has_split=self.data.source.split("val") is not None)
 
     def print_start(self, checkpoint: Path | None) -> None:
         """Check that the weights of a checkpoint fit, and print what is about to be trained."""

@@ -1,0 +1,172 @@
+"""Settings that would fail after an epoch, or after the data check, are refused before any data are read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from helpers import LEAN, SMALL, refused, rows, run_command
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_dice import DiceScore, SegmentationModule
+from lightning_dice.cli import monitors
+from lightning_dice.cli.optimizer_check import check_optimizer
+from lightning_dice.plateau import plateau_frequency
+
+# Data that do not exist: a message about anything else comes before they are read.
+NOWHERE = ["model=custom", "data=folder", "data.root=/nowhere/at/all", "data.classes=[cell]", "device=cpu"]
+PLATEAU = ["scheduler=plateau"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/dise"],
+            "callbacks.early_stopping.monitor=val/dise is not a logged metric: did you mean val/dice",
+        ),
+        (["callbacks.checkpoint.monitor=val/cell"], "callbacks.checkpoint.monitor=val/cell is not a logged metric"),
+        (["callbacks.checkpoint.monitor=val/dice/cel"], "did you mean val/dice/cell"),
+        (["callbacks.checkpoint.monitor=val_loss"], "did you mean val/loss"),
+        (["callbacks.checkpoint.monitor=val/loss/dice"], "monitor=val/loss/dice is not a logged metric"),
+        ([*PLATEAU, "module.monitor=dise"], "module.monitor=dise is not a logged metric: did you mean dice"),
+        (["callbacks=median_pruner", "callbacks.median_pruner.monitor=iou"], "callbacks.median_pruner.monitor=iou is"),
+        (["+callbacks.history.monitor=val/dcie"], "callbacks.history.monitor=val/dcie is not a logged metric"),
+        ([*PLATEAU, "+trainer.limit_val_batches=0"], "set trainer.limit_val_batches above 0"),
+        ([*PLATEAU, "module.interval=step"], "set module.interval=epoch, got step"),
+        (
+            [*PLATEAU, "trainer.check_val_every_n_epoch=null"],
+            "set trainer.check_val_every_n_epoch to a number of epochs",
+        ),
+    ],
+)
+def test_a_metric_to_watch_that_will_not_be_there(tmp_path, arguments, message):
+    told = refused("fit", *NOWHERE, *arguments, cwd=tmp_path)
+    assert message in told
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["callbacks=[early_stopping]", "+trainer.limit_val_batches=0"],
+        ["callbacks=[early_stopping]", "data.cases={train:16,val:0,test:4}"],
+        ["scheduler=plateau", "data.cases={train:16,val:0,test:4}"],
+        ["callbacks=[median_pruner]", "data.cases={train:16,val:0,test:4}"],
+    ],
+)
+def test_watching_a_validation_needs_one(tmp_path, arguments):
+    told = refused("fit", *SMALL, *arguments, cwd=tmp_path)
+    assert "follows val/dice, which needs a validation, and " in told
+    assert "=train/loss" in told
+
+
+def test_names_that_are_logged_are_accepted():
+    module = SegmentationModule(nn.Conv2d(3, 2, 1), metrics={"dice": DiceScore(average="none"), "f": MeanMetric()})
+    module.class_names = ["a", "b"]
+    known = ["loss", "dice", "f", "train/loss", "val/loss", "val/dice/b", "train/grad_norm", "loss/smooth"]
+    for name in (*known, "val/f_anything", "train/f/anything", "train/loss/auxiliary"):
+        assert monitors._is_logged(name, module), name
+    for name in ("val/dice/c", "val/loss/dice", "val/g", "test/dice", "a", ""):
+        assert not monitors._is_logged(name, module), name
+
+
+OWN = """
+from lightning_dice import SegmentationModule
+
+class Own(SegmentationModule):
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val/own", float(self.current_epoch))
+"""
+
+
+def test_what_a_subclass_logs_itself_is_accepted(tmp_path, monkeypatch):
+    (tmp_path / "owned.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = [*SMALL, *LEAN, "module._target_=owned.Own", "trainer.max_epochs=2"]
+    run_command("fit", *own, "callbacks.checkpoint.monitor=val/own", "folder=run", cwd=tmp_path)
+    assert torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["epoch"] == 1
+    # A name that it does not log is known when the first epoch ends.
+    told = refused("fit", *own, "callbacks.checkpoint.monitor=val/ow", "folder=other", cwd=tmp_path)
+    assert "callbacks.checkpoint.monitor=val/ow is not a logged metric: did you mean val/own" in told
+
+
+def test_a_plateau_counts_validations_not_epochs(tmp_path):
+    """The metric between two validations is an old one, which must not count as one more without improvement."""
+    patience = ["scheduler=plateau", "scheduler.patience=1", "+scheduler.threshold=10", "optimizer.lr=0.01"]
+    often = ["trainer.max_epochs=9", "trainer.check_val_every_n_epoch=2", "folder=run"]
+    run_command("fit", *SMALL, *LEAN, *patience, *often, cwd=tmp_path)
+    table = rows(tmp_path / "run/metrics.csv")
+    # The first of epochs 1, 3, 5, 7 is the best; the third one is the second that is no better.
+    assert [float(row["lr"]) for row in table] == [0.01] * 6 + [0.005] * 2 + [0.005]
+    assert [row["val/dice"] != "" for row in table] == [False, True] * 4 + [False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimizer.lr=fast"], "error: optimizer.lr must be a number, got fast"),
+        (["optimizer.lr=-1"], "error: optimizer.lr=-1 is refused by AdamW: Invalid learning rate: -1"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan is refused by AdamW"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1 is refused by AdamW: Invalid weight_decay"),
+        (["optimizer.weight_decay=much"], "optimizer.weight_decay must be a number, got much"),
+        (["+optimizer.betas=[0.9]"], "optimizer.betas=[0.9] is refused by AdamW"),
+        (["+optimizer.betas=[0.9,x]"], "optimizer.betas=[0.9, 'x'] is refused by AdamW"),
+        (["+optimizer.speed=3"], "optimizer.speed=3 is refused by AdamW"),
+        (["optimizer=sgd", "optimizer.momentum=-0.5"], "optimizer.momentum=-0.5 is refused by SGD"),
+        (["optimizer=sgd", "optimizer.momentum=high"], "optimizer.momentum must be a number, got high"),
+        (["optimizer=adam", "+optimizer.eps=-1"], "optimizer.eps=-1 is refused by Adam"),
+        (["scheduler.T_max=long"], "scheduler.T_max must be a number, got long"),
+        (["scheduler.T_max=0"], "scheduler.T_max=0 is refused by CosineAnnealingLR"),
+        (["scheduler.eta_min=low"], "scheduler.eta_min must be a number, got low"),
+        (["scheduler=plateau", "scheduler.factor=2"], "scheduler.factor=2 is refused by ReduceLROnPlateau"),
+        (["scheduler=plateau", "scheduler.mode=best"], "scheduler.mode=best is refused by ReduceLROnPlateau"),
+        (["scheduler=plateau", "scheduler.patience=few"], "scheduler.patience must be a number, got few"),
+        (["scheduler=poly", "scheduler.power=x"], "scheduler.power must be a number, got x"),
+        (["scheduler=constant", "scheduler.factor=-1"], "scheduler.factor=-1 is refused by ConstantLR"),
+        (["scheduler=warmup_cosine", "scheduler.epochs=0"], "epochs must be an integer >= 1, got 0"),
+        (["scheduler=warmup_poly", "scheduler.start_factor=2"], "scheduler.start_factor=2 is refused by warmup"),
+        (["scheduler=warmup_cosine", "scheduler.scheduler.eta_min=x"], "scheduler.scheduler.eta_min must be a number"),
+    ],
+)
+def test_numbers_of_optimizer_and_schedule(tmp_path, arguments, message):
+    told = refused("fit", *NOWHERE, *arguments, cwd=tmp_path)
+    assert message in told
+    assert "nowhere" not in told
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_any_optimizer_that_trains_is_accepted():
+    trainer = L.Trainer(accelerator="cpu", logger=False, max_epochs=3, enable_checkpointing=False)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    for make in (partial(torch.optim.LBFGS, lr=0.1), partial(torch.optim.SparseAdam, lr=0.1), partial(NoProbe, lr=0.1)):
+        check_optimizer(SegmentationModule(net, optimizer=make), trainer)
+    state = torch.get_rng_state()
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=3)
+    module = SegmentationModule(net, optimizer=partial(torch.optim.Adam, lr=0.2), scheduler=one_cycle)
+    check_optimizer(module, trainer)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class NoProbe(torch.optim.SGD):
+    """Steps only with the parameters it was made for, as one that keeps them by name."""
+
+    def step(self, closure=None):
+        assert self.param_groups[0]["params"][0].shape == (2, 1, 1, 1)
+
+
+def test_only_a_plateau_of_a_validation_is_restricted():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    plateau, constant = (
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        torch.optim.lr_scheduler.ConstantLR(optimizer),
+    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, check_val_every_n_epoch=3, enable_checkpointing=False)
+    assert plateau_frequency(plateau, "epoch", "val/dice", trainer) == 3
+    assert plateau_frequency(plateau, "epoch", "train/loss", trainer) == 1
+    assert plateau_frequency(plateau, "step", "loss", trainer) == 1
+    assert plateau_frequency(constant, "step", "val/dice", trainer) == 1
