@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ from lightning_dice.losses import DiceLoss, SegmentationLoss
 from lightning_dice.losses.batch_loss import batch_loss, deep_supervision_loss, loss_terms, mean_image_loss
 from lightning_dice.metric_logging import MetricLogging, Stage
 from lightning_dice.metrics import DiceScore
+from lightning_dice.plateau import plateau_frequency
+from lightning_dice.schedules import UnknownLengthError, check_length, training_length, with_length
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +66,9 @@ class SegmentationModule(MetricLogging):
         metrics: a metric, which is then named `dice`, metrics by name, or a list of metrics, named as their classes;
             `DiceScore(average="none")` by default, which is for one channel. See below for what they get.
         optimizer: called with the parameters; AdamW with a rate of 1e-3 by default.
-        scheduler: called with the optimizer; none by default.
+        scheduler: called with the optimizer; none by default. In a `functools.partial` of one of torch's schedules, the
+            length `T_max=None`, `total_iters=None` or `total_steps=None` is that of the training, in epochs or
+            optimizer steps.
         class_names: a name for each channel of the logits, for logging; `class 0`, `class 1` ... by default.
         activation: `"sigmoid"` or `"softmax"`, for making masks of logits; by default the loss's.
         threshold: a probability above which a pixel is foreground; for a sigmoid only.
@@ -74,8 +79,9 @@ class SegmentationModule(MetricLogging):
         micro_batch_size: the most images that go through the network at once, for batches that do not fit in memory;
             all by default. The loss and its gradient are still those of the whole batch, for any loss, at the cost of
             one more forward pass; see below.
-        interval: when the scheduler steps: `"epoch"` or `"step"`.
-        monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches.
+        interval: when the scheduler steps: `"epoch"` or `"step"`, that is each optimizer step.
+        monitor: the metric that a scheduler such as `ReduceLROnPlateau` watches; it steps after an epoch's end with a
+            validation if that is one of `val/`.
         lr_scaling: how the learning rate of every parameter group grows with the number n of processes that have their
             own batches: `"linear"`, times n; `"sqrt"`, times the root of n; `None`: not at all. The scheduler starts
             from the scaled rate; rates that it sets itself (`eta_min`, `max_lr`) are not scaled. Accumulated batches
@@ -412,15 +418,35 @@ class SegmentationModule(MetricLogging):
         )
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and the scheduler, if there is one, in Lightning's form."""
+        """Return the optimizer and the scheduler, if there is one, in Lightning's form.
+
+        Without a Trainer, a scheduler that has the length of the training is left out.
+        """
         make = self.optimizer if self.optimizer is not None else lambda params: torch.optim.AdamW(params, lr=1e-3)
         optimizer = make(parameter for parameter in self.parameters() if parameter.requires_grad)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self._rate_factor()
         if self.scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.scheduler(optimizer), "interval": self.interval, "monitor": self.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        trainer = attached_trainer(self)
+        try:
+            scheduler = with_length(self.scheduler, self._schedule_length)(optimizer)
+        except UnknownLengthError:
+            if trainer is None:
+                return optimizer
+            raise
+        if trainer is not None and isinstance(scheduler, LRScheduler):
+            with suppress(UnknownLengthError):
+                check_length(scheduler, self.interval, self._schedule_length(), trainer.max_epochs)
+        frequency = plateau_frequency(scheduler, self.interval, self.monitor, trainer)
+        settings = {"interval": self.interval, "frequency": frequency, "monitor": self.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **settings}}
+
+    def _schedule_length(self) -> int:
+        trainer = attached_trainer(self)
+        if trainer is None:
+            raise UnknownLengthError("scheduler has the length of a training, but the module has no Trainer")
+        return training_length(trainer, self.interval)
 
     def _rate_factor(self) -> float:
         """Return the factor of the learning rate for the number of processes that have their own batches."""

@@ -1,12 +1,26 @@
-"""Learning rate schedules: a warm-up before any of torch's schedules."""
+"""Learning rate schedules: a warm-up before any of torch's schedules, and schedules as long as the training."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, ReduceLROnPlateau, SequentialLR
+
+from lightning_dice.library_internals.torch import sequence_parts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+# Names of the argument of torch's schedules that is their length.
+LENGTHS = ("T_max", "total_iters", "total_steps")
+
+
+class UnknownLengthError(ValueError):
+    """The number of steps of a schedule in a training is not known."""
 
 
 def warmup(
@@ -73,3 +87,99 @@ class _Sequence(SequentialLR):
             # At the milestone it calls `step(0)` on the next schedule, an argument that is deprecated.
             warnings.filterwarnings("ignore", r"The epoch parameter in `scheduler\.step\(\)`", UserWarning)
             super().step()
+
+
+def training_length(trainer: Trainer, interval: str) -> int:
+    """Return how often a schedule steps in a training.
+
+    Args:
+        trainer: at `configure_optimizers`, or later.
+        interval: `"epoch"`: the number of epochs; `"step"`: the number of optimizer steps.
+
+    Raises:
+        UnknownLengthError: the training has no known end.
+    """
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
+    if interval == "epoch" and trainer.max_steps == -1 and epochs is not None:
+        return epochs
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does, but for an unlimited number of epochs
+    steps = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
+    if interval == "step" and steps not in (-1, float("inf")):
+        return int(steps)
+    if interval == "epoch" and batches not in (0, float("inf")) and trainer.max_steps != -1:
+        in_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+        by_steps = -(-trainer.max_steps // in_epoch)
+        return by_steps if epochs is None else min(epochs, by_steps)
+    raise UnknownLengthError(
+        f"scheduler: how many {interval}s the training has is not known: give trainer.max_epochs or trainer.max_steps, "
+        f"or the length of the schedule ({' or '.join(LENGTHS)})"
+    )
+
+
+def with_length(
+    scheduler: Callable[[Optimizer], LRScheduler], length: Callable[[], int]
+) -> Callable[[Optimizer], LRScheduler]:
+    """Give a schedule the length of the training, if its own is `None`.
+
+    Args:
+        scheduler: a `functools.partial` of one of torch's schedules with `T_max=None`, `total_iters=None` or
+            `total_steps=None`, or of `warmup` with such a `scheduler`, which gets what remains after the warm-up, at
+            least 1. Anything else is returned as it is.
+        length: returns the number of steps of the schedule in the training; called only if it is needed.
+
+    >>> from torch.optim.lr_scheduler import CosineAnnealingLR
+    >>> with_length(partial(CosineAnnealingLR, T_max=None, eta_min=0.1), lambda: 12).keywords
+    {'T_max': 12, 'eta_min': 0.1}
+    """
+    if not isinstance(scheduler, partial):
+        return scheduler
+    given: dict[str, Any] = dict(scheduler.keywords)
+    for name in LENGTHS:
+        if name in given and given[name] is None:
+            given[name] = length()
+    if scheduler.func is warmup and isinstance(given.get("scheduler"), partial):
+        first = given.get("epochs", 0)
+        given["scheduler"] = with_length(given["scheduler"], lambda: max(1, length() - first))
+    return partial(scheduler.func, *scheduler.args, **given)
+
+
+def check_length(scheduler: LRScheduler, interval: str, length: int, epochs: int | None) -> None:
+    """Check that a schedule does not end long before the training.
+
+    Args:
+        scheduler: the schedule.
+        interval: when it steps, `"epoch"` or `"step"`.
+        length: number of its steps in the training.
+        epochs: number of epochs of the training; `None`: not known.
+
+    Raises:
+        ValueError: the learning rate would be 0 for the rest of the training, or a length is a number of epochs, and
+            the schedule counts optimizer steps.
+    """
+    part, start = _last_part(scheduler)
+    name = next((name for name in LENGTHS if hasattr(part, name)), None)
+    if name is None:
+        return
+    end = start + getattr(part, name)
+    kind = f"{type(part).__name__} with {name}={getattr(part, name)}"
+    if interval == "step" and end == epochs and end < length:
+        raise ValueError(
+            f"scheduler: {kind} ends after {end} of {length} optimizer steps, as module.interval=step; that is the "
+            f"number of epochs: set {name} to null, which is the whole training, or module.interval=epoch"
+        )
+    if isinstance(part, PolynomialLR) and end < length:
+        raise ValueError(
+            f"scheduler: {kind} ends after {end} of {length} {interval}s, and the learning rate is 0 from then on: set "
+            f"{name} to null, which is the whole training"
+        )
+
+
+def _last_part(scheduler: LRScheduler) -> tuple[LRScheduler, int]:
+    """Return the last schedule of a sequence, and the step at which it starts."""
+    start = 0
+    while isinstance(scheduler, SequentialLR):
+        scheduler, offset = sequence_parts(scheduler)[-1]
+        start += offset
+    return scheduler, start

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dice import SegmentationModule
 from lightning_dice.cli.config import CONF_DIR, instantiate, register_resolvers
-from lightning_dice.schedules import warmup
+from lightning_dice.schedules import UnknownLengthError, warmup, with_length
 
 
 def optimizer(*rates: float) -> torch.optim.Optimizer:
@@ -103,6 +103,118 @@ class Rates(L.Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
+PAIRS = [(torch.randn(1, 4, 4), torch.zeros(1, 4, 4)) for _ in range(8)]
+
+
+def rates_in_training(scheduler, interval, **settings) -> list[float]:
+    """The rate at every batch; two batches of four images in an epoch, unless `data` are given."""
+    module = SegmentationModule(
+        torch.nn.Conv2d(1, 1, 1), optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=scheduler, interval=interval
+    )
+    seen = Rates()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    data = settings.pop("data", DataLoader(PAIRS, batch_size=4))
+    L.Trainer(callbacks=[seen], accelerator="cpu", **quiet, **settings).fit(module, data, DataLoader(PAIRS[:1]))
+    return seen.seen
+
+
+FALLING = partial(PolynomialLR, total_iters=None, power=1.0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "interval", "settings", "expected"),
+    [
+        (FALLING, "step", {"max_epochs": 2}, [1, 0.75, 0.5, 0.25]),
+        (FALLING, "epoch", {"max_epochs": 2}, [1, 1, 0.5, 0.5]),
+        (FALLING, "step", {"max_epochs": 4, "accumulate_grad_batches": 2}, [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]),
+        (FALLING, "step", {"max_epochs": -1, "max_steps": 3}, [1, 2 / 3, 1 / 3]),
+        (FALLING, "step", {"max_epochs": 9, "max_steps": 2}, [1, 0.5]),
+        (FALLING, "epoch", {"max_epochs": -1, "max_steps": 3}, [1, 1, 0.5]),
+        (FALLING, "epoch", {"max_epochs": 9, "max_steps": 4}, [1, 1, 0.5, 0.5]),
+        (FALLING, "epoch", {"max_epochs": 2, "max_steps": 99}, [1, 1, 0.5, 0.5]),
+        (FALLING, "step", {"max_epochs": 2, "limit_train_batches": 1}, [1, 0.5]),
+        (partial(CosineAnnealingLR, T_max=None, eta_min=0.5), "step", {"max_epochs": 1}, [1, 0.75]),
+        (
+            partial(warmup, scheduler=FALLING, epochs=1, start_factor=0.5),
+            "step",
+            {"max_epochs": 2},
+            [0.5, 1, 2 / 3, 1 / 3],
+        ),
+        (partial(warmup, scheduler=FALLING, epochs=1, start_factor=0.5), "epoch", {"max_epochs": 2}, [0.5, 0.5, 1, 1]),
+        (partial(warmup, scheduler=FALLING, epochs=9, start_factor=0.1), "step", {"max_epochs": 1}, [0.1, 0.2]),
+        (partial(CosineAnnealingLR, T_max=1, eta_min=0.5), "epoch", {"max_epochs": 2}, [1, 1, 0.5, 0.5]),
+        (partial(CosineAnnealingLR, T_max=1, eta_min=0.5), "step", {"max_epochs": 2}, [1, 0.5, 1, 0.5]),  # a cycle
+    ],
+)
+def test_a_schedule_without_a_length_has_that_of_the_training(scheduler, interval, settings, expected):
+    assert rates_in_training(scheduler, interval, **settings) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "interval", "message"),
+    [
+        (
+            partial(CosineAnnealingLR, T_max=3),
+            "step",
+            "CosineAnnealingLR with T_max=3 ends after 3 of 6 optimizer steps",
+        ),
+        (
+            partial(PolynomialLR, total_iters=3),
+            "step",
+            "PolynomialLR with total_iters=3 ends after 3 of 6 optimizer steps",
+        ),
+        (PolynomialLR, "step", "PolynomialLR with total_iters=5 ends after 5 of 6 steps, and the learning rate is 0"),
+        (
+            partial(PolynomialLR, total_iters=2),
+            "epoch",
+            "total_iters=2 ends after 2 of 3 epochs, and the learning rate is",
+        ),
+        (
+            partial(warmup, scheduler=partial(CosineAnnealingLR, T_max=2), epochs=1),
+            "step",
+            "CosineAnnealingLR with T_max=2 ends after 3 of 6 optimizer steps",
+        ),
+        (
+            partial(warmup, scheduler=partial(PolynomialLR, total_iters=2), epochs=2),
+            "step",
+            "total_iters=2 ends after 4 of 6 steps",
+        ),
+    ],
+)
+def test_a_schedule_that_ends_before_the_training_is_refused(scheduler, interval, message):
+    with pytest.raises(ValueError, match=message):
+        rates_in_training(scheduler, interval, max_epochs=3)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(PAIRS * 99)
+
+
+@pytest.mark.parametrize(
+    ("interval", "settings"),
+    [
+        ("epoch", {"max_epochs": -1}),
+        ("step", {"max_epochs": -1}),
+        ("step", {"max_epochs": 2, "data": DataLoader(Endless())}),
+        ("epoch", {"max_epochs": -1, "max_steps": 2, "data": DataLoader(Endless())}),
+    ],
+)
+def test_a_training_without_an_end_has_no_length(interval, settings):
+    with pytest.raises(UnknownLengthError, match=f"how many {interval}s the training has is not known"):
+        rates_in_training(FALLING, interval, **settings)
+
+
+def test_the_length_of_steps_may_be_given_where_the_data_have_none():
+    settings = {"max_epochs": -1, "max_steps": 2, "data": DataLoader(Endless())}
+    assert rates_in_training(FALLING, "step", **settings) == [1.0, 0.5]
+
+
+def test_without_a_trainer_the_optimizer_is_alone():
+    module = SegmentationModule(torch.nn.Conv2d(1, 1, 1), scheduler=FALLING)
+    assert isinstance(module.configure_optimizers(), torch.optim.AdamW)
+
+
 def test_by_optimizer_step_with_accumulation():
     pairs = [(torch.randn(1, 4, 4), torch.zeros(1, 4, 4)) for _ in range(8)]
     module = SegmentationModule(
@@ -119,13 +231,23 @@ def test_by_optimizer_step_with_accumulation():
     assert seen.seen == pytest.approx([0.5, 0.5, 0.75, 0.75, 1, 1, 0.5, 0.5])
 
 
+@pytest.mark.parametrize(("name", "end"), [("cosine", 1e-6), ("poly", 0.0)])
+def test_schedules_without_a_warmup_end_with_the_training(name, end):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("fit", overrides=[f"scheduler={name}"])
+    seen = rates(with_length(instantiate(config.scheduler, "scheduler"), lambda: 7)(optimizer(1.0)), 8)
+    assert seen[0] == [1.0]
+    assert seen[6][0] > 0.01
+    assert seen[7] == pytest.approx([end], abs=1e-12)
+
+
 @pytest.mark.parametrize(("name", "end"), [("warmup_cosine", 1e-6), ("warmup_poly", 0.0)])
 @pytest.mark.parametrize(("total", "epochs"), [(12, 3), (3, 3), (1, 3)])
 def test_the_catalogues_schedules_end_with_the_training(name, end, total, epochs):
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("fit", overrides=[f"scheduler={name}", f"trainer.max_epochs={total}"])
-    schedule = instantiate(config.scheduler, "scheduler")(optimizer(1.0))
+    schedule = with_length(instantiate(config.scheduler, "scheduler"), lambda: total)(optimizer(1.0))
     seen = [one for (one,) in rates(schedule, total + 1)]
     assert seen[: min(total, epochs)] == pytest.approx([rising(epoch, 3, 0.1) for epoch in range(min(total, epochs))])
     if total > epochs:

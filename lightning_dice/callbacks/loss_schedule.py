@@ -34,7 +34,8 @@ class LossSchedule(Callback):
             numbers.
         end: the value from the last of the `epochs` on.
         begin_epoch: e0, the first of the epochs in which the value changes, counted from 0.
-        epochs: n, the number of those epochs; with 1, the first has `end` already.
+        epochs: n, the number of those epochs; with 1, the first has `end` already. `None`: until the last epoch of the
+            training.
         shape: `"linear"`; `"cosine"`, slow at both ends; `"exponential"`, by the same factor every epoch, for numbers
             above 0; `"step"`, `start` until the last of them.
 
@@ -53,7 +54,7 @@ class LossSchedule(Callback):
         start: float | Sequence[float],
         end: float | Sequence[float],
         *,
-        epochs: int,
+        epochs: int | None = None,
         begin_epoch: int = 0,
         shape: Shape = "linear",
     ) -> None:
@@ -62,7 +63,7 @@ class LossSchedule(Callback):
                 f"setting must be names with dots between them, such as 'weights.boundary', got {setting!r}"
             )
         self.setting, self.shape = setting, check_choice("shape", shape, Shape)
-        self.epochs = check_count("epochs", epochs)
+        self.epochs = None if epochs is None else check_count("epochs", epochs)
         self.begin_epoch = check_count("begin_epoch", begin_epoch, 0)
         self.start, self.end = _read_value("start", start), _read_value("end", end)
         if isinstance(self.start, tuple) and isinstance(self.end, tuple) and len(self.start) != len(self.end):
@@ -70,6 +71,7 @@ class LossSchedule(Callback):
         if shape == "exponential" and min(_as_tuple(self.start) + _as_tuple(self.end)) <= 0:
             raise ValueError(f"start and end must be > 0 with shape='exponential', got {start!r} and {end!r}")
         self._number: _LossNumber | None = None
+        self._length = self.epochs
 
     def value(self, epoch: int) -> Value:
         """Return the value in an epoch, counted from 0."""
@@ -82,6 +84,13 @@ class LossSchedule(Callback):
         """Find the setting, and check `start` and `end`."""
         if stage != "fit":
             return
+        if self.epochs is None:
+            if trainer.max_epochs is None or trainer.max_epochs < 0:
+                raise ValueError(
+                    f"epochs of the change of {self.setting!r} must be given, as the training has no last epoch "
+                    f"(max_epochs={trainer.max_epochs})"
+                )
+            self._length = max(1, trainer.max_epochs - self.begin_epoch)
         loss = getattr(pl_module, "loss", None)
         if loss is None:
             raise ValueError(f"setting {self.setting!r} belongs to the module's loss, but the module has no loss")
@@ -96,9 +105,10 @@ class LossSchedule(Callback):
             print(f"change  {self}", flush=True)
 
     def __str__(self) -> str:
-        last = self.begin_epoch + self.epochs - 1
+        length = self._known_length()
+        last = self.begin_epoch + length - 1
         start, end = (" and ".join(f"{number:g}" for number in _as_tuple(value)) for value in (self.start, self.end))
-        when = f"in epoch {last}" if self.epochs == 1 else f"in epochs {self.begin_epoch} to {last}, {self.shape}"
+        when = f"in epoch {last}" if length == 1 else f"in epochs {self.begin_epoch} to {last}, {self.shape}"
         return f"{self.setting} of the loss from {start} to {end} {when}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,13 +142,19 @@ class LossSchedule(Callback):
             self._number.restore()
             self._number = None
 
+    def _known_length(self) -> int:
+        if self._length is None:
+            raise ValueError("epochs must be given: until training starts, its number of epochs is not known")
+        return self._length
+
     def _interpolate(self, start: float, end: float, epoch: int) -> float:
         done = epoch - self.begin_epoch
-        if done >= self.epochs - 1 and done >= 0:
+        length = self._known_length()
+        if done >= length - 1 and done >= 0:
             return end
         if done <= 0 or self.shape == "step":
             return start
-        fraction = done / (self.epochs - 1)
+        fraction = done / (length - 1)
         if self.shape == "exponential":
             return start * math.exp(fraction * math.log(end / start))
         if self.shape == "cosine":

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from lightning_dice.library_internals import internal, set_internal
 
@@ -50,6 +51,12 @@ def original_name(name: str) -> str:
     'net.weight'
     """
     return name.replace("_orig_mod.", "")
+
+
+def sequence_parts(scheduler: SequentialLR) -> list[tuple[LRScheduler, int]]:
+    """Return the schedules of a sequence, and the steps at which they start (`_schedulers`, `_milestones`)."""
+    parts = internal(scheduler, "_schedulers", "torch")
+    return list(zip(parts, [0, *internal(scheduler, "_milestones", "torch")], strict=True))
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
