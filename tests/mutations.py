@@ -183,15 +183,20 @@ mutate(
         "return loss.clamp(min=0) ** gamma",
         NUMBERS + "test_the_slope_of_a_root_is_bounded",
     ),
-)
-mutate(
-    "losses/dice.py",
-    ("log-dice-without-gamma", "tiny).log(), self.gamma)", "tiny).log(), 1.0)", definition("log_dice-root-sigmoid")),
     (
-        "log-dice-clamps-small-scores",
+        "logarithm-clamps-small-scores",
         "score.clamp(min=torch.finfo(score.dtype).tiny)",
         "score.clamp(min=1e-2)",
         [hard("classes_absent_from_the_target[log_dice-sigmoid]"), definition("log_dice-sigmoid")],
+    ),
+)
+mutate(
+    "losses/dice.py",
+    (
+        "log-dice-without-gamma",
+        "dice_score(sums, self.smooth), self.gamma)",
+        "dice_score(sums, self.smooth))",
+        definition("log_dice-root-sigmoid"),
     ),
     (
         "log-cosh-of-twice-the-loss",
@@ -221,9 +226,33 @@ mutate(
         definition("focal_tversky-sigmoid"),
     ),
     (
+        "log-jaccard-without-gamma",
+        "jaccard_score(sums, self.smooth), self.gamma)",
+        "jaccard_score(sums, self.smooth))",
+        definition("log_jaccard-root-sigmoid"),
+    ),
+    (
+        "log-tversky-without-gamma",
+        "self.alpha, self.beta, self.smooth), self.gamma)",
+        "self.alpha, self.beta, self.smooth))",
+        definition("log_tversky-sharp-sigmoid"),
+    ),
+    (
+        "log-tversky-weighs-errors-alike",
+        "minus_log(tversky_score(sums, self.alpha, self.beta,",
+        "minus_log(tversky_score(sums, self.alpha, self.alpha,",
+        definition("log_tversky-softmax"),
+    ),
+    (
+        "tversky-like-smp-raises-classes",
+        "    if gamma != 1:\n",
+        "    if False:\n",
+        PRESETS + "test_refuses",
+    ),
+    (
         "tversky-accepts-squares",
-        "        if self.squared:\n",
-        "        if False:\n",
+        "    if loss.squared:\n",
+        "    if False:\n",
         REFUSALS + "test_settings_that_exclude_each_other",
     ),
 )
@@ -2440,6 +2469,36 @@ mutate(
         f"{FREEZE}batch_norm_evaluates_while_it_is_frozen_and_dropout_does_not",
     ),
 )
+for file, maker in (
+    ("callbacks/collapse_guard.py", "CollapseGuard"),
+    ("callbacks/input_check.py", "InputCheck"),
+    ("data/datamodule.py", "SegmentationData"),
+    ("inference/calibrator.py", "Calibrator"),
+):
+    mutate(
+        file,
+        (
+            f"ignored-label-unchecked-{maker}",
+            'check_label("ignore_index", ignore_index)',
+            "ignore_index",
+            f"test_ignored_labels.py::test_a_label_is_an_integer[{maker}]",
+        ),
+    )
+for file, maker in (
+    ("data/label_map.py", "LabelMap"),
+    ("data/patches.py", "PatchSampler"),
+    ("functional/target_reader.py", "SignedDistance"),
+    ("scoring/settings.py", "CaseTable"),
+):
+    mutate(
+        file,
+        (
+            f"ignored-label-unchecked-{maker}",
+            'check_label("ignore_index", self.ignore_index)',
+            "pass",
+            f"test_ignored_labels.py::test_a_label_is_an_integer[{maker}]",
+        ),
+    )
 mutate(
     "callbacks/throughput.py",
     (

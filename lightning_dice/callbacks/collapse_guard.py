@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_dice.argument_checks import check_choice, check_count
+from lightning_dice.argument_checks import check_choice, check_count, check_label
 from lightning_dice.callbacks.step_outputs import Activation, step_logits
 from lightning_dice.data.batch import find_batch
 from lightning_dice.functional import hard_sums
@@ -70,7 +70,8 @@ class CollapseGuard(Callback):
         patience: int = 3,
         action: Literal["warn", "stop"] = "warn",
     ) -> None:
-        self.classes, self.threshold, self.ignore_index = list(classes), threshold, ignore_index
+        self.classes, self.threshold = list(classes), threshold
+        self.ignore_index = check_label("ignore_index", ignore_index)
         self.activation = check_choice("activation", activation, Activation)
         self.exclude_classes = frozenset(exclude_classes)
         self.patience = check_count("patience", patience)

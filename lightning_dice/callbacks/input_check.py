@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_dice.argument_checks import check_choice
+from lightning_dice.argument_checks import check_choice, check_label
 from lightning_dice.callbacks.step_outputs import Activation, step_logits
 from lightning_dice.data.batch import find_batch
 from lightning_dice.functional import read_logits
@@ -75,7 +75,8 @@ activation="sigmoid" for a binary task
                 f"classes must be at least 2 with a softmax, which is always 1 over one channel, got {list(classes)}; "
                 'use activation="sigmoid" for a binary task'
             )
-        self.classes, self.activation, self.ignore_index = list(classes), activation, ignore_index
+        self.classes, self.activation = list(classes), activation
+        self.ignore_index = check_label("ignore_index", ignore_index)
         self._done: set[str] = set()  # checks that are made once
         self._statistics: dict[str, _MaskStatistics] = {}  # by split, in the first epoch
         self._hook: RemovableHandle | None = None

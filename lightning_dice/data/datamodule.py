@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dice.argument_checks import check_label
 from lightning_dice.data.batch import Batch, Sample
 from lightning_dice.data.batching import (
     Augment,
@@ -134,7 +135,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.num_workers = num_workers
         self.augment = augment
         self.normalize = normalize
-        self.ignore_index = ignore_index
+        self.ignore_index = check_label("ignore_index", ignore_index)
         self.pin_memory = pin_memory
         self.patches = patches
         self.maps = maps

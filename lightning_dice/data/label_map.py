@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dice.argument_checks import check_label
 from lightning_dice.text import join_some
 
 MAX_SPAN = 2**20  # stored values; a wider range is searched instead of tabulated
@@ -74,6 +75,7 @@ class LabelMap:
                     raise ValueError(f"values must mean one thing each, got {value} for {owners[value]} and {name!r}")
                 owners[value] = repr(name)
         ids = range(len(self.classes) if softmax else 2)
+        check_label("ignore_index", self.ignore_index)
         if self.ignore_index is not None and self.ignore_index in ids:
             raise ValueError(f"ignore_index must be no class's id, got {self.ignore_index}; keep it at 255 or so")
         if self.ignored and self.ignore_index is None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from lightning_dice.argument_checks import check_label
 from lightning_dice.data.batch import Sample
 from lightning_dice.data.interfaces import Cases
 from lightning_dice.data.transforms import fit_normalization_to_blocks
@@ -86,6 +87,7 @@ class PatchSampler:
             )
         if not self.cache >= 0:
             raise ValueError(f"cache must be GiB, at least 0, got {self.cache!r}")
+        check_label("ignore_index", self.ignore_index)
         object.__setattr__(self, "patch_size", tuple(int(n) for n in self.patch_size))
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dice.argument_checks import check_count
+from lightning_dice.argument_checks import check_count, check_label
 from lightning_dice.kernels import Activation
 from lightning_dice.kernels.sums import valid_pixels
 
@@ -30,7 +30,8 @@ class TargetReader:
         exclude_classes: indices of classes to skip; their maps are 0 everywhere.
 
     Raises:
-        ValueError: `classes` below 1; in a call, ids without `classes`, or another number of planes.
+        ValueError: `classes` below 1, or an `ignore_index` that is no integer; in a call, ids without `classes`, or
+            another number of planes.
 
     >>> TargetReader("softmax", classes=3).masks(torch.tensor([0, 2, 2])).int()
     tensor([[1, 0, 0],
@@ -46,6 +47,7 @@ class TargetReader:
     def __post_init__(self) -> None:
         if self.classes is not None:
             check_count("classes", self.classes, optional=True)
+        check_label("ignore_index", self.ignore_index)
 
     def holds_ids(self, target: Tensor) -> bool:
         """Return whether a target is read as class ids."""

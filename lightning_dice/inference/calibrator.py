@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dice.argument_checks import check_choice, check_count, check_number
+from lightning_dice.argument_checks import check_choice, check_count, check_label, check_number
 from lightning_dice.functional import AbsentPolicy, dice_score, hard_sums
 from lightning_dice.kernels import OverlapSums
 
@@ -95,7 +95,8 @@ class Calibrator:
         self.activation: Literal["sigmoid", "softmax"] = check_choice("activation", activation, ("sigmoid", "softmax"))
         check_number("threshold", threshold, 0, 1, open_ends=True)
         self.threshold_logit = math.log(threshold / (1 - threshold)) if activation == "sigmoid" else 0.0
-        self.ignore_index, self.exclude_classes, self.smooth = ignore_index, exclude_classes, smooth
+        self.ignore_index = check_label("ignore_index", ignore_index)
+        self.exclude_classes, self.smooth = exclude_classes, smooth
         self.absent = absent if absent is not None else AbsentPolicy()
         self.pool: Literal["image", "dataset"] = check_choice("pool", pool, ("image", "dataset"))
         self.pixels = check_count("pixels", pixels)

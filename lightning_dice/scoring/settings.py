@@ -6,7 +6,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_dice.argument_checks import check_choice, check_class_indices, check_count, check_flag, check_number
+from lightning_dice.argument_checks import (
+    check_choice,
+    check_class_indices,
+    check_count,
+    check_flag,
+    check_label,
+    check_number,
+)
 
 Activation = Literal["sigmoid", "softmax"]
 
@@ -51,6 +58,7 @@ class Scoring:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"classes must be distinct names, at least one, got {names}")
         check_choice("activation", self.activation, Activation)
+        check_label("ignore_index", self.ignore_index)
         excluded = check_class_indices("exclude_classes", self.exclude_classes)
         if any(index >= len(names) for index in excluded):
             raise ValueError(f"exclude_classes must be indices of {len(names)} classes, got {list(excluded)}")
