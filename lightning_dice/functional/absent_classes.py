@@ -23,7 +23,9 @@ class AbsentPolicy:
     | `"skip"` | left out of the mean | left out of the mean |
     | `"penalize"` | loss: the mean of -log(1 - p); metric: as `"smooth"` | as `"smooth"` |
 
-    With every rule, a class whose pixels are all ignored is left out, and so is a score of 0/0.
+    With every rule, a class whose pixels are all ignored is left out, and so is a score of 0/0. A sigmoid or softmax is
+    never 0, so a network's prediction has some of every class, however low its logits are; hard predictions, and
+    probabilities that are passed with `activation=None`, may have none.
 
     The smoothed formula hardly moves the prediction on an empty image, as the gradient of 1 - s/(Σp + s) falls with the
     square of Σp. The penalty is the cross-entropy of the class being absent; its gradient in a logit is p / count.

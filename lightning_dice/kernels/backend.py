@@ -93,7 +93,12 @@ class Backend(Protocol):
         """Whether the backend can compute these sums of these tensors."""
 
     def forward(self, spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the sums, float64 `(rows, images, classes)`. May raise `OutOfRange`."""
+        """Return the sums, float64 `(rows, images, classes)`. May raise `OutOfRange`.
+
+        With an activation, `predicted` and `predicted_squares` are at least `LEAST` times `count`, and `overlap` and
+        `minimum` at least `LEAST` times `actual`, so that whether a class counts does not depend on the logit at which
+        the backend's exponential becomes 0. The gradient ignores this limit.
+        """
 
     def backward(self, spec: SumsSpec, grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Return the gradient of the logits, in their shape, dtype and memory format, from the gradient of the sums."""

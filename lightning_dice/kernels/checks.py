@@ -62,6 +62,8 @@ def check_shapes(
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     if logits.ndim < 3:
         raise ValueError(f"logits must have the shape (batch, classes, *space), got {tuple(logits.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have at least one class, got the shape {tuple(logits.shape)}")
     shape, classes = tuple(logits.shape), logits.shape[1]
     ids_shape = shape[:1] + shape[2:]
     if activation == "softmax" and classes < 2:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.pixels import Pixels, log, softplus
-from lightning_dice.kernels.sums import Focal, OverlapSums, RequiredSums, wide_dtype
+from lightning_dice.kernels.sums import Focal, OverlapSums, RequiredSums, at_least, wide_dtype
 
 _BLOCK = 1 << 16  # pixels
 
@@ -94,9 +94,18 @@ def accumulate(
                 more["focal"] = add(_weighted(_focal(nll, required.focal.gamma), own), ids)
     exclusive = pixels.activation == "softmax" or not pixels.planes
     sums = OverlapSums(overlap, predicted, actual, count.expand_as(overlap), **more, exclusive=exclusive)
+    sums = sums if pixels.activation is None else _without_underflow(sums)
     if annotated is None:
         return sums
     return sums.map(lambda field: field.where(annotated, torch.zeros((), dtype=field.dtype, device=field.device)))
+
+
+def _without_underflow(sums: OverlapSums) -> OverlapSums:
+    """Raise the sums of probabilities to those of `LEAST`, see `Backend.forward`."""
+    count, actual = sums.count, sums.actual
+    limits = {"overlap": actual, "predicted": count, "predicted_squares": count, "minimum": actual}
+    found = sums.fields
+    return sums.replace(**{name: at_least(found[name], limits[name]) for name in limits if name in found})
 
 
 def total(values: Tensor) -> Tensor:

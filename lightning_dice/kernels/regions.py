@@ -61,7 +61,9 @@ class _Accumulators:
 
     def __init__(self, regions: Tensor) -> None:
         images, classes = regions.shape[:2]
-        number = (regions.amax(2) + 1).long().flatten()
+        # An image without pixels has no regions.
+        greatest = regions.amax(2) if regions.shape[2] else regions.new_full((images, classes), -1)
+        number = (greatest + 1).long().flatten()
         ends = number.cumsum(0)
         # The number of regions is a shape, and the only value that a GPU must be stalled for.
         self.regions = int(ends[-1]) if ends.numel() else 0

@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A sigmoid or a softmax is above 0, but underflows, in each backend at another logit. Sums are at least those of
+# probabilities that the backends compute alike.
+LEAST = 2.0**-100
+
 
 class Focal(NamedTuple):
     """The focal factor of a cross-entropy (Lin et al., ICCV 2017).
@@ -93,6 +97,15 @@ def holds_label(target: Tensor, ignore_index: int | None) -> bool:
     return limits.min <= ignore_index <= limits.max
 
 
+def at_least(sums: Tensor, number: Tensor) -> Tensor:
+    """Raise sums to those of `number` probabilities of `LEAST`; the gradient stays that of the original sums.
+
+    >>> at_least(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 4.0])) > 0
+    tensor([True, True])
+    """
+    return sums + (LEAST * number - sums).clamp(min=0).detach()
+
+
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
     """Return a mask of the pixels that are not ignored; `None` if the target cannot hold the ignored label.
 
@@ -108,7 +121,8 @@ def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:
 class OverlapSums:
     r"""Sums over the pixels of each class in each image, each of shape `(images, classes)`.
 
-    With the pixel weight `w` (0 at ignored pixels), the probability `p` and the target `t`:
+    With the pixel weight `w` (0 at ignored pixels), the probability `p` and the target `t`; a sigmoid or softmax whose
+    sum is below that of probabilities of 2^-100, at logits of about -69, counts as those:
 
     Attributes:
         overlap: :math:`\sum w p t`.

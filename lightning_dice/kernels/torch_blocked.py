@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dice.kernels.backend import SumsSpec
 from lightning_dice.kernels.huge_pages import advise_huge_pages
 from lightning_dice.kernels.pixels import read_pixels
+from lightning_dice.kernels.sums import LEAST
 
 _BLOCK = 1 << 19  # logits: few enough for the cache, enough to keep all threads busy
 CHECKS_VALUES = False
@@ -39,6 +40,8 @@ def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | Non
     for image, _, block in _blocks(spec, logits, target, weight):
         fields = _sigmoid_sums(block, spec) if spec.planes else _softmax_sums(block, spec)
         sums[:, image] += torch.stack([fields[name].double() for name in spec.rows])
+    # Of overlap and predicted, by actual and count.
+    torch.maximum(sums[:2], LEAST * sums[2:4], out=sums[:2])
     return sums
 
 

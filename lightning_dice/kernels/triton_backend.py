@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.backend import SumsSpec
+from lightning_dice.kernels.sums import LEAST
 from lightning_dice.library_internals.torch import constant_in_graphs
 
 # Reading a flag back would stall the GPU.
@@ -82,7 +83,9 @@ def forward(spec: SumsSpec, logits: Tensor, target: Tensor, weight: Tensor | Non
     shape = (launch.plan.chunks, len(spec.rows), images, classes)
     partial = torch.empty(shape, dtype=torch.float64, device=logits.device)
     actual_squares = _row(spec, "actual_squares")
-    launch(_kernels().sums_kernel, (partial,), ROWS=len(spec.rows), ACTUAL_SQUARES_ROW=actual_squares)
+    # Probabilities that were passed may be 0.
+    least = 0.0 if spec.activation is None else LEAST
+    launch(_kernels().sums_kernel, (partial,), ROWS=len(spec.rows), ACTUAL_SQUARES_ROW=actual_squares, LEAST=least)
     # Reproducible too: torch adds along an axis without atomic operations.
     return partial[0] if launch.plan.chunks == 1 else partial.sum(0)
 
@@ -115,14 +118,16 @@ class _Launch:
         tensors = _FlatTensors.of(logits, target, weight)
         return cls(spec, tensors, _Plan.of(spec, tensors.logits))
 
-    def __call__(self, kernel: Any, outputs: tuple[Tensor, ...], strides: tuple[int, ...] = (), **rows: int) -> None:
+    def __call__(
+        self, kernel: Any, outputs: tuple[Tensor, ...], strides: tuple[int, ...] = (), **constants: float
+    ) -> None:
         """Launch a kernel.
 
         Args:
             kernel: one of `triton_kernels`.
             outputs: the tensors it writes, its first pointers.
             strides: the output's strides, if the kernel takes them.
-            rows: constants that only this kernel takes.
+            constants: those that only this kernel takes.
         """
         tensors, plan = self.tensors, self.plan
         arguments = (
@@ -138,7 +143,7 @@ class _Launch:
         device = tensors.logits.device
         # Triton launches on the current device, which may be another.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(plan.programs,)](*arguments, **rows, **self._constants(), num_warps=plan.warps)
+            kernel[(plan.programs,)](*arguments, **constants, **self._constants(), num_warps=plan.warps)
 
     def _constants(self) -> dict[str, Any]:
         spec, tensors, plan = self.spec, self.tensors, self.plan

@@ -110,6 +110,12 @@ def _sum_pixels(x):
 
 
 @triton.jit
+def _at_least(x, number, LEAST: tl.constexpr):
+    """Return a sum of probabilities, or that of `number` of LEAST if these underflow; NaN stays."""
+    return tl.where(x < LEAST * number, LEAST * number, x)
+
+
+@triton.jit
 def _load_tile(
     z_ptr,
     t_ptr,
@@ -220,6 +226,7 @@ def sums_kernel(
     BLOCK_P: tl.constexpr,
     STAGES: tl.constexpr,
     INDEX: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
     """Write partial sums, `(chunks, rows, images, classes)`: each program those of its chunk of an image's pixels."""
     EXCLUSIVE: tl.constexpr = IDS or ACTIVATION == "softmax"
@@ -299,16 +306,18 @@ def sums_kernel(
     row = images.to(tl.int64) * classes
     out = out_ptr + chunk.to(tl.int64) * ROWS * row + image * classes + c
     mask = c < classes
-    tl.store(out, _sum_pixels(overlap), mask=mask)
-    tl.store(out + row, _sum_pixels(predicted), mask=mask)
-    tl.store(out + 2 * row, _sum_pixels(actual), mask=mask)
-    tl.store(out + 3 * row, tl.broadcast_to(_sum_pixels(count), [BLOCK_C]), mask=mask)
+    actual_sum = _sum_pixels(actual)
+    count_sum = tl.broadcast_to(_sum_pixels(count), [BLOCK_C])
+    tl.store(out, _at_least(_sum_pixels(overlap), actual_sum, LEAST), mask=mask)
+    tl.store(out + row, _at_least(_sum_pixels(predicted), count_sum, LEAST), mask=mask)
+    tl.store(out + 2 * row, actual_sum, mask=mask)
+    tl.store(out + 3 * row, count_sum, mask=mask)
     if SQUARES_ROW >= 0:
-        tl.store(out + SQUARES_ROW * row, _sum_pixels(squares), mask=mask)
+        tl.store(out + SQUARES_ROW * row, _at_least(_sum_pixels(squares), count_sum, LEAST), mask=mask)
     if ACTUAL_SQUARES_ROW >= 0:
         tl.store(out + ACTUAL_SQUARES_ROW * row, _sum_pixels(actual_squares), mask=mask)
     if MINIMUM_ROW >= 0:
-        tl.store(out + MINIMUM_ROW * row, _sum_pixels(minimum), mask=mask)
+        tl.store(out + MINIMUM_ROW * row, _at_least(_sum_pixels(minimum), actual_sum, LEAST), mask=mask)
     if NLL_ROW >= 0:
         tl.store(out + NLL_ROW * row, _sum_pixels(nll), mask=mask)
     if ALL_NLL_ROW >= 0:

@@ -93,7 +93,8 @@ class SegmentationLoss(nn.Module):
             maps: results of `maps` for each target, stacked, by name; missing ones are computed.
 
         Returns:
-            A scalar, or a table with `reduction="none"` where the loss has it; float32 (float64 for float64 logits).
+            A scalar, or a table with `reduction="none"` where the loss has it; float32 (float64 for float64 logits). It
+            is 0, with a gradient of 0, if there are no images or no pixels, or all are ignored.
         """
         (loss,) = finish_reductions([self.deferred(logits, target, weight, annotated=annotated, maps=maps)])
         return loss

@@ -25,7 +25,7 @@ from lightning_dice.functional.target_maps import TubedSkeleton
 from lightning_dice.kernels import Activation, OverlapSums, Pixels, checked_pixels, total, wide_dtype
 from lightning_dice.kernels.checks import check_shapes
 from lightning_dice.kernels.overlap_sums import full_precision
-from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.kernels.sums import at_least, valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, class_weights_of
 from lightning_dice.losses.tversky import TverskyLoss
 
@@ -59,6 +59,8 @@ def soft_skeleton(probs: Tensor, iterations: int, valid: Tensor | None = None, *
               [0., 0., 0., 0., 0.],
               [0., 0., 0., 0., 0.]]]])
     """
+    if not probs.numel():
+        return probs  # torch refuses to take a maximum of nothing.
     outside = None if valid is None else ~valid
     remains = probs
     skeleton = _removed_by_opening(remains, outside)
@@ -94,7 +96,7 @@ class ClDiceLoss(SegmentationLoss):
         iterations: number of erosions: the radius, in pixels, of the widest structure.
         core: whether the inside of wider structures belongs to the skeleton; False is the published form.
         smooth: s above, in pixels of skeleton; a pair sets numerator and denominator separately. With 0, a class that
-            neither side has is left out.
+            neither side has is left out; a sigmoid or softmax has some of every class, see `AbsentPolicy`.
         pool: which images share one ratio: `"image"`: each has its own; `"batch"`: all of the batch, on all ranks.
         exclude_classes: indices of classes that do not count, such as `[0]` for the background.
         class_weights: one for each class, excluded ones too; only their ratios matter.
@@ -206,6 +208,7 @@ class ClDiceLoss(SegmentationLoss):
 
         def sums(overlap: Tensor, predicted: Tensor, actual: Tensor) -> OverlapSums:
             overlap, predicted, actual = (total(one if w is None else one * w) for one in (overlap, predicted, actual))
+            predicted = predicted if pixels.activation is None else at_least(predicted, count)
             result = OverlapSums(overlap, predicted, actual, count)
             if pixels.annotated is None:
                 return result

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses.saturated import assert_agrees_where_probabilities_underflow
 
 from lightning_dice.kernels import Focal, RequiredSums, forced, overlap_sums, reference, triton_backend
 from lightning_dice.kernels.backend import SumsSpec
@@ -171,6 +172,10 @@ KINDS = [
 def test_every_sum_and_its_gradient(activation, kind, ignored, weight):
     spec, logits, target, w = case(activation, kind, ignored=ignored, weight=weight)
     check(spec, logits, target, w)
+
+
+def test_agrees_where_probabilities_underflow():
+    assert_agrees_where_probabilities_underflow("triton", DEVICE)
 
 
 @pytest.mark.parametrize(("activation", "kind"), KINDS)

@@ -82,8 +82,14 @@ def test_shared_duties(name, activation):
         assert torch.equal(cast, single)
         assert torch.equal(cast_gradient, single_gradient)
 
-    # Nothing to learn from.
-    for nothing, of_nothing in ((logits[:0], target[:0]), (logits * math.nan, torch.full_like(target, 255))):
+    # Nothing to learn from: no images, no rows or columns, or all of them ignored.
+    for nothing, of_nothing in (
+        (logits[:0], target[:0]),
+        (logits[..., :0, :], target[..., :0, :]),
+        (logits[..., :0], target[..., :0]),
+        (logits[:0, ..., :0], target[:0, ..., :0]),
+        (logits * math.nan, torch.full_like(target, 255)),
+    ):
         value, gradient = value_and_gradient(loss, nothing, of_nothing)
         assert value == 0
         assert gradient.shape == nothing.shape

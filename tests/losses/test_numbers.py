@@ -7,8 +7,10 @@ from functools import cache
 import pytest
 import torch
 from losses.family import CASES, EACH, FIRST, FIRST_EACH, ids_of, in_turn, value_and_gradient
+from losses.saturated import assert_agrees_where_probabilities_underflow
 
-from lightning_dice.kernels import Focal, RequiredSums, overlap_sums
+from lightning_dice.kernels import Focal, RequiredSums, available, forced, overlap_sums
+from lightning_dice.losses import DiceLoss
 
 HALVES = [torch.float16, torch.bfloat16]
 PIXELS = 10_000_000
@@ -142,6 +144,31 @@ def test_saturated_logits_stay_finite(case, activation):
             value, gradient = value_and_gradient(loss, (signs * size).to(dtype), target)
             assert value.isfinite()
             assert gradient.isfinite().all()
+
+
+CPU = [name for name in available() if name != "triton" and available()[name] is None]
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_backends_agree_where_probabilities_underflow(backend):
+    """Whether a class counts follows from its pixels, not from the logit at which a backend's exponential is 0."""
+    assert_agrees_where_probabilities_underflow(backend)
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_an_absent_class_has_a_score_of_0_without_smoothing(backend):
+    """However low its logits are: a sigmoid or a softmax is never 0. Probabilities that are passed may be."""
+    planes = torch.zeros(2, 1, 4)
+    planes[1] = -120
+    mask = torch.tensor([[[1, 1, 0, 0]], [[0, 0, 0, 0]]])
+    classes = torch.zeros(1, 3, 4)
+    classes[:, 2] = -95
+    with forced(backend):
+        assert DiceLoss(smooth=0, pool="image")(planes, mask).item() == pytest.approx(3 / 4)
+        softmax = DiceLoss(smooth=0, activation="softmax")
+        assert softmax(classes, torch.tensor([[0, 1, 0, 1]])).item() == pytest.approx(2 / 3)
+        given = DiceLoss(smooth=0, pool="image", activation=None)
+        assert given(planes.sigmoid(), mask).item() == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

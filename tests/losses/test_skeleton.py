@@ -216,6 +216,19 @@ class TestClDice:
         assert both.item() == pytest.approx(wrong if left_out else (wrong + expected) / 2, abs=1e-6)
         assert probs.grad.isfinite().all()
 
+    @pytest.mark.parametrize("logit", [-20.0, -70.0, -95.0, -120.0, -1e4])
+    def test_a_network_predicts_some_of_an_absent_class_however_low_its_logits_are(self, logit):
+        logits, mask = random_case(2, activation="sigmoid")
+        mask[:, 1] = 0
+        logits = logits.detach().index_fill(1, torch.tensor(1), logit)
+        for dtype in (torch.float64, torch.float32):
+            z = logits.detach().clone().to(dtype).requires_grad_()
+            loss = ClDiceLoss(smooth=0)(z, mask)
+            loss.backward()
+            others = ClDiceLoss(smooth=0, exclude_classes=[1])(logits, mask).item()
+            assert loss.item() == pytest.approx((2 * others + 1) / 3, rel=1e-5)
+            assert z.grad.isfinite().all()
+
     def test_without_smoothing_two_zeros_have_the_mean_zero(self):
         probs, mask = torch.zeros(1, 1, 5, 7), torch.zeros(1, 1, 5, 7)
         probs[..., 1, :] = 1

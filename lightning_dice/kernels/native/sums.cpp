@@ -35,6 +35,7 @@ struct SumsCall {
 
 static constexpr int64_t TILE = 16384;         // logits
 static constexpr int64_t UNIT = 1 << 16;      // logits
+static constexpr double LEAST = 0x1p-100;     // as in sums.py
 static thread_local Scratch scratch;
 
 template <class R> struct Tile {
@@ -711,6 +712,13 @@ template <class R> static void forward(SumsCall &call) {
       for (int64_t unit = image * plan.per_image; unit < (image + 1) * plan.per_image; unit++)
         for (int64_t c = 0; c < call.classes; c++) to[c] += parts[unit * size + row * call.classes + c];
     }
+  // A sum of probabilities that underflow counts as one of LEAST.
+  const int64_t table = call.images * call.classes;
+  for (const auto &[row, number] : {std::pair(OVERLAP, ACTUAL), {PREDICTED, COUNT}, {SQUARES, COUNT}, {MINIMUM, ACTUAL}}) {
+    if (call.row[row] < 0) continue;
+    double *const to = call.sums + call.row[row] * table, *const of = call.sums + call.row[number] * table;
+    for (int64_t at = 0; at < table; at++) to[at] = to[at] < LEAST * of[at] ? LEAST * of[at] : to[at];
+  }
 }
 
 template <class R> static void backward(SumsCall &call) {
