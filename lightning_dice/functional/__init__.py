@@ -19,6 +19,7 @@ from lightning_dice.functional.scores import (
     dice_score,
     generalized_dice_score,
     jaccard_score,
+    minus_log,
     power,
     tversky_score,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "jaccard_score",
     "label_sums",
     "micro_batched",
+    "minus_log",
     "pad_target",
     "pad_to_multiple",
     "pool_and_reduce",

@@ -146,6 +146,16 @@ def power(loss: Tensor, gamma: float) -> Tensor:
     return torch.where(loss > low, loss.clamp(min=low) ** gamma, loss * low ** (gamma - 1))
 
 
+def minus_log(score: Tensor, gamma: float = 1.0) -> Tensor:
+    """Return the logarithmic loss of a score, (-log score)^gamma, finite with a finite gradient at scores of 0 and 1.
+
+    >>> minus_log(torch.tensor([[1.0, 0.5]]), gamma=2.0)
+    tensor([[0.0000, 0.4805]])
+    """
+    # The tiny clamp keeps the full gradient of every score but 0, whose logarithm is infinite.
+    return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), gamma)
+
+
 def _pair(smooth: float | tuple[float, float]) -> tuple[float, float]:
     return smooth if isinstance(smooth, tuple) else (smooth, smooth)
 

@@ -10,7 +10,7 @@ from lightning_dice.losses.lesion_wise import LesionWiseLoss
 from lightning_dice.losses.on_probabilities import OnProbabilities
 from lightning_dice.losses.overlap import OverlapLoss
 from lightning_dice.losses.skeleton import ClDiceLoss, SkeletonRecallLoss
-from lightning_dice.losses.tversky import FocalTverskyLoss, JaccardLoss, TverskyLoss
+from lightning_dice.losses.tversky import FocalTverskyLoss, JaccardLoss, LogJaccardLoss, LogTverskyLoss, TverskyLoss
 
 __all__ = [
     "BoundaryLoss",
@@ -30,6 +30,8 @@ __all__ = [
     "LesionWiseLoss",
     "LogCoshDiceLoss",
     "LogDiceLoss",
+    "LogJaccardLoss",
+    "LogTverskyLoss",
     "OnProbabilities",
     "OverlapLoss",
     "PixelMeanLoss",

@@ -21,7 +21,7 @@ smp
     - Classes that the target does not have are left out of the mean; smp counts them as perfect. With 1 of 4 classes
       absent, smp's loss and gradient are 3/4 of these.
     - Nothing is clamped by `eps`: only absent classes have so small a denominator, and a score below it keeps its
-      gradient in `LogDiceLoss`.
+      gradient in `LogDiceLoss`, `LogJaccardLoss` and `LogTverskyLoss`.
 
 nnU-Net
     - Its Dice loss is the negative score; 1 is added here, which leaves the gradient unchanged.
@@ -97,7 +97,7 @@ class SmpOverlap(SmpArguments, total=False):
     classes: Sequence[int] | None
     num_classes: int | None  # not smp's: `classes` needs it, unless there are class_weights
     smooth: float
-    log_loss: bool  # refused, except by LogDiceLoss
+    log_loss: bool  # refused, except by the logarithmic losses
 
 
 class SmpFocal(SmpArguments, total=False):
@@ -295,7 +295,7 @@ def smp_overlap(
     """
     if log_loss:
         raise ValueError(
-            "log_loss must be False; use LogDiceLoss.like_smp(...): the logarithm is offered for Dice alone"
+            "log_loss must be False; use the like_smp(...) of LogDiceLoss, LogJaccardLoss or LogTverskyLoss"
         )
     _check_smp(mode, eps, class_weights, classes)
     excluded: tuple[int, ...] = ()
@@ -320,11 +320,13 @@ def smp_overlap(
     }
 
 
-def smp_log_dice(mode: str, *, log_loss: bool = True, **arguments: Any) -> OverlapSettings:
-    """Return the settings of `LogDiceLoss` for the arguments of smp's `DiceLoss(log_loss=True)`."""
+def smp_log(
+    plain: str, mode: str, *, log_loss: bool = True, pixels_per_smooth: float = 1.0, **arguments: Any
+) -> OverlapSettings:
+    """Return the settings of a logarithmic loss for the arguments of smp's loss `plain` with `log_loss=True`."""
     if not log_loss:
-        raise ValueError("log_loss must be True; without the logarithm use DiceLoss.like_smp(...)")
-    return smp_overlap(mode, pixels_per_smooth=2, **arguments)
+        raise ValueError(f"log_loss must be True; without the logarithm use {plain}.like_smp(...)")
+    return smp_overlap(mode, pixels_per_smooth=pixels_per_smooth, **arguments)
 
 
 def smp_focal(

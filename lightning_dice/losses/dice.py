@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.argument_checks import check_choice, check_number
-from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, power
+from lightning_dice.functional import ClassWeighting, dice_score, generalized_dice_score, minus_log
 from lightning_dice.kernels import OverlapSums
 from lightning_dice.losses import compat
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
@@ -121,9 +121,7 @@ class LogDiceLoss(OverlapLoss):
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """Return (-log D)^gamma."""
-        score = dice_score(sums, self.smooth)
-        # The tiny clamp keeps the full gradient of every score but 0, whose logarithm is infinite.
-        return power(-score.clamp(min=torch.finfo(score.dtype).tiny).log(), self.gamma)
+        return minus_log(dice_score(sums, self.smooth), self.gamma)
 
     @classmethod
     def like_smp(cls, mode: str, **arguments: Unpack[compat.SmpOverlap]) -> Self:
@@ -132,7 +130,7 @@ class LogDiceLoss(OverlapLoss):
         >>> LogDiceLoss.like_smp("binary").gamma
         1.0
         """
-        return cls(**compat.smp_log_dice(mode, **arguments))
+        return cls(**compat.smp_log("DiceLoss", mode, pixels_per_smooth=2, **arguments))
 
 
 class LogCoshDiceLoss(OverlapLoss):

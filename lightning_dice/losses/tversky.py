@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 
 from lightning_dice.argument_checks import check_number
-from lightning_dice.functional import jaccard_score, power, tversky_score
+from lightning_dice.functional import jaccard_score, minus_log, power, tversky_score
 from lightning_dice.kernels import OverlapSums
 from lightning_dice.losses import compat
 from lightning_dice.losses.overlap import OverlapLoss, OverlapSettings
@@ -57,6 +57,43 @@ class JaccardLoss(OverlapLoss):
         return cls(**compat.smp_overlap(mode, **arguments))
 
 
+class LogJaccardLoss(OverlapLoss):
+    r"""Logarithmic Jaccard loss, whose gradient is largest where the overlap is small.
+
+    .. math:: L = (-\log J)^\gamma
+
+    The Jaccard score J is that of `JaccardLoss`, and the power that of `LogDiceLoss`.
+
+    Args:
+        gamma: exponent, > 0; below 1 the gradient is also large where the overlap is nearly perfect.
+        **settings: settings of `OverlapLoss`.
+
+    Raises:
+        ValueError: as `JaccardLoss`, or an invalid gamma.
+
+    >>> import torch
+    >>> LogJaccardLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.5108)
+    """
+
+    def __init__(self, *, gamma: float = 1.0, **settings: Unpack[OverlapSettings]) -> None:
+        super().__init__(**settings)
+        self.gamma = check_number("gamma", gamma, open_ends=True)
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """Return (-log J)^gamma."""
+        return minus_log(jaccard_score(sums, self.smooth), self.gamma)
+
+    @classmethod
+    def like_smp(cls, mode: str, **arguments: Unpack[compat.SmpOverlap]) -> Self:
+        """Reproduce smp's `JaccardLoss` with `log_loss=True`, the default here; see `DiceLoss.like_smp`.
+
+        >>> LogJaccardLoss.like_smp("binary", smooth=0.5).smooth
+        (0.5, 0.5)
+        """
+        return cls(**compat.smp_log("JaccardLoss", mode, **arguments))
+
+
 class TverskyLoss(OverlapLoss):
     r"""Tversky loss: false positives and false negatives have weights of their own (Salehi et al., MLMI 2017).
 
@@ -81,8 +118,7 @@ class TverskyLoss(OverlapLoss):
     def __init__(self, *, alpha: float = 0.3, beta: float = 0.7, **settings: Unpack[OverlapSettings]) -> None:
         super().__init__(**settings)
         self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
-        if self.squared:
-            raise ValueError("squared must be False: with squares, sum p - sum pt no longer counts false positives")
+        _refuse_squares(self)
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """Return 1 minus the Tversky index."""
@@ -116,11 +152,7 @@ class TverskyLoss(OverlapLoss):
         >>> TverskyLoss.like_smp("binary", alpha=0.3, beta=0.7).absent.rule
         'skip'
         """
-        if gamma != 1:
-            raise ValueError(
-                f"gamma must be 1, got {gamma}: smp raises the mean over classes to it; FocalTverskyLoss raises the "
-                "loss of each class, which is the same for one class"
-            )
+        _refuse_power(gamma, "FocalTverskyLoss")
         return TverskyLoss(alpha=alpha, beta=beta, **compat.smp_overlap(mode, **arguments))
 
 
@@ -168,3 +200,69 @@ class FocalTverskyLoss(TverskyLoss):
     def per_class(self, sums: OverlapSums) -> Tensor:
         """Return (1 - T)^gamma."""
         return power(super().per_class(sums), self.gamma)
+
+
+class LogTverskyLoss(OverlapLoss):
+    r"""Logarithmic Tversky loss, whose gradient is largest where the overlap is small.
+
+    .. math:: L = (-\log T)^\gamma
+
+    The Tversky index T, with its weights of false positives and false negatives, is that of `TverskyLoss`, and the
+    power that of `LogDiceLoss`.
+
+    Args:
+        gamma: exponent, > 0; below 1 the gradient is also large where the overlap is nearly perfect.
+        alpha: weight of false positives, >= 0.
+        beta: weight of false negatives, >= 0.
+        **settings: settings of `OverlapLoss`, without `squared`.
+
+    Raises:
+        ValueError: as `TverskyLoss`, or an invalid gamma.
+
+    >>> import torch
+    >>> LogTverskyLoss()(torch.zeros(1, 1, 2), torch.tensor([[[1, 0]]]))
+    tensor(0.2877)
+    """
+
+    def __init__(
+        self, *, gamma: float = 1.0, alpha: float = 0.3, beta: float = 0.7, **settings: Unpack[OverlapSettings]
+    ) -> None:
+        super().__init__(**settings)
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.gamma = check_number("gamma", gamma, open_ends=True)
+        _refuse_squares(self)
+
+    def per_class(self, sums: OverlapSums) -> Tensor:
+        """Return (-log T)^gamma."""
+        return minus_log(tversky_score(sums, self.alpha, self.beta, self.smooth), self.gamma)
+
+    @classmethod
+    def like_smp(
+        cls,
+        mode: str,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        gamma: float = 1.0,
+        **arguments: Unpack[compat.SmpOverlap],
+    ) -> Self:
+        """Reproduce smp's `TverskyLoss` with `log_loss=True`, the default here, and `gamma=1`; see `DiceLoss.like_smp`.
+
+        >>> LogTverskyLoss.like_smp("binary", alpha=0.3, beta=0.7).beta
+        0.7
+        """
+        _refuse_power(gamma, "LogTverskyLoss")
+        return cls(alpha=alpha, beta=beta, **compat.smp_log("TverskyLoss", mode, **arguments))
+
+
+def _refuse_power(gamma: float, alternative: str) -> None:
+    if gamma != 1:
+        raise ValueError(
+            f"gamma must be 1, got {gamma}: smp raises the mean over classes to it; {alternative} raises the loss of "
+            "each class, which is the same for one class"
+        )
+
+
+def _refuse_squares(loss: OverlapLoss) -> None:
+    if loss.squared:
+        raise ValueError("squared must be False: with squares, sum p - sum pt no longer counts false positives")

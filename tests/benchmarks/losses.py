@@ -83,6 +83,8 @@ def family(activation: str, classes: int) -> dict[str, nn.Module]:
         "FocalTverskyLoss": losses.FocalTverskyLoss(**facts),
         "GeneralizedDiceLoss": losses.GeneralizedDiceLoss(**facts),
         "LogDiceLoss": losses.LogDiceLoss(**facts),
+        "LogJaccardLoss": losses.LogJaccardLoss(**facts),
+        "LogTverskyLoss": losses.LogTverskyLoss(**facts),
         "CrossEntropyLoss": losses.CrossEntropyLoss(**facts),
         "FocalLoss": losses.FocalLoss(**facts),
         "TopKCrossEntropyLoss": losses.TopKCrossEntropyLoss(**facts),

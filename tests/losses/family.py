@@ -42,6 +42,8 @@ from lightning_dice.losses import (
     LesionWiseLoss,
     LogCoshDiceLoss,
     LogDiceLoss,
+    LogJaccardLoss,
+    LogTverskyLoss,
     OnProbabilities,
     SkeletonRecallLoss,
     SumsLoss,
@@ -159,6 +161,20 @@ def log_dice(images: PlainImages, gamma: float = 1.0, **settings: Any) -> float:
     return plain_overlap_loss(images, plain_dice, penalty, **settings)
 
 
+def log_jaccard(images: PlainImages, gamma: float = 1.0, **settings: Any) -> float:
+    def penalty(score: float) -> float:
+        return root(-math.log(max(score, LEAST)), gamma)
+
+    return plain_overlap_loss(images, plain_jaccard, penalty, **settings)
+
+
+def log_tversky(
+    images: PlainImages, gamma: float = 1.0, alpha: float = 0.3, beta: float = 0.7, **settings: Any
+) -> float:
+    score = plain_tversky(alpha, beta)
+    return plain_overlap_loss(images, score, lambda value: root(-math.log(max(value, LEAST)), gamma), **settings)
+
+
 def log_cosh_dice(images: PlainImages, **settings: Any) -> float:
     return plain_overlap_loss(images, plain_dice, lambda score: math.log(math.cosh(1 - score)), **settings)
 
@@ -235,6 +251,8 @@ ROWS = [
         pools=("image", "batch"),
     ),
     Row("log_dice", LogDiceLoss, log_dice, OVERLAP, {"": {}, "root": {"gamma": 0.3}, "squared": {"squared": True}}),
+    Row("log_jaccard", LogJaccardLoss, log_jaccard, OVERLAP, {"": {}, "root": {"gamma": 0.3, "squared": True}}),
+    Row("log_tversky", LogTverskyLoss, log_tversky, OVERLAP, {"": {}, "sharp": {"gamma": 2, "alpha": 0.5}}),
     Row("log_cosh_dice", LogCoshDiceLoss, log_cosh_dice, OVERLAP),
     Row(
         "cross_entropy",
@@ -307,6 +325,8 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "LesionWiseLoss": lambda **kw: LesionWiseLoss(DiceLoss(**{"pool": "image"} | kw), classes=3),
     "LogCoshDiceLoss": LogCoshDiceLoss,
     "LogDiceLoss": LogDiceLoss,
+    "LogJaccardLoss": LogJaccardLoss,
+    "LogTverskyLoss": LogTverskyLoss,
     "OnProbabilities": lambda **kw: OnProbabilities(nn.SmoothL1Loss(), **kw),
     "SkeletonRecallLoss": lambda **kw: SkeletonRecallLoss(**{"classes": 3} | kw),
     "TopKCrossEntropyLoss": TopKCrossEntropyLoss,
