@@ -16,9 +16,12 @@ from lightning_dice.functional import hard_prediction, hard_target
 from lightning_dice.metrics import DiceScore
 
 # What a metric takes. "logits": the logits and the mask; "counts": the same, with the mask as it is stored; "binary",
-# "multiclass" and "multilabel": probabilities and the mask, as in torchmetrics.classification; "one-hot": planes of 0
-# and 1 of both, as in torchmetrics.segmentation; "outputs": probabilities and the mask, as planes.
-Form = Literal["logits", "counts", "binary", "multiclass", "multilabel", "one-hot", "binary one-hot", "outputs"]
+# "multiclass" and "multilabel": probabilities and the mask, as in torchmetrics.classification; "ranking": the same as
+# "multilabel", of the pixels that count; "one-hot": planes of 0 and 1 of both, as in torchmetrics.segmentation;
+# "outputs": probabilities and the mask, as planes.
+Form = Literal[
+    "logits", "counts", "binary", "multiclass", "multilabel", "ranking", "one-hot", "binary one-hot", "outputs"
+]
 
 
 def metric_form(metric: Metric) -> Form:
@@ -54,6 +57,8 @@ def metric_form(metric: Metric) -> Form:
         if kind.__module__.startswith("torchmetrics.classification"):
             if kind.__name__ in ("BinaryFairness", "BinaryGroupStatRates"):
                 raise ValueError("it takes the group of each pixel besides prediction and mask")
+            if kind.__name__.startswith(("MultilabelCoverage", "MultilabelRanking")):
+                return "ranking"  # With an ignore_index, they count an ignored pixel as a perfect one.
             for form in ("Binary", "Multiclass", "Multilabel"):
                 if kind.__name__.startswith(form):
                     return cast(Form, form.lower())
@@ -151,7 +156,7 @@ class MetricInputs:
                 may overlap, or the reverse.
         """
         form = metric_form(metric)
-        name = "num_labels" if form == "multilabel" else "num_classes"
+        name = "num_labels" if form in ("multilabel", "ranking") else "num_classes"
         parts = [part for part in metric.modules() if isinstance(part, Metric)]
         expected = next(
             (part_classes for part in parts if (part_classes := getattr(part, name, None)) is not None), None
@@ -162,7 +167,7 @@ class MetricInputs:
         if form not in self._known:
             self._known[form] = self._convert(form)
         preds, target = self._known[form]
-        if form in ("multiclass", "multilabel", "one-hot") and expected not in (None, preds.shape[1]):
+        if form in ("multiclass", "multilabel", "ranking", "one-hot") and expected not in (None, preds.shape[1]):
             raise ValueError(f"it is for {expected} classes, the logits have {preds.shape[1]}")
         return preds, target
 
@@ -184,8 +189,11 @@ class MetricInputs:
             valid = self._valid(mask)
             planes = self._planes_of_ids(mask.where(valid, 0))
             return probs, planes if self.ignore_index is None else planes.where(valid.unsqueeze(1), self.ignore_index)
-        if form == "multilabel" and exclusive:
+        if form in ("multilabel", "ranking") and exclusive:
             raise ValueError("it is for classes that may overlap; with a softmax use a Multiclass... metric")
+        if form == "ranking":
+            valid = self._valid(mask).all(1)
+            return probs.movedim(1, -1)[valid], mask.movedim(1, -1)[valid]
         if form == "binary" and exclusive:
             if channels != 2:
                 raise ValueError(f"it is for one class, the logits have {channels}: use a Multiclass... metric")

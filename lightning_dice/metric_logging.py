@@ -136,7 +136,8 @@ class MetricLogging(L.LightningModule):
             if isinstance(part, Metric):
                 part.sync_on_compute = False  # The other ranks may have no batch.
         copy.reset()
-        copy.update(*arguments)
+        with torch.random.fork_rng(devices=[]):  # A bootstrap must not change the random numbers of the training.
+            copy.update(*arguments)
         self._numbers(name, copy, copy.compute())
 
     def _ignored_label(self) -> int | None:
@@ -173,7 +174,8 @@ class MetricLogging(L.LightningModule):
                     # A metric's value is the same on every rank; reduced again only so that Lightning does not warn. By
                     # max, as the mean of equal numbers may be rounded.
                     shown = stage == "val" and key == name
-                    self.log(key + suffix, number, prog_bar=shown, sync_dist=True, reduce_fx="max")
+                    settings: dict[str, Any] = {"prog_bar": shown, "sync_dist": True, "add_dataloader_idx": not suffix}
+                    self.log(key + suffix, number, reduce_fx="max", **settings)
             collection.reset()
         self._updated.discard(stage)
 
@@ -227,13 +229,15 @@ class MetricLogging(L.LightningModule):
 
 def _named_metrics(metrics: Any) -> dict[str, Metric]:
     """Return metrics by name, those of collections within too, named as `MetricCollection` does."""
+    if isinstance(metrics, MetricCollection):
+        return dict(metrics.items(keep_base=True))
     if isinstance(metrics, Metric):
         metrics = {"dice": metrics}
     if isinstance(metrics, Sequence) and not isinstance(metrics, str):
         metrics = list(metrics)
-    elif isinstance(metrics, Mapping) and not isinstance(metrics, MetricCollection):
+    elif isinstance(metrics, Mapping):
         metrics = dict(metrics)
-    if not isinstance(metrics, (list, dict, MetricCollection)):
+    else:
         raise ValueError(f"metrics must be a metric, a list of metrics or metrics by name, got {_kind(metrics)}")
     for metric in metrics if isinstance(metrics, list) else metrics.values():
         if not isinstance(metric, (Metric, MetricCollection)):
