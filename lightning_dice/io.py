@@ -43,10 +43,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def number(value: float) -> str:
     """Format a number for a table, with six significant digits; NaN is an empty field.
 
-    >>> number(2 / 3), number(float("nan"))
-    ('0.666667', '')
+    >>> number(2 / 3), number(float("nan")), number(-0.0)
+    ('0.666667', '', '0')
     """
-    return "" if value != value else f"{value:.6g}"
+    return "" if value != value else f"{value + 0.0:.6g}"  # -0.0 + 0.0 is 0.0.
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:

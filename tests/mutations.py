@@ -2741,6 +2741,7 @@ mutate(
 SURFACES = "scoring/test_surfaces.py::test_"
 CASE = "scoring/test_case.py::test_"
 COMPARISON = "scoring/test_comparison.py::test_"
+SUMMARY = "scoring/test_summary.py::test_"
 mutate(
     "scoring/surfaces.py",
     (
@@ -2790,6 +2791,23 @@ mutate(
         f"{COMPARISON}lower_distances_are_better",
     ),
     ("ties-broken-by-rounding", "(second - first).round(9)", "second - first", f"{COMPARISON}many_cases_with_ties"),
+    (
+        "comparison-mean-is-a-rounding-error",
+        "float(nan_mean(known, 0))",
+        "float(known.mean()) if len(known) else math.nan",
+        f"{COMPARISON}differences_that_cancel_have_a_mean_of_0",
+    ),
+)
+mutate(
+    "scoring/summary.py",
+    ("summary-mean-is-a-rounding-error", "= 1e-9", "= -1.0", f"{SUMMARY}differences_that_cancel_are_0"),
+    ("summary-small-means-are-0", "= 1e-9", "= 1e-6", f"{SUMMARY}a_small_mean_is_not_0"),
+    (
+        "summary-resample-is-a-rounding-error",
+        "if (filled[name] < 0).any():",
+        "if False:",
+        f"{SUMMARY}resamples_that_cancel_are_0",
+    ),
 )
 
 # What `inspect` finds.

@@ -186,7 +186,7 @@ def _difference(
         only_b=int((has_second & ~has_first).sum()),
         mean_a=float(first[both].mean()) if len(known) else math.nan,
         mean_b=float(second[both].mean()) if len(known) else math.nan,
-        mean=float(known.mean()) if len(known) else math.nan,
+        mean=float(nan_mean(known, 0)),
         low=low,
         high=high,
         wins=int((gains > 0).sum()),

@@ -16,6 +16,8 @@ MEAN_OF_CLASSES = "mean of classes"
 MOST_PROBABLE_CLASS = "most probable class"
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
+# Of the mean size of the values: a table has six digits, and sums of float64 have fifteen or so.
+_ROUNDING = 1e-9
 
 
 class ScoreSummary(NamedTuple):
@@ -153,7 +155,11 @@ def resampled_means(values: Mapping[str, Floats], n_resamples: int, seed: int) -
         times = random.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
         for name in values:
             with np.errstate(invalid="ignore"):
-                parts[name].append((times @ filled[name]) / (times @ known[name].astype(float)))
+                drawn = times @ known[name].astype(float)
+                means = (times @ filled[name]) / drawn
+                if (filled[name] < 0).any():
+                    means = _without_rounding(means, (times @ np.abs(filled[name])) / drawn)
+                parts[name].append(means)
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 
@@ -184,10 +190,19 @@ def worst_first(values: Floats, score: str) -> list[int]:
 def nan_mean(values: Floats, axis: int) -> Floats:
     """Return the mean of the defined values along an axis, without a warning where there are none.
 
+    Values that cancel each other have a mean of 0, not of a rounding error.
+
     >>> nan_mean(np.array([[0.5, math.nan], [math.nan, math.nan]]), 1)
     array([0.5, nan])
+    >>> nan_mean(np.array([0.1, 0.2, -0.3]), 0)
+    array(0.)
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        means: Floats = np.nanmean(values, axis)
-    return means
+        return _without_rounding(np.nanmean(values, axis), np.nanmean(np.abs(values), axis))
+
+
+def _without_rounding(means: Floats, sizes: Floats) -> Floats:
+    """Return means, with 0 for those that are rounding errors of values of these mean sizes."""
+    rounded: Floats = np.where(np.abs(means) <= _ROUNDING * sizes, 0.0, means)
+    return rounded

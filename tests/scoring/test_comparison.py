@@ -151,3 +151,10 @@ def test_common_cases_keep_their_scores():
         assert compare_tables(*pair)[0].differences == pytest.approx([0.2, 0.3])
     with pytest.raises(ValueError, match="the tables have no test case in common"):
         common_cases(cases(a=[1]), other)
+
+
+def test_differences_that_cancel_have_a_mean_of_0():
+    a = ScoreTable("test", ["x", "y", "z"], ["cell"], {"dice/cell": np.array([0.4, 0.4, 0.4])}, "mm")
+    b = replace(a, values={"dice/cell": np.array([0.5, 0.6, 0.1])})
+    (cell,) = compare_tables(a, b, n_resamples=50)
+    assert cell.mean == 0

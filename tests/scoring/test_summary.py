@@ -207,3 +207,36 @@ def test_units_are_mixed_if_some_spacings_are_unknown():
     assert parse_rows(rows).unit_of("hd95") == parse_rows(rows).unit_of("volume_difference") == "mm or pixels"
     assert parse_rows(rows[:1]).unit_of("volume_difference") == "ml"
     assert parse_rows(rows[1:]).unit == parse_rows(rows[1:]).unit_of("volume_difference") == "pixels"
+
+
+def test_differences_that_cancel_are_0():
+    # Of seven cases, as a seventh is no sum of powers of two; of three classes that exclude each other.
+    random = np.random.default_rng(8)
+    pixels = random.integers(-90, 90, (7, 3)).astype(float)
+    pixels[:, 2] = -pixels[:, 0] - pixels[:, 1]
+    pixels[6, 0] -= pixels[:, 0].sum()
+    pixels[6, 2] = -pixels[6, 0] - pixels[6, 1]
+    rows = [
+        {"split": "test", "case": f"c{place}"}
+        | {f"{size}/{name}": "9" for size in ("actual", "predicted") for name in "abc"}
+        | {f"volume_difference/{name}": f"{value * 0.37:.6g}" for name, value in zip("abc", case, strict=True)}
+        for place, case in enumerate(pixels)
+    ]
+    mean, first, second, third = summarize(parse_rows(rows))
+    assert (mean.mean, mean.low, mean.high, mean.median, first.mean) == (0, 0, 0, 0, 0)
+    assert second.mean == -third.mean == pytest.approx(pixels[:, 1].mean() * 0.37, rel=1e-5)
+    assert -30 < first.low < -5 < 5 < first.high < 30
+
+
+def test_a_small_mean_is_not_0():
+    # One pixel in ten million of both signs.
+    values = np.array([1e4, -1e4, 1e-3])
+    (line,) = summarize(parse_rows(table([None] * 3, **{"volume_difference/object": values})), n_resamples=10)
+    assert line.mean == pytest.approx(1e-3 / 3)
+
+
+def test_resamples_that_cancel_are_0():
+    values = np.array([[0.1], [0.2], [-0.3]])
+    means = resampled_means({"x": values}, 1000, 0)["x"]
+    assert np.abs(means).min() == 0
+    assert np.abs(means[means != 0]).min() > 0.01
