@@ -1167,6 +1167,18 @@ mutate(
         duties("OnProbabilities"),
     ),
     (
+        "on-probabilities-of-nothing-is-nan-in-a-graph",
+        "return torch.where(entries > 0, value, 0.0)",
+        "return value",
+        "losses/test_compile_and_export.py::test_a_loss_of_probabilities_compiles_with_any_number_of_ignored_pixels",
+    ),
+    (
+        "on-probabilities-cannot-be-a-graph",
+        "        if torch.compiler.is_compiling():\n",
+        "        if False:\n",
+        "losses/test_compile_and_export.py::test_a_loss_of_probabilities_compiles_with_any_number_of_ignored_pixels",
+    ),
+    (
         "on-probabilities-in-half-precision",
         "self.loss(probs, planes) if",
         "self.loss(probs.to(logits.dtype), planes.to(logits.dtype)) if",
@@ -1295,7 +1307,7 @@ mutate(
     ),
     (
         "smp-log-dice-smooth-not-doubled",
-        "return smp_overlap(mode, pixels_per_smooth=2, **arguments)",
+        "return smp_overlap(mode, pixels_per_smooth=pixels_per_smooth, **arguments)",
         "return smp_overlap(mode, **arguments)",
         PRESETS + "TestSmp::test_overlap",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dice.functional import DeferredReduction
@@ -20,7 +21,8 @@ class OnProbabilities(SegmentationLoss):
     If pixels are ignored, `loss` gets only the others, as `(pixels, classes)` with a softmax and as `(pixels,)` of all
     planes with a sigmoid; it must then treat each pixel separately, as `torch.nn.SmoothL1Loss` does. In a distributed
     training it must be a mean over entries, or a sum (`reduction="sum"`); the ranks' numbers of entries are accounted
-    for.
+    for. In older releases of torch, `torch.compile` with `fullgraph=True` then needs
+    `torch._dynamo.config.capture_dynamic_output_shape_ops = True`, as the number of pixels is no constant.
 
     Args:
         loss: a module of probabilities and target, both `(batch, classes, *space)`.
@@ -69,9 +71,10 @@ class OnProbabilities(SegmentationLoss):
                 if valid.shape[1] == 1 and logits.shape[1] > 1:
                     valid = valid.squeeze(1)
                     probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
-                probs, planes = probs[valid], planes[valid]
-            # The mean of nothing is NaN.
-            value: Tensor = self.loss(probs, planes) if probs.numel() else probs.sum()
+                # One list of pixels for both, as a compiler knows that two of them are equally long only then.
+                places = valid.nonzero(as_tuple=True)
+                probs, planes = probs[places], planes[places]
+            value = self._mean_of_entries(probs, planes)
         if getattr(self.loss, "reduction", "mean") == "sum":
             return DeferredReduction((value,), lambda total: total)
         # In a wide dtype, so that dividing the sum by the entries gives back the mean.
@@ -80,3 +83,12 @@ class OnProbabilities(SegmentationLoss):
         return DeferredReduction(
             (above, entries), lambda above, entries: (above / entries.clamp(min=1)).to(value.dtype)
         )
+
+    def _mean_of_entries(self, probs: Tensor, planes: Tensor) -> Tensor:
+        """Return the loss, or 0 without entries, where a mean is NaN."""
+        if torch.compiler.is_compiling():
+            # How many pixels are ignored is no constant of a graph.
+            value: Tensor = self.loss(probs, planes)
+            entries = probs.new_full((), probs.numel())
+            return torch.where(entries > 0, value, 0.0)
+        return self.loss(probs, planes) if probs.numel() else probs.sum()
