@@ -1993,6 +1993,52 @@ mutate(
         SETTINGS + "test_numbers_of_optimizer_and_schedule",
     ),
 )
+TRAINER = "cli/test_trainer_settings.py::"
+mutate(
+    "cli/config.py",
+    (
+        "settings of the Trainer with a plus are refused",
+        'return f"+{argument}" if argument.startswith("+") and key in _trainer_settings() else argument',
+        "return argument",
+        TRAINER + "test_a_plus_is_neither_needed_nor_refused",
+    ),
+    (
+        "settings of the Trainer that an older run lacks are refused",
+        "or key in _trainer_settings()\n",
+        "\n",
+        TRAINER + "test_a_plus_is_neither_needed_nor_refused",
+    ),
+)
+mutate(
+    "cli/training_report.py",
+    (
+        "early stopping tells an old reason",
+        "if not trainer.should_stop:",
+        "if False:",
+        TRAINER + "test_early_stopping_says_why",
+    ),
+    (
+        "max_time ends a training without a word",
+        "(callback.time_remaining() or 0.0) < 0",
+        "False",
+        TRAINER + "test_max_time_says_that_it_ended_the_training",
+    ),
+    (
+        "profiles are not printed",
+        "log.setLevel(logging.INFO)",
+        "pass",
+        TRAINER + "test_a_profile_is_printed",
+    ),
+)
+mutate(
+    "cli/adapt_checkpoint.py",
+    (
+        "resume with fewer steps than are trained does nothing",
+        "if steps is not None and 0 <= steps < done:",
+        "if False:",
+        TRAINER + "test_max_steps_ends_within_an_epoch_and_resumes",
+    ),
+)
 mutate(
     "cli/adapt_checkpoint.py",
     (

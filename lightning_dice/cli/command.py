@@ -13,7 +13,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dice.cli.config import CONF_DIR, register_resolvers
+from lightning_dice.cli.config import CONF_DIR, force_known, register_resolvers
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.renamed_settings import new_name
 
@@ -51,7 +51,7 @@ def hydra_escape(arguments: Iterable[str]) -> list[str]:
     """Rewrite arguments for Hydra's grammar.
 
     Paths are quoted, as the grammar refuses spaces, brackets and many letters. A map whose keys are the user's own
-    replaces the config's; Hydra would merge the two, and refuse new keys.
+    replaces the config's; Hydra would merge the two, and refuse new keys. `+` may stand before settings that exist.
 
     >>> hydra_escape(["data.root=my pictures (1)", "loss.smooth=1", 'runs="a b"'])
     ['data.root="my pictures (1)"', 'loss.smooth=1', 'runs="a b"']
@@ -59,7 +59,7 @@ def hydra_escape(arguments: Iterable[str]) -> list[str]:
     ['data.label_map=null', 'data.label_map={255:1}']
     """
     result = []
-    for argument in arguments:
+    for argument in map(force_known, arguments):
         key, equals, value = argument.partition("=")
         if key in _PATHS and value and value[0] not in "\"'" and value != "null":
             value = hydra_quote(value)

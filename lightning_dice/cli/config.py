@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,6 +154,22 @@ def compose(name: str, overrides: Iterable[str]) -> DictConfig:
         raise UserError(str(error).splitlines()[0]) from error
 
 
+def force_known(argument: str) -> str:
+    """Let `+` name a setting of the Trainer that a file of conf/ has already, as older command lines do.
+
+    >>> force_known("+trainer.fast_dev_run=true"), force_known("+trainer.inference_mode=true")
+    ('++trainer.fast_dev_run=true', '+trainer.inference_mode=true')
+    """
+    key = argument.partition("=")[0].removeprefix("+")
+    return f"+{argument}" if argument.startswith("+") and key in _trainer_settings() else argument
+
+
+@cache
+def _trainer_settings() -> frozenset[str]:
+    config = OmegaConf.load(CONF_DIR / "trainer" / "default.yaml")
+    return frozenset(f"trainer.{key}" for key in map(str, config))
+
+
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
     """Apply overrides to a config that is composed already: `trainer.max_epochs=20`, `+trainer.fast_dev_run=true`.
 
@@ -170,7 +187,9 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
                 raise UserError(f"{text}: only values of this run's config can be changed, as in {_EXAMPLE}")
             parent, _, leaf = key.rpartition(".")
             place = OmegaConf.select(config, parent) if parent else config
-            if not isinstance(place, DictConfig) or not (override.is_add() or leaf in list(place.keys())):
+            if not isinstance(place, DictConfig) or not (
+                override.is_add() or leaf in list(place.keys()) or key in _trainer_settings()
+            ):
                 if (CONF_DIR / key.replace(".", "/")).is_dir():
                     raise UserError(f"{text}: only a new run can choose a file; change values, as in {_EXAMPLE}")
                 if (new := new_name(key)) is not None:

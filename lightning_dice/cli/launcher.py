@@ -16,7 +16,14 @@ from omegaconf import DictConfig, ListConfig
 
 from lightning_dice.cli import rendezvous, setting_rules, sweep, trial_process
 from lightning_dice.cli.command import hydra_escape, refuse_renamed, split_arguments
-from lightning_dice.cli.config import CONF_DIR, RUN_VARIABLE, explain_typos, register_resolvers, restore_environment
+from lightning_dice.cli.config import (
+    CONF_DIR,
+    RUN_VARIABLE,
+    explain_typos,
+    force_known,
+    register_resolvers,
+    restore_environment,
+)
 from lightning_dice.cli.errors import UserError, report_user_errors
 from lightning_dice.cli.rendezvous import Rendezvous, RunSpec
 from lightning_dice.cli.required_extras import check_extras
@@ -190,7 +197,7 @@ class Launcher:
             # Goes to the folder where the sweep was started.
             replayed = sweep.replay_arguments(folder, others, retry_failed=retry[-1:] == ["retry_failed=true"])
             if replayed is not None:
-                self.compose(replayed)
+                self.compose(list(map(force_known, replayed)))
                 return
             with sweep.report_trials():
                 pass  # All trials have ended: only print the table.

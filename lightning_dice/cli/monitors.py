@@ -32,8 +32,8 @@ def watched(config: DictConfig) -> dict[str, str]:
         for name, callback in (config.get("callbacks") or {}).items()
         if isinstance(callback, DictConfig) and callback.get("monitor") is not None
     }
-    if found.get("callbacks.history.monitor") == "val/dice":
-        del found["callbacks.history.monitor"]  # The default, which only marks an epoch in a picture.
+    if found.get("callbacks.history.monitor") in ("val/dice", found.get("callbacks.checkpoint.monitor")):
+        del found["callbacks.history.monitor"]  # The default, which follows that of the checkpoint.
     scheduler = config.module.get("scheduler")
     if scheduler is not None and str(scheduler.get("_target_", "")).endswith(".ReduceLROnPlateau"):
         found["module.monitor"] = str(config.module.get("monitor") or "val/dice")

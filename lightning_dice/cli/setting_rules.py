@@ -65,6 +65,7 @@ RESUME = (
         "they initialize a network, and this one is trained already",
         refused=True,
     ),
+    Rule(("trainer.fast_dev_run",), "it tries a new run, and saves no checkpoint", refused=True),
     Rule(BEST, "applied while there is no best checkpoint; then refused, as `best.ckpt` was chosen by the old ones"),
     Rule(
         ("model.*", "module._target_"),
@@ -72,8 +73,8 @@ RESUME = (
     ),
     Rule(("seed",), "applied: to dropout at once, to the order and the augmentation from the next epoch on"),
     Rule(
-        ("trainer.max_epochs",),
-        "applied, and the schedule is that of a training of this length; refused below the number of trained epochs",
+        ("trainer.max_epochs", "trainer.max_steps"),
+        "applied, and the schedule is that of a training of this length; refused below what is trained",
     ),
     Rule(
         BATCHES,
@@ -129,6 +130,7 @@ _TRAINING = (
     *(f"trainer.{name}" for name in ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")),
     *(f"trainer.{name}" for name in ("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps")),
     *(f"trainer.{name}" for name in ("limit_train_batches", "log_every_n_steps", "default_root_dir")),
+    *(f"trainer.{name}" for name in ("overfit_batches", "fast_dev_run", "detect_anomaly")),
     *(
         f"callbacks.{name}{rest}"
         for name in (

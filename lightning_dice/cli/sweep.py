@@ -382,7 +382,7 @@ def run_trial(
         if not lost and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} exists, and nothing is overwritten: it has no {RECORD}")
         trial = Trial(int(folder.name), list(overrides))
-    elif trial.overrides != list(overrides):
+    elif [one.lstrip("+") for one in trial.overrides] != [one.lstrip("+") for one in overrides]:
         raise UserError(
             f"trial {trial.number} in {folder.parent} is {' '.join(trial.overrides)}, but the sweeper now asks for "
             f"{' '.join(overrides)}: nothing is overwritten. A sampler without a seed, or another version of the "

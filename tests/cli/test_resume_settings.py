@@ -16,6 +16,7 @@ from helpers import SMALL, as_a_process, refused, rows, run_command
 from omegaconf import OmegaConf
 from torch import nn
 
+from lightning_dice import SegmentationModule
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.adapt_checkpoint import check_changes
 from lightning_dice.cli.config import CONF_DIR
@@ -80,6 +81,18 @@ APPLIED = {
     "module.monitor": "val/loss",
     "module.lr_scaling": "linear",
     "trainer.max_epochs": 5,
+    "trainer.min_epochs": 3,
+    "trainer.max_steps": 9,
+    "trainer.min_steps": 7,
+    "trainer.max_time": "00:01:00:00",
+    "trainer.gradient_clip_algorithm": "value",
+    "trainer.val_check_interval": 0.5,
+    "trainer.limit_train_batches": 2,
+    "trainer.limit_val_batches": 3,
+    "trainer.limit_test_batches": 0.5,
+    "trainer.overfit_batches": 2,
+    "trainer.profiler": "simple",
+    "trainer.detect_anomaly": True,
     "trainer.log_every_n_steps": 3,
     "trainer.gradient_clip_val": 0.5,
     "trainer.accumulate_grad_batches": 2,
@@ -137,6 +150,7 @@ REFUSED = {
     "data.activation": "softmax",
     "data.channels": 3,
     "data.seed": 1,
+    "trainer.fast_dev_run": True,
     "callbacks.checkpoint.monitor": "val/loss",
     "callbacks.checkpoint.mode": "min",
 }
@@ -200,6 +214,8 @@ def settings(made: Experiment) -> dict[str, Any]:
     seen: set[int] = set()
 
     def walk(value: Any, path: str) -> None:
+        if path.endswith("_hooks"):
+            return  # by running numbers
         if value is None or isinstance(value, (bool, int, float, str, Path)):
             found[path] = value
         elif isinstance(value, torch.Tensor):
@@ -236,10 +252,11 @@ def override(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
-# They concern what follows the training, need several processes or another device, or a value that the data refuse.
+# They concern what follows the training, need several processes or another device, are refused by the data or by a
+# plateau, or measure times.
 NOT_IN_MEMORY = {
     *("test", "data.exclude_classes", "trainer.num_nodes", "trainer.devices", "trainer.strategy"),
-    "trainer.accelerator",
+    *("trainer.accelerator", "trainer.profiler", "module.interval"),
 }
 WALKED = {key: value for key, value in APPLIED.items() if key not in NOT_IN_MEMORY}
 MONITORS = ("callbacks.early_stopping.monitor", "callbacks.early_stopping.mode", "module.monitor", "scheduler.mode")
@@ -247,7 +264,7 @@ LONGER = "trainer.max_epochs=4"  # Otherwise all is trained.
 # What a training counts and measures.
 STATE = (
     *("_time", "_started", "_start", "_printed", "_checked", ".scheduler.best", "._best", "_version", "_path"),
-    *("log_dir", "profiler.dirpath"),  # numbered
+    *("log_dir", "profiler.dirpath", "RunningStage.TRAINING"),  # numbered, and the start
 )
 
 
@@ -266,9 +283,9 @@ def not_applied(run: Path, old: dict[str, Any], overrides: list[str]) -> tuple[s
 
 
 def test_all_settings_at_once(run, unchanged):
-    # The first does not go with overlap=minimum, the second validates before the training, and with another monitor no
-    # state is loaded that could win.
-    apart = ("loss.squared", "trainer.num_sanity_val_steps", *MONITORS)
+    # The first does not go with overlap=minimum, the second validates before the training, the third sets other limits,
+    # and with another monitor no state is loaded that could win.
+    apart = ("loss.squared", "trainer.num_sanity_val_steps", "trainer.overfit_batches", *MONITORS)
     together = [override(key, value) for key, value in WALKED.items() if key not in apart]
     differ, wrong = not_applied(run, unchanged, together)
     assert wrong == {}
@@ -473,6 +490,25 @@ class TestBuffersOfLosses:
             assert new is None or after.loss.pos_weight.tolist() == new
             assert after.loss.mean == 7
             assert torch.equal(after.net.weight, before.net.weight)
+
+    @pytest.mark.parametrize("weights", [None, [5.0]], ids=["none", "five"])
+    def test_a_checkpoint_of_version_02_that_holds_class_weights(self, copied, weights):
+        for path in copied.glob("checkpoints/*.ckpt"):
+            checkpoint = torch.load(path, weights_only=True)
+            for name in ("state_dict", "current_model_state"):
+                checkpoint[name]["loss.class_weights"] = torch.tensor([2.0])
+            checkpoint["config"]["module"]["loss"]["class_weights"] = [2.0]
+            torch.save(checkpoint, path)
+        module = SegmentationModule.from_run(copied)
+        module.load_state_dict({**checkpoint["state_dict"], "loss.class_weights": torch.tensor([9.0])}, strict=True)
+        assert module.loss.class_weights.tolist() == [2.0]
+        run_command("evaluate", f"run={copied}", cwd=copied.parent)
+        change = [override("loss.class_weights", weights), "trainer.max_epochs=3"]
+        run_command("fit", f"resume={copied}", *change, cwd=copied.parent)
+        assert "loss.class_weights" not in saved(copied)["state_dict"]
+        assert run_folder.load_config(copied).loss.class_weights == weights
+        resumed = experiment(copied, ["trainer.max_epochs=4"], copied / "checkpoints" / "last.ckpt").module.loss
+        assert (None if resumed.class_weights is None else resumed.class_weights.tolist()) == weights
 
 
 class TestEpochs:

@@ -1,0 +1,143 @@
+"""Settings of the Trainer that people type while they try things: each works from `fit` to the summary, and resumes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LEAN, SMALL, refused, rows, run_command
+
+from lightning_dice.cli.command import hydra_escape
+
+FOUR = [*SMALL, "data.batch_size=4"]  # batches in an epoch
+LAST = ["callbacks=[progress_bar,history,checkpoint,interrupt,exact_resume]", "logger=none", "test=false"]
+
+
+def steps(folder) -> list[str]:
+    return [row["step"] for row in rows(folder / "metrics.csv")]
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_plus_is_neither_needed_nor_refused(tmp_path, plus):
+    limits = [f"{plus}trainer.limit_train_batches=1", f"{plus}trainer.limit_val_batches=2"]
+    run_command("fit", *FOUR, *LEAN, *limits, "trainer.max_epochs=2", "folder=run", cwd=tmp_path)
+    assert steps(tmp_path / "run") == ["1", "2"]
+    # So it is for the run that is resumed, whose config may be of an older release.
+    config = tmp_path / "run" / "config_unresolved.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "max_steps" not in line))
+    again = ["resume=run", "trainer.max_epochs=9", f"{plus}trainer.max_steps=4"]
+    run_command("fit", *again, cwd=tmp_path)
+    assert steps(tmp_path / "run") == ["1", "2", "3", "4"]
+
+
+def test_only_settings_of_the_file_are_forced():
+    given = ["+trainer.max_steps=1,2", "+trainer.inference_mode=false", "++trainer.profiler=simple", "+new=1"]
+    assert hydra_escape(given) == ["++trainer.max_steps=1,2", *given[1:]]
+
+
+def test_fast_dev_run(tmp_path):
+    out = run_command("fit", *FOUR, "trainer.fast_dev_run=true", "folder=run", cwd=tmp_path).out
+    assert "scoring the weights as they are" in out
+    assert steps(tmp_path / "run") == ["1"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert len(rows(tmp_path / "run" / "cases.csv")) == 4
+    # One that was only tried starts again; one that has a checkpoint is not tried.
+    more = ["resume=run", "trainer.max_epochs=1", "trainer.fast_dev_run=false"]
+    assert "training starts from the beginning" in run_command("fit", *more, cwd=tmp_path).out
+    assert steps(tmp_path / "run") == ["4"]
+    assert "trainer.fast_dev_run was False and cannot become True" in refused(
+        "fit", "resume=run", "trainer.fast_dev_run=true", "trainer.max_epochs=2", cwd=tmp_path
+    )
+
+
+def test_limits(tmp_path):
+    limits = [f"trainer.limit_{split}_batches={number}" for split, number in (("train", 0.5), ("val", 1), ("test", 2))]
+    out = run_command(
+        "fit", *FOUR, "+data.datamodule.eval_batch_size=1", *limits, "trainer.max_epochs=2", "folder=run", cwd=tmp_path
+    ).out
+    assert steps(tmp_path / "run") == ["2", "4"]
+    assert "only 2 of 4 batches of the test split are scored" in out
+    assert len({row["case"] for row in rows(tmp_path / "run" / "cases.csv")}) == 2
+    out = run_command("evaluate", "run=run", "trainer.limit_test_batches=null", "output=all", cwd=tmp_path).out
+    assert "are scored" not in out
+    assert len({row["case"] for row in rows(tmp_path / "all" / "cases.csv")}) == 4
+
+
+SPY = """
+import lightning as L
+
+class Spy(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        print("batch", *batch.case)
+"""
+
+
+def test_overfit_batches(tmp_path, monkeypatch):
+    (tmp_path / "spying.py").write_text(SPY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spy = ["trainer.overfit_batches=2", "trainer.max_epochs=3", "+callbacks.spy={_target_: spying.Spy}"]
+    result = run_command("fit", *FOUR, *LEAN, *spy, "folder=run", cwd=tmp_path)
+    seen = [line for line in result.out.splitlines() if line.startswith("batch train-")]
+    assert len(seen) == 6
+    assert seen == seen[:2] * 3, "the same two batches in each epoch"
+    assert "shuffling" not in result.err
+
+
+def test_max_steps_ends_within_an_epoch_and_resumes(tmp_path):
+    whole = ["trainer.max_steps=7", "trainer.max_epochs=9"]
+    run_command("fit", *FOUR, *LAST, *whole, "folder=whole", cwd=tmp_path)
+    run_command("fit", *FOUR, *LAST, "trainer.max_steps=5", "trainer.max_epochs=9", "folder=run", cwd=tmp_path)
+    assert steps(tmp_path / "run") == ["4", "5"]
+    assert "trainer.max_steps=3, but 5 steps are trained already" in refused(
+        "fit", "resume=run", "trainer.max_steps=3", cwd=tmp_path
+    )
+    assert "all 5 steps are trained already" in run_command("fit", "resume=run", cwd=tmp_path).out
+    run_command("fit", "resume=run", "trainer.max_steps=7", cwd=tmp_path)
+    assert steps(tmp_path / "run")[-1] == "7"
+    saved = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "run")]
+    assert saved[1]["global_step"] == 7
+
+
+def test_max_time_says_that_it_ended_the_training(tmp_path):
+    time = ["trainer.max_time=00:00:00:01", "trainer.max_epochs=100000", "folder=run"]
+    out = run_command("fit", *FOUR, *LAST, *time, cwd=tmp_path).out
+    assert "the time of the training is over after 1 s (max_time)" in out
+    out = run_command("fit", "resume=run", cwd=tmp_path).out
+    assert "the time of the training is over" in out
+    before = len(steps(tmp_path / "run"))
+    run_command("fit", "resume=run", "trainer.max_time=null", f"trainer.max_epochs={before + 1}", cwd=tmp_path)
+    assert len(steps(tmp_path / "run")) == before + 1
+
+
+def test_early_stopping_says_why(tmp_path):
+    stop = ["callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=5", "trainer.max_epochs=9"]
+    stop += ["callbacks=[progress_bar,history,early_stopping]", "logger=none", "test=false"]
+    out = run_command("fit", *FOUR, *stop, "folder=run", cwd=tmp_path).out
+    reason = "stopped after epoch 1, step 8: val/dice did not improve in the last validation. Best score: 0."
+    (line,) = (line for line in out.splitlines() if line.startswith("stopped"))
+    assert line.startswith(reason)
+    # Patience that is not used up says nothing.
+    out = run_command(
+        "fit", "resume=run", "callbacks.early_stopping.patience=9", "trainer.max_epochs=3", cwd=tmp_path
+    ).out
+    assert "stopped" not in out
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_a_profile_is_printed(tmp_path, profiler):
+    out = run_command(
+        "fit", *FOUR, *LEAN[:-1], f"trainer.profiler={profiler}", "trainer.max_epochs=1", "folder=run", cwd=tmp_path
+    ).out
+    assert "FIT Profiler Report" in out
+    assert "TEST Profiler Report" in out
+    assert "run_training_batch" in out
+
+
+def test_validations_within_epochs(tmp_path):
+    often = ["trainer.val_check_interval=0.5", "trainer.max_epochs=2"]
+    run_command("fit", *FOUR, *LAST, *often, "folder=run", cwd=tmp_path)
+    assert {row["epoch"]: row["val/dice"] != "" for row in rows(tmp_path / "run/metrics.csv")} == {"0": True, "1": True}
+    across = ["trainer.val_check_interval=6", "trainer.check_val_every_n_epoch=null", "trainer.max_epochs=3"]
+    run_command("fit", *FOUR, *LAST, *across, "folder=across", cwd=tmp_path)
+    scored = [row["step"] for row in rows(tmp_path / "across" / "metrics.csv") if row["val/dice"]]
+    assert int(scored[0]) >= 6
+    assert scored[-1] == "12"
