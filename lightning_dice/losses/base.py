@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -124,6 +125,19 @@ class SegmentationLoss(nn.Module):
         if type(self).forward is SegmentationLoss.forward:
             return self.deferred(logits, target, weight, annotated=annotated, maps=maps)
         return DeferredReduction.ready(self(logits, target, weight, annotated=annotated, maps=maps))
+
+    def register_setting(self, name: str, value: Tensor | None) -> None:
+        """Register a tensor that is a setting: it moves with the module, and is no part of its state.
+
+        A state that holds it, as states of version 0.2 do, is loaded without it.
+
+        >>> loss = SegmentationLoss()
+        >>> loss.register_setting("threshold", torch.tensor(0.5))
+        >>> list(loss.state_dict()), loss.load_state_dict({"threshold": torch.tensor(0.9)}), loss.threshold
+        ([], <All keys matched successfully>, tensor(0.5000))
+        """
+        self.register_buffer(name, value, persistent=False)
+        self.register_load_state_dict_pre_hook(partial(_leave_out, name))  # type: ignore[no-untyped-call]
 
     def get_map(self, name: str, target: Tensor, maps: Mapping[str, Tensor] | None) -> Tensor:
         """Return the map `name` of every target of a batch: the one in `maps`, or else computed now."""
@@ -331,7 +345,7 @@ class PixelMeanLoss(SumsLoss):
         self._refuse_unknown(unknown)
         self.pool: Pool = check_choice("pool", pool, self.pools)
         self.across_ranks = check_flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", check_class_weights(class_weights))
+        self.register_setting("class_weights", check_class_weights(class_weights))
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """Return the sum that is divided by the number of pixels, `(images, classes)`."""
@@ -350,6 +364,11 @@ class PixelMeanLoss(SumsLoss):
         kept = below > 0
         mean = above / below.where(kept, 1.0)
         return weighted_mean(mean.unsqueeze(1), kept.unsqueeze(1))
+
+
+def _leave_out(name: str, module: nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
+    """Remove an entry from a state that is about to be loaded into a module."""
+    state.pop(prefix + name, None)
 
 
 def _constructor_settings(kind: type) -> dict[str, inspect.Parameter]:

@@ -179,7 +179,7 @@ class TopKCrossEntropyLoss(SegmentationLoss):
             raise ValueError(f"k must be a fraction of pixels in (0, 1], got {k!r}; 10 % is 0.1")
         self.k = float(k)
         self.across_ranks = check_flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", check_class_weights(class_weights))
+        self.register_setting("class_weights", check_class_weights(class_weights))
 
     def deferred(
         self,

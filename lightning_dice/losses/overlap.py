@@ -109,7 +109,7 @@ class OverlapLoss(SumsLoss):
         weights = check_class_weights(class_weights)
         if weights is not None and pool == "all":
             raise ValueError('class_weights need a ratio for each class; with pool="all" the classes share one')
-        self.register_buffer("class_weights", weights)
+        self.register_setting("class_weights", weights)
 
     def per_class(self, sums: OverlapSums) -> Tensor:
         """Return the loss of each class, `(images, classes)`: 0 is perfect, NaN is undefined.

@@ -141,7 +141,7 @@ class ClDiceLoss(SegmentationLoss):
         self.exclude_classes = check_class_indices("exclude_classes", exclude_classes)
         self.absent = AbsentPolicy(check_choice("absent", absent, ("smooth", "skip")))
         self.across_ranks = check_flag("across_ranks", across_ranks)
-        self.register_buffer("class_weights", check_class_weights(class_weights))
+        self.register_setting("class_weights", check_class_weights(class_weights))
 
     def deferred(
         self,
