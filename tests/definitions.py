@@ -152,10 +152,16 @@ def added_up(images: PlainImages, gamma: float = 2.0, alpha: float | None = None
                 sums.actual_squares.append(w * t**2)
                 sums.minimum.append(w * min(p, t))
                 sums.nll.append(w * cross_entropy_of(pixel, c, images.exclusive))
-                sums.all_nll.append(-w * log)
+                sums.all_nll.append(-w * log * (smoothing_of(pixel) if images.exclusive else 1))
                 sums.absent_nll.append(-w * log_not)
                 sums.focal.append(w * focal_of(pixel, c, images.exclusive, gamma, alpha))
     return result
+
+
+def smoothing_of(pixel: PlainPixel) -> float:
+    """Return what a class gets of a label that is spread over the annotated classes, times the number of classes."""
+    labelled = math.fsum(t for t, counts in zip(pixel.t, pixel.counts, strict=True) if counts)
+    return labelled * len(pixel.t) / sum(pixel.counts)
 
 
 def cross_entropy_of(pixel: PlainPixel, c: int, exclusive: bool) -> float:
@@ -296,10 +302,12 @@ def plain_cross_entropy(
     pool: str = "batch",
     class_weights: Sequence[float] | None = None,
 ) -> float:
-    """Return the cross-entropy; smoothing spreads a part of each label over all classes (or both, in a plane)."""
+    """Return the cross-entropy; smoothing spreads a part of each label over annotated classes (or both, in a plane)."""
 
     def cost(pixel: PlainPixel, c: int) -> float:
-        share = -pixel.log(c) / images.classes if images.exclusive else -(pixel.log(c) + pixel.log_not(c)) / 2
+        share = -(pixel.log(c) + pixel.log_not(c)) / 2
+        if images.exclusive:
+            share = -smoothing_of(pixel) * pixel.log(c) / images.classes
         own = cross_entropy_of(pixel, c, images.exclusive)
         return (1 - label_smoothing) * own + (label_smoothing * share if label_smoothing else 0.0)
 

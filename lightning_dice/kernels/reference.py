@@ -61,7 +61,7 @@ def accumulate(
     if required.squares:
         more["predicted_squares"] = add(_weighted(p * p, w))
     if required.all_nll:
-        more["all_nll"] = add(_weighted(_minus_log(z, p, pixels.activation), w))
+        more["all_nll"] = add(_weighted(_minus_log(z, p, pixels.activation), _smoothing_weight(pixels)))
     if required.absent_nll:
         more["absent_nll"] = add(_weighted(_minus_log_complement(z, p, pixels.activation), w))
     nll = pixels.nll() if required.nll or (required.focal and not pixels.planes) else None
@@ -98,6 +98,21 @@ def accumulate(
     if annotated is None:
         return sums
     return sums.map(lambda field: field.where(annotated, torch.zeros((), dtype=field.dtype, device=field.device)))
+
+
+def _smoothing_weight(pixels: Pixels) -> Tensor | None:
+    """Return the weight of each pixel in the sum of -log p over all classes, among which smoothing divides a label."""
+    w, annotated = pixels.weight, pixels.annotated
+    if annotated is None or (pixels.planes and pixels.activation != "softmax"):
+        return w
+    images, classes = annotated.shape
+    known = annotated.to(pixels.logits.dtype)
+    if pixels.planes:
+        own = (pixels.target.to(known.dtype) * known.unsqueeze(2)).sum(1, keepdim=True)
+    else:
+        own = known.gather(1, pixels.target.flatten(1).long()).view(pixels.target.shape)
+    own = own * (classes / known.sum(1).clamp(min=1)).view(images, 1, 1)
+    return own if w is None else w * own
 
 
 def _without_underflow(sums: OverlapSums) -> OverlapSums:

@@ -135,7 +135,9 @@ class OverlapSums:
         minimum: :math:`\sum w \min(p, t)`; equals the overlap if every label is 0 or 1.
         nll: the cross-entropy. If classes exclude each other, :math:`\sum w t\,(-\log p)`, so that each pixel is part
             of the sum of its true class; otherwise the binary cross-entropy of each class.
-        all_nll: :math:`\sum w\,(-\log p)`, whatever the target.
+        all_nll: :math:`\sum w\,(-\log p)`, whatever the target. If classes exclude each other and only some are
+            annotated, it is that of the pixels of these, times the number of classes over that of these, so that the
+            mean over all classes is the mean over these.
         absent_nll: :math:`\sum w\,(-\log(1 - p))`, the cross-entropy of a class that is absent.
         focal: `nll` with each term multiplied by the focal factor.
         exclusive: whether classes exclude each other, as with class ids or a softmax.

@@ -38,7 +38,8 @@ class CrossEntropyLoss(PixelMeanLoss):
     class weights, which are normalized here too. All ranks share the normalizer.
 
     Args:
-        label_smoothing: fraction of each label that is spread evenly over all classes, in [0, 1).
+        label_smoothing: fraction of each label that is spread evenly over all classes that are annotated in the image,
+            in [0, 1).
         **settings: settings of `PixelMeanLoss`.
 
     Raises:

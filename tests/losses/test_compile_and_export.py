@@ -121,7 +121,7 @@ def test_class_weights_are_buffers(case):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_class_weights_are_a_setting_and_no_state(name):
-    """A state of version 0.2, which holds them, is loaded into a loss with other weights or none, and changes nothing."""
+    """A state of version 0.2, which holds them, is loaded into a loss with other weights or none without effect."""
     losses = [LOSSES[name](activation="softmax")]
     with contextlib.suppress(TypeError, ValueError):
         losses.append(LOSSES[name](activation="softmax", class_weights=WEIGHTS))

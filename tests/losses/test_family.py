@@ -6,6 +6,7 @@ What all losses inherit from the shared code is in `test_every_loss.py`.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from losses.family import (
 )
 
 from lightning_dice.kernels import OverlapSums, overlap_sums
-from lightning_dice.losses import OverlapLoss
+from lightning_dice.losses import CrossEntropyLoss, DiceCELoss, OverlapLoss
 
 
 def each_of(table):
@@ -156,6 +157,18 @@ def test_the_hardest_pixels_with_weights_of_pixel_and_class(kind):
     weight = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     value = case.loss("softmax")(logits, target, weight)
     close(value, case.plain(logits, target, weight, activation="softmax"))
+
+
+def test_smoothing_spreads_a_label_over_the_annotated_classes():
+    """A class that is not annotated has no share, and a pixel of one has no label to spread."""
+    logits = torch.tensor([0.0, 0.0, -1e4]).view(1, 3, 1).expand(2, 3, 4)
+    ids = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    annotated = torch.tensor([[True, True, False], [False, True, True]])
+    for target in (ids, F.one_hot(ids, 3).movedim(-1, 1)):
+        for loss in (CrossEntropyLoss, partial(DiceCELoss, dice_weight=0)):
+            smoothed = loss(activation="softmax", label_smoothing=0.3)
+            assert smoothed(logits[:1], target[:1], annotated=annotated[:1]).item() == pytest.approx(math.log(2))
+            assert smoothed(logits, target, annotated=annotated).item() == pytest.approx(math.log(2))
 
 
 def test_the_hardest_pixels_where_the_background_is_not_annotated():
