@@ -55,21 +55,41 @@ def load_run(
             does not fit.
     """
     path = _find_checkpoint(Path(folder).expanduser(), checkpoint)
+    module: Any = load_checkpoint(path, kind=kind, map_location=map_location)
+    module.calibrate(find_postprocessing(folder, calibration, path))
+    loaded: Module = module.eval()
+    return loaded
+
+
+def load_checkpoint(path: Path, *, kind: type[Module], map_location: Any = "cpu", strict: bool = True) -> Module:
+    """Load the module of a checkpoint that `fit` has written.
+
+    Args:
+        path: the checkpoint.
+        kind: as in `load_run`, as is `map_location`.
+        map_location: see `kind`.
+        strict: refuse weights that are missing or unexpected.
+
+    Raises:
+        ValueError: the checkpoint was not written by `fit`, or holds a module of another class.
+    """
     saved = torch.load(path, map_location=map_location, weights_only=True)
     config = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(config, dict) or "module" not in config or "state_dict" not in saved:
-        raise ValueError(f"{path} is not a checkpoint that fit has written: it holds no config of a module")
+        raise ValueError(
+            f"{path} is not a checkpoint that fit has written: it holds no config of a module; give "
+            "load_from_checkpoint the network, net=..., and what else is needed to make the module"
+        )
     refuse_old_config(config, path)
     module = _build_kind(config["module"], kind, path)
-    module.load_state_dict(saved["state_dict"])
-    module.calibrate(find_postprocessing(folder, calibration, path))
+    module.load_state_dict(saved["state_dict"], strict=strict)
     data = config.get("data", {})
     module.input_normalization = _input_normalization(
         config.get("normalize"), data.get("normalization"), data.get("max_value")
     )
     if isinstance(map_location, (str, torch.device)):
         module.to(map_location)
-    loaded: Module = module.eval()
+    loaded: Module = module
     return loaded
 
 

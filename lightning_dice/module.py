@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dice.argument_checks import check_choice, check_count, check_number
+from lightning_dice.argument_checks import check_count, check_number
 from lightning_dice.data.batch import Batch, read_batch
 from lightning_dice.functional import hard_prediction, pad_to_multiple
 from lightning_dice.functional.micro_batches import micro_batched_output
@@ -23,33 +19,29 @@ from lightning_dice.functional.model_outputs import ModelOutput, crop_to, read_o
 from lightning_dice.inference import Inference, PostProcessing, Predictor
 from lightning_dice.inference.batch_prediction import batch_labels, batch_logits, logits_of_labels
 from lightning_dice.inference.input_normalization import InputNormalization
-from lightning_dice.library_internals.lightning import attached_trainer
-from lightning_dice.loading import load_run, load_safetensors
+from lightning_dice.library_internals.torch import original_module, without_compiled_names
+from lightning_dice.loading import load_checkpoint, load_run, load_safetensors
 from lightning_dice.losses import DiceLoss, SegmentationLoss
 from lightning_dice.losses.batch_loss import batch_loss, deep_supervision_loss, loss_terms, mean_image_loss
 from lightning_dice.metric_logging import MetricLogging, Stage
 from lightning_dice.metrics import DiceScore
-from lightning_dice.plateau import plateau_frequency
-from lightning_dice.schedules import UnknownLengthError, check_length, training_length, with_length
+from lightning_dice.optimization import Interval, Optimization, OptimizerFactory, RateScaling, SchedulerFactory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RateScaling = Literal["linear", "sqrt"]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
-
-class SegmentationModule(MetricLogging):
+class SegmentationModule(MetricLogging, Optimization):
     """Train any segmentation network with any loss of logits and target.
 
     Subclass it to change `configure_optimizers`, `training_step` or `predict_step`; nothing needs to be overridden.
 
-    It logs `train/loss`, `val/loss` and `test/loss`, each a mean over the epoch's images, and the value of each metric
-    over the epoch, such as `val/dice` for a metric named `dice`. A metric with one value for each of several classes is
-    logged as the mean over the classes that have a value, and each value as `val/dice/<class name>`, NaN for a class
-    without a score. The terms of a compound loss are logged as `val/loss/<term>`. In an evaluation of several data
-    loaders, each has its own metrics, logged as Lightning names them: `test/dice/dataloader_idx_0`.
+    It logs `train/loss`, `val/loss` and `test/loss`, each a mean over the epoch's images; `train/loss_step`, the loss
+    of a batch, every `log_every_n_steps` of the Trainer; and the value of each metric over the epoch, such as
+    `val/dice` for a metric named `dice`. A metric with one value for each of several classes is logged as the mean over
+    the classes that have a value, and each value as `val/dice/<class name>`, NaN for a class without a score. The terms
+    of a compound loss are logged as `val/loss/<term>`. In an evaluation of several data loaders, each has its own
+    metrics, logged as Lightning names them: `test/dice/dataloader_idx_0`.
 
     In training, the loss of the batch is minimized. In evaluation, the loss is computed for each image separately, even
     if it pools images, and the mean over the images is logged: `val/loss` and `test/loss` depend
@@ -140,13 +132,14 @@ class SegmentationModule(MetricLogging):
         size_divisor: int = 1,
         channels_last: bool = False,
         micro_batch_size: int | None = None,
-        interval: Literal["epoch", "step"] = "epoch",
+        interval: Interval = "epoch",
         monitor: str = "val/dice",
         lr_scaling: RateScaling | None = None,
         auxiliary_weight: float = 0.4,
         inference: Inference | None = None,
     ) -> None:
         super().__init__()
+        without_compiled_names(self)
         if size_divisor < 1:
             raise ValueError(f"size_divisor must be an integer >= 1, got {size_divisor!r}")
         if not 0 < threshold < 1:
@@ -155,17 +148,13 @@ class SegmentationModule(MetricLogging):
             check_count("micro_batch_size", micro_batch_size, optional=True)
         self.net = net
         self.loss = loss if loss is not None else DiceLoss()
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.activation = activation
         self.threshold = threshold
         self.size_divisor = size_divisor
         self.channels_last = channels_last
         self.micro_batch_size = micro_batch_size
-        self.interval = interval
-        self.monitor = monitor
-        self.lr_scaling: RateScaling | None = check_choice("lr_scaling", lr_scaling, ("linear", "sqrt", None))
+        self.set_optimization(optimizer, scheduler, interval, monitor, lr_scaling)
         self.auxiliary_weight = check_number("auxiliary_weight", auxiliary_weight)
         self.inference = inference if inference is not None else Inference()
         # For the run's images; set by `from_run` and `from_safetensors`.
@@ -174,6 +163,21 @@ class SegmentationModule(MetricLogging):
             for parameter in net.parameters():
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        # Plain values only, so that a checkpoint is read without running code.
+        self.save_hyperparameters(
+            {
+                "class_names": self.class_names,
+                "activation": activation,
+                "threshold": threshold,
+                "size_divisor": size_divisor,
+                "channels_last": channels_last,
+                "micro_batch_size": micro_batch_size,
+                "interval": interval,
+                "monitor": monitor,
+                "lr_scaling": lr_scaling,
+                "auxiliary_weight": auxiliary_weight,
+            }
+        )
         self.set_metrics(metrics if metrics is not None else DiceScore(average="none"))
 
     @classmethod
@@ -203,6 +207,42 @@ class SegmentationModule(MetricLogging):
                 calibration cannot be read, or belongs to another checkpoint.
         """
         return load_run(folder, checkpoint, kind=cls, map_location=map_location, calibration=calibration)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's own is no method of the class alone.
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint, as any LightningModule does.
+
+        Checkpoints that `fit` has written hold the config of the module, which is built from it. Others need `net`, and
+        whatever else is not a plain value: `loss`, `metrics` ...; `threshold`, `class_names` and other plain values are
+        those that the checkpoint holds. `from_run` also applies the run's calibration.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: the device of the weights, as in `torch.load`.
+            hparams_file: as for any LightningModule, as are `strict` and `weights_only`.
+            strict: see `hparams_file`.
+            weights_only: see `hparams_file`.
+            kwargs: arguments of the constructor.
+
+        Raises:
+            ValueError: `fit` has not written the checkpoint, and `net` is not given.
+        """
+        if kwargs or hparams_file is not None:
+            loaded: Self = super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
+            return loaded
+        return load_checkpoint(
+            Path(checkpoint_path), kind=cls, map_location=map_location, strict=True if strict is None else strict
+        )
 
     @classmethod
     def from_safetensors(cls, path: str | Path, *, map_location: str = "cpu", trusted: Sequence[str] = ()) -> Self:
@@ -312,6 +352,7 @@ class SegmentationModule(MetricLogging):
         losses = {f"{stage}/loss": loss} | {f"{stage}/loss/{name}": value for name, value in terms.items()}
         self.log_dict(losses, on_step=False, on_epoch=True, batch_size=images, sync_dist=True)
         if stage == "train":
+            self.log("train/loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=images)
             running = self.update_metrics(stage, logits, mask)
             self.log_dict({"loss": loss.detach(), **running}, prog_bar=True, logger=False)
         else:
@@ -331,8 +372,9 @@ class SegmentationModule(MetricLogging):
     def setup(self, stage: str) -> None:
         """Have the data module's workers compute the target maps that the loss needs."""
         add_maps = getattr(getattr(self.trainer, "datamodule", None), "add_maps", None)
-        if stage != "predict" and add_maps is not None and isinstance(self.loss, SegmentationLoss):
-            add_maps(self.loss.maps)
+        loss = original_module(self.loss)
+        if stage != "predict" and add_maps is not None and isinstance(loss, SegmentationLoss):
+            add_maps(loss.maps)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the loss of a batch."""
@@ -416,46 +458,6 @@ class SegmentationModule(MetricLogging):
             threshold=self.threshold,
             device=self.device if device is None else device,
         )
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and the scheduler, if there is one, in Lightning's form.
-
-        Without a Trainer, a scheduler that has the length of the training is left out.
-        """
-        make = self.optimizer if self.optimizer is not None else lambda params: torch.optim.AdamW(params, lr=1e-3)
-        optimizer = make(parameter for parameter in self.parameters() if parameter.requires_grad)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self._rate_factor()
-        if self.scheduler is None:
-            return optimizer
-        trainer = attached_trainer(self)
-        try:
-            scheduler = with_length(self.scheduler, self._schedule_length)(optimizer)
-        except UnknownLengthError:
-            if trainer is None:
-                return optimizer
-            raise
-        if trainer is not None and isinstance(scheduler, LRScheduler):
-            with suppress(UnknownLengthError):
-                check_length(scheduler, self.interval, self._schedule_length(), trainer.max_epochs)
-        frequency = plateau_frequency(scheduler, self.interval, self.monitor, trainer)
-        settings = {"interval": self.interval, "frequency": frequency, "monitor": self.monitor}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **settings}}
-
-    def _schedule_length(self) -> int:
-        trainer = attached_trainer(self)
-        if trainer is None:
-            raise UnknownLengthError("scheduler has the length of a training, but the module has no Trainer")
-        return training_length(trainer, self.interval)
-
-    def _rate_factor(self) -> float:
-        """Return the factor of the learning rate for the number of processes that have their own batches."""
-        trainer = attached_trainer(self)
-        if self.lr_scaling is None or trainer is None:
-            return 1.0
-        # The strategy knows which processes see different data: not all of them, if a model is split over GPUs.
-        processes = int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
-        return float(processes) if self.lr_scaling == "linear" else math.sqrt(processes)
 
     def _known_activation(self) -> Literal["sigmoid", "softmax"]:
         activation = self.activation or getattr(self.loss, "activation", None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, PolynomialLR, ReduceLROnPlateau, SequentialLR
 
+from lightning_dice.library_internals.lightning import load_training_data
 from lightning_dice.library_internals.torch import sequence_parts
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def training_length(trainer: Trainer, interval: str) -> int:
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
     if interval == "epoch" and trainer.max_steps == -1 and epochs is not None:
         return epochs
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does, but for an unlimited number of epochs
+    load_training_data(trainer)
     steps = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches
     if interval == "step" and steps not in (-1, float("inf")):

@@ -84,7 +84,7 @@ class TestFromRun:
 
     def test_goes_on_training(self, run):
         module = SegmentationModule.from_run(run).train()
-        optimizer = module.configure_optimizers()["optimizer"]
+        optimizer = module.configure_optimizers()
         assert isinstance(optimizer, torch.optim.AdamW)
 
     def test_a_checkpoint_that_is_not_there(self, run):

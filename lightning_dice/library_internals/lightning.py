@@ -36,12 +36,26 @@ def batch_progress(trainer: Trainer) -> Any:
     return internal(trainer, "fit_loop.epoch_loop.batch_progress.current", _LIBRARY)
 
 
+def is_last_batch(trainer: Trainer) -> bool:
+    """Return whether the present training batch is the last one of its epoch (`batch_progress.is_last_batch`)."""
+    return bool(internal(trainer, "fit_loop.epoch_loop.batch_progress.is_last_batch", _LIBRARY))
+
+
 def set_batches_done(trainer: Trainer, done: int) -> None:
     """Correct the number of batches done in the resumed epoch, for another batch size (`batch_progress.current`)."""
     progress = batch_progress(trainer)
     pending = progress.ready - progress.completed  # A callback may have saved the checkpoint within a batch.
     progress.ready = progress.started = progress.processed = done
     progress.completed = done - pending
+
+
+def load_training_data(trainer: Trainer) -> None:
+    """Make the training data loader, if that has not been done (`fit_loop.setup_data`).
+
+    `trainer.estimated_stepping_batches` does it too, unless the number of epochs is unlimited.
+    """
+    if trainer.train_dataloader is None:
+        internal(trainer, "fit_loop.setup_data", _LIBRARY)()
 
 
 def validation_is_due(trainer: Trainer) -> bool:

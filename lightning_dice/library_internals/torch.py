@@ -53,6 +53,33 @@ def original_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def without_compiled_names(module: nn.Module) -> None:
+    """Give a module's state the names of its parameters before `torch.compile`, and load states with either names.
+
+    `torch.compile` inserts `_orig_mod` into the names of what is within the module that it returns.
+    """
+    module.register_state_dict_post_hook(_save_original_names)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_load_either_names)  # type: ignore[no-untyped-call]
+
+
+def _save_original_names(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and "_orig_mod." in key]:
+        state[prefix + original_name(key[len(prefix) :])] = state.pop(key)
+
+
+def _load_either_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    compiled = {name for name, _ in module.named_modules() if name.endswith("_orig_mod")}
+    for key in [key for key in state if key.startswith(prefix)]:
+        own: list[str] = []
+        for part in original_name(key[len(prefix) :]).split("."):
+            own += [part]
+            while ".".join([*own, "_orig_mod"]) in compiled:
+                own += ["_orig_mod"]
+        name = prefix + ".".join(own)
+        if name != key:
+            state[name] = state.pop(key)
+
+
 def sequence_parts(scheduler: SequentialLR) -> list[tuple[LRScheduler, int]]:
     """Return the schedules of a sequence, and the steps at which they start (`_schedulers`, `_milestones`)."""
     parts = internal(scheduler, "_schedulers", "torch")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dice.data.batch import Batch
 from lightning_dice.functional.target_resizing import pad_target
+from lightning_dice.library_internals.torch import original_module
 from lightning_dice.losses.base import SegmentationLoss, call_torch_loss
 from lightning_dice.losses.deep_supervision import DeepSupervision
 
@@ -28,7 +29,7 @@ def batch_loss(loss: nn.Module, logits: Any, batch: Batch) -> Tensor:
     >>> batch_loss(nn.BCEWithLogitsLoss(), torch.zeros(1, 1, 2, 2), batch)
     tensor(0.6931)
     """
-    if isinstance(loss, SegmentationLoss):
+    if isinstance(original_module(loss), SegmentationLoss):
         result: Tensor = loss(logits, batch.mask, batch.weight, annotated=batch.annotated, maps=batch.maps)
         return result
     if batch.weight is not None or batch.annotated is not None:
@@ -71,11 +72,11 @@ def deep_supervision_loss(loss: nn.Module, levels: list[Tensor], batch: Batch) -
         levels: logits, finest first, the first at the size of the padded image.
         batch: as in `batch_loss`; its image is not padded.
     """
-    loss = loss if isinstance(loss, DeepSupervision) else DeepSupervision(loss)
+    loss = loss if isinstance(original_module(loss), DeepSupervision) else DeepSupervision(loss)
     space = tuple(levels[0].shape[2:])
     if tuple(batch.image.shape[2:]) != space:
         # The padding is ignored if the loss can ignore pixels; else it repeats the last row, as the image's does.
-        inner, is_ids = loss.loss, batch.mask.ndim < batch.image.ndim
+        inner, is_ids = original_module(loss.loss), batch.mask.ndim < batch.image.ndim
         can_ignore = isinstance(inner, SegmentationLoss) or is_ids
         ignore_index = getattr(inner, "ignore_index", None) if can_ignore else None
         weight = None if batch.weight is None else pad_target(batch.weight, space, ignore_index=None)

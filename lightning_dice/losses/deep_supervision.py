@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_dice.argument_checks import check_choice, check_number
 from lightning_dice.functional import DeferredReduction
 from lightning_dice.functional.target_resizing import Reduce, coarser_target, coarser_weight
+from lightning_dice.library_internals.torch import original_module
 from lightning_dice.losses.base import SegmentationLoss, TargetMap, call_torch_loss
 from lightning_dice.losses.overlap import OverlapLoss
 
@@ -54,12 +55,13 @@ class DeepSupervision(SegmentationLoss):
     def __init__(self, loss: nn.Module, weights: Sequence[float] | None = None, reduce: Reduce = "area") -> None:
         if not isinstance(loss, nn.Module):
             raise ValueError(f"loss must be a module of logits and target, got {type(loss).__name__}")
-        if isinstance(loss, OverlapLoss) and loss.reduction == "none":
+        original = original_module(loss)
+        if isinstance(original, OverlapLoss) and original.reduction == "none":
             raise ValueError('loss must have one value, got reduction="none"')
-        ours = isinstance(loss, SegmentationLoss)
+        ours = isinstance(original, SegmentationLoss)
         ignore_index = getattr(loss, "ignore_index", None)
         super().__init__(
-            activation=loss.activation if isinstance(loss, SegmentationLoss) else None,
+            activation=original.activation if isinstance(original, SegmentationLoss) else None,
             ignore_index=ignore_index if ours or isinstance(ignore_index, int) else None,
         )
         self.loss = loss
@@ -71,7 +73,7 @@ class DeepSupervision(SegmentationLoss):
     @property
     def maps(self) -> Mapping[str, TargetMap]:  # type: ignore[override]
         """The maps of the loss."""
-        return getattr(self.loss, "maps", {}) if isinstance(self.loss, SegmentationLoss) else {}
+        return getattr(self.loss, "maps", {}) if isinstance(original_module(self.loss), SegmentationLoss) else {}
 
     @property
     def values(self) -> Mapping[str, Tensor]:
@@ -151,9 +153,11 @@ class DeepSupervision(SegmentationLoss):
                 reduce=self.reduce,
             )
             maps = self._coarser_maps(target, own, space, classes)
-        if isinstance(self.loss, SegmentationLoss):
+        if isinstance(original_module(self.loss), SegmentationLoss):
             weight = None if weight is None else coarser_weight(weight, space)
-            return self.loss.deferred_call(logits, own, weight, annotated=annotated, maps=maps)
+            return cast("SegmentationLoss", self.loss).deferred_call(
+                logits, own, weight, annotated=annotated, maps=maps
+            )
         if weight is not None or annotated is not None:
             raise ValueError(f"loss, a {type(self.loss).__name__}, takes neither weight nor annotated")
         if own.is_floating_point() and self.ignore_index is not None:
