@@ -1422,8 +1422,8 @@ mutate(
     ),
     (
         "metric-ignores-nothing",
-        "ignore_index=self.ignore_index\n        )\n        if self.pool",
-        "ignore_index=None\n        )\n        if self.pool",
+        "threshold=self.threshold, ignore_index=self.ignore_index",
+        "threshold=self.threshold, ignore_index=None",
         "test_metrics.py::test_by_hand",
     ),
     (
@@ -1434,8 +1434,8 @@ mutate(
     ),
     (
         "metric-absent-classes-have-a-score",
-        "kept = self.absent.kept(score, sums)\n            self.total",
-        "kept = score == score\n            self.total",
+        "return score, self.absent.kept(score, sums)",
+        "return score, score == score",
         "test_metrics.py::test_the_policy_for_a_class_absent_from_the_target",
     ),
     (
@@ -1452,9 +1452,111 @@ mutate(
     ),
     (
         "metric-macro-counts-what-was-never-seen",
-        "else score.nanmean()",
-        "else score.nan_to_num().mean()",
+        "mean = scores.nanmean()",
+        "mean = scores.nan_to_num().mean()",
         "test_metrics.py::test_by_hand",
+    ),
+    (
+        "metric-nan-is-left-out-of-the-average",
+        "mean.where(~self._nan_classes[self._included].any(), torch.nan)",
+        "mean",
+        "test_metrics.py::test_a_nan_gives_no_plausible_score",
+    ),
+    (
+        "metric-nan-is-a-wrong-pixel",
+        "score.index_fill(0, excluded, torch.nan).where(~self._nan_classes, torch.nan)",
+        "score.index_fill(0, excluded, torch.nan)",
+        "test_metrics.py::test_a_nan_gives_no_plausible_score",
+    ),
+    (
+        "metric-states-of-other-settings-are-equal",
+        "hashlib.sha256(repr(settings)",
+        "hashlib.sha256(repr(())",
+        "test_metrics.py::test_other_settings_share_no_state_in_a_collection",
+    ),
+    (
+        "metric-weights-are-equal",
+        "weight = actual.where(actual.sum(1, keepdim=True) > 0, 1)",
+        "weight = torch.ones_like(actual)",
+        "test_metrics.py::test_averages_by_hand",
+    ),
+    (
+        "metric-micro-counts-excluded-classes",
+        "values[:, self._included].sum(1, keepdim=True)",
+        "values.sum(1, keepdim=True)",
+        "test_metrics.py::test_equals_torchmetrics_where_it_is_right",
+    ),
+)
+mutate(
+    "metric_inputs.py",
+    (
+        "metric-inputs-are-logits",
+        "probs = logits.softmax(1) if exclusive else logits.sigmoid()",
+        "probs = logits",
+        "test_metric_logging.py::test_logits_between_0_and_1_are_not_taken_for_probabilities",
+    ),
+    (
+        "metric-inputs-do-not-ignore",
+        "        metric.ignore_index = ignore_index\n",
+        "        pass\n",
+        "test_metric_logging.py::test_our_score_ignores_what_the_loss_ignores",
+    ),
+    (
+        "metric-inputs-of-segmentation-do-not-ignore",
+        "return preds * valid, target * valid",
+        "return preds, target * valid",
+        "test_metric_logging.py::test_metrics_of_segmentation_get_labels_without_the_ignored_pixels",
+    ),
+    (
+        "metric-inputs-of-rankings-do-not-ignore",
+        'return "ranking"',
+        'return "multilabel"',
+        "test_metric_logging.py::test_every_metric_of_torchmetrics_logs_and_resets_or_is_refused[MultilabelRankingLoss]",
+    ),
+    (
+        "metric-inputs-keep-soft-labels",
+        "if self.mask.is_floating_point() and has_planes:",
+        "if False:",
+        "test_metric_logging.py::test_soft_labels_are_made_hard_in_every_stage",
+    ),
+)
+mutate(
+    "metric_logging.py",
+    (
+        "metric-logging-leaves-nan-out",
+        "if index not in excluded}",
+        "if index not in excluded and not score.isnan()}",
+        "test_metric_logging.py::test_a_class_without_a_score_is_nan_and_not_the_former_value",
+    ),
+    (
+        "metric-logging-does-not-reset-at-the-start",
+        "        own.reset()\n",
+        "        pass\n",
+        "test_metric_logging.py::test_an_interrupted_epoch_is_counted_once",
+    ),
+    (
+        "metric-logging-mixes-loaders",
+        "in collections[loader].items",
+        "in collections[0].items",
+        "test_metric_logging.py::test_each_loader_has_its_own_metrics",
+    ),
+    (
+        "metric-logging-refuses-at-the-end-of-an-epoch",
+        "                    self._probe(name, metric, arguments)\n",
+        "                    pass\n",
+        "test_metric_logging.py::test_metrics_that_are_refused_before_the_first_step",
+    ),
+    (
+        "metric-logging-remembers-the-sanity-check",
+        "(metric.clone() if self.trainer.sanity_checking else metric).compute()",
+        "metric.compute()",
+        "test_metric_logging.py::test_the_check_before_a_training_is_no_minimum_of_it",
+    ),
+    (
+        "metric-logging-takes-minus-1-for-a-score",
+        "value = value.where(value >= 0, torch.nan)",
+        "pass",
+        "test_metric_logging.py::test_a_class_that_mean_iou_has_not_seen_is_no_score_of_minus_1",
     ),
 )
 # The sums: the reference, and the other implementations against it.

@@ -366,7 +366,8 @@ def test_the_check_before_a_training_is_no_minimum_of_it(tmp_path):
     run = trainer(tmp_path, num_sanity_val_steps=1)
     first, rest = batches(seed=1, count=1), batches(seed=1, count=3)
     run.fit(one, first, rest)
-    assert run.callback_metrics["val/b/min"] == run.callback_metrics["val/b/raw"]
+    logged = run.callback_metrics
+    assert logged["val/b/min"] == logged["val/b/raw"] == logged["val/b/max"]
     assert run.callback_metrics["train/b/max"] == run.callback_metrics["train/b/raw"]
 
 

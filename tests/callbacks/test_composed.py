@@ -43,6 +43,7 @@ def test_settings_of_several():
         "callbacks=[early_stopping,ema]", "callbacks.early_stopping.patience=3", "callbacks.ema.decay=0.9"
     )
     assert (together.early_stopping.patience, together.ema.decay) == (3, 0.9)
+    assert not together.early_stopping.check_finite  # The score of a class that no case has is NaN.
     assert together.gradient_guard.action == "stop"
 
 

@@ -128,6 +128,7 @@ APPLIED = {
     "callbacks.early_stopping.monitor": "val/loss",
     "callbacks.early_stopping.mode": "min",
     "callbacks.early_stopping.patience": 40,
+    "callbacks.early_stopping.check_finite": True,
     "callbacks.ema.decay": 0.5,
     "callbacks.ema.warmup": False,
     "callbacks.ema.update_every_n_steps": 2,
