@@ -2095,6 +2095,33 @@ mutate(
         SETTINGS + "test_numbers_of_optimizer_and_schedule",
     ),
 )
+mutate(
+    "callbacks/case_table.py",
+    (
+        "NaN logits are scored",
+        "if values is not None and not brief and bool(values.isnan().any()):",
+        "if False:",
+        SETTINGS + "test_logits_that_are_nan_have_no_score",
+    ),
+)
+mutate(
+    "cli/config.py",
+    (
+        "a network that cannot be imported has no cause",
+        "if target is not None and cause is not None:",
+        "if False:",
+        SETTINGS + "test_a_network_that_cannot_be_imported",
+    ),
+)
+mutate(
+    "cli/errors.py",
+    (
+        "a full disk is a traceback",
+        "if error.errno not in _DISK:",
+        "if True:",
+        SETTINGS + "test_a_full_disk_is_one_line_and_loses_nothing",
+    ),
+)
 TRAINER = "cli/test_trainer_settings.py::"
 mutate(
     "cli/config.py",
@@ -2666,6 +2693,84 @@ mutate(
         'reduce_op="max"',
         'reduce_op="sum"',
         "callbacks/test_throughput.py::test_of_all_processes",
+    ),
+)
+BEST = "callbacks/test_best_checkpoint.py::test_"
+mutate(
+    "callbacks/best_checkpoint.py",
+    (
+        "best-takes-an-old-score",
+        "logged is None or logged is self._seen",
+        "logged is None",
+        f"{BEST}a_validation_within",
+    ),
+    (
+        "best-nan-is-best",
+        "math.inf if math.isnan(value)",
+        "-math.inf if math.isnan(value)",
+        f"{BEST}the_best_of_scores",
+    ),
+    ("best-of-a-loss-is-the-largest", '-value if mode == "max" else value', "-value", f"{BEST}the_least_is_the_best"),
+    ("best-is-the-last-of-the-top", "if is_best and path != best:", "if path != best:", f"{BEST}the_best_of_scores"),
+    (
+        "best-of-equal-scores-is-the-last",
+        "return _rank(one, self.mode) < _rank(other, self.mode)",
+        "return _rank(one, self.mode) <= _rank(other, self.mode)",
+        f"{BEST}the_best_of_scores",
+    ),
+    (
+        "best-considers-the-score-of-a-resumed-checkpoint",
+        "self._seen, self._validated = self._logged(trainer), False",
+        "self._seen, self._validated = None, False",
+        f"{BEST}resumed_the_score_of_the_checkpoint_is_not_a_new_one",
+    ),
+    (
+        "best-worst-is-kept",
+        "self._ordered()[self.save_top_k :]",
+        "self._ordered()[: -self.save_top_k]",
+        f"{BEST}the_best_of_scores",
+    ),
+    (
+        "best-removes-what-is-resumed",
+        "if name != best and Path(name).resolve() != resumed:",
+        "if name != best:",
+        f"{BEST}the_checkpoint_that_is_resumed_stays",
+    ),
+    (
+        "best-of-each-rank",
+        "trainer.strategy.broadcast(float(logged))",
+        "float(logged)",
+        f"{BEST}ranks_agree",
+    ),
+)
+mutate(
+    "callbacks/history.py",
+    (
+        "history-no-row-for-a-validation-within-an-epoch",
+        "            self._validated = key\n            self._write(trainer)",
+        "            self._rows.pop(key)",
+        "callbacks/test_history.py::test_a_validation_within_an_epoch_has_a_row_of_its_own",
+    ),
+    (
+        "history-forgets-validations-when-resumed",
+        "if epoch < trainer.current_epoch or within:",
+        "if epoch < trainer.current_epoch:",
+        "callbacks/test_history.py::test_rows_of_validations_are_the_same_when_resumed_from_any_of_them",
+    ),
+    (
+        "history-a-row-of-a-validation-is-an-epoch",
+        'return "seconds" in row',
+        "return True",
+        "callbacks/test_history.py::test_rows_of_validations_are_the_same_when_resumed_from_any_of_them",
+    ),
+)
+mutate(
+    "cli/experiment.py",
+    (
+        "summary-of-the-last-row",
+        'if (int(row["epoch"]), int(row["step"])) == saved]',
+        "][-1:]",
+        "cli/test_best_checkpoint.py::test_the_best_validation_is_kept_printed_and_scored[top-3]",
     ),
 )
 mutate(

@@ -63,6 +63,7 @@ BELOW = {
         *("argument_checks", "callbacks", "checkpoints", "data", "extras", "inference", "io", "kernels", "loading"),
         "module",
         *("library_internals", "plotting", "renamed_settings", "report", "scoring", "trials"),
+        *("metrics", "plateau", "schedules"),
     },
     "fit": {"cli", "trials"},
     "evaluate": {"cli", "data", "callbacks", "inference", "io", "report"},

@@ -146,9 +146,15 @@ class CaseTable(Callback):
             brief: omit surfaces, lesions and calibration.
 
         Raises:
-            ValueError: from `score_case`; the message names the case.
+            ValueError: from `score_case`, or the logits are NaN; the message names the case.
         """
         scoring = replace(self.scoring, surfaces=False, lesions=False) if brief else self.scoring
+        for name, values in (("logits", logits), ("probabilities", probs)):
+            # Their labels are numbers like any other. During a training, `GradientGuard` acts on its causes.
+            if values is not None and not brief and bool(values.isnan().any()):
+                raise ValueError(
+                    f"case {case}: the network's {name} are NaN: its weights are, or the precision is too low for it"
+                )
         try:
             score = score_case(predicted, mask, scoring, spacing)
         except ValueError as error:

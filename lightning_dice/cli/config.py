@@ -204,6 +204,24 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
             raise UserError(f"{text}: {str(error).splitlines()[0]}") from error
 
 
+_LOCATING = re.compile(r"Error locating target '([^']+)'")
+
+
+def _import_problem(target: str, cause: BaseException) -> str:
+    """Say why the module of a target cannot be imported, or what it lacks."""
+    if not isinstance(cause, ModuleNotFoundError) or cause.name is None:
+        return str(cause) if isinstance(cause, ImportError) else f"{type(cause).__name__}: {cause}"
+    parent = cause.name.rpartition(".")[0]
+    if parent and target.startswith(cause.name) and parent in sys.modules:
+        return f"{parent} has no {cause.name.rpartition('.')[2]}"
+    package = cause.name.partition(".")[0]
+    if any(package in modules for modules in EXTRAS.values()):
+        return f"{cause}; {how_to_install([package])}"
+    if target.partition(".")[0] == cause.name:
+        return f"{cause}; a file of your own must be in the folder where you start the command, or be installed"
+    return f"{cause}, which it imports"
+
+
 def instantiate(config: Any, what: str, **arguments: Any) -> Any:
     """Create the object that a config describes.
 
@@ -227,6 +245,9 @@ def instantiate(config: Any, what: str, **arguments: Any) -> Any:
         headline = str(error).splitlines()[0].removesuffix(":")
         if isinstance(cause, MissingExtra):
             raise UserError(f"{what}: {cause}") from error
+        target = _LOCATING.match(headline)
+        if target is not None and cause is not None:
+            raise UserError(f"{what}: {target[1]} cannot be imported: {_import_problem(target[1], cause)}") from error
         if isinstance(cause, ImportError):
             module = str(cause.name or "").split(".")[0]
             optional = any(module in modules for modules in EXTRAS.values())

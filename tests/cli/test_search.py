@@ -249,7 +249,7 @@ class TestMistakes:
             ([*SPACE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction must be maximize"),
             (
                 [*SPACE, "hydra.sweeper.sampler._target_=optuna.samplers.Oracle"],
-                "sampler: Error locating",
+                "cannot be imported",
             ),
             ([*SPACE, "+hydra.sweeper.sampler.speed=3"], "hydra.sweeper.sampler: .*speed"),
             (

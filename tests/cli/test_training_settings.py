@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import lightning as L
@@ -170,3 +171,81 @@ def test_only_a_plateau_of_a_validation_is_restricted():
     assert plateau_frequency(plateau, "epoch", "train/loss", trainer) == 1
     assert plateau_frequency(plateau, "step", "loss", trainer) == 1
     assert plateau_frequency(constant, "step", "val/dice", trainer) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import not_there\n", "No module named 'not_there', which it imports"),
+        ("import monai.no_such_part\n", "monai"),
+        ("class Net(\n", "SyntaxError: '(' was never closed (broken_net.py, line 1)"),
+        ("raise RuntimeError('no such file: weights.pt')\n", "RuntimeError: no such file: weights.pt"),
+        ("x = 1\n", "broken_net has no Net"),
+        (None, "No module named 'broken_net'; a file of your own must be in the folder where you start the command"),
+    ],
+)
+def test_a_network_that_cannot_be_imported(tmp_path, monkeypatch, text, message):
+    monkeypatch.delitem(sys.modules, "broken_net", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if text is not None:
+        (tmp_path / "broken_net.py").write_text(text)
+    told = refused("fit", *NOWHERE, "model._target_=broken_net.Net", cwd=tmp_path)
+    assert "module: broken_net.Net cannot be imported: " in told
+    assert message in told
+    assert "HYDRA_FULL_ERROR" not in told
+
+
+FULL = """
+import resource
+import lightning as L
+
+class Full(L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+"""
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "filling.py").write_text(FULL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = [*SMALL, "callbacks=[progress_bar,history,checkpoint,interrupt,exact_resume]", "logger=none", "test=false"]
+    run_command("fit", *small, "trainer.max_epochs=4", "folder=whole", cwd=tmp_path)
+    patience = "trainer.plugins=[{_target_: lightning_dice.checkpoints.SafeCheckpointIO, patience: 0}]"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        full = ["+callbacks.filling={_target_: filling.Full}", patience, "trainer.max_epochs=4", "folder=run"]
+        message = refused("fit", *small, *full, cwd=tmp_path, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = (line for line in message.splitlines() if line.startswith("error:"))
+    assert "could not be written: File too large. What was saved before is intact" in line
+    assert f"python -m lightning_dice.fit resume={tmp_path / 'run'}" in line
+    assert len(message.strip().splitlines()) <= 3
+    # As if nothing had happened.
+    run_command("fit", "resume=run", "callbacks.filling=null", cwd=tmp_path)
+    saved = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "run")]
+    for name, value in saved[0]["state_dict"].items():
+        assert torch.equal(value, saved[1]["state_dict"][name]), name
+    epochs = [[row["epoch"] for row in rows(tmp_path / name / "metrics.csv")] for name in ("whole", "run")]
+    assert epochs == [["0", "1", "2", "3"]] * 2
+
+
+@pytest.mark.parametrize("classes", [[], ["data.activation=softmax", "data.classes=[a,b]"]], ids=["sigmoid", "softmax"])
+def test_logits_that_are_nan_have_no_score(tmp_path, classes):
+    run_command("fit", *SMALL, *classes, *LEAN[:1], "test=false", "trainer.max_epochs=1", "folder=run", cwd=tmp_path)
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    saved = torch.load(path, weights_only=True)
+    for name, value in saved["state_dict"].items():
+        if name.startswith("net."):
+            value.fill_(torch.nan)
+    torch.save(saved, path)
+    for options in ([], ["+callbacks.case_table.calibration_bins=0"]):
+        told = refused("evaluate", "run=run", *options, f"output=scores{len(options)}", cwd=tmp_path)
+        assert (
+            "case test-0000: the network's logits are NaN: its weights are, or the precision is too low for it" in told
+        )
+    # The check of the data that a training sees is the first to notice.
+    told = refused("evaluate", "run=run", "split=val", "output=val", cwd=tmp_path)
+    assert "weights that are not finite" in told
