@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,9 +24,10 @@ from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, exit_with_si
 from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.config_consistency import ConfigConsistency
-from lightning_dice.cli.errors import UserError, as_user_errors
+from lightning_dice.cli.errors import UserError, as_user_errors, report_disk_errors
 from lightning_dice.cli.monitors import check_monitors, check_validation, explain_missing_monitor
 from lightning_dice.cli.optimizer_check import check_optimizer
+from lightning_dice.cli.training_report import printed_profile, stop_reason
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
 from lightning_dice.kernels import check_forced
@@ -48,6 +50,7 @@ _NOISE = (
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning's own use of torch.
     ".*Grad strides do not match bucket view strides.*",  # One more copy of some 1x1 weights in channels_last.
     ".*callbacks used to create the checkpoint need to be provided.*",  # A resumed run may remove some.
+    ".*You requested to overfit but enabled.*",  # As the comment of trainer.overfit_batches says.
     ".*The checkpoint was not created with WeightAveraging.*",  # It may also begin when a run is resumed.
     ".*The dirpath has changed from.*",  # As it should when an evaluation has its own folder.
     ".*You are using a CUDA device.*Tensor Cores.*",
@@ -121,8 +124,12 @@ class Experiment:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Turn errors in training into user errors, and an interrupt into the signal's exit status."""
-        with exit_with_signal_status(), as_user_errors(), explain_missing_monitor(self.config, self.trainer):
+        explained = explain_missing_monitor(self.config, self.trainer)
+        disk = report_disk_errors(self.folder, f"python -m lightning_dice.fit resume={shlex.quote(str(self.folder))}")
+        with exit_with_signal_status(), as_user_errors(), disk, explained, printed_profile():
             yield
+        if reason := stop_reason(self.trainer):
+            print_line(reason)
 
     def check_settings(self) -> None:
         """Check the settings that would fail only when training starts, or after an epoch; needs no data.
@@ -147,6 +154,11 @@ class Experiment:
             saved = run_folder.check_weights(self.module, checkpoint, self.config)
             print_line(f"resuming from epoch {saved['epoch']}, step {saved['global_step']}, of {checkpoint}")
             ended, wanted = saved_loop_state(saved, "epoch_progress")["current"]["processed"], self.trainer.max_epochs
+            if self.trainer.max_steps == saved["global_step"]:
+                print_line(
+                    f"all {self.trainer.max_steps} steps are trained already, and are scored again: train more with "
+                    f"trainer.max_steps={2 * self.trainer.max_steps}"
+                )
             if wanted is not None and 0 <= wanted <= ended:
                 print_line(
                     f"all {ended} epochs are trained already, and are scored again: train more with "
@@ -171,11 +183,22 @@ class Experiment:
         total = images * processes * accumulated
         return " x ".join(factors) + (f" = {total}" if len(factors) > 1 else "") + f" a step, seed {self.config.seed}"
 
-    def evaluate(self, split: Split, checkpoint: str | Path) -> dict[str, float]:
-        """Score a checkpoint on `"val"` or `"test"`, write the report, and return the logged metrics."""
+    def evaluate(self, split: Split, checkpoint: str | Path | None) -> dict[str, float]:
+        """Score a checkpoint on `"val"` or `"test"`, write the report, and return the logged metrics.
+
+        Args:
+            split: of the data.
+            checkpoint: its path; `None`: the weights as they are.
+        """
         run = self.trainer.test if split == "test" else self.trainer.validate
-        with exit_with_signal_status(), as_user_errors():
-            logged = run(self.module, self.data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        with exit_with_signal_status(), as_user_errors(), printed_profile():
+            path = None if checkpoint is None else str(checkpoint)
+            logged = run(self.module, self.data, ckpt_path=path, weights_only=True, verbose=False)
+        scored, loader = self.trainer.num_val_batches, self.trainer.val_dataloaders
+        if split == "test":
+            scored, loader = self.trainer.num_test_batches, self.trainer.test_dataloaders
+        if isinstance(loader, Sized) and sum(scored) < len(loader):
+            print_line(f"only {sum(scored)} of {len(loader)} batches of the {split} split are scored, by your limits")
         self.scores[split] = dict(logged[0]) if logged else {}
         if self.trainer.is_global_zero:
             facts = score_provenance(self.config, self.run.name, {"run": str(self.run), "checkpoint": str(checkpoint)})
@@ -184,6 +207,10 @@ class Experiment:
 
     def score_best(self) -> None:
         """Score the best checkpoint on the test split, or on the validation split if there is none."""
+        if self.fast_dev_run:
+            print_line("trainer.fast_dev_run saves no checkpoint: scoring the weights as they are")
+            self.evaluate(self.last_split, None)
+            return
         best = self.checkpoint.best_model_path if self.checkpoint is not None else ""
         last = self.folder / run_folder.CHECKPOINTS / "last.ckpt"
         if best:
@@ -191,6 +218,11 @@ class Experiment:
         elif last.is_file() and self.data.source.split(self.last_split) is not None:
             print_line("there is no best checkpoint without a validation: scoring the last one")
             self.evaluate(self.last_split, last)
+
+    @property
+    def fast_dev_run(self) -> bool:
+        """Whether the training only tries a few batches."""
+        return bool(getattr(self.trainer, "fast_dev_run", False))
 
     @property
     def last_split(self) -> Split:
