@@ -15,7 +15,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 import lightning_dice
 from lightning_dice.library_internals import LIBRARIES, MissingInternalError, internal, set_internal
@@ -98,6 +99,9 @@ class TestLightning:
         seen, trainer, _ = fit(look)
         assert seen == [(epoch + 1, epoch, batch, batch) for epoch in range(2) for batch in range(1, 5)]
         assert of_lightning.epoch_progress(trainer).processed == 2
+
+    def test_is_last_batch(self, fit):
+        assert fit(lambda trainer, _: of_lightning.is_last_batch(trainer))[0] == [False, False, False, True] * 2
 
     def test_validation_is_due(self, fit):
         def look(trainer, _):
@@ -282,6 +286,28 @@ class TestTorchmetrics:
         assert metric.compute() == 1  # cached
         of_torchmetrics.set_update_count(metric, 5)
         assert (metric.compute(), metric.update_count) == (3, 5)
+
+    def test_memory(self):
+        extremes, last = MinMaxMetric(MeanMetric()), Running(SumMetric(), window=2)
+        for value in (1.0, 3.0, 8.0):
+            extremes.update(value)
+            extremes.compute()
+            last.update(value)
+        assert last.compute() == 11
+        assert of_torchmetrics.memory(extremes) == {"min_val": 1, "max_val": 4}
+        assert of_torchmetrics.memory(last) == {"_num_vals_seen": 3}
+        assert of_torchmetrics.memory(MeanMetric()) == {}
+        of_torchmetrics.set_memory(last, {"_num_vals_seen": 4})
+        last.update(2.0)  # Takes the place of the oldest.
+        assert last.compute() == 5
+        of_torchmetrics.set_memory(extremes, {"min_val": torch.tensor(-1.0)})
+        assert extremes.compute()["min"] == -1
+
+    def test_a_wrapper_without_its_memory_is_named(self):
+        metric = Running(MeanMetric())
+        object.__delattr__(metric, "_num_vals_seen")
+        with pytest.raises(MissingInternalError, match=r"has no Running\._num_vals_seen"):
+            of_torchmetrics.memory(metric)
 
 
 class TestHydra:

@@ -30,13 +30,14 @@ SETTINGS = {
     "steps": {"max_steps": 10, "epochs": 4},
     "steps-alone": {"max_steps": 10, "epochs": -1},
     "a-logged-metric": {"metric": True, "epochs": 2},
+    "wrapped-metrics": {"wrapped": True, "epochs": 2},
     "plateau": {"schedule": plateau},
     "averaged-weights": {"average": True, "epochs": 2},
     "all": {"workers": 2, "val_check_interval": 0.5, "accumulate_grad_batches": 2, "schedule": plateau},
 }
 
 
-QUICK = {"plain", "accumulation", "steps-alone", "a-logged-metric", "averaged-weights", "plateau"}
+QUICK = {"plain", "accumulation", "steps-alone", "a-logged-metric", "wrapped-metrics", "averaged-weights", "plateau"}
 
 
 @pytest.mark.parametrize(

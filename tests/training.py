@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAveragePrecision, BinaryJaccardIndex, MulticlassJaccardIndex
+from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, Running
 
-from lightning_dice import DiceLoss, SegmentationModule
+from lightning_dice import DiceLoss, DiceScore, SegmentationModule
 from lightning_dice.callbacks import ExactResume
 from lightning_dice.data import SegmentationData, SyntheticSource
 
@@ -43,7 +45,9 @@ class Events(L.Callback):
 
     def _row(self, trainer, epoch):
         if epoch >= 0 and trainer.callback_metrics:
-            self.rows[epoch] = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+            # The value of one step is that of the last step of this process.
+            metrics = {name: value for name, value in trainer.callback_metrics.items() if name != "train/loss_step"}
+            self.rows[epoch] = {name: float(value) for name, value in metrics.items() if "/" in name}
 
 
 class SaveEverywhere(L.Callback):
@@ -68,6 +72,17 @@ class SaveEverywhere(L.Callback):
         self._save(trainer, "epoch")
 
 
+class Spoil(L.Callback):
+    """Make the network worse with each step from one on, so that the last validation is not the best."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step >= self.step:
+            pl_module.net.bias.data += 0.5
+
+
 class LogsMetric(SegmentationModule):
     """Logs a metric as an object, whose values Lightning computes."""
 
@@ -80,6 +95,17 @@ class LogsMetric(SegmentationModule):
         self.mean(loss.detach())
         self.log("train/mean", self.mean, on_step=False, on_epoch=True)
         return loss
+
+
+def wrapped_metrics():
+    """Metrics that remember more than their states, or have lists of states."""
+    return {
+        "bootstrap": BootStrapper(BinaryJaccardIndex(), num_bootstraps=2, sampling_strategy="multinomial"),
+        "each": ClasswiseWrapper(MulticlassJaccardIndex(2, average="none")),
+        "extremes": MinMaxMetric(BinaryJaccardIndex()),
+        "last": Running(DiceScore(), window=3),
+        "list": BinaryAveragePrecision(),
+    }
 
 
 def plateau(optimizer):
@@ -103,6 +129,7 @@ def train(
     exact: bool = True,
     batch_size: int = 4,
     metric: bool = False,
+    wrapped: bool = False,
     callbacks: tuple[L.Callback, ...] = (),
     **trainer_settings: Any,
 ) -> dict[str, Any]:
@@ -118,7 +145,11 @@ def train(
         SyntheticSource(size=(16, 16), cases=(16, 4, 0)), batch_size=batch_size, num_workers=workers
     )
     module = (LogsMetric if metric else SegmentationModule)(
-        net, DiceLoss(ignore_index=255), optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), scheduler=schedule
+        net,
+        DiceLoss(ignore_index=255),
+        wrapped_metrics() if wrapped else None,
+        optimizer=lambda p: torch.optim.Adam(p, lr=1e-2),
+        scheduler=schedule,
     )
     events = Events()
     saver = [SaveEverywhere(folder)] if folder is not None else []
@@ -137,6 +168,7 @@ def train(
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(ModelSummary|workers|logging interval|LeafSpec|before the epoch ended).*")
+        warnings.filterwarnings("ignore", "No positive samples", UserWarning)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},

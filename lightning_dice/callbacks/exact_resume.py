@@ -30,7 +30,13 @@ from lightning_dice.library_internals.lightning import (
     set_batches_done,
     validation_is_due,
 )
-from lightning_dice.library_internals.torchmetrics import set_update_count, state_names, update_count
+from lightning_dice.library_internals.torchmetrics import (
+    memory,
+    set_memory,
+    set_update_count,
+    state_names,
+    update_count,
+)
 
 # Whether all ranks save the present checkpoint: a rank that saves alone must not wait for messages of the others.
 _all_ranks_save: ContextVar[bool] = ContextVar("_all_ranks_save", default=True)
@@ -114,6 +120,10 @@ class ExactResume(Callback):
         own: dict[str, Any] = {
             "logged": {name: value.detach().cpu().clone() for name, value in callback_metrics(trainer).items()}
         }
+        # Schedulers that follow a metric step after the hooks at the end of an epoch, one of which is saving.
+        checkpoint["epoch_ends"] = epoch["total"]["processed"] == epoch["total"]["completed"] + 1
+        can_compute = _all_ranks_save.get() or not is_distributed(trainer)
+        own["remembered"] = _remembered(pl_module, epoch_ends=checkpoint["epoch_ends"] and can_compute)
         if epoch["current"]["processed"] < epoch["current"]["ready"]:
             own |= {"means": epoch_means(trainer), "metrics": _metric_states(pl_module)}
             if is_accumulating(trainer):
@@ -126,8 +136,6 @@ class ExactResume(Callback):
             checkpoint["ranks"] = all_gather(trainer, own)
         else:
             checkpoint["ranks"] = [own if rank == trainer.global_rank else None for rank in range(trainer.world_size)]
-        # Schedulers that follow a metric step after the hooks at the end of an epoch, one of which is saving.
-        checkpoint["epoch_ends"] = epoch["total"]["processed"] == epoch["total"]["completed"] + 1
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what was saved until training starts."""
@@ -164,6 +172,7 @@ class ExactResume(Callback):
             if "means" in saved:
                 restore_epoch_means(trainer, pl_module, saved["means"])
                 _restore_metric_states(pl_module, saved["metrics"])
+            _restore_remembered(pl_module, saved.get("remembered", {}))
             for name, parameter in pl_module.named_parameters():
                 if name in saved.get("gradients", {}):
                     parameter.grad = saved["gradients"][name].to(parameter.device)
@@ -228,7 +237,8 @@ def _metric_states(module: LightningModule) -> dict[str, Any]:
             },
         }
         for name, metric in _metrics(module).items()
-        if update_count(metric)
+        # A wrapper does not count its updates.
+        if update_count(metric) or any(memory(metric).values())
     }
 
 
@@ -240,9 +250,37 @@ def _restore_metric_states(module: LightningModule, saved: Mapping[str, Any]) ->
             set_update_count(metric, saved[name]["count"])
 
 
+def _remembered(module: LightningModule, *, epoch_ends: bool) -> dict[str, dict[str, Any]]:
+    """Return what metrics remember beside their states, from one epoch to the next.
+
+    Where the epoch ends, the module computes its metrics after the callbacks; the resumed run does not.
+    """
+    remembered = {}
+    for name, child in module.named_modules():
+        if isinstance(child, Metric) and memory(child):
+            parts = [part for part in child.modules() if isinstance(part, Metric)]
+            if epoch_ends and any(map(update_count, parts)):
+                child = child.clone()
+                child.compute()
+            remembered[name] = {
+                key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                for key, value in memory(child).items()
+            }
+    return remembered
+
+
+def _restore_remembered(module: LightningModule, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, Metric) and name in saved:
+            values = {key: _move(child.device, value) for key, value in saved[name].items()}
+            set_memory(child, {key: value for key, value in values.items() if key in memory(child)})
+
+
 def _move(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, (int, float)):
+        return value
     if isinstance(value, Mapping):
         return {key: _move(device, entry) for key, entry in value.items()}
     return [_move(device, entry) for entry in value]

@@ -174,6 +174,7 @@ def _forget_metrics(checkpoint: dict[str, Any]) -> None:
             rank["logged"] = {name: value for name, value in rank["logged"].items() if "/loss" in name}
             if "metrics" in rank:
                 rank["metrics"] = {}
+            rank.pop("remembered", None)
 
 
 def apply_optimizer_settings(

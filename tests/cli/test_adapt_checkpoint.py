@@ -125,6 +125,7 @@ def test_other_groups_of_parameters_start_with_an_empty_state():
 def test_metrics_with_other_settings_forget_what_they_have_counted():
     settings = {"folder": "x", "metrics": {"pool": "image"}, "module": {}}
     rank = {"logged": {"val/dice": 1, "train/loss": 2}, "metrics": {"train_metrics.dice": {}}, "means": []}
+    rank["remembered"] = {"val_metrics.extremes": {"max_val": 1}}
     checkpoint = {"config": settings, "ranks": [rank, None]}
     trainer = SimpleNamespace(lightning_module=None, callbacks=[], precision_plugin=None, datamodule=None, world_size=2)
     adapt_checkpoint(checkpoint, trainer, settings)
