@@ -35,7 +35,7 @@ PLATEAU = ["scheduler=plateau"]
         (["callbacks.checkpoint.monitor=val/loss/dice"], "monitor=val/loss/dice is not a logged metric"),
         ([*PLATEAU, "module.monitor=dise"], "module.monitor=dise is not a logged metric: did you mean dice"),
         (["callbacks=median_pruner", "callbacks.median_pruner.monitor=iou"], "callbacks.median_pruner.monitor=iou is"),
-        (["+callbacks.history.monitor=val/dcie"], "callbacks.history.monitor=val/dcie is not a logged metric"),
+        (["++callbacks.history.monitor=val/dcie"], "callbacks.history.monitor=val/dcie is not a logged metric"),
         ([*PLATEAU, "+trainer.limit_val_batches=0"], "set trainer.limit_val_batches above 0"),
         ([*PLATEAU, "module.interval=step"], "set module.interval=epoch, got step"),
         (
