@@ -13,6 +13,7 @@ import torchmetrics
 import torchmetrics.classification
 import torchmetrics.segmentation
 import torchmetrics.wrappers
+from helpers import run_ranks
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -233,6 +234,36 @@ def test_several_loaders_within_a_training(tmp_path):
         assert float(run.callback_metrics[f"val/dice/dataloader_idx_{index}"]) == pytest.approx(expected)
     predictions = trainer().predict(module(None, "sigmoid", classes=1), [batches(), batches()])
     assert len(predictions) == 2
+
+
+def on_each_rank(folder):
+    """Validate on two loaders, of whose batches the second of the first loader has a NaN; only one rank gets it."""
+    data = []
+    for seed in (1, 2):
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        images[3, 0, 0, 0] = math.nan if seed == 1 else 0.0
+        data.append(
+            DataLoader([{"image": image, "mask": image.nan_to_num().argmax(0)} for image in images], batch_size=1)
+        )
+    metrics = {
+        "dice": DiceScore(3, activation="softmax", average="none"),
+        "b": MinMaxMetric(DiceScore(3, activation="softmax")),
+        "iou": ClasswiseWrapper(MeanIoU(3, per_class=True)),
+    }
+    loop = trainer(folder, devices=2, strategy="ddp")
+    return {key: value for one in loop.validate(module(metrics), data, verbose=False) for key, value in one.items()}
+
+
+@pytest.mark.process
+def test_two_processes_log_the_same_of_two_loaders(tmp_path):
+    first, second = run_ranks(on_each_rank, tmp_path).results
+    assert first == pytest.approx(second, nan_ok=True)
+    scores = {key: value for key, value in first.items() if not key.startswith("val/loss")}
+    broken = {key for key, value in scores.items() if math.isnan(value)}
+    assert {"val/dice/dataloader_idx_0", "val/b/raw/dataloader_idx_0", "val/dice/class 2/dataloader_idx_0"} <= broken
+    others = {key: value for key, value in scores.items() if key.endswith("dataloader_idx_1")}
+    assert len(others) == 10
+    assert set(others.values()) == {1.0}
 
 
 # What the metrics of torchmetrics get.
