@@ -1535,6 +1535,12 @@ mutate(
         "test_metric_logging.py::test_an_interrupted_epoch_is_counted_once",
     ),
     (
+        "metric-logging-one-suffix-for-all-loaders",
+        'f"/dataloader_idx_{index}" if len(collections) > 1 else ""',
+        'f"/dataloader_idx_0" if len(collections) > 1 else ""',
+        "test_metric_logging.py::test_two_processes_log_the_same_of_two_loaders",
+    ),
+    (
         "metric-logging-mixes-loaders",
         "in collections[loader].items",
         "in collections[0].items",
