@@ -67,6 +67,7 @@ def mutate(file: str, *mutations: tuple[str, str, str, str | Iterable[str]]) -> 
 FAMILY = "losses/test_family.py::"
 EVERY = "losses/test_every_loss.py::"
 NUMBERS = "losses/test_numbers.py::"
+TRANSFORMS = "losses/test_transforms.py::"
 REFUSALS = "losses/test_refusals.py::"
 COMPOUND = "losses/test_compound.py::"
 DEEP = "losses/test_deep_supervision.py::"
@@ -1141,6 +1142,114 @@ mutate(
     ),
 )
 mutate(
+    "kernels/pixels.py",
+    (
+        "transforms-unknown-to-exact-functions",
+        "transforming = not torch.compiler.is_compiling() and is_transforming()",
+        "transforming = False",
+        TRANSFORMS + "test_gradient[DiceLoss]",
+    ),
+    (
+        "transforms-save-the-argument-of-the-softmax",
+        "        saved = ctx.function.save(x, output)\n",
+        "        saved = x\n",
+        TRANSFORMS + "test_gradient[DiceLoss]",
+    ),
+    (
+        "transforms-without-forward-mode",
+        "        ctx.save_for_forward(saved)\n",
+        "",
+        TRANSFORMS + "test_tangent[DiceLoss]",
+    ),
+    (
+        "transforms-without-vmap",
+        "    generate_vmap_rule = True\n",
+        "",
+        TRANSFORMS + "test_vmap[DiceLoss]",
+    ),
+    (
+        "planes-of-ids-written-in-place",
+        "return (self.target == classes).to(self.logits.dtype)",
+        "return torch.zeros_like(self.logits).scatter_(1, self.target.long(), 1.0)",
+        TRANSFORMS + "test_vmap[ClDiceLoss]",
+    ),
+)
+mutate(
+    "kernels/dispatch.py",
+    (
+        "transforms-of-the-fast-kernels",
+        "if is_transforming() or torch.jit",
+        "if torch.jit",
+        [TRANSFORMS + "test_gradient[DiceLoss]", TRANSFORMS + "test_a_loss_of_other_tensors_within_a_transform"],
+    ),
+)
+mutate(
+    "kernels/checks.py",
+    (
+        "vmap-checks-values",
+        'one.device.type == "cpu" and not is_vmapped(one)',
+        'one.device.type == "cpu"',
+        TRANSFORMS + "test_vmap[DiceLoss]",
+    ),
+    (
+        "transforms-check-no-values",
+        'one.device.type == "cpu" and not is_vmapped(one)',
+        'one.device.type == "cpu" and not torch._C._are_functorch_transforms_active()',
+        TRANSFORMS + "test_values_are_checked_where_they_can_be_read",
+    ),
+)
+mutate(
+    "kernels/overlap_sums.py",
+    (
+        "vmap-of-targets-checks-values",
+        "if can_read_values(logits, target, *",
+        "if can_read_values(logits, *",
+        TRANSFORMS + "test_vmap[DiceLoss]",
+    ),
+)
+mutate(
+    "kernels/reference.py",
+    (
+        "tangents-of-sums-as-gradients",
+        "        return _Total.value(tangent)\n",
+        "        return tangent.sum(-1, dtype=wide_dtype(tangent)) * 2\n",
+        TRANSFORMS + "test_tangent[DiceLoss]",
+    ),
+)
+mutate(
+    "kernels/regions.py",
+    (
+        "lesions-vmapped",
+        "    if is_vmapped(regions):\n",
+        "    if False:\n",
+        TRANSFORMS + "test_vmap[LesionWiseLoss]",
+    ),
+)
+mutate(
+    "functional/each_image.py",
+    (
+        "maps-within-transforms",
+        "if torch.compiler.is_compiling() or not is_transforming():",
+        "if True:",
+        TRANSFORMS + "test_gradient[BoundaryLoss]",
+    ),
+    (
+        "maps-vmapped-over-the-wrong-axis",
+        "batches = batch.movedim(in_dims[0], 0)",
+        "batches = batch.movedim(in_dims[0], 1)",
+        TRANSFORMS + "test_vmap[HausdorffLoss]",
+    ),
+)
+mutate(
+    "losses/base.py",
+    (
+        "torchscript-fails-without-a-reason",
+        "    def __prepare_scriptable__(self)",
+        "    def _prepare_scriptable(self)",
+        TRANSFORMS + "test_torchscript_is_refused[DiceLoss]",
+    ),
+)
+mutate(
     "losses/on_probabilities.py",
     (
         "on-probabilities-ignores-nothing",
@@ -1171,6 +1280,12 @@ mutate(
         "return torch.where(entries > 0, value, 0.0)",
         "return value",
         "losses/test_compile_and_export.py::test_a_loss_of_probabilities_compiles_with_any_number_of_ignored_pixels",
+    ),
+    (
+        "on-probabilities-vmapped-with-ignored-pixels",
+        "                if is_vmapped(valid):\n",
+        "                if False:\n",
+        TRANSFORMS + "test_vmap[OnProbabilities]",
     ),
     (
         "on-probabilities-cannot-be-a-graph",
@@ -1988,6 +2103,120 @@ mutate(
 )
 
 
+# Probabilities that underflow, axes without classes or pixels, and settings of losses that are no state.
+UNDERFLOW = NUMBERS + "test_backends_agree_where_probabilities_underflow"
+mutate(
+    "kernels/native/sums.cpp",
+    (
+        "underflow-native-counts-by-the-exponential",
+        "to[at] = to[at] < LEAST * of[at] ? LEAST * of[at] : to[at];",
+        "to[at] = to[at];",
+        UNDERFLOW + "[native]",
+    ),
+    (
+        "underflow-native-squares-stay-0",
+        "{SQUARES, COUNT}, {MINIMUM, ACTUAL}}",
+        "{MINIMUM, ACTUAL}}",
+        UNDERFLOW + "[native]",
+    ),
+)
+mutate(
+    "kernels/torch_blocked.py",
+    (
+        "underflow-blocked-counts-by-the-exponential",
+        "    torch.maximum(sums[:2], LEAST * sums[2:4], out=sums[:2])\n",
+        "",
+        UNDERFLOW + "[blocked]",
+    ),
+)
+mutate(
+    "kernels/reference.py",
+    (
+        "underflow-reference-counts-by-the-exponential",
+        "    sums = sums if pixels.activation is None else _without_underflow(sums)\n",
+        "",
+        UNDERFLOW + "[reference]",
+    ),
+    (
+        "underflow-probabilities-that-are-passed-are-never-0",
+        "    sums = sums if pixels.activation is None else _without_underflow(sums)\n",
+        "    sums = _without_underflow(sums)\n",
+        NUMBERS + "test_an_absent_class_has_a_score_of_0_without_smoothing[native]",
+    ),
+    (
+        "smoothing-loses-the-share-of-a-class-that-is-not-annotated",
+        "    own = own * (classes / known.sum(1).clamp(min=1)).view(images, 1, 1)\n",
+        "",
+        FAMILY + "test_smoothing_spreads_a_label_over_the_annotated_classes",
+    ),
+    (
+        "smoothing-of-pixels-whose-class-is-not-annotated",
+        "own = known.gather(1, pixels.target.flatten(1).long()).view(pixels.target.shape)",
+        "own = torch.ones_like(pixels.logits[:, :1])",
+        FAMILY + "test_smoothing_spreads_a_label_over_the_annotated_classes",
+    ),
+    (
+        "smoothing-of-soft-labels-that-are-not-annotated",
+        "own = (pixels.target.to(known.dtype) * known.unsqueeze(2)).sum(1, keepdim=True)",
+        "own = torch.ones_like(pixels.logits[:, :1])",
+        FAMILY + "test_smoothing_spreads_a_label_over_the_annotated_classes",
+    ),
+)
+mutate(
+    "kernels/sums.py",
+    (
+        "underflow-gradient-ends-at-the-limit",
+        "    return sums + (LEAST * number.detach() - sums.detach()).clamp(min=0)\n",
+        "    return sums.clamp(min=LEAST * number)\n",
+        UNDERFLOW + "[native]",
+    ),
+)
+mutate(
+    "losses/skeleton.py",
+    (
+        "underflow-cldice-counts-by-the-exponential",
+        "            predicted = predicted if pixels.activation is None else at_least(predicted, count)\n",
+        "",
+        SKELETON + "TestClDice::test_a_network_predicts_some_of_an_absent_class_however_low_its_logits_are[-10000.0]",
+    ),
+    (
+        "no-pixels-fail-in-cldice",
+        "    if not probs.numel():\n",
+        "    if False:\n",
+        duties("ClDiceLoss"),
+    ),
+)
+mutate(
+    "kernels/regions.py",
+    (
+        "no-pixels-fail-in-lesion-wise",
+        "regions.amax(2) if regions.shape[2] else",
+        "regions.amax(2) if True else",
+        duties("LesionWiseLoss"),
+    ),
+)
+mutate(
+    "kernels/checks.py",
+    (
+        "no-classes-have-a-loss-of-0",
+        "    if logits.shape[1] == 0:\n",
+        "    if False:\n",
+        REFUSALS + "test_shapes_and_dtypes[logits-without-classes]",
+    ),
+)
+SETTING = "losses/test_compile_and_export.py::test_class_weights_are_a_setting_and_no_state[DiceLoss]"
+mutate(
+    "losses/base.py",
+    (
+        "class-weights-are-state",
+        "self.register_buffer(name, value, persistent=False)",
+        "self.register_buffer(name, value)",
+        SETTING,
+    ),
+    ("class-weights-of-old-states-are-refused", "    state.pop(prefix + name, None)\n", "    pass\n", SETTING),
+)
+
+
 # Checkpoints, and what is made of them.
 mutate(
     "checkpoints.py",
@@ -2147,9 +2376,9 @@ mutate(
 mutate(
     "cli/training_report.py",
     (
-        "early stopping tells an old reason",
-        "if not trainer.should_stop:",
-        "if False:",
+        "early stopping ends a training without a word",
+        "callback.stopped_epoch >= trainer.current_epoch - 1",
+        "False",
         TRAINER + "test_early_stopping_says_why",
     ),
     (
@@ -2720,7 +2949,7 @@ mutate(
         "best-takes-an-old-score",
         "logged is None or logged is self._seen",
         "logged is None",
-        f"{BEST}a_validation_within",
+        f"{BEST}a_validation_within_an_epoch_is_not_saved_again_at_its_end",
     ),
     (
         "best-nan-is-best",

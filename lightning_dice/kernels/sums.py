@@ -103,7 +103,8 @@ def at_least(sums: Tensor, number: Tensor) -> Tensor:
     >>> at_least(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 4.0])) > 0
     tensor([True, True])
     """
-    return sums + (LEAST * number - sums).clamp(min=0).detach()
+    # Detached first, so that autograd records the addition alone.
+    return sums + (LEAST * number.detach() - sums.detach()).clamp(min=0)
 
 
 def valid_pixels(target: Tensor, ignore_index: int | None) -> Tensor | None:

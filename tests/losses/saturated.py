@@ -52,14 +52,16 @@ def saturated_losses(activation: str) -> Iterator[tuple[str, OverlapLoss]]:
 def values_and_gradients(
     logits: Tensor, target: Tensor, losses: Iterable[OverlapLoss]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the value of each class and image, and the gradient of their mean, from as few passes as possible."""
+    """Yield the value of each class and image, and the gradient of some means, from as few passes as possible."""
     leaf = logits.clone().requires_grad_()
     passes: dict[RequiredSums, OverlapSums] = {}
     for loss in losses:
         required = loss.required_sums
         if required not in passes:
             passes[required] = overlap_sums(leaf, target, activation=loss.activation, required=required)
-        (gradient,) = torch.autograd.grad(loss.from_sums(passes[required]), leaf, retain_graph=True)
+        gradient = torch.zeros_like(leaf)
+        if loss.pool == "image":  # Pooling adds up what the kernels compute.
+            (gradient,) = torch.autograd.grad(loss.from_sums(passes[required]), leaf, retain_graph=True)
         loss.reduction = "none"
         table = loss.from_sums(passes[required]).detach()
         loss.reduction = "mean"
