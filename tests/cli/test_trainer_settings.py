@@ -18,7 +18,7 @@ def steps(folder) -> list[str]:
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_a_plus_is_neither_needed_nor_refused(tmp_path, plus):
-    limits = [f"{plus}trainer.limit_train_batches=1", f"{plus}trainer.limit_val_batches=2"]
+    limits = [f"{plus}trainer.limit_train_batches=1", f"{plus}trainer.detect_anomaly=true"]
     run_command("fit", *FOUR, *LEAN, *limits, "trainer.max_epochs=2", "folder=run", cwd=tmp_path)
     assert steps(tmp_path / "run") == ["1", "2"]
     # So it is for the run that is resumed, whose config may be of an older release.
