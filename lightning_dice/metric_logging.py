@@ -13,6 +13,7 @@ from torchmetrics.segmentation import MeanIoU
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_dice.library_internals.lightning import attached_trainer
+from lightning_dice.library_internals.torchmetrics import compute_alone
 from lightning_dice.metric_inputs import MetricInputs, prepare_metric
 from lightning_dice.metrics import DiceScore
 
@@ -85,6 +86,13 @@ class MetricLogging(L.LightningModule):
         """Log the epoch's metrics."""
         self._log_metrics("train")
 
+    def on_train_start(self) -> None:
+        """Check that all processes have batches to validate, or none: the others would wait forever.
+
+        The number of batches of an `IterableDataset` without a length is not known.
+        """
+        _check_every_process(self.trainer, sum(self.trainer.num_val_batches) > 0)
+
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's metrics."""
         self._log_metrics("val")
@@ -132,9 +140,7 @@ class MetricLogging(L.LightningModule):
     def _probe(self, name: str, metric: Metric, arguments: tuple[Tensor, Tensor]) -> None:
         """Raise if the values of a metric cannot be logged, before a whole epoch has been computed."""
         copy = metric.clone()
-        for part in copy.modules():
-            if isinstance(part, Metric):
-                part.sync_on_compute = False  # The other ranks may have no batch.
+        compute_alone(copy)  # The other ranks may have no batch.
         copy.reset()
         with torch.random.fork_rng(devices=[]):  # A bootstrap must not change the random numbers of the training.
             copy.update(*arguments)
@@ -258,3 +264,16 @@ def _is_updated(collection: MetricCollection) -> bool:
     return any(
         isinstance(part, Metric) and not isinstance(part, WrapperMetric) and part.update_called for part in parts
     )
+
+
+def _check_every_process(trainer: L.Trainer, has_batch: bool) -> None:
+    """Raise in all processes if some of them have batches to validate and others none."""
+    if trainer.world_size == 1:
+        return
+    device = trainer.strategy.root_device
+    busy = int(trainer.strategy.reduce(torch.tensor(float(has_batch), device=device), reduce_op="sum"))
+    if 0 < busy < trainer.world_size:
+        raise ValueError(
+            f"{trainer.world_size - busy} of {trainer.world_size} processes have no batch to validate: give each at "
+            "least one, by fewer processes, smaller batches or another sampler (SegmentationData does)"
+        )

@@ -461,3 +461,29 @@ def test_more_batches_on_one_rank_and_each_case_predicted_once(tmp_path, strateg
         image, _, name, *_ = cases[index]
         expected = module.predict_step(image.unsqueeze(0))[0]
         assert torch.equal({**predictions[0], **predictions[1]}[name], expected)
+
+
+def trained_with_an_idle_rank() -> str:
+    module = SegmentationModule(nn.Conv2d(1, 1, 1))
+    module.allow_zero_length_dataloader_with_multiple_devices = True
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 2,
+        "strategy": "ddp",
+        "use_distributed_sampler": False,
+    }
+    trainer = L.Trainer(**settings, **dict.fromkeys(quiet, False), num_sanity_val_steps=0)
+    data = [(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4))] * 2
+    try:
+        trainer.fit(module, DataLoader(data), DataLoader(data[: 1 - dist.get_rank()]))
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_a_process_without_a_batch_to_validate_is_refused_by_all():
+    """The others would wait for it forever."""
+    for message in run_ranks(trained_with_an_idle_rank).results:
+        assert message.startswith("1 of 2 processes have no batch to validate: give each at least one")

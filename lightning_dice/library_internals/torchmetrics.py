@@ -51,3 +51,14 @@ def set_update_count(metric: Metric, count: int) -> None:
     """Set the number of updates, and drop the cached value (`Metric._computed`), after the states were replaced."""
     set_internal(metric, "_update_count", count, "torchmetrics")
     set_internal(metric, "_computed", None, "torchmetrics")
+
+
+def compute_alone(metric: Metric) -> None:
+    """Let a metric and those within it compute without the other processes (`Metric._to_sync`).
+
+    `sync_on_compute` alone counts from the next update on only.
+    """
+    for part in metric.modules():
+        if isinstance(part, Metric):
+            part.sync_on_compute = False
+            set_internal(part, "_to_sync", False, "torchmetrics")
