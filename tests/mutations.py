@@ -1226,7 +1226,7 @@ mutate(
     ),
 )
 mutate(
-    "functional/each_image.py",
+    "losses/each_image.py",
     (
         "maps-within-transforms",
         "if torch.compiler.is_compiling() or not is_transforming():",
@@ -2362,7 +2362,7 @@ mutate(
     "cli/config.py",
     (
         "settings of the Trainer with a plus are refused",
-        'return f"+{argument}" if argument.startswith("+") and key in _trainer_settings() else argument',
+        'return f"+{argument}" if known else argument',
         "return argument",
         TRAINER + "test_a_plus_is_neither_needed_nor_refused",
     ),
@@ -2975,7 +2975,7 @@ mutate(
         "best-worst-is-kept",
         "self._ordered()[self.save_top_k :]",
         "self._ordered()[: -self.save_top_k]",
-        f"{BEST}the_best_of_scores",
+        f"{BEST}the_least_is_the_best",
     ),
     (
         "best-removes-what-is-resumed",

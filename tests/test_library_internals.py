@@ -244,16 +244,21 @@ class TestTorch:
 
         assert vars(of_torch.constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
-    def test_is_transform_wrapper(self):
+    def test_is_transforming(self):
         seen = []
 
         def square(x):
-            seen.append(of_torch.is_transform_wrapper(x))
+            seen.append((of_torch.is_transforming(), of_torch.is_vmapped(x)))
             return (x * x).sum()
 
-        torch.func.grad(square)(torch.ones(2))
         square(torch.ones(2))
-        assert seen == [True, False]
+        torch.func.grad(square)(torch.ones(2))
+        torch.func.vmap(square)(torch.ones(2, 2))
+        torch.func.vmap(torch.func.grad(square))(torch.ones(2, 2))
+        with torch.autograd.forward_ad.dual_level():
+            square(torch.ones(2))
+        square(torch.ones(2))
+        assert seen == [(False, False), (True, False), (True, True), (True, True), (True, False), (False, False)]
 
     def test_storage_id(self):
         one, other = torch.empty(4, device="meta"), torch.empty(4, device="meta")
@@ -350,7 +355,7 @@ REMOVED = {
     "_NormBase": ("torch.nn.modules.batchnorm", lambda _: of_torch.is_batch_norm(nn.Identity())),
     "_foreach_lerp_": ("torch", lambda _: of_torch.foreach_lerp_([], [], 0.0)),
     "_foreach_copy_": ("torch", lambda _: of_torch.foreach_copy_([], [])),
-    "is_functorch_wrapped_tensor": ("torch._C._functorch", lambda _: of_torch._functorch_check.__wrapped__()),
+    "_are_functorch_transforms_active": ("torch._C", lambda _: of_torch._transforms.__wrapped__()),
     "create": (
         "hydra.core.override_parser.overrides_parser.OverridesParser",
         lambda _: of_hydra.parse_override("a=1"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dice.kernels.sums import valid_pixels
+from lightning_dice.library_internals.torch import is_vmapped
 
 Activation = Literal["sigmoid", "softmax"] | None
 
@@ -24,13 +25,15 @@ _IDS_TARGET = 'class ids (batch, *space) go with activation="softmax"'
 _PLANE_TARGET = "for a target of shape (batch, 1, *space) use target.squeeze(1)"
 
 
-def can_read_values(values: Tensor) -> bool:
-    """Whether values can be checked in every call: only on the CPU, as reading them would stall a GPU.
+def can_read_values(*values: Tensor) -> bool:
+    """Whether values can be checked in every call: only on the CPU, as reading them would stall a GPU; not in `vmap`.
 
     >>> can_read_values(torch.zeros(1)), can_read_values(torch.zeros(1, device="meta"))
     (True, False)
     """
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return all(one.device.type == "cpu" and not is_vmapped(one) for one in values)
 
 
 def check_shapes(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dice.kernels import native, torch_blocked, triton_backend
 from lightning_dice.kernels.backend import Backend, SumsSpec
-from lightning_dice.library_internals.torch import constant_in_graphs, is_transform_wrapper
+from lightning_dice.library_internals.torch import constant_in_graphs, is_transforming
 
 BACKENDS = {
     "native": cast(Backend, native),
@@ -104,14 +104,13 @@ def can_count_natively(classes: int, ignore_index: int | None, *tensors: Tensor)
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:
-    """Whether the memory of tensors holds their values: no subclass, wrapper of a transform or lazily negated view."""
+    """Whether the memory of tensors holds all there is: no transform, tangent, subclass or lazily negated view."""
     if torch.compiler.is_compiling():
         return True
-    return not torch.jit.is_tracing() and all(  # type: ignore[attr-defined,no-untyped-call]
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and not tensor.is_neg()
-        and not is_transform_wrapper(tensor)
+    if is_transforming() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
         for tensor in tensors
         if tensor is not None
     )

@@ -136,7 +136,7 @@ def checked_pixels(
     (torch.Size([1, 2, 4]), tensor([[[0, 1, 1, 0]]]), tensor([[[1., 1., 1., 0.]]]))
     """
     check_shapes(logits, target, activation=activation, weight=weight, annotated=annotated)
-    if can_read_values(logits):
+    if can_read_values(logits, target, *(() if weight is None else (weight,))):
         check_values(logits, target, activation=activation, ignore_index=ignore_index, weight=weight)
         check_logits(logits, activation=activation)
     if not target.is_floating_point() and target.dtype not in (*COMPARABLE, torch.bool):

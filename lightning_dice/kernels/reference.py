@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dice.kernels.pixels import Pixels, log, softplus
+from lightning_dice.kernels.pixels import ExactFunction, Pixels, apply_exactly, log, softplus
 from lightning_dice.kernels.sums import Focal, OverlapSums, RequiredSums, at_least, wide_dtype
 
 _BLOCK = 1 << 16  # pixels
@@ -129,8 +129,7 @@ def total(values: Tensor) -> Tensor:
     >>> total(torch.ones(1, 2, 3))
     tensor([[3., 3.]], dtype=torch.float64)
     """
-    result: Tensor = _Total.apply(values)
-    return result
+    return apply_exactly(_Total, values)
 
 
 def _minus_log(z: Tensor, p: Tensor, activation: str | None) -> Tensor:
@@ -177,14 +176,27 @@ def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
     return values if weight is None else values * weight
 
 
-class _Total(torch.autograd.Function):
+class _Total(ExactFunction):
     """Sum over pixels in float64. Its own function, as autograd would copy the gradients of the blocks to join them."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = values.shape, values.dtype
-        blocks = [block.sum(-1, dtype=wide_dtype(values)) for block in torch.split(values, _BLOCK, dim=-1)]
+    def value(x: Tensor) -> Tensor:
+        blocks = [block.sum(-1, dtype=wide_dtype(x)) for block in torch.split(x, _BLOCK, dim=-1)]
         return torch.stack(blocks).sum(0)
+
+    @staticmethod
+    def pull(grad: Tensor, saved: Tensor) -> Tensor:
+        return grad.to(saved.dtype).unsqueeze(-1).expand(saved.shape)
+
+    @classmethod
+    def push(cls, tangent: Tensor, saved: Tensor) -> Tensor:
+        return _Total.value(tangent)
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        # Not the values themselves, which would stay in memory.
+        ctx.shape, ctx.dtype = values.shape, values.dtype
+        return _Total.value(values)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_dice.kernels.pixels import Pixels
 from lightning_dice.kernels.reference import accumulate
 from lightning_dice.kernels.sums import OverlapSums, RequiredSums, wide_dtype
+from lightning_dice.library_internals.torch import is_vmapped
 
 
 def region_sums(
@@ -32,7 +33,7 @@ def region_sums(
         `(regions,)`. In float64 (float32 on devices without it), differentiable twice in the logits.
 
     Raises:
-        ValueError: another sum is required.
+        ValueError: another sum is required, or `torch.func.vmap` hides an axis of regions.
 
     >>> from lightning_dice.kernels import checked_pixels
     >>> probs, mask = torch.tensor([[[1.0, 0.5, 0.5, 0.5]]]), torch.tensor([[[1, 0, 0, 1]]])
@@ -42,6 +43,8 @@ def region_sums(
     """
     if required.nll or required.all_nll or required.focal:
         raise ValueError(f"sums required of regions must be squares, minimum or absent_nll, got {required}")
+    if is_vmapped(regions):
+        raise ValueError("a loss of lesions cannot be vmapped, as their number is a shape: call it in a loop instead")
     accumulators = _Accumulators(regions)
     count = accumulators.add(torch.ones_like(pixels.logits[:1, :1]) if pixels.weight is None else pixels.weight)
     annotated = None if pixels.annotated is None else pixels.annotated.flatten()[accumulators.group].unsqueeze(1)

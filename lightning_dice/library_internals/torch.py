@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from lightning_dice.library_internals import internal, set_internal
@@ -108,20 +109,41 @@ def foreach_copy_(tensors: list[Tensor], values: list[Tensor]) -> None:
     internal("torch", "_foreach_copy_", "torch")(tensors, values)
 
 
-def is_transform_wrapper(tensor: Tensor) -> bool:
-    """Return whether a tensor is a wrapper of `torch.func` (`torch._C._functorch.is_functorch_wrapped_tensor`).
+def is_transforming() -> bool:
+    """Return whether a transform of `torch.func`, or a level of forward-mode differentiation, is active.
 
-    >>> import torch
-    >>> is_transform_wrapper(torch.zeros(2))
+    Reads `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`.
+
+    >>> is_transforming()
     False
     """
-    return bool(_functorch_check()(tensor))
+    are_active, forward_mode = _transforms()
+    return are_active() or forward_mode._current_level >= 0
 
 
-@cache  # Asked for each tensor at each step.
-def _functorch_check() -> Callable[[Tensor], bool]:
-    check: Callable[[Tensor], bool] = internal("torch", "_C._functorch.is_functorch_wrapped_tensor", "torch")
-    return check
+@cache  # Asked at each step.
+def _transforms() -> tuple[Callable[[], bool], Any]:
+    internal("torch.autograd.forward_ad", "_current_level", "torch")
+    return internal("torch", "_C._are_functorch_transforms_active", "torch"), forward_ad
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Return whether a tensor has an axis that `torch.func.vmap` hides, at any level of nested transforms.
+
+    Reads `is_batchedtensor`, `is_functorch_wrapped_tensor` and `get_unwrapped` of `torch._C._functorch`.
+
+    >>> import torch
+    >>> is_vmapped(torch.zeros(2))
+    False
+    """
+    if not is_transforming():
+        return False
+    functorch = internal("torch", "_C._functorch", "torch")
+    while internal(functorch, "is_functorch_wrapped_tensor", "torch")(tensor):
+        if internal(functorch, "is_batchedtensor", "torch")(tensor):
+            return True
+        tensor = internal(functorch, "get_unwrapped", "torch")(tensor)
+    return False
 
 
 def storage_id(tensor: Tensor) -> int:

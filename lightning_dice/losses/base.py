@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lightning_dice.functional import (
 )
 from lightning_dice.functional.target_reader import TargetReader
 from lightning_dice.kernels import Activation, OverlapSums, RequiredSums, overlap_sums
+from lightning_dice.losses.each_image import apply_to_each_image
 
 TargetMap = Callable[[Tensor], Tensor]
 
@@ -143,10 +144,7 @@ class SegmentationLoss(nn.Module):
         """Return the map `name` of every target of a batch: the one in `maps`, or else computed now."""
         if maps is not None and name in maps:
             return maps[name]
-        compute = self.maps[name]
-        if not len(target):
-            return compute(target.new_zeros(target.shape[1:]).cpu())[None][:0].to(target.device)
-        return torch.stack([compute(one.cpu()) for one in target]).to(target.device)
+        return apply_to_each_image(self.maps[name], target)
 
     def get_checked_map(
         self,
@@ -203,6 +201,13 @@ class SegmentationLoss(nn.Module):
                 elif _as_passed(value) != _as_passed(parameter.default):
                     common[name] = _as_passed(value)
         return {**own, **common}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse `torch.jit.script`, which calls this first and knows too little of Python for a loss."""
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.compile(loss), or script the network "
+            "without its loss"
+        )
 
     def extra_repr(self) -> str:
         """Format the settings for `print(loss)`."""

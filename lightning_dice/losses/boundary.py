@@ -17,6 +17,7 @@ from lightning_dice.kernels.checks import check_shapes
 from lightning_dice.kernels.overlap_sums import full_precision
 from lightning_dice.kernels.sums import valid_pixels
 from lightning_dice.losses.base import SegmentationLoss, TargetMap
+from lightning_dice.losses.each_image import apply_to_each_image
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -210,15 +211,15 @@ class HausdorffLoss(DistanceLoss):
         """Return the distances to the boundaries of the prediction, `(images, classes, pixels)`."""
         z = pixels.logits
         if pixels.activation == "softmax" or not pixels.planes:
-            planes = torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.argmax(1, keepdim=True), True)
+            classes = torch.arange(z.shape[1], device=z.device).view(-1, 1)
+            planes = z.argmax(1, keepdim=True) == classes
         else:
             planes = pixels.probs() > 0.5
         valid = valid_pixels(target, self.ignore_index)
         if valid is not None:
             valid = valid.reshape(z.shape if pixels.planes else (z.shape[0], 1, z.shape[2]))
             planes = planes & (valid.all(1, keepdim=True) if pixels.activation == "softmax" else valid)
-        each = [self._distance.of_masks(one) for one in planes.reshape(logits.shape).cpu()]
-        return torch.stack(each).to(z.device).flatten(2) if each else torch.zeros_like(z)
+        return apply_to_each_image(self._distance.of_masks, planes.reshape(logits.shape)).flatten(2)
 
 
 class BoundaryWeightedLoss(SegmentationLoss):

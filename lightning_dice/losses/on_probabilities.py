@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dice.functional import DeferredReduction
 from lightning_dice.kernels import Activation, checked_pixels, wide_dtype
 from lightning_dice.kernels.overlap_sums import full_precision
+from lightning_dice.library_internals.torch import is_vmapped
 from lightning_dice.losses.base import SegmentationLoss
 
 
@@ -71,6 +72,11 @@ class OnProbabilities(SegmentationLoss):
                 if valid.shape[1] == 1 and logits.shape[1] > 1:
                     valid = valid.squeeze(1)
                     probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
+                if is_vmapped(valid):
+                    raise ValueError(
+                        "OnProbabilities with ignore_index cannot be vmapped, as the number of pixels that are not "
+                        "ignored is a shape: call it in a loop instead"
+                    )
                 # One list of pixels for both, as a compiler knows that two of them are equally long only then.
                 places = valid.nonzero(as_tuple=True)
                 probs, planes = probs[places], planes[places]
