@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_dice.callbacks.best_checkpoint import BestCheckpoint
     from lightning_dice.callbacks.case_table import CaseTable
     from lightning_dice.callbacks.collapse_guard import CollapseError, CollapseGuard
     from lightning_dice.callbacks.ema import WeightEMA
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: Lightning alone takes seconds.
 _MODULES = {
+    "BestCheckpoint": "best_checkpoint",
     "CaseTable": "case_table",
     "ExactResume": "exact_resume",
     "CollapseError": "collapse_guard",
@@ -43,6 +45,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "BestCheckpoint",
     "CaseTable",
     "CollapseError",
     "CollapseGuard",

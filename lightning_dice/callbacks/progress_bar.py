@@ -131,7 +131,7 @@ class ProgressBar(RichProgressBar):
         """Start the clock of the throughput again."""
         super().on_validation_end(trainer, pl_module)
         self._validated = self._validated or not trainer.sanity_checking
-        self._throughput.resume()
+        self._throughput.resume(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

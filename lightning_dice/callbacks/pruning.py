@@ -71,27 +71,35 @@ class MedianPruner(Callback):
         trainer.should_stop = trainer.should_stop or self.pruned
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that this epoch has a validation."""
-        self._validated = not trainer.sanity_checking
+        """Note that this epoch has a validation, and its score: there may be several."""
+        if not trainer.sanity_checking:
+            self._validated = True
+            self._note_score(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the best score with the other trials, and stop if it is worse."""
         validated, self._validated = self._validated, False
         if not validated:
             return
-        # On every rank, because reading a metric makes Lightning reduce it over the ranks.
-        metrics = trainer.callback_metrics
-        if self.monitor not in metrics:
-            known = ", ".join(sorted(metrics)) or "nothing"
+        if not self._note_score(trainer):
+            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ValueError(f"monitor must be a logged metric, got {self.monitor!r}; logged are {known}")
-        # Rounded as in the tables, so that a trial is not worse than an equal one.
-        self._best = self._better(self._best, float(number(float(metrics[self.monitor])) or math.nan))
         reason = self.reason(trainer.current_epoch, self._best) if trainer.is_global_zero else None
         reason = trainer.strategy.broadcast(reason)
         if reason is not None:
             self.pruned = trainer.should_stop = True
             if trainer.is_global_zero:
                 print(f"pruned: {reason}", flush=True)
+
+    def _note_score(self, trainer: Trainer) -> bool:
+        """Take the last score into account, if there is one."""
+        # On every rank, because reading a metric makes Lightning reduce it over the ranks.
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            return False
+        # Rounded as in the tables, so that a trial is not worse than an equal one.
+        self._best = self._better(self._best, float(number(float(metrics[self.monitor])) or math.nan))
+        return True
 
     def reason(self, epoch: int, best: float) -> str | None:
         """Return why a trial should be pruned, or None if it should continue.
@@ -122,7 +130,8 @@ class MedianPruner(Callback):
 
     def _score(self, folder: Path, epoch: int) -> float | None:
         """Return another trial's score at an epoch; None if it did not validate then, or scored NaN."""
-        for row in read_csv(folder / "metrics.csv"):
+        # The last one: validations within the epoch have rows before.
+        for row in reversed(read_csv(folder / "metrics.csv")):
             if row["epoch"] == str(epoch) and self.monitor in row:
                 score = float(row[self.monitor])
                 return None if math.isnan(score) else score

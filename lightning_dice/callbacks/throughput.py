@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_dice.data.batch import find_batch
+from lightning_dice.library_internals.lightning import is_last_batch
 
 _STATUS = Path("/proc/self/status")
 
@@ -82,9 +83,10 @@ class EpochThroughput:
         self.seconds += time.perf_counter() - self._started
         self._started = None
 
-    def resume(self) -> None:
-        """Start the clock again."""
-        self._started = time.perf_counter()
+    def resume(self, trainer: Trainer) -> None:
+        """Start the clock again, unless the epoch is at its end: a checkpoint may be written there."""
+        if not is_last_batch(trainer):
+            self._started = time.perf_counter()
 
     def images_per_second(self) -> float | None:
         """Return the images per second of this process in this epoch so far; None before the first batch."""

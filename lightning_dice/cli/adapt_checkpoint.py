@@ -57,7 +57,7 @@ def check_changes(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> N
     epochs = config["trainer"].get("max_epochs")
     if epochs is not None and 0 <= epochs < trained:
         raise UserError(f"trainer.max_epochs={epochs}, but {trained} epochs are trained already")
-    steps, done = config["trainer"].get("max_steps"), int(checkpoint["global_step"])
+    steps, done = config["trainer"].get("max_steps"), int(checkpoint.get("global_step", 0))
     if steps is not None and 0 <= steps < done:
         raise UserError(f"trainer.max_steps={steps}, but {done} steps are trained already")
     for key, (old, new) in sorted(changes.items(), key=lambda change: change[0].startswith(("data.datamodule", "mod"))):

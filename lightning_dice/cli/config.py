@@ -155,19 +155,33 @@ def compose(name: str, overrides: Iterable[str]) -> DictConfig:
 
 
 def force_known(argument: str) -> str:
-    """Let `+` name a setting of the Trainer that a file of conf/ has already, as older command lines do.
+    """Let `+` name a setting of the Trainer or a callback that conf/ has already, as older command lines do.
 
     >>> force_known("+trainer.fast_dev_run=true"), force_known("+trainer.inference_mode=true")
     ('++trainer.fast_dev_run=true', '+trainer.inference_mode=true')
     """
     key = argument.partition("=")[0].removeprefix("+")
-    return f"+{argument}" if argument.startswith("+") and key in _trainer_settings() else argument
+    known = argument.startswith("+") and (key in _trainer_settings() or key in _callback_settings())
+    return f"+{argument}" if known else argument
 
 
 @cache
 def _trainer_settings() -> frozenset[str]:
     config = OmegaConf.load(CONF_DIR / "trainer" / "default.yaml")
     return frozenset(f"trainer.{key}" for key in map(str, config))
+
+
+@cache
+def _callback_settings() -> frozenset[str]:
+    files = [OmegaConf.load(path) for path in sorted((CONF_DIR / "callbacks").glob("*.yaml"))]
+    return frozenset(
+        f"callbacks.{name!s}.{key!s}"
+        for file in files
+        if isinstance(file, DictConfig)
+        for name, callback in file.items_ex(resolve=False)
+        if isinstance(callback, DictConfig)
+        for key in callback
+    )
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:

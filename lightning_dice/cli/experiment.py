@@ -211,13 +211,14 @@ class Experiment:
             print_line("trainer.fast_dev_run saves no checkpoint: scoring the weights as they are")
             self.evaluate(self.last_split, None)
             return
-        best = self.checkpoint.best_model_path if self.checkpoint is not None else ""
-        last = self.folder / run_folder.CHECKPOINTS / "last.ckpt"
-        if best:
-            self.evaluate(self.last_split, best)
-        elif last.is_file() and self.data.source.split(self.last_split) is not None:
-            print_line("there is no best checkpoint without a validation: scoring the last one")
-            self.evaluate(self.last_split, last)
+        checkpoint = self.scored_checkpoint
+        if checkpoint is None or self.data.source.split(self.last_split) is None:
+            return
+        if checkpoint != self.best_checkpoint:
+            none = self.checkpoint is not None and self.checkpoint.save_top_k == 0
+            reason = "with callbacks.checkpoint.save_top_k=0" if none else "without a validation"
+            print_line(f"there is no best checkpoint {reason}: scoring the last one")
+        self.evaluate(self.last_split, checkpoint)
 
     @property
     def fast_dev_run(self) -> bool:
@@ -232,8 +233,22 @@ class Experiment:
     @property
     def checkpoint(self) -> ModelCheckpoint | None:
         """The callback that saves the best checkpoint."""
-        callback = self.trainer.checkpoint_callback
-        return callback if isinstance(callback, ModelCheckpoint) else None
+        callbacks = [
+            callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+        ]
+        return next((callback for callback in callbacks if callback.monitor is not None), None)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """Path of the best checkpoint, if there is one."""
+        path = "" if self.checkpoint is None else self.checkpoint.best_model_path
+        return Path(path) if path else None
+
+    @property
+    def scored_checkpoint(self) -> Path | None:
+        """Path of the best checkpoint, or of the last one where there is no best one."""
+        last = self.folder / run_folder.CHECKPOINTS / "last.ckpt"
+        return self.best_checkpoint or (last if last.is_file() else None)
 
     @property
     def best_score(self) -> float | None:
@@ -253,7 +268,7 @@ class Experiment:
             return
         from rich.console import Console
 
-        best_epoch, val = self.best_row()
+        epoch, step, val = self.scored_row()
         val = self.scores.get("val", val)
         files: dict[str, str | Path] = {
             "config": self.folder / run_folder.CONFIG,
@@ -268,7 +283,7 @@ class Experiment:
         }
         # Wide enough for the folder, so that it can be copied.
         console = Console(width=max(Console().width, len(str(self.folder)) + 24))
-        console.print(summary_table(self.folder, val, self.scores.get("test"), files, best_epoch))
+        console.print(summary_table(self.folder, val, self.scores.get("test"), files, epoch, step))
 
     def record_outcome(self) -> None:
         """Record in the run's folder how the training ended, for the table of a sweep."""
@@ -279,19 +294,22 @@ class Experiment:
             )
             record_outcome(self.folder, status, value=self.best_score, epochs=self.trainer.current_epoch, **watched)
 
-    def best_row(self) -> tuple[int | None, dict[str, float]]:
-        """Return the epoch of the best checkpoint and its validation metrics, from metrics.csv."""
-        callback, table = self.checkpoint, self.folder / "metrics.csv"
-        if callback is None or callback.monitor is None:
-            return None, {}
-        rows = [row for row in read_csv(table) if row.get(callback.monitor)]
-        if not rows:
-            return None, {}
-        choose = max if callback.mode == "max" else min
-        best = choose(rows, key=lambda row: float(row[str(callback.monitor)]))
-        return int(best["epoch"]), {
-            key: float(value) for key, value in best.items() if key.startswith("val/") and value
-        }
+    def scored_row(self) -> tuple[int | None, int | None, dict[str, float]]:
+        """Return the validation of the checkpoint that is scored.
+
+        Returns:
+            Epoch of the best checkpoint, if there is one; its step, if it is not that of an epoch's end; the metrics.
+        """
+        path = self.scored_checkpoint
+        if path is None or not path.exists():
+            return None, None, {}
+        saved = run_folder.read_position(path)
+        # By its position: the numbers of the table are rounded.
+        rows = [row for row in read_csv(self.folder / "metrics.csv") if (int(row["epoch"]), int(row["step"])) == saved]
+        val = {key: float(value) for row in rows for key, value in row.items() if key.startswith("val/") and value}
+        if path != self.best_checkpoint:
+            return None, None, val
+        return saved[0], saved[1] if rows and "seconds" not in rows[-1] else None, val
 
 
 def cluster() -> list[Any]:

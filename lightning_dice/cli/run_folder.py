@@ -247,6 +247,14 @@ def accept_config(folder: Path, template: DictConfig) -> None:
     remove_partial_files(folder / CHECKPOINTS)
 
 
+def read_position(path: str | Path) -> tuple[int, int]:
+    """Return the epoch and the number of optimizer steps of a checkpoint, without reading its weights."""
+    file = Path(path)
+    file = file / "meta.pt" if file.is_dir() else file  # A folder of shards.
+    saved = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    return int(saved["epoch"]), int(saved["global_step"])
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without running code that it may contain.
 

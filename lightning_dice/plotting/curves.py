@@ -30,7 +30,8 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], monitor: str, m
 
     Args:
         path: the PNG file.
-        rows: one for each epoch, as `History` keeps them.
+        rows: one for each epoch, and for each validation within one, as `History` keeps them: `time` is in epochs, by
+            default `epoch`.
         monitor: the metric whose best epoch is marked.
         mode: whether larger or smaller values of `monitor` are better.
     """
@@ -63,7 +64,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], monitor: str, m
 
 
 def _draw_curve(axes: Axes, rows: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
-    points = [(row["epoch"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+    points = [(_time(row), row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     if points:
         # Without markers, a single point would be invisible, and so would points between distant epochs.
         marker = "o" if len(points) <= 12 else None
@@ -78,12 +79,16 @@ def _mark_best(
         return
     best = (max if mode == "max" else min)(known, key=lambda row: row[monitor])
     for axes in (loss, dice):
-        axes.axvline(best["epoch"], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(_time(best), color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes = loss if "loss" in monitor else dice
     ring: dict[str, Any] = {"marker": "o", "markersize": 9, "markeredgecolor": INK, "fillstyle": "none"}
-    axes.plot([best["epoch"]], [best[monitor]], zorder=5, **ring)
+    axes.plot([_time(best)], [best[monitor]], zorder=5, **ring)
     title = f"best: epoch {best['epoch']:.0f}, {monitor} {best[monitor]:.3f}"
     axes.set_title(title, loc="right", fontsize=9, color=INK)
+
+
+def _time(row: Mapping[str, float]) -> float:
+    return row.get("time", row["epoch"])
 
 
 def draw_distribution(path: Path, scores: Mapping[str, Sequence[float]], title: str) -> None:

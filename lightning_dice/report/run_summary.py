@@ -17,6 +17,7 @@ def summary_table(
     test: Mapping[str, float] | None = None,
     files: Mapping[str, str | Path] | None = None,
     best_epoch: int | None = None,
+    best_step: int | None = None,
 ) -> Table:
     """Return the table printed at the end of a run, with metrics above and files below.
 
@@ -26,6 +27,7 @@ def summary_table(
         test: metrics on the test split, named `test/dice` or `dice`.
         files: paths by label. Paths inside `folder` are printed relative to it; files that do not exist are left out.
         best_epoch: epoch of the best checkpoint, counted from 0.
+        best_step: its number of optimizer steps, if it is not that of an epoch's end.
 
     Returns:
         A table for `rich.print`.
@@ -42,6 +44,7 @@ def summary_table(
     both = Table.grid(padding=(0, 0))
     if splits:
         title = "" if best_epoch is None else f"best epoch: {best_epoch}"
+        title += "" if best_step is None else f", step {best_step}"
         table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="dim", pad_edge=False)
         table.add_column("")
         for name in splits:

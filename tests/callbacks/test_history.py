@@ -1,6 +1,7 @@
 import pytest
 from helpers import rows
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from training import train
 
 from lightning_dice.callbacks import ExactResume, History
 
@@ -31,6 +32,55 @@ def test_what_the_module_logs_at_the_epochs_end_stands_in_that_epochs_row(tmp_pa
 def test_no_validation_no_val_metrics(tmp_path, trainer, net, loader):
     trainer(History(tmp_path), max_epochs=4, check_val_every_n_epoch=2).fit(net(), loader(), loader())
     assert [row["val/dice"] != "" for row in rows(tmp_path / "metrics.csv")] == [False, True, False, True]
+
+
+def test_a_validation_within_an_epoch_has_a_row_of_its_own(tmp_path, trainer, net, loader):
+    trainer(History(tmp_path), max_epochs=2, val_check_interval=3).fit(net(), loader(10), loader())
+    table = rows(tmp_path / "metrics.csv")
+    positions = [(row["epoch"], row["step"], row["train/loss"] != "", row["val/dice"] != "") for row in table]
+    assert positions == [
+        *(("0", "3", False, True), ("0", "5", True, False)),
+        *(("1", "8", False, True), ("1", "10", True, False)),
+    ]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("interval", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_rows_of_validations_are_the_same_when_resumed_from_any_of_them(tmp_path, interval):
+    def callbacks(folder):
+        keep_all = ModelCheckpoint(folder, "{step}", save_top_k=-1, monitor="val/dice", save_on_train_epoch_end=False)
+        return History(folder), keep_all
+
+    settings = {"epochs": 2, "val_check_interval": interval, "enable_checkpointing": True}
+    train(callbacks=callbacks(tmp_path / "whole"), **settings)
+    whole = rows(tmp_path / "whole/metrics.csv")
+    paths = list((tmp_path / "whole").glob("step=*.ckpt"))
+    assert len(paths) == 2 * (4 // interval)
+    for path in paths:
+        # The table as an interrupted process left it, and as one did that trained to the end.
+        for cut in (True, False):
+            folder = tmp_path / f"{path.stem}-{cut}"
+            folder.mkdir()
+            lines = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+            done = [line for line in lines[1:] if not cut or int(line.split(",")[1]) <= int(path.stem[5:])]
+            (folder / "metrics.csv").write_text("\n".join([lines[0], *done]) + "\n")
+            train(checkpoint=path, callbacks=callbacks(folder), **settings)
+            resumed = rows(folder / "metrics.csv")
+            measured = ("seconds", "images_per_second", "memory_gb")
+            for one, two in zip(whole, resumed, strict=True):
+                assert one.keys() == two.keys()
+                for name in set(one) - set(measured):
+                    assert one[name] == two[name], (path.name, cut, one["step"], name)
+
+
+def test_the_time_of_a_row_in_epochs():
+    history = History("nowhere")
+    history._rows = {
+        key: ({"seconds": "1"} if key in ((0, 5), (1, 10)) else {})
+        for key in ((0, 3), (0, 5), (1, 8), (1, 10), (2, 13), (2, 14))
+    }
+    assert [history._time(*key) for key in history._rows] == pytest.approx([-0.4, 0, 0.6, 1, 1.6, 1.8])
 
 
 def test_resuming_goes_on_with_the_table(tmp_path, trainer, net, loader):

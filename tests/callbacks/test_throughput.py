@@ -41,7 +41,8 @@ def test_images_by_the_seconds_of_training_alone(tmp_path, trainer, net, loader,
     fit = trainer(Takes(clock), History(tmp_path), max_epochs=2, val_check_interval=interval, logger=logger)
     # Batches of 2, 2, 2 and 1.
     fit.fit(net(), loader(7), loader())
-    assert [float(row["images_per_second"]) for row in rows(tmp_path / "metrics.csv")] == [7 / 8, 7 / 8]
+    epochs = [row for row in rows(tmp_path / "metrics.csv") if row["seconds"]]
+    assert [float(row["images_per_second"]) for row in epochs] == [7 / 8, 7 / 8]
     logged = [row for row in rows(tmp_path / "lightning_logs/version_0/metrics.csv") if row.get("images_per_second")]
     assert [float(row["images_per_second"]) for row in logged] == [7 / 8, 7 / 8]
     assert all(float(row["memory_gb"]) > 0 for row in logged)

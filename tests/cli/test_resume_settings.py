@@ -111,7 +111,8 @@ APPLIED = {
     "callbacks.collapse_guard.patience": 8,
     "callbacks.collapse_guard.action": "stop",
     "callbacks.checkpoint.filename": "good",
-    "callbacks.checkpoint.enable_version_counter": True,
+    "callbacks.checkpoint.save_top_k": 2,
+    "callbacks.checkpoint.save_weights_only": True,
     "callbacks.last_checkpoint.filename": "latest",
     "callbacks.last_checkpoint.enable_version_counter": True,
     "callbacks.last_checkpoint.save_on_train_epoch_end": False,
@@ -265,7 +266,7 @@ LONGER = "trainer.max_epochs=4"  # Otherwise all is trained.
 # What a training counts and measures.
 STATE = (
     *("_time", "_started", "_start", "_printed", "_checked", ".scheduler.best", "._best", "_version", "_path"),
-    *("log_dir", "profiler.dirpath", "RunningStage.TRAINING"),  # numbered, and the start
+    *(".kth_value", "log_dir", "profiler.dirpath", "RunningStage.TRAINING"),  # numbered, and the start
 )
 
 
