@@ -105,7 +105,7 @@ class DiceScore(Metric):
         super().__init__(**kwargs)
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
-        if not 0 < threshold < 1:
+        if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
             raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
         self.num_classes = num_classes
         self.activation: Activation = check_choice("activation", activation, ("sigmoid", "softmax", None))

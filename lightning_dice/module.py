@@ -142,7 +142,7 @@ class SegmentationModule(MetricLogging, Optimization):
         without_compiled_names(self)
         if size_divisor < 1:
             raise ValueError(f"size_divisor must be an integer >= 1, got {size_divisor!r}")
-        if not 0 < threshold < 1:
+        if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
             raise ValueError(f"threshold must be a probability in (0, 1), got {threshold!r}")
         if micro_batch_size is not None:
             check_count("micro_batch_size", micro_batch_size, optional=True)

@@ -1321,6 +1321,122 @@ mutate(
         "test_module.py",
     ),
 )
+# What a network returns, how it is optimized, and what a training is made of.
+mutate(
+    "functional/model_outputs.py",
+    (
+        "features-are-levels",
+        "level.ndim != expected or level.shape[1] != classes:",
+        "level.ndim != expected:",
+        "functional/test_model_outputs.py",
+    ),
+    (
+        "larger-logits-are-resized",
+        "got != whole and 2 * got > whole + 1",
+        "got < whole and 2 * got > whole + 1",
+        "functional/test_model_outputs.py",
+    ),
+    ("stacked-levels-are-volumes", "levels[0].ndim == axes + 3", "False", "functional/test_model_outputs.py"),
+    ("auxiliary-heads-are-dropped", 'str(name).startswith("aux")', "False", "functional/test_model_outputs.py"),
+)
+mutate(
+    "losses/deep_supervision.py",
+    (
+        "levels-of-other-classes",
+        "if level.ndim > 1}) > 1",
+        "if level.ndim > 1}) > 9",
+        "losses/test_deep_supervision.py",
+    ),
+)
+mutate(
+    "module.py",
+    (
+        "auxiliary-weight-is-one",
+        "self.auxiliary_weight * terms",
+        "terms",
+        "test_module.py::test_auxiliary_heads_are_trained",
+    ),
+    (
+        "no-loss-of-a-step",
+        "on_step=True, on_epoch=False",
+        "on_step=False, on_epoch=True",
+        "test_optimization.py::test_the_loss_of_a_step_is_logged",
+    ),
+    (
+        "compiled-names-are-saved",
+        "        without_compiled_names(self)\n",
+        "",
+        "test_optimization.py::test_compiled_networks_and_plain_ones_share_checkpoints",
+    ),
+)
+mutate(
+    "data/batch.py",
+    ("any-third-part-is-ignored", "if names is None or len(names)", "if False and len(names)", "data/test_batch.py"),
+)
+mutate(
+    "callbacks/step_outputs.py",
+    ("nameless-cases-collide", "if not batch.has_names", "if False", "callbacks/test_case_table.py"),
+    ("loaders-collide", "and len(loaders) > 1", "and len(loaders) > 9", "callbacks/test_case_table.py"),
+)
+mutate(
+    "optimization.py",
+    (
+        "incomplete-accumulation",
+        "wanted / min(wanted, int(batches) - first)",
+        "1.0",
+        "test_optimization.py::test_each_batch_of_a_step_has_the_same_share",
+    ),
+    (
+        "rate-of-one-group",
+        "for group in optimizer.param_groups:",
+        "for group in optimizer.param_groups[:1]:",
+        "test_optimization.py::test_groups_keep_the_ratio_of_their_rates",
+    ),
+    ("made-optimizers-are-called", "and not callable(factory)", "and False", "test_optimization.py::test_refuses"),
+)
+LENGTHS = "test_schedules.py::test_a_schedule"
+mutate(
+    "schedules.py",
+    (
+        "steps-are-epochs",
+        'if interval == "step" and steps',
+        "if False and steps",
+        f"{LENGTHS}_without_a_length_has_that_of_the_training",
+    ),
+    (
+        "warmup-is-no-part-of-the-length",
+        "max(1, length() - first)",
+        "length()",
+        f"{LENGTHS}_without_a_length_has_that_of_the_training",
+    ),
+    (
+        "epochs-taken-for-steps",
+        "end == epochs and end < length",
+        "False",
+        f"{LENGTHS}_that_ends_before_the_training_is_refused",
+    ),
+    (
+        "a-rate-of-zero",
+        "isinstance(part, PolynomialLR) and end",
+        "False and end",
+        f"{LENGTHS}_that_ends_before_the_training_is_refused",
+    ),
+)
+mutate(
+    "cli/trainer_settings.py",
+    (
+        "a-share-of-no-batch",
+        "int(batches * share) < 1",
+        "False",
+        "cli/test_trainer_settings.py::test_what_a_training_cannot_be_made_of",
+    ),
+    (
+        "no-training-at-all",
+        "if value < least and not",
+        "if False and not",
+        "cli/test_trainer_settings.py::test_what_a_training_cannot_be_made_of",
+    ),
+)
 # Presets.
 mutate(
     "losses/compat.py",

@@ -27,6 +27,7 @@ from lightning_dice.cli.config_consistency import ConfigConsistency
 from lightning_dice.cli.errors import UserError, as_user_errors, report_disk_errors
 from lightning_dice.cli.monitors import check_monitors, check_validation, explain_missing_monitor
 from lightning_dice.cli.optimizer_check import check_optimizer
+from lightning_dice.cli.trainer_settings import check_share_of_epoch, check_trainer_settings
 from lightning_dice.cli.training_report import printed_profile, stop_reason
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
@@ -36,11 +37,6 @@ from lightning_dice.module import SegmentationModule
 from lightning_dice.report.run_summary import summary_table
 from lightning_dice.trials import Status, record_outcome
 
-# Settings of the Trainer that must be whole numbers.
-_COUNTS = (
-    *("max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches"),
-    *("check_val_every_n_epoch", "log_every_n_steps", "num_nodes"),
-)
 # Warnings of Lightning and torch that nobody can or should act on.
 _NOISE = (
     ".*does not have many workers.*",  # The datamodule chooses their number by the cores.
@@ -78,7 +74,10 @@ class Experiment:
         self.scores: dict[str, dict[str, float]] = {}
         self.summary: list[report.ScoreSummary] = []
         silence_libraries()
-        L.seed_everything(config.seed, workers=True, verbose=False)
+        seed = config.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+        L.seed_everything(seed, workers=True, verbose=False)
 
     @cached_property
     def data(self) -> SegmentationData:
@@ -107,10 +106,7 @@ class Experiment:
         accelerator = self.config.trainer.get("accelerator")
         if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
             raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU: use device=cpu")
-        for name in _COUNTS:  # The Trainer checks them late, or never.
-            value = self.config.trainer.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise UserError(f"trainer.{name} must be a whole number, got {value}")
+        check_trainer_settings(self.config.trainer)
         trainer: L.Trainer = instantiate(
             self.config.trainer,
             "trainer",
@@ -171,6 +167,26 @@ class Experiment:
         print_line(f"batch   {self.batch_text()}")
         print_line(f"folder  {self.folder}")
 
+    def batches_of_epoch(self) -> int:
+        """Return the number of training batches of each process in an epoch, without limits."""
+        cases = self.data.source.split("train")
+        return 0 if cases is None else len(cases) // (self.data.batch_size * self.trainer.world_size)
+
+    def open_loggers(self) -> None:
+        """Let the loggers begin, which some cannot without a login or a server.
+
+        Raises:
+            UserError: names the logger.
+        """
+        check_share_of_epoch(self.config.trainer, self.batches_of_epoch())
+        for logger in self.trainer.loggers:
+            try:
+                _ = getattr(logger, "experiment", None)
+            except Exception as error:  # Of any type, by the logger's library.
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                name = type(logger).__name__
+                raise UserError(f"the logger {name} cannot begin: {reason}; use another, such as logger=csv") from error
+
     def batch_text(self) -> str:
         """Return a line with the images of a step, over all processes, and the seed."""
         images, processes = self.data.batch_size, self.trainer.world_size
@@ -179,7 +195,11 @@ class Experiment:
         if processes > 1:
             factors.append(f"{processes} processes")
         if accumulated > 1:
-            factors.append(f"{accumulated} accumulated")
+            limit, batches = self.trainer.limit_train_batches, self.batches_of_epoch()
+            batches = max(1, int(batches * limit) if isinstance(limit, float) else min(batches, limit or 1))
+            whole = f", the {batches} of an epoch" if batches < accumulated else ""
+            accumulated = min(accumulated, batches)
+            factors.append(f"{accumulated} accumulated{whole}")
         total = images * processes * accumulated
         return " x ".join(factors) + (f" = {total}" if len(factors) > 1 else "") + f" a step, seed {self.config.seed}"
 

@@ -141,3 +141,66 @@ def test_validations_within_epochs(tmp_path):
     scored = [row["step"] for row in rows(tmp_path / "across" / "metrics.csv") if row["val/dice"]]
     assert int(scored[0]) >= 6
     assert scored[-1] == "12"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "max_epochs=0",
+            "trainer.max_epochs=0 trains nothing: it must be a whole number >= 1, or -1 for no limit; to score",
+        ),
+        ("max_epochs=-2", "trainer.max_epochs must be a whole number >= 1, or -1 for no limit, got -2"),
+        ("max_epochs=2.5", "trainer.max_epochs must be a whole number >= 1, or -1 for no limit, got 2.5"),
+        ("max_steps=0", "trainer.max_steps=0 trains nothing"),
+        ("accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be a whole number >= 1, got 0"),
+        ("check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch must be a whole number >= 1, got 0"),
+        ("log_every_n_steps=-3", "trainer.log_every_n_steps must be a whole number >= 0, got -3"),
+        ("limit_train_batches=0", "trainer.limit_train_batches=0 trains nothing"),
+        (
+            "limit_train_batches=0.1",
+            "trainer.limit_train_batches=0.1 of 4 batches is less than one: give at least 0.25, or",
+        ),
+        (
+            "limit_val_batches=x",
+            "trainer.limit_val_batches must be a whole number of batches, or a fraction of them from",
+        ),
+        (
+            "limit_test_batches=1.5",
+            "trainer.limit_test_batches must be a whole number of batches, or a fraction of them",
+        ),
+        (
+            "overfit_batches=-1",
+            "trainer.overfit_batches must be a whole number of batches, or a fraction of them from 0.0",
+        ),
+        (
+            "val_check_interval=5",
+            "trainer.val_check_interval=5 is more than the 4 batches of an epoch: give fewer, or let",
+        ),
+        ("val_check_interval=0", "trainer.val_check_interval must be more than 0"),
+        ("+seed=x", "seed must be a whole number from 0 to 4294967295, got x"),
+        ("+module.threshold=half", "module: threshold must be a probability in (0, 1), got 'half'"),
+    ],
+)
+def test_what_a_training_cannot_be_made_of(tmp_path, setting, message):
+    given = setting.removeprefix("+") if setting.startswith("+") else f"trainer.{setting}"
+    assert f"error: {message}" in refused("fit", *FOUR, *LEAN, given, cwd=tmp_path)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_logger_that_cannot_begin(tmp_path, monkeypatch):
+    def fails(self):
+        raise RuntimeError("No API key configured. Use `log in`.\nTwo lines.")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.experiment", property(fails))
+    message = "error: the logger CSVLogger cannot begin: No API key configured. Use `log in`.; use another, such as"
+    lean = [part for part in LEAN if not part.startswith("logger")]
+    assert message in refused("fit", *FOUR, *lean, cwd=tmp_path)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_the_number_of_batches_is_limited_as_the_trainer_does(tmp_path):
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=0.5", "trainer.accumulate_grad_batches=3"]
+    out = run_command("fit", *FOUR, *LEAN, *few, "folder=run", cwd=tmp_path).out
+    assert "batch   4 images x 2 accumulated, the 2 of an epoch = 8 a step" in out
+    assert steps(tmp_path / "run") == ["1"]
