@@ -20,6 +20,7 @@ from lightning_dice.cli.errors import UserError
 from lightning_dice.cli.setting_rules import check_used
 from lightning_dice.inference import find_postprocessing
 from lightning_dice.io import write_atomically
+from lightning_dice.library_internals.torch import original_name
 from lightning_dice.loading import build_module as build_trained_module
 from lightning_dice.renamed_settings import refuse_old_config
 
@@ -292,7 +293,8 @@ def check_weights(
     checkpoint = read_checkpoint(path)
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     prefer_settings(module, checkpoint, plain)
-    saved, own = checkpoint["state_dict"], module.state_dict()
+    saved = {original_name(name): value for name, value in checkpoint["state_dict"].items()}
+    own = module.state_dict()
     missing = [key for key in own if key not in saved]
     extra = [key for key in saved if key not in own]
     shapes = [
