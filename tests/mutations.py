@@ -1283,7 +1283,7 @@ mutate(
     ),
     (
         "on-probabilities-vmapped-with-ignored-pixels",
-        "                if is_vmapped(valid):\n",
+        "                if not torch.compiler.is_compiling() and is_vmapped(valid):\n",
         "                if False:\n",
         TRANSFORMS + "test_vmap[OnProbabilities]",
     ),

@@ -25,7 +25,7 @@ from lightning_dice.cli import run_folder
 from lightning_dice.cli.config import instantiate
 from lightning_dice.cli.config_consistency import ConfigConsistency
 from lightning_dice.cli.errors import UserError, as_user_errors, report_disk_errors
-from lightning_dice.cli.monitors import check_monitors, check_validation, explain_missing_monitor
+from lightning_dice.cli.monitors import check_modes, check_monitors, check_validation, explain_missing_monitor
 from lightning_dice.cli.optimizer_check import check_optimizer
 from lightning_dice.cli.trainer_settings import check_share_of_epoch, check_trainer_settings
 from lightning_dice.cli.training_report import printed_profile, stop_reason
@@ -135,6 +135,7 @@ class Experiment:
         """
         check_optimizer(self.module, self.trainer)
         check_monitors(self.config, self.module, self.trainer)
+        check_modes(self.config, self.module)
 
     def check_validation(self) -> None:
         """Check that there is a validation, if a callback or the schedule needs one.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice.cli.errors import UserError
 from lightning_dice.metrics import DiceScore
@@ -54,6 +54,35 @@ def check_monitors(config: DictConfig, module: SegmentationModule, trainer: L.Tr
     for setting, metric in watched(config).items():
         if not _is_logged(metric, module):
             raise UserError(_message(setting, metric, sorted(_names(module))))
+
+
+def check_modes(config: DictConfig, module: SegmentationModule) -> None:
+    """Check that the best value of each watched metric is not taken for the worst, as that of a loss with `mode=max`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for setting, metric in watched(config).items():
+        owner = "scheduler" if setting == "module.monitor" else setting.removesuffix(".monitor")
+        mode, best = OmegaConf.select(config, f"{owner}.mode"), _best_mode(metric, module)
+        if mode in ("max", "min") and best is not None and mode != best:
+            value = "largest" if best == "max" else "smallest"
+            raise UserError(
+                f"{owner}.mode={mode}, but the best {metric} is the {value}: give {owner}.mode={best} with "
+                f"{setting}={metric}"
+            )
+
+
+def _best_mode(metric: str, module: SegmentationModule) -> str | None:
+    """Return the mode of a metric; `None` where it is not known."""
+    if metric == "loss" or metric.startswith(("train/loss", "val/loss")):
+        return "min"
+    for collection in (module.train_metrics, module.val_metrics):
+        for name, one in collection.items(copy_state=False):
+            higher = getattr(one, "higher_is_better", None)
+            if isinstance(higher, bool) and (metric == name or metric.startswith(f"{name}/")):
+                return "max" if higher else "min"
+    return None
 
 
 def check_validation(config: DictConfig, trainer: L.Trainer, *, has_split: bool) -> None:

@@ -72,7 +72,7 @@ class OnProbabilities(SegmentationLoss):
                 if valid.shape[1] == 1 and logits.shape[1] > 1:
                     valid = valid.squeeze(1)
                     probs, planes = probs.movedim(1, 2), planes.movedim(1, 2)
-                if is_vmapped(valid):
+                if not torch.compiler.is_compiling() and is_vmapped(valid):
                     raise ValueError(
                         "OnProbabilities with ignore_index cannot be vmapped, as the number of pixels that are not "
                         "ignored is a shape: call it in a loop instead"

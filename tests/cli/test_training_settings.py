@@ -51,6 +51,36 @@ def test_a_metric_to_watch_that_will_not_be_there(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["callbacks.checkpoint.monitor=val/loss"],
+            "callbacks.checkpoint.mode=max, but the best val/loss is the smallest: give callbacks.checkpoint.mode=min",
+        ),
+        (["callbacks.checkpoint.mode=min"], "but the best val/dice is the largest: give callbacks.checkpoint.mode=max"),
+        (
+            [
+                "callbacks=early_stopping",
+                "callbacks.early_stopping.monitor=val/dice/cell",
+                "callbacks.early_stopping.mode=min",
+            ],
+            "give callbacks.early_stopping.mode=max with callbacks.early_stopping.monitor=val/dice/cell",
+        ),
+        ([*PLATEAU, "module.monitor=train/loss"], "give scheduler.mode=min with module.monitor=train/loss"),
+        (
+            [
+                "+metrics.metrics.far={_target_: torchmetrics.segmentation.HausdorffDistance, num_classes: 2}",
+                "callbacks.checkpoint.monitor=val/far",
+            ],
+            "the best val/far is the smallest",
+        ),
+    ],
+)
+def test_a_mode_that_takes_the_worst_for_the_best(tmp_path, arguments, message):
+    assert message in refused("fit", *NOWHERE, *arguments, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["callbacks=[early_stopping]", "+trainer.limit_val_batches=0"],

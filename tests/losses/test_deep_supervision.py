@@ -184,7 +184,7 @@ def test_state_copies_and_pickles():
     logits, target = random_case(9, activation="sigmoid", space=(4, 4))
     levels = levels_of(logits, (2, 2))
     loss = DeepSupervision(DiceLoss(class_weights=[1, 2, 3]), [1, 2], reduce="max")
-    assert list(loss.state_dict()) == ["loss.class_weights"]
+    assert not loss.state_dict()  # Weights of classes are a setting.
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(other(levels, target), loss(levels, target))
     assert "weights=[1.0, 2.0], reduce='max'" in repr(loss)
