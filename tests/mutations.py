@@ -2401,6 +2401,21 @@ mutate(
 mutate(
     "cli/monitors.py",
     (
+        "the largest loss is the best",
+        'if mode in ("max", "min") and best is not None and mode != best:',
+        "if False:",
+        "cli/test_training_settings.py::test_a_mode_that_takes_the_worst_for_the_best",
+    ),
+    (
+        "the largest distance is the best",
+        'return "max" if higher else "min"',
+        'return "max"',
+        "cli/test_training_settings.py::test_a_mode_that_takes_the_worst_for_the_best",
+    ),
+)
+mutate(
+    "cli/monitors.py",
+    (
         "monitors of a subclass are refused",
         "return bool(own) or type(module) is not SegmentationModule",
         "return bool(own)",
