@@ -1296,7 +1296,7 @@ mutate(
     (
         "on-probabilities-in-half-precision",
         "self.loss(probs, planes) if",
-        "self.loss(probs.to(logits.dtype), planes.to(logits.dtype)) if",
+        "self.loss(probs.half(), planes.half()) if",
         duties("OnProbabilities"),
     ),
     (
