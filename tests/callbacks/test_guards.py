@@ -284,7 +284,7 @@ def test_a_run_that_diverges_ends_with_one_message_and_keeps_its_checkpoint(tmp_
     run_command("fit", *few, "trainer.max_epochs=1", "data.batch_size=4", "folder=run", cwd=tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     before = last.read_bytes()
-    message = refused("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e38", cwd=tmp_path)
+    message = refused("fit", "resume=run", "trainer.max_epochs=3", "optimizer.lr=1e30", cwd=tmp_path)
     assert "are not finite (NaN or infinite): cases train" in message
     assert "last.ckpt is unchanged" in message
     assert last.read_bytes() == before
