@@ -55,13 +55,13 @@ def test_one_epoch_is_a_step():
 def test_without_a_length_it_changes_until_the_last_epoch(loader, trainer, begin, expected):
     seen = Read(lambda loss: loss.smooth[0])
     schedule = LossSchedule("smooth", 4, 1, begin_epoch=begin)
-    trainer(schedule, seen, max_epochs=4).fit(module(DiceLoss()), loader(2))
+    trainer(schedule, seen, max_epochs=4).fit(module(DiceLoss()), loader(2), loader(2))
     assert seen.values == pytest.approx(expected)
 
 
 def test_without_a_last_epoch_the_length_must_be_given(loader, trainer):
     with pytest.raises(ValueError, match=r"epochs of the change of 'smooth' must be given.*max_epochs=-1"):
-        trainer(LossSchedule("smooth", 4, 1), max_epochs=-1, max_steps=1).fit(module(DiceLoss()), loader(2))
+        trainer(LossSchedule("smooth", 4, 1), max_epochs=-1, max_steps=1).fit(module(DiceLoss()), loader(2), loader(2))
     with pytest.raises(ValueError, match="until training starts"):
         LossSchedule("smooth", 4, 1).value(0)
 
