@@ -208,10 +208,10 @@ def test_refuses_settings_that_do_not_fit_the_logits(settings, message):
         DiceLoss(**settings)(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
 
 
-def test_state_copies_and_pickles():
+def test_copies_and_pickles():
     loss = DiceLoss(activation="softmax", class_weights=[1, 2, 3], absent=AbsentPolicy("skip"))
     logits, mask = random_case(9, activation="softmax")
-    assert list(loss.state_dict()) == ["class_weights"]
+    assert list(loss.state_dict()) == []
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         torch.testing.assert_close(other(logits, mask), loss(logits, mask))
     assert "absent='skip'" in repr(loss)
