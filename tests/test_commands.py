@@ -134,7 +134,7 @@ class TestFit:
 
     def test_epochs_that_are_no_number(self, tmp_path):
         told = refused("fit", *SMALL, "trainer.max_epochs=two", cwd=tmp_path)
-        assert "trainer.max_epochs must be a whole number, got two" in told
+        assert "trainer.max_epochs must be a whole number >= 1, or -1 for no limit, got two" in told
 
     def test_a_training_that_diverges_ends_and_says_why(self, tmp_path):
         """Its workers end with it, though they leave other signals to the training."""
