@@ -320,6 +320,7 @@ def _call(path: Path, name: str, arguments: tuple[Any, ...], folder: Path, group
         with (folder / file).open("w") as target:
             os.dup2(target.fileno(), descriptor)
     torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of the test during which the server was started
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
