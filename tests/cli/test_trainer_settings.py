@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers import LEAN, SMALL, refused, rows, run_command
@@ -100,7 +102,7 @@ def test_max_steps_ends_within_an_epoch_and_resumes(tmp_path):
 def test_max_time_says_that_it_ended_the_training(tmp_path):
     time = ["trainer.max_time=00:00:00:01", "trainer.max_epochs=100000", "folder=run"]
     out = run_command("fit", *FOUR, *LAST, *time, cwd=tmp_path).out
-    assert "the time of the training is over after 1 s (max_time)" in out
+    assert re.search(r"the time of the training is over after \d+ s \(max_time\)", out)
     out = run_command("fit", "resume=run", cwd=tmp_path).out
     assert "the time of the training is over" in out
     before = len(steps(tmp_path / "run"))
