@@ -91,7 +91,10 @@ def score_run(config: DictConfig, overrides: list[str]) -> None:
     print_line(f"{checkpoint} on {split}")
     if calibration is not None:
         print_line(calibration)
-    experiment.evaluate(split, checkpoint)
+    try:
+        experiment.evaluate(split, checkpoint)
+    finally:
+        run_folder.remove_unused(experiment.folder)
     _print_scores(experiment.summary, experiment.folder)
     experiment.print_summary()
 

@@ -48,6 +48,7 @@ def train(run: RunSpec, announce: Callable[[RunSpec], None]) -> float | None:
     experiment.check_settings()
     data = experiment.data
     experiment.check_validation()
+    experiment.check_limits()
     experiment.open_loggers()
     announce(run)
     experiment.print_start(run.checkpoint)

@@ -13,6 +13,7 @@ from torchmetrics.segmentation import MeanIoU
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_dice.library_internals.lightning import attached_trainer
+from lightning_dice.library_internals.torch import copy_without_hooks
 from lightning_dice.library_internals.torchmetrics import compute_alone
 from lightning_dice.metric_inputs import MetricInputs, prepare_metric
 from lightning_dice.metrics import DiceScore
@@ -139,7 +140,7 @@ class MetricLogging(L.LightningModule):
 
     def _probe(self, name: str, metric: Metric, arguments: tuple[Tensor, Tensor]) -> None:
         """Raise if the values of a metric cannot be logged, before a whole epoch has been computed."""
-        copy = metric.clone()
+        copy = copy_without_hooks(metric)
         compute_alone(copy)  # The other ranks may have no batch.
         copy.reset()
         with torch.random.fork_rng(devices=[]):  # A bootstrap must not change the random numbers of the training.
@@ -162,7 +163,7 @@ class MetricLogging(L.LightningModule):
             [] if trainer is None else {"val": trainer.num_val_batches, "test": trainer.num_test_batches}.get(stage)
         )
         # On every rank for every loader, whether the rank has a batch of it or not.
-        self._loaders[stage] = [own, *(own.clone() for _ in (counts or [0])[1:])]
+        self._loaders[stage] = [own, *(copy_without_hooks(own) for _ in (counts or [0])[1:])]
 
     def _log_metrics(self, stage: Stage) -> None:
         collections = self._loaders.get(stage) or [self._metrics(stage)]
@@ -175,7 +176,7 @@ class MetricLogging(L.LightningModule):
             suffix = f"/dataloader_idx_{index}" if len(collections) > 1 else ""
             for name, metric in collection.items():
                 # A wrapper may remember the values that it has computed: not those of an untrained network.
-                value = (metric.clone() if self.trainer.sanity_checking else metric).compute()
+                value = (copy_without_hooks(metric) if self.trainer.sanity_checking else metric).compute()
                 for key, number in self._numbers(name, metric, value).items():
                     # A metric's value is the same on every rank; reduced again only so that Lightning does not warn. By
                     # max, as the mean of equal numbers may be rounded.

@@ -2490,6 +2490,75 @@ mutate(
 )
 TRAINER = "cli/test_trainer_settings.py::"
 mutate(
+    "cli/trainer_settings.py",
+    (
+        "a share of no batch of a validation ends in a traceback",
+        'for split, count in {**counts, "overfit": batches}.items():',
+        'for split, count in {"train": batches}.items():',
+        TRAINER + "test_what_a_training_cannot_be_made_of",
+    ),
+    (
+        "a negative norm clips nothing without a word",
+        "or not clip >= 0",
+        "",
+        TRAINER + "test_what_a_training_cannot_be_made_of",
+    ),
+)
+mutate(
+    "cli/config.py",
+    (
+        "a word is a number for a callback",
+        "and name in parameters and _takes_a_number(parameters[name])",
+        "and False",
+        TRAINER + "test_a_word_where_a_callback_takes_a_number",
+    ),
+    (
+        "numbers that are none by default take words",
+        'return bool(kinds) and kinds <= {"int", "float"}',
+        "return False",
+        TRAINER + "test_a_word_where_a_callback_takes_a_number",
+    ),
+    (
+        "arguments of the Trainer that no file has need a plus",
+        'if key in _MORE_OF_TRAINER and not argument.startswith("+"):',
+        "if False:",
+        TRAINER + "test_arguments_of_the_trainer_that_no_file_has",
+    ),
+)
+mutate(
+    "cli/experiment.py",
+    (
+        "callbacks that the Trainer turns off are refused",
+        "if self.config.trainer.get(name) is False:",
+        "if False:",
+        TRAINER + "test_arguments_of_the_trainer_that_no_file_has",
+    ),
+    (
+        "times of the Trainer are nodes of a config",
+        '_convert_="all",',
+        '_convert_="none",',
+        TRAINER + "test_a_time_as_a_map",
+    ),
+)
+mutate(
+    "cli/run_folder.py",
+    (
+        "an evaluation that fails leaves its folder",
+        "if {path.name for path in folder.iterdir()} <= {CONFIG, TEMPLATE, FINGERPRINT}:",
+        "if False:",
+        TRAINER + "test_an_evaluation_needs_a_batch",
+    ),
+)
+mutate(
+    "metric_logging.py",
+    (
+        "metrics with hooks of a profiler cannot be copied",
+        "copy = copy_without_hooks(metric)",
+        "copy = metric.clone()",
+        TRAINER + "test_a_profile_is_printed[pytorch]",
+    ),
+)
+mutate(
     "cli/config.py",
     (
         "settings of the Trainer with a plus are refused",

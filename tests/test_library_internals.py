@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import logging
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -223,6 +226,20 @@ class TestTorch:
         assert of_torch.original_module(compiled) is layer
         assert of_torch.original_module(layer) is layer
         assert [of_torch.original_name(name) for name, _ in compiled.named_parameters()] == ["weight", "bias"]
+
+    def test_copy_without_hooks(self):
+        net = nn.Sequential(nn.Linear(1, 1))
+        lock = threading.Lock()  # cannot be copied
+        net[0].register_forward_hook(lambda *_, lock=lock: None)
+        net[0].register_forward_pre_hook(partial(lambda *_: None, lock))
+        with pytest.raises(TypeError):
+            copy.deepcopy(net)
+        other = of_torch.copy_without_hooks(net)
+        assert torch.equal(other[0].weight, net[0].weight)
+        assert other[0].weight is not net[0].weight
+        assert [len(net[0]._forward_hooks), len(net[0]._forward_pre_hooks)] == [1, 1]
+        assert not other[0]._forward_hooks
+        assert not other[0]._forward_pre_hooks
 
     def test_is_compiled_in_place(self):
         layer = nn.Linear(1, 1)

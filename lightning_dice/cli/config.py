@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -157,18 +158,33 @@ def compose(name: str, overrides: Iterable[str]) -> DictConfig:
 def force_known(argument: str) -> str:
     """Let `+` name a setting of the Trainer or a callback that conf/ has already, as older command lines do.
 
-    >>> force_known("+trainer.fast_dev_run=true"), force_known("+trainer.inference_mode=true")
-    ('++trainer.fast_dev_run=true', '+trainer.inference_mode=true')
+    Arguments of the Trainer that conf/ does not have need no `+`.
+
+    >>> force_known("+trainer.fast_dev_run=true"), force_known("trainer.inference_mode=true"), force_known("+new=1")
+    ('++trainer.fast_dev_run=true', '++trainer.inference_mode=true', '+new=1')
     """
     key = argument.partition("=")[0].removeprefix("+")
+    if key in _MORE_OF_TRAINER and not argument.startswith("+"):
+        return f"++{argument}"
     known = argument.startswith("+") and (key in _trainer_settings() or key in _callback_settings())
     return f"+{argument}" if known else argument
+
+
+# Arguments of the Trainer that are not in conf/trainer/default.yaml, and work.
+_MORE_OF_TRAINER = frozenset(
+    f"trainer.{name}"
+    for name in (
+        *("benchmark", "sync_batchnorm", "inference_mode", "use_distributed_sampler"),
+        *("reload_dataloaders_every_n_epochs", "limit_predict_batches"),
+        *("enable_progress_bar", "enable_checkpointing", "enable_model_summary"),
+    )
+)
 
 
 @cache
 def _trainer_settings() -> frozenset[str]:
     config = OmegaConf.load(CONF_DIR / "trainer" / "default.yaml")
-    return frozenset(f"trainer.{key}" for key in map(str, config))
+    return frozenset(f"trainer.{key}" for key in map(str, config)) | _MORE_OF_TRAINER
 
 
 @cache
@@ -234,6 +250,38 @@ def _import_problem(target: str, cause: BaseException) -> str:
     if target.partition(".")[0] == cause.name:
         return f"{cause}; a file of your own must be in the folder where you start the command, or be installed"
     return f"{cause}, which it imports"
+
+
+def refuse_words(config: Mapping[str, Any], what: str) -> None:
+    """Refuse text where a target takes a number: many callbacks notice it late, or never.
+
+    Args:
+        config: with `_target_`.
+        what: its name, for the message.
+
+    Raises:
+        UserError: names the setting.
+
+    >>> refuse_words({"_target_": "lightning.pytorch.callbacks.EarlyStopping", "patience": "ten"}, "callbacks.stop")
+    Traceback (most recent call last):
+    lightning_dice.cli.errors.UserError: callbacks.stop.patience must be a number, got ten
+    """
+    try:
+        parameters = inspect.signature(hydra.utils.get_object(str(config.get("_target_")))).parameters
+    except Exception:  # Of any type; instantiating it explains what is wrong.
+        return
+    for name, value in config.items():
+        if isinstance(value, str) and name in parameters and _takes_a_number(parameters[name]):
+            raise UserError(f"{what}.{name} must be a number, got {value}")
+
+
+def _takes_a_number(parameter: inspect.Parameter) -> bool:
+    if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool):
+        return True
+    annotation = parameter.annotation
+    text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)
+    kinds = set(re.findall(r"[A-Za-z]+", text)) - {"typing", "Optional", "Union", "None", "NoneType"}
+    return bool(kinds) and kinds <= {"int", "float"}
 
 
 def instantiate(config: Any, what: str, **arguments: Any) -> Any:

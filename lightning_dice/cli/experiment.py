@@ -15,19 +15,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dice import report
 from lightning_dice.callbacks import MedianPruner, SaveOnInterrupt, exit_with_signal_status
 from lightning_dice.cli import run_folder
-from lightning_dice.cli.config import instantiate
+from lightning_dice.cli.config import instantiate, refuse_words
 from lightning_dice.cli.config_consistency import ConfigConsistency
 from lightning_dice.cli.errors import UserError, as_user_errors, report_disk_errors
 from lightning_dice.cli.monitors import check_modes, check_monitors, check_validation, explain_missing_monitor
 from lightning_dice.cli.optimizer_check import check_optimizer
-from lightning_dice.cli.trainer_settings import check_share_of_epoch, check_trainer_settings
+from lightning_dice.cli.trainer_settings import check_shares_of_batches, check_trainer_settings
 from lightning_dice.cli.training_report import printed_profile, stop_reason
 from lightning_dice.data import SegmentationData, Split
 from lightning_dice.io import read_csv
@@ -102,6 +103,10 @@ class Experiment:
         callbacks.append(ConfigConsistency(_plain(self.config), accept))
         # Last, as it ends the training after a step that the others must have seen.
         callbacks.sort(key=lambda callback: isinstance(callback, SaveOnInterrupt))
+        # Lightning refuses callbacks that these turn off.
+        for name, kind in (("enable_progress_bar", LightningProgressBar), ("enable_checkpointing", Checkpoint)):
+            if self.config.trainer.get(name) is False:
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
         loggers = instantiate_each(self.config.logger, "logger")
         accelerator = self.config.trainer.get("accelerator")
         if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -112,7 +117,8 @@ class Experiment:
             "trainer",
             callbacks=callbacks,
             logger=loggers or False,
-            enable_model_summary=False,
+            enable_model_summary=bool(self.config.trainer.get("enable_model_summary", False)),
+            _convert_="all",  # Times are dicts for Lightning, not nodes of a config.
             plugins=[*instantiate(list(self.config.trainer.get("plugins") or []), "trainer.plugins"), *cluster()],
         )
         return trainer
@@ -173,13 +179,25 @@ class Experiment:
         cases = self.data.source.split("train")
         return 0 if cases is None else len(cases) // (self.data.batch_size * self.trainer.world_size)
 
+    def check_limits(self) -> None:
+        """Check that no limit of the Trainer leaves out all batches of a split.
+
+        Raises:
+            UserError: names the setting.
+        """
+        counts = {"train": self.batches_of_epoch()}
+        for split in ("val", "test"):
+            cases = self.data.source.split(split)
+            counts[split] = 0 if cases is None else -(-len(cases) // self.trainer.world_size)
+            counts[split] = -(-counts[split] // self.data.eval_batch_size)
+        check_shares_of_batches(self.config.trainer, counts)
+
     def open_loggers(self) -> None:
         """Let the loggers begin, which some cannot without a login or a server.
 
         Raises:
             UserError: names the logger.
         """
-        check_share_of_epoch(self.config.trainer, self.batches_of_epoch())
         for logger in self.trainer.loggers:
             try:
                 _ = getattr(logger, "experiment", None)
@@ -211,6 +229,7 @@ class Experiment:
             split: of the data.
             checkpoint: its path; `None`: the weights as they are.
         """
+        self.check_limits()
         run = self.trainer.test if split == "test" else self.trainer.validate
         with exit_with_signal_status(), as_user_errors(), printed_profile():
             path = None if checkpoint is None else str(checkpoint)
@@ -228,14 +247,13 @@ class Experiment:
 
     def score_best(self) -> None:
         """Score the best checkpoint on the test split, or on the validation split if there is none."""
-        if self.fast_dev_run:
-            print_line("trainer.fast_dev_run saves no checkpoint: scoring the weights as they are")
-            self.evaluate(self.last_split, None)
-            return
         checkpoint = self.scored_checkpoint
-        if checkpoint is None or self.data.source.split(self.last_split) is None:
+        if self.data.source.split(self.last_split) is None:
             return
-        if checkpoint != self.best_checkpoint:
+        if checkpoint is None:
+            reason = "trainer.fast_dev_run saves no checkpoint" if self.fast_dev_run else "no checkpoint was saved"
+            print_line(f"{reason}: scoring the weights as they are")
+        elif checkpoint != self.best_checkpoint:
             none = self.checkpoint is not None and self.checkpoint.save_top_k == 0
             reason = "with callbacks.checkpoint.save_top_k=0" if none else "without a validation"
             print_line(f"there is no best checkpoint {reason}: scoring the last one")
@@ -365,7 +383,14 @@ def score_provenance(config: DictConfig, name: str, made_of: Mapping[str, str]) 
 
 
 def instantiate_each(configs: Mapping[str, Any] | None, what: str) -> list[Any]:
-    """Instantiate each config of a named group, except those that are `null`."""
+    """Instantiate each config of a named group, except those that are `null`.
+
+    Raises:
+        UserError: a setting is refused.
+    """
+    for name, config in (configs or {}).items():
+        if config:
+            refuse_words(config, f"{what}.{name}")
     return [instantiate(config, f"{what}.{name}") for name, config in (configs or {}).items() if config]
 
 

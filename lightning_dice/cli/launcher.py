@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,9 +144,7 @@ class Launcher:
             return self.run(RunSpec(folder, resolved))
         finally:
             # A mistake found before training leaves nothing but its config.
-            before_training = {run_folder.CONFIG, run_folder.TEMPLATE, run_folder.FINGERPRINT}
-            if {path.name for path in folder.iterdir()} <= before_training:
-                shutil.rmtree(folder)
+            run_folder.remove_unused(folder)
 
     def resume(self, folder: Path, overrides: list[str]) -> float | None:
         """Resume a run from its last checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,12 @@ def exact_folder(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the run's folder {path}: {error.strerror}") from error
     return path
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a new folder in which there is nothing but its config, after a mistake was found."""
+    if {path.name for path in folder.iterdir()} <= {CONFIG, TEMPLATE, FINGERPRINT}:
+        shutil.rmtree(folder)
 
 
 def resolve_data(config: DictConfig) -> None:

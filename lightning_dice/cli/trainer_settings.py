@@ -57,28 +57,34 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"trainer.{name} must be a whole number of batches, or a fraction of them from 0.0 to 1.0, got {value}"
             )
+    clip = settings.get("gradient_clip_val")
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0):
+        raise UserError(f"trainer.gradient_clip_val must be a number >= 0, or null for no clipping, got {clip}")
     if settings.get("val_check_interval") == 0:
         raise UserError("trainer.val_check_interval must be more than 0; trainer.limit_val_batches=0 omits validation")
     if settings.get("limit_train_batches") == 0:
         raise UserError("trainer.limit_train_batches=0 trains nothing: it must be more")
 
 
-def check_share_of_epoch(settings: Mapping[str, Any], batches: int) -> None:
-    """Check that a share of an epoch's batches is at least one.
+def check_shares_of_batches(settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """Check that a share of the batches of a split is at least one.
 
     Args:
         settings: the config of the Trainer.
-        batches: number of batches of an epoch.
+        counts: split -> the number of its batches.
 
     Raises:
         UserError: it is less.
     """
-    share = settings.get("limit_train_batches")
-    if isinstance(share, float) and 0 < share < 1 and int(batches * share) < 1:
-        raise UserError(
-            f"trainer.limit_train_batches={share} of {batches} batches is less than one: give at least "
-            f"{-(-100 // batches) / 100:g}, or a whole number of batches"
-        )
+    batches = counts.get("train", 0)
+    for split, count in {**counts, "overfit": batches}.items():
+        name = "overfit_batches" if split == "overfit" else f"limit_{split}_batches"
+        share = settings.get(name)
+        if count and isinstance(share, float) and 0 < share < 1 and int(count * share) < 1:
+            raise UserError(
+                f"trainer.{name}={share} of {count} {'batch' if count == 1 else 'batches'} is less than one: give at "
+                f"least {-(-100 // count) / 100:g}, or a whole number of batches"
+            )
     interval = settings.get("val_check_interval")
     if isinstance(interval, int) and interval > batches and settings.get("check_val_every_n_epoch", 1) is not None:
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from lightning_dice.library_internals import internal, set_internal
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def constant_in_graphs(function: Function) -> Function:
@@ -52,6 +55,22 @@ def original_name(name: str) -> str:
     'net.weight'
     """
     return name.replace("_orig_mod.", "")
+
+
+def copy_without_hooks(module: Module) -> Module:
+    """Return a deep copy of a module without its forward hooks (`_forward_hooks`, `_forward_pre_hooks`).
+
+    Hooks of a profiler cannot be copied.
+    """
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [(part, name, internal(part, name, "torch")) for part in module.modules() for name in names]
+    try:
+        for part, name, _ in hooks:
+            set_internal(part, name, OrderedDict(), "torch")
+        return copy.deepcopy(module)
+    finally:
+        for part, name, own in hooks:
+            set_internal(part, name, own, "torch")
 
 
 def without_compiled_names(module: nn.Module) -> None:

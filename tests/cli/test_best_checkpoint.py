@@ -119,7 +119,7 @@ def test_the_number_of_checkpoints_changes_on_resume(tmp_path, before, after):
     [
         ("every_n_train_steps=5", "every_n_train_steps is no setting of best.ckpt: it is written after a validation"),
         ("save_last=true", "save_last is no setting of best.ckpt: callbacks.last_checkpoint writes last.ckpt"),
-        ("save_top_k=two", "save_top_k must be a number of checkpoints, or -1 for all, got 'two'"),
+        ("save_top_k=1.5", "save_top_k must be a number of checkpoints, or -1 for all, got 1.5"),
         ("every=5", "there is no setting every"),
     ],
 )

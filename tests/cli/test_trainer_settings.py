@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
+import lightning as L
 import pytest
 import torch
 from helpers import LEAN, SMALL, refused, rows, run_command
+from omegaconf import OmegaConf
 
+from lightning_dice.cli import config as cli_config
 from lightning_dice.cli.command import hydra_escape
 
 FOUR = [*SMALL, "data.batch_size=4"]  # batches in an epoch
@@ -32,8 +36,46 @@ def test_a_plus_is_neither_needed_nor_refused(tmp_path, plus):
 
 
 def test_only_settings_of_the_file_are_forced():
-    given = ["+trainer.max_steps=1,2", "+trainer.inference_mode=false", "++trainer.profiler=simple", "+new=1"]
+    given = ["+trainer.max_steps=1,2", "+trainer.new=false", "++trainer.profiler=simple", "+new=1", "trainer.new=2"]
     assert hydra_escape(given) == ["++trainer.max_steps=1,2", *given[1:]]
+
+
+def test_every_argument_of_the_trainer_is_a_setting():
+    """But for what the commands give it themselves, and what needs another program."""
+    settings = {key.removeprefix("trainer.") for key in cli_config._trainer_settings()} - {"_target_"}
+    device = OmegaConf.load(cli_config.CONF_DIR / "device" / "auto.yaml")
+    own = {"self", "callbacks", "logger", "barebones", "model_registry", "enable_autolog_hparams"}
+    assert settings | set(device) == set(inspect.signature(L.Trainer.__init__).parameters) - own
+
+
+MORE = {
+    "benchmark": "true",
+    "sync_batchnorm": "true",
+    "inference_mode": "false",
+    "use_distributed_sampler": "false",
+    "reload_dataloaders_every_n_epochs": "1",
+    "limit_predict_batches": "1",
+    "enable_progress_bar": "false",
+    "enable_checkpointing": "false",
+    "enable_model_summary": "true",
+}
+
+
+@pytest.mark.parametrize("plus", ["", pytest.param("+", marks=pytest.mark.slow)])
+def test_arguments_of_the_trainer_that_no_file_has(tmp_path, plus):
+    assert {f"trainer.{name}" for name in MORE} == cli_config._MORE_OF_TRAINER
+    given = [f"{plus}trainer.{name}={value}" for name, value in MORE.items()]
+    out = run_command("fit", *FOUR, *LEAN[:-1], *given, "trainer.max_epochs=1", "folder=run", cwd=tmp_path).out
+    assert "epoch 0/0" not in out
+    assert "no checkpoint was saved: scoring the weights as they are" in out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert steps(tmp_path / "run") == ["4"]
+
+
+def test_a_time_as_a_map(tmp_path):
+    limits = ["trainer.max_time={minutes: 9}", "trainer.val_check_interval={minutes: 9}", "trainer.max_epochs=1"]
+    run_command("fit", *FOUR, *LEAN, *limits, "folder=run", cwd=tmp_path)
+    assert [row.get("val/dice") for row in rows(tmp_path / "run/metrics.csv")] == [None]
 
 
 def test_fast_dev_run(tmp_path):
@@ -124,7 +166,8 @@ def test_early_stopping_says_why(tmp_path):
     assert "stopped" not in out
 
 
-@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+@pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule")
+@pytest.mark.parametrize("profiler", ["simple", "advanced", pytest.param("pytorch", marks=pytest.mark.slow)])
 def test_a_profile_is_printed(tmp_path, profiler):
     out = run_command(
         "fit", *FOUR, *LEAN[:-1], f"trainer.profiler={profiler}", "trainer.max_epochs=1", "folder=run", cwd=tmp_path
@@ -179,6 +222,14 @@ def test_validations_within_epochs(tmp_path):
             "val_check_interval=5",
             "trainer.val_check_interval=5 is more than the 4 batches of an epoch: give fewer, or let",
         ),
+        (
+            "limit_val_batches=0.1",
+            "trainer.limit_val_batches=0.1 of 1 batch is less than one: give at least 1, or a whole number",
+        ),
+        ("limit_test_batches=0.5", "trainer.limit_test_batches=0.5 of 1 batch is less than one"),
+        ("overfit_batches=0.2", "trainer.overfit_batches=0.2 of 4 batches is less than one: give at least 0.25"),
+        ("gradient_clip_val=-1", "trainer.gradient_clip_val must be a number >= 0, or null for no clipping, got -1"),
+        ("gradient_clip_val=x", "trainer.gradient_clip_val must be a number >= 0, or null for no clipping, got x"),
         ("val_check_interval=0", "trainer.val_check_interval must be more than 0"),
         ("+seed=x", "seed must be a whole number from 0 to 4294967295, got x"),
         ("+module.threshold=half", "module: threshold must be a probability in (0, 1), got 'half'"),
@@ -188,6 +239,22 @@ def test_what_a_training_cannot_be_made_of(tmp_path, setting, message):
     given = setting.removeprefix("+") if setting.startswith("+") else f"trainer.{setting}"
     assert f"error: {message}" in refused("fit", *FOUR, *LEAN, given, cwd=tmp_path)
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "setting"),
+    [("early_stopping", "patience"), ("frequent_checkpoint", "every_n_train_steps"), ("gradient_guard", "max_skips")],
+)
+def test_a_word_where_a_callback_takes_a_number(tmp_path, callback, setting):
+    given = [f"callbacks={callback}", f"callbacks.{callback}.{setting}=ten"]
+    message = f"error: callbacks.{callback}.{setting} must be a number, got ten"
+    assert message in refused("fit", *FOUR, *given, cwd=tmp_path)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_an_evaluation_needs_a_batch(tmp_path, trained_run):
+    message = "trainer.limit_test_batches=0.1 of "
+    assert message in refused("evaluate", f"run={trained_run}", "trainer.limit_test_batches=0.1", cwd=tmp_path)
 
 
 def test_a_logger_that_cannot_begin(tmp_path, monkeypatch):
