@@ -15,8 +15,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dice.argument_checks import check_choice
 from lightning_dice.library_internals.lightning import attached_trainer, batch_progress
-from lightning_dice.plateau import plateau_frequency
-from lightning_dice.schedules import UnknownLengthError, check_length, training_length, with_length
+from lightning_dice.schedules import (
+    UnknownLengthError,
+    check_length,
+    plateau_frequency,
+    training_length,
+    with_length,
+)
 
 Interval = Literal["epoch", "step"]
 RateScaling = Literal["linear", "sqrt"]

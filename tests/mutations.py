@@ -2378,7 +2378,7 @@ mutate(
 )
 SETTINGS = "cli/test_training_settings.py::"
 mutate(
-    "plateau.py",
+    "schedules.py",
     (
         "plateau steps at each epoch, with old scores",
         "return int(trainer.check_val_every_n_epoch)",

@@ -51,7 +51,7 @@ class History(Callback):
         self.mode = check_choice("mode", mode, ("max", "min"))
         self._rows: dict[Key, dict[str, str]] = {}
         self._superseded: dict[int, dict[str, str]] = {}  # of epochs that are trained again
-        self._incomplete: Key | None = None  # the row that lacks what the module logs at the epoch's end
+        self._incomplete: Key | None = None  # the row that still lacks the values logged at the epoch's end
         self._trained = False
         self._validated: Key | None = None  # the row of the last validation
         self._metrics_before: dict[str, str] = {}

@@ -145,7 +145,7 @@ class SaveOnInterrupt(Callback):
             exception.code = SIGTERM_STATUS
         if (
             self._handled
-            or not self._started  # It may have failed because of what is resumed.
+            or not self._started  # Resuming itself may have failed.
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
             or getattr(trainer, "fast_dev_run", False)

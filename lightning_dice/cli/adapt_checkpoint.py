@@ -30,7 +30,7 @@ from lightning_dice.data.samplers import seeded
 from lightning_dice.library_internals.lightning import read_optimizers, saved_loop_state
 from lightning_dice.loading import build_module
 
-# What a plateau counts; all else in its state are settings.
+# Counters of a plateau; everything else in its state is a setting.
 _PLATEAU_COUNTERS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 _GROWTH = ("growth_factor", "backoff_factor", "growth_interval")  # settings of a scaler of float16
 
@@ -82,7 +82,7 @@ def _has_best(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def adapt_checkpoint(checkpoint: dict[str, Any], trainer: L.Trainer, config: dict[str, Any]) -> list[str]:
-    """Replace what a checkpoint holds of the settings by those of a run's config, when a training resumes from it.
+    """Replace the settings that a checkpoint holds by those of the run's config, before a training resumes from it.
 
     Lightning has loaded the weights and the position in the data already, and will load all else.
 
@@ -148,7 +148,7 @@ def _moved(value: Any, old: str | None, new: str) -> Any:
 def apply_callback_settings(checkpoint: dict[str, Any], callbacks: Iterable[Callback], changes: Changes) -> None:
     """Replace the changed settings that callbacks keep in their states, such as the patience of `EarlyStopping`.
 
-    A setting is what the callback's constructor takes.
+    The arguments of a callback's constructor are its settings.
     """
     names = {key.rpartition(".")[2] for key in changes if key.startswith("callbacks.")}
     for callback in callbacks:

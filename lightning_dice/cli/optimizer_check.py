@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dice.cli.errors import UserError
 from lightning_dice.module import SegmentationModule
-from lightning_dice.plateau import plateau_frequency
-from lightning_dice.schedules import with_length
+from lightning_dice.schedules import plateau_frequency, with_length
 
 _MISSING = object()
 

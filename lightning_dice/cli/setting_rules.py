@@ -74,7 +74,7 @@ RESUME = (
     Rule(("seed",), "applied: to dropout at once, to the order and the augmentation from the next epoch on"),
     Rule(
         ("trainer.max_epochs", "trainer.max_steps"),
-        "applied, and the schedule is that of a training of this length; refused below what is trained",
+        "applied, and the schedule gets the new length; refused below what is trained already",
     ),
     Rule(
         BATCHES,

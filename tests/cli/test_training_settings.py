@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from lightning_dice import DiceScore, SegmentationModule
 from lightning_dice.cli import monitors
 from lightning_dice.cli.optimizer_check import check_optimizer
-from lightning_dice.plateau import plateau_frequency
+from lightning_dice.schedules import plateau_frequency
 
 # Data that do not exist: a message about anything else comes before they are read.
 NOWHERE = ["model=custom", "data=folder", "data.root=/nowhere/at/all", "data.classes=[cell]", "device=cpu"]
