@@ -46,7 +46,7 @@ def test_a_validation_within_an_epoch_has_a_row_of_its_own(tmp_path, trainer, ne
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("interval", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("interval", [*(pytest.param(every, marks=pytest.mark.slow) for every in (1, 2)), 3])
 def test_rows_of_validations_are_the_same_when_resumed_from_any_of_them(tmp_path, interval):
     def callbacks(folder):
         keep_all = ModelCheckpoint(folder, "{step}", save_top_k=-1, monitor="val/dice", save_on_train_epoch_end=False)

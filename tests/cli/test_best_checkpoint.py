@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_the_best_of_both_parts(tmp_path, settings):
     assert f"best epoch: {position(two / 'best.ckpt')[0]}" in result.out
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(1, 3, marks=pytest.mark.slow), (3, 1)])
 def test_the_number_of_checkpoints_changes_on_resume(tmp_path, before, after):
     key = "callbacks.checkpoint.save_top_k"
     run_command("fit", *RUN, f"{key}={before}", "trainer.max_epochs=3", "test=false", "folder=run", cwd=tmp_path)
