@@ -2538,7 +2538,7 @@ mutate(
     "cli/run_folder.py",
     (
         "an evaluation that fails leaves its folder",
-        "if {path.name for path in folder.iterdir()} <= {CONFIG, TEMPLATE, FINGERPRINT}:",
+        "if files <= {CONFIG, TEMPLATE, FINGERPRINT}:",
         "if False:",
         TRAINER + "test_an_evaluation_needs_a_batch",
     ),

@@ -138,7 +138,7 @@ def _logs_other_names(module: SegmentationModule, trainer: L.Trainer) -> bool:
 
 def _names(module: SegmentationModule) -> set[str]:
     """Return the names that the module and this package's callbacks log in a training, but for those of classes."""
-    names = {"loss", "train/loss", "val/loss", *_CALLBACKS}
+    names = {"loss", "train/loss", "train/loss_step", "val/loss", *_CALLBACKS}
     for collection in (module.train_metrics, module.val_metrics):
         names |= {str(name) for name in collection}
     names |= {str(name).removeprefix("train/") for name in module.train_metrics}

@@ -75,8 +75,9 @@ def exact_folder(path: str | Path) -> Path:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a new folder in which there is nothing but its config, after a mistake was found."""
-    if {path.name for path in folder.iterdir()} <= {CONFIG, TEMPLATE, FINGERPRINT}:
+    """Remove a new folder that holds no files but its config, after a mistake was found."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    if files <= {CONFIG, TEMPLATE, FINGERPRINT}:
         shutil.rmtree(folder)
 
 

@@ -273,3 +273,13 @@ def test_the_number_of_batches_is_limited_as_the_trainer_does(tmp_path):
     out = run_command("fit", *FOUR, *LEAN, *few, "folder=run", cwd=tmp_path).out
     assert "batch   4 images x 2 accumulated, the 2 of an epoch = 8 a step" in out
     assert steps(tmp_path / "run") == ["1"]
+
+
+def test_a_schedule_that_ends_too_early_leaves_no_folder(tmp_path):
+    """It is found when the training begins, after loggers have made folders."""
+    lean = [part for part in LEAN if not part.startswith("logger")]
+    given = ["scheduler=poly", "scheduler.total_iters=1", "trainer.max_epochs=2"]
+    assert "error: scheduler: PolynomialLR with total_iters=1 ends after 1 of 2 epochs" in refused(
+        "fit", *FOUR, *lean, *given, cwd=tmp_path
+    )
+    assert not list(tmp_path.glob("runs/*"))

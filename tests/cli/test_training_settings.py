@@ -98,7 +98,17 @@ def test_watching_a_validation_needs_one(tmp_path, arguments):
 def test_names_that_are_logged_are_accepted():
     module = SegmentationModule(nn.Conv2d(3, 2, 1), metrics={"dice": DiceScore(average="none"), "f": MeanMetric()})
     module.class_names = ["a", "b"]
-    known = ["loss", "dice", "f", "train/loss", "val/loss", "val/dice/b", "train/grad_norm", "loss/smooth"]
+    known = [
+        "loss",
+        "dice",
+        "f",
+        "train/loss",
+        "train/loss_step",
+        "val/loss",
+        "val/dice/b",
+        "train/grad_norm",
+        "loss/smooth",
+    ]
     for name in (*known, "val/f_anything", "train/f/anything", "train/loss/auxiliary"):
         assert monitors._is_logged(name, module), name
     for name in ("val/dice/c", "val/loss/dice", "val/g", "test/dice", "a", ""):
