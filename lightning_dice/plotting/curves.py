@@ -38,13 +38,17 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]], monitor: str, m
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    label = "epoch"
+    if any(_time(row) % 1 for row in rows):
+        # A validation after a fifth of the first epoch is at 0.2, and the end of that epoch at 1.
+        rows, label = [{**row, "time": _time(row) + 1} for row in rows], "epochs trained"
     classes = list(dict.fromkeys(key for row in rows for key in row if key.startswith("val/dice/")))
     figure = Figure(figsize=(11 if classes else 9.5, 4), layout="constrained")
     loss, dice = figure.subplots(1, 2)
     for axes, name in ((loss, "loss"), (dice, "dice")):
         _draw_curve(axes, rows, f"train/{name}", label="train", color=TRAIN, linewidth=2)
         _draw_curve(axes, rows, f"val/{name}", label="val", color=VAL, linewidth=2, zorder=4)
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(name.title(), loc="left", fontweight="bold")
         style_axes(axes)

@@ -4,6 +4,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from training import train
 
 from lightning_dice.callbacks import ExactResume, History
+from lightning_dice.plotting import curves
 
 
 def checkpoint(folder, **kwargs):
@@ -43,6 +44,22 @@ def test_a_validation_within_an_epoch_has_a_row_of_its_own(tmp_path, trainer, ne
         *(("1", "8", False, True), ("1", "10", True, False)),
     ]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("rows_drawn", "label", "points"),
+    [
+        ([{"epoch": 0.0}, {"epoch": 1.0}], "epoch", [0, 1]),
+        ([{"epoch": 0.0, "time": -0.5}, {"epoch": 0.0}, {"epoch": 1.0, "time": 0.5}], "epochs trained", [0.5, 1, 1.5]),
+    ],
+)
+def test_validations_within_epochs_are_drawn_where_they_were(tmp_path, monkeypatch, rows_drawn, label, points):
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda _, figure, __: drawn.append(figure))
+    curves.draw_curves(tmp_path / "x.png", [{**row, "val/loss": 0.5} for row in rows_drawn], "val/dice", "max")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlabel() == label
+    assert list(axes.lines[0].get_xdata()) == points
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
